@@ -1,0 +1,60 @@
+# Everything here sets up what it needs in .venv, with uv where it is installed and pip otherwise.
+# One stamp file a set of extras: a second `make test` installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LEAN := .venv-lean
+UV := $(shell command -v uv 2>/dev/null)
+# $(call install,VENV,PACKAGES)
+ifdef UV
+install = $(UV) pip install --quiet --python $(1)/bin/python -c constraints.txt $(2)
+else
+install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2)
+endif
+
+.PHONY: demo test test-lean lint types bench clean help
+.DEFAULT_GOAL := help
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.full  ## Draw pictures, train, export, index, evaluate, and write demo/results.html.
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/demo.sh demo
+
+test: $(VENV)/.full test-lean  ## Run all tests; the runtime's also from a wheel in a venv without torch.
+	$(BIN)/python -m pytest
+
+test-lean: $(LEAN)/.wheel
+	@! $(LEAN)/bin/python -c 'import torch' 2>/dev/null || { echo 'the lean venv has torch'; exit 1; }
+	$(LEAN)/bin/python -m pytest tests/runtime
+
+lint: $(VENV)/.full  ## Check style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows folders, not the package map, so it is shown the installed layout as links.
+types: $(VENV)/.full  ## Check types.
+	rm -rf build/types && mkdir -p build/types/clipret
+	ln -s $(CURDIR)/runtime/* $(CURDIR)/export $(CURDIR)/training build/types/clipret/
+	$(BIN)/mypy
+
+bench: $(VENV)/.full  ## Run the benchmarks that need no data from outside.
+	$(BIN)/python benchmarks/bench_query.py
+
+clean:  ## Remove what make has made.
+	rm -rf $(VENV) $(LEAN) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.full: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(call install,$(VENV),-e '.[cpu,train,export,dev]')
+	touch $@
+
+# The wheel as a user gets it, in a venv that holds the runtime and pytest and nothing else.
+$(LEAN)/.wheel: $(VENV)/.full $(wildcard runtime/*) pyproject.toml
+	rm -rf dist build/lib && $(BIN)/python -m build --quiet --outdir dist
+	$(PYTHON) -m venv --clear $(LEAN)
+	$(call install,$(LEAN),"$$(ls $(CURDIR)/dist/*.whl)[cpu]" pytest hypothesis)
+	touch $@

@@ -1,0 +1,65 @@
+"""What the three commands share: errors as one line, progress bars, small tables."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from clipret.errors import ClipretError
+
+__all__ = ["Group", "SingleCommand", "progress", "show_table"]
+
+T = TypeVar("T")
+
+
+class _OneLineErrors(click.Command):
+    """A ClipretError becomes one line on stderr and exit status 1; usage errors stay click's, with status 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except ClipretError as error:
+            click.echo(f"{self.name}: {error}", err=True)
+            sys.exit(1)
+
+
+class Group(_OneLineErrors, click.Group):
+    """The command with subcommands."""
+
+
+class SingleCommand(_OneLineErrors):
+    """The command without subcommands."""
+
+
+def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", unit: str = "it") -> Iterable[T]:
+    """`items` behind a progress bar on stderr, which stays silent when stderr is no terminal."""
+    from tqdm import tqdm  # not at the top: a query shows no bar and should not pay for it
+
+    bar: Iterable[T] = tqdm(items, total=total, desc=desc, unit=unit, disable=None, dynamic_ncols=True, leave=False)
+    return bar
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned text, numbers to the right; wide (Chinese) characters count as two columns."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
+    lines = []
+    for row in table:
+        cells = []
+        for value, width, right in zip(row, widths, numeric, strict=True):
+            pad = " " * (width - _width(value))
+            cells.append(pad + value if right else value + pad)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    from unicodedata import east_asian_width
+
+    return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).replace("-", "", 1).rstrip("%").isdigit()

@@ -1,0 +1,29 @@
+"""The one exception of the library, and the sentence for a missing optional package."""
+
+import importlib
+from types import ModuleType
+
+__all__ = ["ClipretError", "require"]
+
+
+class ClipretError(Exception):
+    """Something that the user can put right.
+
+    The message says what is wrong, names the value, and says what to do next, in one line:
+    commands print it as it is and exit with status 1.
+    """
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or raise a ClipretError with the pip command that installs it.
+
+    Heavy and optional packages are imported where they are used, through this function, so that
+    `import clipret` stays light and a missing extra costs one sentence rather than a traceback.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # the package is there, one of its own dependencies is not
+        raise ClipretError(f"{package} is not installed: run  pip install 'clipret[{extra}]'") from None

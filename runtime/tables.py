@@ -1,0 +1,146 @@
+"""Lists of pictures and captions: CSV, TSV and JSON lines, with columns named or detected."""
+
+import csv
+import io
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from clipret.errors import ClipretError
+
+__all__ = ["Table", "pick_column", "read_table"]
+
+_NAMES = {
+    "image": ("path", "filepath", "file_path", "image", "image_path", "filename", "file_name", "file", "img"),
+    "title": ("title", "caption", "text", "query", "sentence"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in memory. Every value is a string; what JSON calls null is the empty string."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[dict[str, str]]
+
+
+def read_table(path: str | Path, where: str | None = None) -> Table:
+    """Read a .csv, .tsv, .txt or .jsonl file, UTF-8, with a header.
+
+    The separator is the one of comma, tab, semicolon and bar that the header holds most of. Tab-separated files are
+    read without quoting, since captions hold quotation marks; the others by the usual CSV rules. `where` is an SQL
+    expression over the columns, such as  split = 'val' and lang = 'en';  values that look like numbers
+    compare as numbers.
+
+    Raises ClipretError: missing file, not UTF-8, a row whose number of fields differs from the header's
+    (with its line number), a bad expression, no rows.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from None
+    reader = _read_jsonl if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else _read_separated
+    columns, rows = reader(path, text)
+    if where is not None:
+        rows = _filter(path, columns, rows, where)
+    if not rows:
+        reason = f"no row with {where}" if where is not None else "no rows"
+        raise ClipretError(f"{path} holds {reason}: nothing to do")
+    return Table(path, columns, rows)
+
+
+def pick_column(table: Table, given: str | None, kind: Literal["image", "title"]) -> str:
+    """The column that holds the pictures' paths or their titles: `given`, or the first usual name.
+
+    Raises ClipretError that lists the columns there are.
+    """
+    by_name = {column.lower(): column for column in reversed(table.columns)}
+    wanted = (given,) if given is not None else _NAMES[kind]
+    for name in wanted:
+        if name in table.columns:
+            return name
+        if name.lower() in by_name:
+            return by_name[name.lower()]
+    looked_for = given if given is not None else f"{kind} column (looked for {', '.join(_NAMES[kind])})"
+    raise ClipretError(
+        f"{table.path} has no {looked_for}: its columns are {', '.join(table.columns)}; name one with --{kind}-column"
+    )
+
+
+def _read_separated(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    header, _, _ = text.partition("\n")
+    separator = max("\t,;|", key=header.count)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    lines: Iterator[list[str]] = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
+    rows: list[dict[str, str]] = []
+    try:
+        columns = tuple(name.strip() for name in next(lines, []))
+        if not any(columns):
+            raise ClipretError(f"{path} is empty: it needs a header line and rows")
+        if len(set(columns)) != len(columns):
+            raise ClipretError(f"{path} names a column twice in its header: {', '.join(columns)}")
+        for values in lines:
+            if not values:
+                continue  # a blank line, as many editors leave at the end
+            if len(values) != len(columns):
+                number = lines.line_num  # type: ignore[attr-defined]
+                raise ClipretError(
+                    f"{path} line {number} has {len(values)} fields, its header {len(columns)}: mend or quote that line"
+                )
+            rows.append(dict(zip(columns, values, strict=True)))
+    except csv.Error as error:
+        raise ClipretError(f"{path} line {lines.line_num}: {error}") from None  # type: ignore[attr-defined]
+    return columns, rows
+
+
+def _read_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    objects: list[dict[str, object]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ClipretError(f"{path} line {number} is not JSON: {error.msg}") from None
+        if not isinstance(value, dict):
+            raise ClipretError(f"{path} line {number} is not a JSON object: write one object a line")
+        objects.append(value)
+    columns = tuple(dict.fromkeys(key for value in objects for key in value))
+    return columns, [{column: _as_text(value.get(column)) for column in columns} for value in objects]
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+    """Rows for which the SQL expression is true, by sqlite itself: one grammar here and in a gallery's filters."""
+    # NUMERIC affinity turns what looks like a number into one and leaves the rest text.
+    names = ['"' + column.replace('"', '""') + '"' for column in columns]
+    with sqlite3.connect(":memory:") as database:
+        database.execute(f"CREATE TABLE t ({', '.join(name + ' NUMERIC' for name in names)})")
+        database.executemany(
+            f"INSERT INTO t VALUES ({','.join('?' * len(columns))})", (tuple(r.values()) for r in rows)
+        )
+        database.commit()
+        allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+        database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
+        try:
+            chosen = [row[0] for row in database.execute(f"SELECT rowid FROM t WHERE ({where}) ORDER BY rowid")]
+        except sqlite3.Error as error:
+            raise ClipretError(
+                f"--where {where!r} cannot be used on {path}: {error}; its columns are {', '.join(columns)}"
+            ) from None
+        finally:
+            database.set_authorizer(None)
+    database.close()
+    return [rows[number - 1] for number in chosen]

@@ -1,0 +1,78 @@
+"""Towers: one half of a CLIP model as an engine that maps a batch to unit rows."""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.bundle import Bundle
+from clipret.errors import ClipretError, require
+
+__all__ = ["OnnxTower", "Tower", "cpu_count", "open_tower"]
+
+Rows = npt.NDArray[np.float32]
+
+
+class Tower(Protocol):
+    """What the encoder needs of an engine."""
+
+    def run(self, batch: npt.NDArray[Any]) -> Rows:
+        """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
+
+
+def cpu_count() -> int:
+    """The processors that this process may use; containers and `taskset` allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_tower(bundle: Bundle, name: str, device: str = "cpu", threads: int | None = None) -> Tower:
+    """The tower `name` ("image" or "text") of a bundle on `device` ("cpu", "cuda" or "cuda:N").
+
+    `threads`: of the engine on a CPU, default all processors. Raises ClipretError for changed bytes, a missing
+    engine, or a device that the engine cannot use.
+    """
+    return OnnxTower(bundle.file(f"{name}.onnx"), device, threads or cpu_count())
+
+
+class OnnxTower:
+    """A tower in onnxruntime, on its CPU or CUDA execution provider."""
+
+    def __init__(self, path: Path, device: str, threads: int) -> None:
+        ort = require("onnxruntime", "gpu" if device.startswith("cuda") else "cpu")
+        provider, provider_options = _provider(device)
+        available = ort.get_available_providers()
+        if provider not in available:
+            raise ClipretError(
+                f"device {device} needs onnxruntime's {provider}, this one has {', '.join(available)}: "
+                "use --device cpu or  pip install 'clipret[gpu]'"
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # its warnings speak of the graph's nodes, not to the user
+        # Threads that spin between two batches take the cores away from the decode threads.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
+        except Exception as error:  # onnxruntime raises a dozen types of its own, all unexported
+            reason = str(error).strip().splitlines()[0]
+            raise ClipretError(f"{path} cannot be opened on {device}: {reason}; export the model again") from None
+        # onnxruntime falls back to the CPU without a word when a provider's libraries do not load.
+        if provider not in self._session.get_providers():
+            raise ClipretError(f"onnxruntime could not start {provider} for {device}: see clipret[gpu]'s requirements")
+        self._input = self._session.get_inputs()[0].name
+
+    def run(self, batch: npt.NDArray[Any]) -> Rows:
+        rows: Rows = self._session.run(None, {self._input: batch})[0]
+        return rows
+
+
+def _provider(device: str) -> tuple[str, dict[str, str]]:
+    kind, _, number = device.partition(":")
+    if device == "cpu":
+        return "CPUExecutionProvider", {}
+    if kind == "cuda" and (number.isdigit() or not number):
+        return "CUDAExecutionProvider", {"device_id": number or "0"}
+    raise ClipretError(f"device {device!r} is unknown: use cpu, cuda or cuda:N")

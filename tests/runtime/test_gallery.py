@@ -1,0 +1,154 @@
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipret.bundle import Bundle
+from clipret.errors import ClipretError
+from clipret.gallery import Gallery, Picture
+
+
+def picture(name: str) -> Picture:
+    return Picture(name, 10, 20, "ab")
+
+
+def unit_rows(count: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def gallery(tmp_path: Path, tiny_bundle: Path) -> Gallery:
+    return Gallery.create(tmp_path / "gallery", Bundle.open(tiny_bundle), tmp_path / "pictures")
+
+
+def test_rows_come_back_in_order_with_their_ids(gallery: Gallery) -> None:
+    first, second = unit_rows(3), unit_rows(2, 1)
+    with gallery.writing():
+        gallery.append([picture(name) for name in "abc"], first)
+        gallery.append([picture(name) for name in "de"], second)
+    again = Gallery.open(gallery.path)
+    stored = again.read()
+    np.testing.assert_array_equal(np.concatenate(stored.shards), np.concatenate([first, second]).astype(np.float16))
+    assert stored.live is None
+    assert again.paths(stored.ids) == list("abcde")
+    assert len(again) == 5
+    assert again.ids_by_path()["d"] == stored.ids[3]
+
+
+def test_a_changed_picture_takes_the_old_ones_place(gallery: Gallery) -> None:
+    with gallery.writing():
+        gallery.append([picture("a"), picture("b")], unit_rows(2))
+        gallery.append([picture("a")], unit_rows(1, 1))
+    stored = gallery.read()
+    assert stored.live is not None
+    assert stored.live.tolist() == [False, True, True]
+    assert len(gallery) == 2
+
+
+def test_readable_with_numpy_and_sqlite_alone(gallery: Gallery) -> None:
+    with gallery.writing():
+        gallery.append([picture("x/y.jpg")], unit_rows(1))
+    assert np.load(gallery.path / "rows-000001.npy").shape == (1, 8)
+    with sqlite3.connect(gallery.path / "gallery.db") as database:
+        assert database.execute("SELECT path, shard FROM rows").fetchall() == [("x/y.jpg", 1)]
+    database.close()
+
+
+def test_what_no_transaction_names_never_happened(gallery: Gallery) -> None:
+    """A writer killed between renaming a shard and the commit leaves a file; readers ignore it, the next writer
+    sweeps it and may use its number."""
+    with gallery.writing():
+        gallery.append([picture("a")], unit_rows(1))
+    np.save(gallery.path / "rows-000002.npy", unit_rows(9).astype(np.float16))
+    (gallery.path / "rows.dead.tmp").write_bytes(b"half")
+    assert len(Gallery.open(gallery.path).read().shards) == 1
+    with gallery.writing():
+        assert not list(gallery.path.glob("*.tmp"))
+        gallery.append([picture("b")], unit_rows(1, 1))
+    assert [len(shard) for shard in gallery.read().shards] == [1, 1]
+
+
+def test_a_failed_commit_changes_nothing(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with gallery.writing():
+        gallery.append([picture("a")], unit_rows(1))
+        with monkeypatch.context() as patch:
+            patch.setattr("numpy.save", full)
+            with pytest.raises(ClipretError, match=r"No space left on device.*committed before is kept"):
+                gallery.append([picture("b")], unit_rows(1, 1))
+        assert sorted(gallery.pictures()) == ["a"]
+        assert not list(gallery.path.glob("*.tmp"))
+        with pytest.raises(ClipretError, match="not finite"):
+            gallery.append([picture("c")], np.full((1, 8), np.nan, np.float32))
+        gallery.append([picture("d")], unit_rows(1, 2))
+    assert sorted(gallery.pictures()) == ["a", "d"]
+
+
+def test_two_writers_are_refused(gallery: Gallery) -> None:
+    other = Gallery.open(gallery.path)
+    with gallery.writing(), pytest.raises(ClipretError, match="another process is writing"), other.writing():
+        pass
+    with other.writing():
+        pass
+
+
+def test_a_bundle_with_another_fingerprint_is_refused(gallery: Gallery, tiny_bundle: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
+    manifest = json.loads((other / "bundle.json").read_text())
+    manifest["image"]["resize"] = "squash"
+    (other / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(ClipretError, match="made with another bundle"):
+        gallery.bundle(other)
+
+
+def test_the_bundle_is_found_after_both_have_moved(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "old/bundle")
+    Gallery.create(tmp_path / "old/gallery", Bundle.open(tmp_path / "old/bundle"), tmp_path)
+    (tmp_path / "old").rename(tmp_path / "new")
+    gallery = Gallery.open(tmp_path / "new/gallery")
+    assert gallery.bundle().path == tmp_path / "new/bundle"
+    shutil.rmtree(tmp_path / "new/bundle")
+    with pytest.raises(ClipretError, match="name it with --bundle"):
+        gallery.bundle()
+
+
+def test_damage_is_named(gallery: Gallery, tmp_path: Path) -> None:
+    with gallery.writing():
+        gallery.append([picture("a")], unit_rows(1))
+    np.save(gallery.path / "rows-000001.npy", np.zeros((4, 8), np.float16))
+    with pytest.raises(ClipretError, match=r"holds float16 \[4, 8\], the database says float16 \[1, 8\]"):
+        gallery.read()
+    (gallery.path / "rows-000001.npy").write_bytes(b"not an array")
+    with pytest.raises(ClipretError, match="cannot be read"):
+        gallery.read()
+    gallery.close()
+    (gallery.path / "gallery.db").write_bytes(b"x" * 5000)
+    with pytest.raises(ClipretError, match=r"gallery\.db is damaged"):
+        len(gallery)
+    gallery.close()
+    (gallery.path / "gallery.db").unlink()
+    with pytest.raises(ClipretError, match=r"gallery\.db cannot be opened"):
+        len(gallery)
+    (gallery.path / "gallery.json").write_text("{}")
+    with pytest.raises(ClipretError, match="is damaged"):
+        Gallery.open(gallery.path)
+    with pytest.raises(ClipretError, match="is no gallery"):
+        Gallery.open(tmp_path)
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
+    (tmp_path / "thesis.doc").touch()
+    with pytest.raises(ClipretError, match="is not empty and no gallery"):
+        Gallery.create(tmp_path, Bundle.open(tiny_bundle), tmp_path)
+
+
+def test_paths_outside_the_root_are_absolute(gallery: Gallery, tmp_path: Path) -> None:
+    assert gallery.stored_path(tmp_path / "pictures/a/../b.jpg") == "b.jpg"
+    assert gallery.stored_path(tmp_path / "elsewhere/b.jpg") == str(tmp_path / "elsewhere/b.jpg")
+    assert gallery.file("b.jpg") == tmp_path / "pictures/b.jpg"

@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+
+from clipret.errors import ClipretError
+from clipret.metrics import average_precision, evaluate
+from clipret.ranker import Ranker
+
+
+def test_average_precision_divides_by_what_could_be_found() -> None:
+    assert average_precision([7, 1, 2], {7, 2}) == pytest.approx((1 + 2 / 3) / 2)
+    # Three hits among many relevant ones are not perfect, whatever stands between them.
+    assert average_precision(list(range(10)), {0, 1, 2, *range(50, 100)}) == pytest.approx(3 / 10)
+    assert average_precision([1, 2], set()) == 0
+
+
+def test_metrics_of_a_known_order() -> None:
+    # One dimension: rows 0..19 in falling order for the first query, rising for the second.
+    rows = np.linspace(1, -0.9, 20).astype(np.float16)[:, None]
+    metrics = evaluate(Ranker(rows), np.array([[1.0], [-1.0]]), [[3, 19], [4]])
+    assert metrics.queries == 2
+    assert (metrics.recall_at_1, metrics.recall_at_5, metrics.recall_at_10) == (0.0, 0.5, 0.5)
+    assert metrics.median_rank == (4 + 16) / 2
+    assert metrics.map_at_10 == pytest.approx(((1 / 4) / 2 + 0) / 2)
+
+
+def test_queries_without_an_answer_are_refused() -> None:
+    ranker = Ranker(np.ones((2, 1), np.float16))
+    with pytest.raises(ClipretError, match="no relevant row"):
+        evaluate(ranker, np.ones((1, 1)), [[]])
+    with pytest.raises(ClipretError, match="no queries"):
+        evaluate(ranker, np.ones((0, 1)), [])

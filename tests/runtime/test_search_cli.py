@@ -1,0 +1,201 @@
+"""The commands as a user runs them, from pictures to metrics."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from clipret import Bundle, Encoder, Gallery, Searcher
+from clipret.cli import main
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="clipret-search")
+    assert result.exit_code == code, result.stderr
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def fails(*arguments: object) -> str:
+    """The one line on stderr of a command that exits 1 and prints nothing on stdout."""
+    result = run(*arguments, code=1)
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("clipret-search: ")
+    return lines[0]
+
+
+@pytest.fixture
+def gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
+    run("index", tiny_bundle, colour_folder, tmp_path / "gallery")
+    return tmp_path / "gallery"
+
+
+def test_the_named_colour_comes_first(gallery: Path) -> None:
+    found = json.loads(run("query", gallery, "a red car", "红色", "Green", "-k", 3, "--json").stdout)
+    colours = [{Path(hit["path"]).parent.name for hit in result["hits"]} for result in found]
+    assert colours == [{"red"}, {"red"}, {"green"}]
+    assert [hit["rank"] for hit in found[0]["hits"]] == [1, 2, 3]
+    assert Path(found[0]["hits"][0]["file"]).is_file()
+
+
+def test_the_table_has_a_line_for_each_picture(gallery: Path) -> None:
+    lines = run("query", gallery, "blue", "-k", 100).stdout.splitlines()
+    assert lines[0].split() == ["rank", "score", "path"]
+    assert len(lines) == 1 + 12
+    assert lines[1].split()[2].startswith("blue/")
+
+
+def test_results_equal_a_brute_force_over_the_stored_rows(gallery: Path, tiny_bundle: Path) -> None:
+    searcher = Searcher(Gallery.open(gallery), Encoder(Bundle.open(tiny_bundle)))
+    hits = searcher.search(["red blue", "grey"], 12)
+    rows = np.concatenate(searcher.stored.shards).astype(np.float64)
+    for text, found in zip(["red blue", "grey"], hits, strict=True):
+        scores = rows @ searcher.encoder.encode_texts([text])[0].astype(np.float64)
+        expected = sorted(zip(-scores, searcher.stored.ids, strict=True))
+        assert [hit.id for hit in found] == [number for _, number in expected]
+        np.testing.assert_allclose([hit.score for hit in found], -np.array(expected)[:, 0], atol=1e-6)
+
+
+def test_rows_do_not_depend_on_batch_or_threads(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    for name, options in [("a", ["--batch-size", 1]), ("b", ["--batch-size", 7, "--threads", 3])]:
+        run("index", tiny_bundle, colour_folder, tmp_path / name, *options)
+    a, b = (np.load(tmp_path / name / "rows-000001.npy") for name in "ab")
+    np.testing.assert_array_equal(a, b)
+
+
+def test_bad_pictures_are_skipped_counted_and_named(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    whole = (colour_folder / "red/0.jpg").read_bytes()
+    (colour_folder / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (colour_folder / "empty.png").touch()
+    (colour_folder / "text.gif").write_text("no picture")
+    result = run("index", tiny_bundle, colour_folder, tmp_path / "gallery")
+    assert "12 pictures (12 added, 0 changed, 0 unchanged, 3 skipped)" in result.stdout
+    assert "skipped half.jpg: broken" in result.stderr
+    report = (tmp_path / "gallery/skipped.tsv").read_text().splitlines()
+    assert report[0] == "path\treason"
+    assert {line.split("\t")[0] for line in report[1:]} == {"half.jpg", "empty.png", "text.gif"}
+
+
+def test_indexing_again_encodes_only_what_is_new_or_changed(
+    gallery: Path, tiny_bundle: Path, colour_folder: Path
+) -> None:
+    shutil.copy(colour_folder / "red/0.jpg", colour_folder / "grey/0.jpg")
+    os.utime(colour_folder / "grey/0.jpg", ns=(1, 1))
+    shutil.copy(colour_folder / "red/0.jpg", colour_folder / "new.jpg")
+    report = json.loads(run("index", tiny_bundle, colour_folder, gallery, "--json").stdout)
+    assert (report["added"], report["changed"], report["unchanged"], report["total"]) == (1, 1, 11, 13)
+    found = json.loads(run("query", gallery, "red", "-k", 20, "--json").stdout)[0]["hits"]
+    assert {hit["path"] for hit in found[:5]} == {"red/0.jpg", "red/1.jpeg", "red/2.png", "grey/0.jpg", "new.jpg"}
+    assert len(found) == 13
+
+
+def test_a_list_with_filter_and_duplicates(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        "red/0.jpg,train",
+        "red/0.jpg,train",
+        "./red/0.jpg,train",
+        "blue/1.jpeg,train",
+        "red/2.png,val",
+        "gone.jpg,train",
+    ]
+    (colour_folder / "list.csv").write_text("\n".join(["filepath,split", *rows]))
+    result = run("index", tiny_bundle, colour_folder / "list.csv", tmp_path / "g", "--where", "split = 'train'")
+    assert "2 pictures (2 added, 0 changed, 0 unchanged, 1 skipped)" in result.stdout
+    assert "gone.jpg: cannot be read: No such file" in result.stderr
+
+
+def test_eval_by_hand(gallery: Path, colour_folder: Path, tmp_path: Path) -> None:
+    rows = [f"a {colour} thing,{colour}/{n}" for colour in ("red", "blue") for n in ("0.jpg", "1.jpeg", "2.png")]
+    (colour_folder / "queries.csv").write_text("\n".join(["title,path", *rows, "green,red/0.jpg", "white,lost.jpg"]))
+    result = run("eval", gallery, colour_folder / "queries.csv", "--json", "--html", tmp_path / "page.html")
+    metrics = json.loads(result.stdout)
+    # red and blue find their three first; "green" is said to be answered by a red picture, which is found late
+    assert metrics["queries"] == 3
+    assert metrics["recall_at_1"] == pytest.approx(2 / 3)
+    assert metrics["median_rank"] == 1
+    assert metrics["missing_pictures"] == 1
+    assert metrics["queries_left_out"] == 1
+    assert "1 queries left out" in result.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "a red thing" in page
+    assert "3 of the first 10 right" in page
+
+
+def test_a_page_for_a_query(gallery: Path, tmp_path: Path) -> None:
+    run("query", gallery, "<b>red</b>", "--html", tmp_path / "page.html", "-k", 2)
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;red" in page
+    assert "data:image/" in page
+
+
+def test_errors_are_one_line_and_write_nothing(
+    tiny_bundle: Path, colour_folder: Path, gallery: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    new = tmp_path / "new"
+    assert "holds no pictures" in fails("index", tiny_bundle, empty, new)
+    assert "is not a bundle" in fails("index", empty, colour_folder, new)
+    assert "is not a folder" in fails("index", tiny_bundle, tmp_path / "nowhere", new)
+    (tmp_path / "list.csv").write_text("picture,words\na.jpg,b\n")
+    assert "its columns are picture, words" in fails("index", tiny_bundle, tmp_path / "list.csv", new)
+    broken = Path(shutil.copytree(tiny_bundle, tmp_path / "broken"))
+    (broken / "image.onnx").write_bytes((broken / "image.onnx").read_bytes()[:-1] + b"\0")
+    assert "has changed since the export" in fails("index", broken, colour_folder, new)
+    assert "device 'tpu' is unknown" in fails("index", tiny_bundle, colour_folder, new, "--device", "tpu")
+    assert not new.exists()
+    assert "is blank" in fails("query", gallery, " \t ")
+    assert "is no gallery" in fails("query", empty, "red")
+    assert "cannot be read" in fails("eval", gallery, tmp_path / "gone.csv")
+    assert "holds none of the 1 pictures" in fails(
+        "eval", gallery, tmp_path / "list.csv", "--title-column", "words", "--image-column", "picture"
+    )
+
+
+def test_a_folder_of_nothing_but_broken_pictures(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.jpg").touch()
+    result = run("index", tiny_bundle, tmp_path / "p", tmp_path / "g", code=1)
+    assert "none of the 1 pictures could be used; the first: a.jpg: the file is empty" in result.stderr
+
+
+def test_another_bundle_is_refused(gallery: Path, tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
+    manifest = json.loads((other / "bundle.json").read_text())
+    manifest["text"]["clean"] = "clip"
+    (other / "bundle.json").write_text(json.dumps(manifest))
+    assert "made with another bundle" in fails("index", other, colour_folder, gallery)
+    assert "made with another bundle" in fails("query", gallery, "red", "--bundle", other)
+
+
+def test_usage_errors_exit_2(gallery: Path) -> None:
+    assert "Missing argument 'TEXTS...'" in run("query", gallery, code=2).stderr
+    assert "0 is not in the range" in run("query", gallery, "red", "-k", 0, code=2).stderr
+
+
+def test_help_has_an_example_for_every_command() -> None:
+    for command in main.commands:
+        text = run(command, "--help").stdout
+        assert f"clipret-search {command} " in text.partition("Example:")[2]
+
+
+def test_neither_torch_nor_onnx_is_loaded() -> None:
+    heavy = {"torch", "onnx", "tqdm", "ftfy", "onnxruntime"}
+    code = f"import sys, clipret, clipret.cli; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_sorted_and_there() -> None:
+    import clipret
+
+    assert clipret.__all__ == sorted(clipret.__all__)
+    assert all(hasattr(clipret, name) for name in clipret.__all__)

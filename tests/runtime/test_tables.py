@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from clipret.errors import ClipretError
+from clipret.tables import pick_column, read_table
+
+CSV = 'path,lang,title,hour\na.jpg,en,"red, ""big"" car",5\nb.jpg,zh,红色的车,11\n'
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_csv_with_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "t.csv", "\ufeff" + CSV))
+    assert table.columns == ("path", "lang", "title", "hour")
+    assert table.rows[0]["title"] == 'red, "big" car'
+    assert table.rows[1]["title"] == "红色的车"
+
+
+def test_tabs_are_read_without_quoting(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "t.txt", 'path\ttitle\na.jpg\t"Go" says the sign, twice\n'))
+    assert table.rows == [{"path": "a.jpg", "title": '"Go" says the sign, twice'}]
+
+
+def test_semicolons_and_windows_line_ends(tmp_path: Path) -> None:
+    assert read_table(write(tmp_path, "t.csv", "path;title\r\na;b, c\r\n\r\n")).rows == [{"path": "a", "title": "b, c"}]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "t.jsonl", '{"image": "a", "n": 3}\n\n{"image": "b", "title": null}\n'))
+    assert table.columns == ("image", "n", "title")
+    assert table.rows == [{"image": "a", "n": "3", "title": ""}, {"image": "b", "n": "", "title": ""}]
+
+
+def test_where_compares_numbers_as_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, "t.csv", CSV)
+    assert [row["path"] for row in read_table(path, "hour < 10").rows] == ["a.jpg"]
+    assert [row["path"] for row in read_table(path, "lang = 'zh' or title like '%big%'").rows] == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("language = 'en'", "no such column: language.*its columns are path, lang, title, hour"),
+        ("hour <", "cannot be used"),
+        ("hour < 0", "holds no row with hour < 0"),
+        ("1) UNION SELECT load_extension('x'", "cannot be used"),
+    ],
+)
+def test_where_errors(tmp_path: Path, where: str, message: str) -> None:
+    with pytest.raises(ClipretError, match=message):
+        read_table(write(tmp_path, "t.csv", CSV), where)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "path,title\na,b,c\n", "line 2 has 3 fields, its header 2"),
+        ("t.csv", "path,path\na,b\n", "names a column twice"),
+        ("t.csv", "", "is empty"),
+        ("t.csv", "path,title\n", "holds no rows"),
+        ("t.csv", b"path,title\n\xff,b\n", "not UTF-8"),
+        ("t.jsonl", '{"a": 1}\n[2]\n', "line 2 is not a JSON object"),
+        ("t.jsonl", "{'a': 1}\n", "line 1 is not JSON"),
+    ],
+)
+def test_broken_tables_say_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(ClipretError, match=message):
+        read_table(write(tmp_path, name, content))
+
+
+def test_a_missing_table(tmp_path: Path) -> None:
+    with pytest.raises(ClipretError, match="cannot be read: No such file"):
+        read_table(tmp_path / "gone.csv")
+
+
+def test_columns_are_detected_or_named(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "t.csv", "ID,FilePath,Caption,note\n1,a,b,c\n"))
+    assert pick_column(table, None, "image") == "FilePath"
+    assert pick_column(table, None, "title") == "Caption"
+    assert pick_column(table, "note", "title") == "note"
+    with pytest.raises(ClipretError, match=r"no colour: its columns are ID, FilePath, Caption, note; .*--title-column"):
+        pick_column(table, "colour", "title")
+    with pytest.raises(ClipretError, match="looked for path, filepath"):
+        pick_column(read_table(write(tmp_path, "u.csv", "a,b\n1,2\n")), None, "image")

@@ -1,0 +1,1 @@
+"""The fine-tuning room: torch, open_clip, peft."""
