@@ -1,0 +1,1 @@
+"""The export room: torch models to ONNX bundles."""
