@@ -1,26 +1,49 @@
-"""The page of results: one file with queries and the pictures they found, readable anywhere, without a network."""
+"""The page that shows what a search found: one HTML file, no network, no script, pictures inside."""
 
 import base64
-import html
+import contextlib
+import functools
 import io
-from collections.abc import Sequence
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
+from itertools import accumulate
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 from PIL import Image
 
+from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.images import PictureError, decode, read_picture
 
 __all__ = ["Card", "Section", "write_page"]
 
-_THUMBNAIL = 240  # pixels of the longer side; the page shows them at half of that, sharp on dense screens
+SIDE = 256  # longest side of a thumbnail, pixels
+GAP = 10  # between pictures of a row, CSS pixels
+NAVIGATION_FROM = 9  # sections; fewer are scrolled through sooner than a list of them is read
+# How many times as wide as high a row of pictures should be, on each width of page that the style sheet tells apart.
+ROWS = {"xl": 10.0, "l": 6.2, "m": 4.4, "s": 2.2}
+# Sign and word that say whether a picture is right.
+MARKS = {
+    None: ("", ""),
+    True: ('<i class="yes" aria-hidden="true">✓</i> ', ' <span class="yes word">right</span>'),
+    False: ('<i aria-hidden="true">✗</i> ', ' <span class="word">wrong</span>'),
+}
 
 
 @dataclass(frozen=True)
 class Card:
-    """One picture found. `relevant`: whether it is a right answer, None where nobody knows."""
+    """One picture found.
+
+    path: the file on disk; where it is missing or broken, a tile says so. label: what is written under it, usually
+    the path relative to the gallery's root. score: cosine similarity. relevant: whether the picture answers the
+    query, None where nobody said.
+    """
 
     path: Path
     label: str
@@ -30,7 +53,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """One query and its pictures, best first."""
+    """One query and the pictures it found, best first. `note` stands beside the query."""
 
     query: str
     cards: Sequence[Card]
@@ -38,131 +61,231 @@ class Section:
 
 
 def write_page(out: Path, *, title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> None:
-    """Write the page with the pictures inside it. `facts` are headline figures as name and value.
+    """Write the page, whole or not at all.
 
-    A picture that cannot be read becomes a tile that says why. Raises ClipretError when `out` cannot be written.
+    `facts` are the headline figures, name and value. Pictures are embedded as thumbnails and link to their files,
+    relative to the page. Raises ClipretError when the page's folder does not exist or cannot be written.
     """
-    thumbnails: dict[Path, str] = {}
-    page = _PAGE.substitute(
-        title=html.escape(title),
-        facts="".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts),
-        contents=_contents(sections) if len(sections) > 8 else "",
-        sections="\n".join(_section(number, section, thumbnails) for number, section in enumerate(sections, 1)),
+    if not out.parent.is_dir():  # before all those pictures are decoded
+        raise ClipretError(f"{out.parent} is not a folder: make it first, or write the page somewhere else")
+    # A search for many queries finds some pictures again and again.
+    preview = functools.cache(functools.partial(_preview, folder=out.parent.absolute()))
+    page = PAGE.substitute(
+        style=STYLE,
+        title=escape(title),
+        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts),
+        navigation=_navigation(sections) if len(sections) >= NAVIGATION_FROM else "",
+        sections="\n".join(_section(number, section, preview) for number, section in enumerate(sections, 1)),
     )
-    write_file(out, page)
+    # File names that are not UTF-8 reach us with surrogates, which no page can hold.
+    write_file(out, page.encode("utf-8", "replace"))
 
 
-def _contents(sections: Sequence[Section]) -> str:
-    links = (f'<a href="#q{number}">{html.escape(section.query)}</a>' for number, section in enumerate(sections, 1))
-    return f'<nav aria-label="Queries">{" ".join(links)}</nav>'
+def _navigation(sections: Sequence[Section]) -> str:
+    rows = []
+    for number, section in enumerate(sections, 1):
+        sign, word = MARKS[section.cards[0].relevant if section.cards else None]
+        query = f'<span lang="" dir="auto">{escape(section.query)}</span>'
+        rows.append(f'<li{_hit(section)}><a href="#q{number}">{sign}{query}{word}</a></li>')
+    judged = any(card.relevant is not None for section in sections for card in section.cards)
+    choice = '<label><input type="checkbox" id="misses"> Only where the first is wrong</label>' if judged else ""
+    skip = '<a class="skip" href="#found">Skip to the pictures</a>'
+    return f'{skip}<nav aria-label="Queries"><h2>{len(sections)} queries</h2>{choice}<ol>{"".join(rows)}</ol></nav>'
 
 
-def _section(number: int, section: Section, thumbnails: dict[Path, str]) -> str:
-    cards = "".join(_card(rank, card, thumbnails) for rank, card in enumerate(section.cards, 1))
-    note = f"<p>{html.escape(section.note)}</p>" if section.note else ""
-    return f'<section id="q{number}"><h2>{html.escape(section.query)}</h2>{note}<ol>{cards}</ol></section>'
-
-
-def _card(rank: int, card: Card, thumbnails: dict[Path, str]) -> str:
-    if card.path not in thumbnails:
-        thumbnails[card.path] = _thumbnail(card.path)
-    label = html.escape(card.label)
-    kind, mark = {None: ("", ""), True: ("right", "right"), False: ("wrong", "wrong")}[card.relevant]
-    verdict = f'<b class="mark">{mark}</b>' if mark else ""
+def _section(number: int, section: Section, preview: Callable[[Path, str], tuple[str, float]]) -> str:
+    previews = [preview(card.path, card.label) for card in section.cards]
+    widths = [_justify([ratio for _, ratio in previews], row) for row in ROWS.values()]
+    cards = []
+    for at, (card, (tile, ratio)) in enumerate(zip(section.cards, previews, strict=True)):
+        style = "".join(f"--{name}:{width[at]};" for name, width in zip(ROWS, widths, strict=True))
+        cards.append(_card(at + 1, card, tile, f"{style}--ratio:{ratio:.4f}"))
+    found = "<ol>\n" + "\n".join(cards) + "\n</ol>" if cards else "<p>Nothing found.</p>"
     return (
-        f'<li class="{kind}"><figure>{thumbnails[card.path]}<figcaption><span class="rank">{rank}</span>{verdict}'
-        f'<span class="score">{card.score:.3f}</span><span class="label" title="{label}">{label}</span>'
+        f'<section id="q{number}"{_hit(section)}><header><h2 lang="" dir="auto">{escape(section.query)}</h2>'
+        f"<p>{escape(section.note)}</p></header>\n{found}</section>"
+    )
+
+
+def _card(rank: int, card: Card, tile: str, style: str) -> str:
+    label = escape(card.label)
+    sign, word = MARKS[card.relevant]
+    right = ' class="right"' if card.relevant else ""
+    return (
+        f'<li style="{style}"{right}><figure>{tile}<figcaption>'
+        f'<span class="line"><b>{rank}</b> {sign}<data value="{card.score}">{card.score:z.3f}</data>{word}</span>'
+        f'<span class="label" lang="" title="{label}">{label}</span>'
         "</figcaption></figure></li>"
     )
 
 
-def _thumbnail(path: Path) -> str:
-    """An <img> with the picture as a data URI, or a tile with the reason why there is none."""
+def _hit(section: Section) -> str:
+    """Marks what the check box hides: queries whose first picture is right."""
+    return ' class="hit"' if section.cards and section.cards[0].relevant else ""
+
+
+def _preview(path: Path, label: str, *, folder: Path) -> tuple[str, float]:
+    """What fills a card, and its ratio of width to height.
+
+    The thumbnail, upright and without its metadata, as a link to its file; or a tile with the reason why not.
+    """
+    alt = escape(label)
     try:
-        image = decode(read_picture(path).content)
+        content = read_picture(path).content
+        source: bytes | Image.Image = content
+        with contextlib.suppress(Exception):  # whatever is wrong, decode() finds it too and can name it
+            source = Image.open(io.BytesIO(content))
+            source.draft(None, (2 * SIDE, 2 * SIDE))  # a JPEG of 12 megapixels need not be decoded whole
+        image = decode(source, exif=True)
     except PictureError as error:
-        return f'<div class="none">{html.escape(path.name)}<br>{html.escape(str(error))}</div>'
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+        return f'<div class="tile" role="img" aria-label="{alt}">{NO_PICTURE}{escape(str(error))}</div>', 1.0
+    image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width, height = image.size
-    alt = html.escape(path.name)
-    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="{alt}" loading="lazy">'
+    image.save(buffer, "JPEG", quality=82, comment=b"")
+    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    attributes = f'width="{image.width}" height="{image.height}" loading="lazy" decoding="async"'
+    picture = f'<img class="tile" src="{uri}" alt="{alt}" {attributes}>'
+    # Panoramas and pillars get bars beside them rather than a row of their own.
+    ratio = min(max(image.width / image.height, 0.6), 2.2)
+    return f'<a href="{_link(path, folder)}">{picture}</a>', ratio
 
 
-_PAGE = Template("""<!doctype html>
+def _link(path: Path, folder: Path) -> str:
+    """URL of a file as seen from the page, so that the two can be moved together."""
+    try:
+        return quote(os.fsencode(Path(os.path.relpath(path.absolute(), folder)).as_posix()))
+    except ValueError:  # on another Windows drive
+        return path.absolute().as_uri()
+
+
+def _justify(ratios: Sequence[float], row: float) -> list[str]:
+    """CSS widths of pictures such that they fill rows of nearly equal height from side to side.
+
+    A script would measure the window. Without one, widths are made for rows about `row` times as wide as high, and
+    the style sheet chooses among several. Too few pictures for one row do not fill it.
+    """
+    if not ratios:
+        return []
+
+    def flaw(rows: list[list[float]]) -> float:
+        heights = [math.log(sum(line) / row) for line in rows]
+        return max(map(abs, heights)) + (max(heights) - min(heights)) / 2
+
+    guess = int(sum(ratios) / row)
+    rows = min((_split(ratios, count) for count in range(max(1, guess - 1), guess + 3)), key=flaw)
+    widths = []
+    for line in rows:
+        scale = max(sum(line), row) if len(rows) == 1 else sum(line)
+        for ratio in line:
+            share = ratio / scale
+            # 0.01 % less, lest rounding push the last picture of a row into the next.
+            widths.append(f"calc({100 * share - 0.01:.2f}% - {GAP * (len(line) - 1) * share:.2f}px)")
+    return widths
+
+
+def _split(ratios: Sequence[float], count: int) -> list[list[float]]:
+    """Pictures in order, in at most `count` rows of nearly equal sums."""
+    total = sum(ratios)
+    rows: defaultdict[int, list[float]] = defaultdict(list)
+    for ratio, end in zip(ratios, accumulate(ratios), strict=True):
+        rows[int((end - ratio / 2) * count / total)].append(ratio)
+    return list(rows.values())
+
+
+NO_PICTURE = (
+    '<svg viewBox="0 0 24 24" width="28" height="28" fill="none" stroke="currentColor" stroke-width="1.5">'
+    '<path d="M3 3l18 18M8 4h12v12M17.5 20H4V6.5M4 17l5-5 3 3"/></svg>'
+)
+
+PAGE = Template("""<!doctype html>
 <html lang="en">
+<head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>$title</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --ground: #f6f6f3; --paper: #fff; --ink: #1c1f22; --soft: #5c6369; --line: #dfe0dc;
-  --right: #17753a; --wrong: #a3333d; --link: #1a56a8;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #141618; --paper: #1e2124; --ink: #e9eaeb; --soft: #a0a7ad; --line: #33383c; --right: #5fcf88;
-    --wrong: #ef8e96; --link: #8ab8f5;
-  }
-}
-* { box-sizing: border-box; margin: 0; padding: 0 }
-body {
-  font: 15px/1.45 system-ui, "Segoe UI", Roboto, "Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
-    sans-serif;
-  background: var(--ground); color: var(--ink); max-width: 1640px; margin: 0 auto; padding: 28px clamp(14px, 3vw, 48px);
-}
-h1 { font-size: 21px; font-weight: 650; letter-spacing: -.01em }
-dl { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 14px 0 18px }
-dt { color: var(--soft); font-size: 12.5px }
-dd { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums }
-nav { display: flex; flex-wrap: wrap; gap: 6px 8px; margin-bottom: 10px }
-nav a {
-  color: var(--link); text-decoration: none; font-size: 13px; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 99px; padding: 2px 11px;
-}
-nav a:hover { border-color: currentColor }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
-section {
-  border-top: 1px solid var(--line); padding: 18px 0 20px; content-visibility: auto; contain-intrinsic-size: auto 240px;
-}
-h2 { font-size: 17px; font-weight: 600; display: inline; overflow-wrap: anywhere }
-section p { display: inline; color: var(--soft); font-size: 13px; margin-left: 10px }
-ol { list-style: none; display: flex; flex-wrap: wrap; gap: 12px; margin-top: 12px }
-li { flex: 0 1 auto; max-width: 100% }
-figure {
-  background: var(--paper); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; min-width: 104px;
-  width: min-content;
-}
-img { display: block; height: 132px; width: auto; max-width: min(300px, 86vw); object-fit: cover; margin: 0 auto }
-.none {
-  height: 132px; width: 132px; display: grid; place-content: center; text-align: center; color: var(--soft);
-  font-size: 12px; padding: 8px; overflow: hidden; overflow-wrap: anywhere;
-}
-figcaption { display: flex; flex-wrap: wrap; gap: 0 7px; padding: 5px 8px 6px; font-size: 12px; line-height: 1.5 }
-.rank { font-weight: 650 }
-.score { color: var(--soft); margin-left: auto; font-variant-numeric: tabular-nums }
-.label {
-  flex: 1 0 100%; width: 0; color: var(--soft); white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
-  direction: rtl; text-align: left; unicode-bidi: plaintext;
-}
-.mark { font-weight: 600 }
-.right figure { border-color: var(--right); box-shadow: 0 0 0 1px var(--right) }
-.right .mark { color: var(--right) } .right .mark::before { content: "✓ " / "" }
-.wrong .mark { color: var(--wrong) } .wrong .mark::before { content: "✕ " / "" }
-.wrong img { opacity: .72 }
-footer { border-top: 1px solid var(--line); padding-top: 12px; color: var(--soft); font-size: 12.5px }
-@media (max-width: 640px) { ol { gap: 8px } img, .none { height: 104px } }
-@media print { section { break-inside: avoid } }
-</style>
-<h1>$title</h1>
-<dl>$facts</dl>
-$contents
-<main>
+<style>$style</style>
+</head>
+<body>
+<header class="top"><h1 lang="" dir="auto">$title</h1><dl>$facts</dl></header>
+$navigation
+<main id="found">
 $sections
 </main>
-<footer>Best first; the number at the right of each picture is the cosine of picture and text.</footer>
+<footer>Best match first. The score is the cosine similarity of text and picture; a picture links to its file.</footer>
+</body>
 </html>
 """)
+
+STYLE = """
+:root { --paper: #fbfbfa; --tile: #efeeec; --line: #e2e0dc; --ink: #1d1c1a; --soft: #5f5b55; --right: #15753a;
+  --link: #1f5fbf; font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "PingFang SC",
+  "Hiragino Sans GB", "Microsoft YaHei", "Noto Sans CJK SC", "Source Han Sans SC", sans-serif; }
+@media (prefers-color-scheme: dark) { :root { --paper: #151617; --tile: #222426; --line: #303336; --ink: #ecebe8;
+  --soft: #a5a29c; --right: #5fd38a; --link: #8ab8ff; } }
+* { box-sizing: border-box; margin: 0; }
+body { max-width: 2000px; margin: auto; padding: 28px clamp(14px, 3vw, 40px); background: var(--paper);
+  color: var(--ink); display: grid; grid-template-columns: minmax(0, 1fr); gap: 26px 36px; overflow-wrap: anywhere; }
+ol { list-style: none; padding: 0; }
+a { color: inherit; text-decoration: none; border-radius: 6px; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+.skip { position: absolute; left: -9999px; }
+.skip:focus { left: 14px; top: 6px; background: var(--paper); z-index: 1; }
+
+.top { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
+h1 { font-size: 1.5rem; font-weight: 650; letter-spacing: -.015em; line-height: 1.2; }
+dl { display: flex; flex-wrap: wrap; gap: 14px 45px; overflow: hidden; }
+dl div { display: flex; flex-direction: column-reverse; justify-content: flex-end; position: relative; }
+dl div::before { content: ""; position: absolute; inset: 2px auto 2px -23px; border-left: 1px solid var(--line); }
+@media (max-width: 560px) {
+  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 12px; }
+  dl div::before { content: none; }
+}
+dd { font-size: 1.35rem; font-weight: 600; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
+dt, footer, section p, nav { color: var(--soft); font-size: .82rem; }
+
+nav { max-height: 15rem; overflow: auto; border: solid var(--line); border-width: 1px 0; padding: 10px 0; }
+nav h2 { font-size: inherit; font-weight: 600; color: var(--ink); }
+nav label { display: flex; gap: 6px; align-items: center; padding: 4px 0 8px; }
+nav input { accent-color: var(--right); }
+nav a { display: flex; gap: 8px; padding: 3px 4px; }
+nav a > span:not(.word) { flex: 1; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; }
+nav a:hover { background: var(--tile); color: var(--ink); }
+nav .word { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+body:has(#misses:checked) .hit { display: none; }
+@media (min-width: 1080px) {
+  body:has(nav) { grid-template-columns: 232px minmax(0, 1fr); }
+  .top, footer { grid-column: 1 / -1; }
+  nav { position: sticky; top: 0; max-height: 100vh; border-width: 0 1px 0 0; padding: 4px 12px 20px 0; }
+}
+
+main { container-type: inline-size; display: grid; grid-template-columns: minmax(0, 1fr); gap: 30px;
+  align-content: start; }
+/* The padding is room for outlines, which content-visibility would clip. */
+section { content-visibility: auto; contain-intrinsic-height: auto 450px; padding: 5px; margin: -5px; }
+section header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding-bottom: 9px; }
+section h2 { font-size: 1.08rem; font-weight: 600; line-height: 1.35; }
+section ol { display: flex; flex-wrap: wrap; align-items: start; gap: 12px GAPpx; }
+section li { width: var(--s); }
+@container (min-width: 560px) { section li { width: var(--m); } }
+@container (min-width: 880px) { section li { width: var(--l); } }
+@container (min-width: 1400px) { section li { width: var(--xl); } }
+section li a { display: block; }
+.tile { display: block; width: 100%; height: auto; aspect-ratio: var(--ratio); object-fit: contain; border-radius: 6px;
+  background: var(--tile); }
+img.tile { outline: 1px solid rgb(128 128 128 / .16); outline-offset: -1px; }
+div.tile { display: flex; flex-direction: column; align-items: center; justify-content: center; gap: 6px; padding: 8px;
+  overflow: hidden; color: var(--soft); font-size: .75rem; line-height: 1.3; text-align: center; }
+div.tile svg { flex: none; }
+.right .tile { box-shadow: 0 0 0 2px var(--paper), 0 0 0 4px var(--right); }
+figcaption { padding: 5px 1px 0; font-size: .75rem; line-height: 1.4; color: var(--soft);
+  font-variant-numeric: tabular-nums; }
+.line { display: flex; flex-wrap: wrap; gap: 0 6px; height: 1.4em; overflow: hidden; }
+.line b { color: var(--ink); }
+.yes { color: var(--right); font-weight: 650; }
+i { font-style: normal; }
+.label { display: block; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+@media print { nav, .skip { display: none; } section { content-visibility: visible; break-inside: avoid; } }
+""".replace("GAPpx", f"{GAP}px")

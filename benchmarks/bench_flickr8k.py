@@ -1,0 +1,96 @@
+"""Quality on real pictures: train from scratch, export, index, evaluate, and compare the bundle with torch.
+
+    python benchmarks/bench_flickr8k.py DATA WORK [--lang en] [--lang zh]
+
+DATA is a folder with captions.tsv (path, split, lang, title) and images/. Everything runs through the commands that
+users run; the last part computes the recall of the same checkpoint with torch alone, without clipret's
+export, gallery or ranking. Chance is 1 % (ten of 1,000 pictures).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import keep
+
+from clipret.images import load
+from clipret.tables import read_table
+from clipret.text import Tokenizer
+from clipret.training.models import load_model
+
+
+def run(*command: object) -> tuple[str, float]:
+    """Standard output of a command and the CPU seconds, user and system, that it took."""
+    words = [str(word) for word in command]
+    print("$", *words, file=sys.stderr)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return output, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def torch_recall(run_folder: Path, data: Path, lang: str) -> dict[str, float]:
+    """recall@k of the run's best checkpoint in torch, float32, by sorting a plain matrix of cosines."""
+    table = read_table(data / "captions.tsv", f"split = 'val' and lang = '{lang}'")
+    paths = sorted({row["path"] for row in table.rows})
+    number = {path: at for at, path in enumerate(paths)}
+    answers: dict[str, set[int]] = {}
+    for row in table.rows:
+        answers.setdefault(row["title"].strip(), set()).add(number[row["path"]])
+    loaded = load_model(str(run_folder))
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (loaded.mean, loaded.std))
+    pixels = np.stack([load(data / "images" / path, loaded.image) for path in paths])
+    tokens = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(list(answers)))
+    with torch.inference_mode():
+        pictures = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        images: Any = torch.cat([loaded.model.encode_image(part, normalize=True) for part in pictures.split(100)])
+        texts: Any = torch.cat([loaded.model.encode_text(part, normalize=True) for part in tokens.split(500)])
+    order = (texts @ images.T).argsort(dim=1, descending=True, stable=True).numpy()
+    pairs = zip(order, answers.values(), strict=True)
+    first = np.array([min(np.flatnonzero(np.isin(row, list(right)))) for row, right in pairs])
+    return {f"recall_at_{k}": float((first < k).mean()) for k in (1, 5, 10)}
+
+
+def measure(data: Path, work: Path, lang: str) -> dict[str, Any]:
+    captions, images = data / "captions.tsv", data / "images"
+    chosen = f"lang = '{lang}'"
+    folder = work / f"{lang}-run"
+    train = ("--where", f"split = 'train' and {chosen}", "--val-where", f"split = 'val' and {chosen}")
+    _, cpu = run(
+        "clipret-train", "fit", captions, "--image-root", images, "--model", "clipret-small", *train, "--out", folder
+    )
+    result: dict[str, Any] = {"train_cpu_seconds": round(cpu, 1), "torch": torch_recall(folder, data, lang)}
+    for precision in ("fp32", "fp16"):
+        bundle, gallery = work / f"{lang}-{precision}", work / f"{lang}-{precision}-gallery"
+        run("clipret-export", folder, bundle, *(["--fp16"] if precision == "fp16" else []))
+        run("clipret-search", "index", bundle, captions, gallery, "--image-root", images, "--where", "split = 'val'")
+        only = ("--where", f"split = 'val' and {chosen}", "--image-root", images)
+        result[precision] = json.loads(run("clipret-search", "eval", gallery, captions, *only, "--json")[0])
+        difference = 100 * (result[precision]["recall_at_10"] - result["torch"]["recall_at_10"])
+        result[precision]["recall_at_10_minus_torch_points"] = round(difference, 3)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path, help="a new folder for runs, bundles and galleries")
+    parser.add_argument("--lang", action="append", choices=["en", "zh"])
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True)
+    results = {lang: measure(arguments.data, arguments.work, lang) for lang in arguments.lang or ["en", "zh"]}
+    for lang, result in results.items():
+        for kind in ("torch", "fp32", "fp16"):
+            shares = "  ".join(f"R@{k} {100 * result[kind][f'recall_at_{k}']:5.2f} %" for k in (1, 5, 10))
+            print(f"{lang} {kind:5} {shares}   (training {result['train_cpu_seconds']} CPU s)", file=sys.stderr)
+    keep("flickr8k", results)
+
+
+if __name__ == "__main__":
+    main()
