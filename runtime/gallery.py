@@ -133,8 +133,9 @@ class Gallery:
 
     @cached_property
     def _database(self) -> sqlite3.Connection:
-        # sqlite would make an empty database of a missing one; mode=rw refuses.
-        uri = (self.path / "gallery.db").as_uri() + "?mode=rw"
+        file = self.path / "gallery.db"
+        # Never mode=rwc, with which sqlite would make an empty database of a missing one.
+        uri = file.as_uri() + ("?mode=rw" if os.access(file, os.W_OK) else "?mode=ro")
         try:
             return sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
         except sqlite3.Error as error:
@@ -242,12 +243,16 @@ class Gallery:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the one writer, after sweeping what an interrupted one left. Raises ClipretError beside another."""
-        with (self.path / "gallery.lock").open("w") as lock:
-            _lock(lock.fileno(), self.path)
-            named = {_shard_name(number) for (number,) in self._query("SELECT number FROM shards")}
-            for file in self.path.iterdir():
-                if file.suffix == ".tmp" or (file.name.startswith("rows-") and file.name not in named):
-                    file.unlink()
+        with contextlib.ExitStack() as stack:
+            try:
+                lock = stack.enter_context((self.path / "gallery.lock").open("w"))
+                _lock(lock.fileno(), self.path)
+                named = {_shard_name(number) for (number,) in self._query("SELECT number FROM shards")}
+                for file in self.path.iterdir():
+                    if file.suffix == ".tmp" or (file.name.startswith("rows-") and file.name not in named):
+                        file.unlink()
+            except OSError as error:
+                raise ClipretError(f"{self.path} cannot be written: {error.strerror}; mend its permissions") from None
             yield
 
     def append(self, pictures: Sequence[Picture], rows: npt.NDArray[np.float32]) -> None:
