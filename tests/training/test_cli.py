@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from clipret.training.cli import AUGMENTS, main
+
+
+@pytest.fixture
+def captions(colour_folder: Path) -> Path:
+    file = colour_folder.parent / "captions.tsv"
+    rows = [
+        f"{path.relative_to(colour_folder)}\ta {path.parent.name} thing" for path in sorted(colour_folder.rglob("*.*"))
+    ]
+    file.write_text("image\tcaption\n" + "\n".join(rows) + "\n")
+    return file
+
+
+def fit(captions: Path, out: Path, *more: str) -> list[str]:
+    root = captions.parent / "pictures"
+    base = ["fit", str(captions), "--image-root", str(root), "--model", "clipret-small", "--out", str(out)]
+    return [*base, "--epochs", "1", "--threads", "1", "--val-split", "0.3", *more]
+
+
+def test_fit_prints_a_table_and_names_what_it_skipped(captions: Path, tmp_path: Path) -> None:
+    (captions.parent / "pictures" / "red" / "0.jpg").write_bytes(b"broken")
+    result = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert "recall@10" in result.stdout
+    assert "text to image" in result.stdout
+    assert "unreadable pictures: 1, listed in" in result.stderr
+    assert "epoch   1" in result.stderr
+
+
+def test_fit_json_is_the_metrics_file_s_line(captions: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--json", "--augment", "surveillance"))
+    value = json.loads(result.stdout)
+    assert value["last"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert value["skipped"] == 0
+
+
+def test_an_error_is_one_line_and_status_1(captions: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--where", "colour = 1"))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "its columns are image, caption" in result.stderr
+
+
+def test_data_scenes_calls_the_painter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = {}
+    monkeypatch.setattr(
+        "clipret.training.scenes.write_set", lambda out, **given: seen.update(given, out=out), raising=False
+    )
+    arguments = ["data", "scenes", str(tmp_path / "s"), "--count", "3", "--style", "surveillance", "--seed", "7"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert seen == {"out": tmp_path / "s", "count": 3, "style": "surveillance", "seed": 7, "workers": 1}
+
+
+def test_help_teaches_and_does_not_import_torch() -> None:
+    code = (
+        "import sys; from clipret.training.cli import main\n"
+        "try: main(['fit', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--val-where \"lang = 'en' and split = 'val'\"" in done.stdout
+    assert "Go on from an earlier run" in done.stdout
+
+
+def test_the_choices_of_augment_are_those_there_are() -> None:
+    from clipret.training import augment
+
+    assert AUGMENTS == augment.AUGMENTS

@@ -1,0 +1,174 @@
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from clipret.errors import ClipretError
+from clipret.text import Tokenizer
+from clipret.training.config import FitConfig
+from clipret.training.data import Pictures, Texts, read_pairs
+from clipret.training.fit import fit
+from clipret.training.models import load_model
+from clipret.training.validation import recall
+
+SHADES = {"red": (230, 40, 40), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 plain pictures in four colours with three titles each, and one file that is no picture."""
+    folder = tmp_path_factory.mktemp("toy")
+    rng = np.random.default_rng(0)
+    lines = ["path,title,part"]
+    for number in range(48):
+        colour = list(SHADES)[number % 4]
+        pixels = np.array(SHADES[colour]) + rng.integers(-25, 26, (24, 30, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+        part = "val" if number >= 36 else "train"
+        lines += [f"{number}.png,{title},{part}" for title in (f"a {colour} picture", f"{colour} paint", colour)]
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no more")
+    lines.append("broken.jpg,a red picture,train")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def config(toy: Path, **given: Any) -> FitConfig:
+    values: dict[str, Any] = {"model": "clipret-small", "epochs": 2, "batch_size": 12, "threads": 1}
+    values |= {"precision": "fp32", "val_where": "part = 'val'"}
+    return FitConfig.for_model(str(toy / "list.csv"), **(values | given))
+
+
+@pytest.fixture(scope="module")
+def run(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(config(toy, epochs=8), tmp_path_factory.mktemp("runs") / "run").run
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_the_colours_are_found(run: Path) -> None:
+    metrics = lines_of(run)
+    assert [line["epoch"] for line in metrics] == list(range(1, 9))
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    assert [("text_to_image" in line) for line in metrics] == [False] * 4 + [True] + [False, False] + [True]
+    assert metrics[-1]["text_to_image"]["queries"] == 12  # 4 colours x 3 titles, whatever number of pictures each has
+    assert metrics[-1]["text_to_image"]["recall_at_1"] > 0.7
+    assert metrics[-1]["lr"] < metrics[3]["lr"]
+
+
+def test_the_run_folder_is_complete(run: Path, toy: Path) -> None:
+    params = tomllib.loads((run / "params.toml").read_text())
+    assert params["model"] == "clipret-small"
+    assert FitConfig(**({"crop_size": None} | params)) == config(toy, epochs=8)
+    assert (run / "skipped.tsv").read_text().splitlines()[1].startswith(f"{toy / 'broken.jpg'}\tnot a picture")
+    assert sorted(file.name for file in run.rglob("*") if file.is_file()) == [
+        "best.safetensors",
+        "last.safetensors",
+        "log.txt",
+        "metrics.jsonl",
+        "model.json",
+        "params.toml",
+        "skipped.tsv",
+        "tokenizer.json",
+    ]
+
+
+def test_a_loaded_run_measures_what_the_training_reported(run: Path, toy: Path) -> None:
+    loaded = load_model(str(run))
+    pairs = read_pairs(toy / "list.csv", where="part = 'val'")
+    pictures = Pictures(pairs.paths, loaded.image, threads=1, cache_limit=1 << 30)
+    measured = recall(loaded, pairs, pictures, Texts(loaded, pairs), torch.device("cpu"))
+    best = max(
+        (line for line in lines_of(run) if "text_to_image" in line), key=lambda m: m["text_to_image"]["recall_at_10"]
+    )
+    assert {key: best[key] for key in measured} == measured
+
+
+def test_a_run_loads_to_the_same_bits_from_folder_and_checkpoint(run: Path) -> None:
+    first, second = load_model(str(run)), load_model(str(run / "checkpoints" / "best.safetensors"))
+    pixels = torch.rand(2, 3, 80, 80)
+    ids = torch.from_numpy(Tokenizer(first.tokenizer_json, first.text)(["a red picture", "blue"]))
+    assert torch.equal(first.model.encode_image(pixels), second.model.encode_image(pixels))
+    assert torch.equal(first.model.encode_text(ids), second.model.encode_text(ids))
+    assert first.source_sha256 == second.source_sha256
+    assert first.model.logit_scale.exp() <= 100
+
+
+def test_the_seed_decides_everything(toy: Path, tmp_path: Path) -> None:
+    results = [
+        fit(config(toy, seed=seed, cache_limit=limit), tmp_path / name).last["loss"]
+        for seed, limit, name in ((1, 4.0, "a"), (1, 0.0, "b"), (2, 4.0, "c"))
+    ]
+    assert results[0] != results[2]
+    # Streaming meets the broken picture in the middle of an epoch and so cuts its batches elsewhere.
+    assert results[0] == pytest.approx(results[1], rel=0.2)
+    assert fit(config(toy, seed=1), tmp_path / "d").last["loss"] == results[0]
+
+
+def test_going_on_from_a_run(run: Path, toy: Path, tmp_path: Path) -> None:
+    result = fit(config(toy, model=str(run), epochs=1, lr=1e-5), tmp_path / "next")
+    assert result.last["loss"] < lines_of(run)[0]["loss"]
+    assert (result.run / "tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
+
+
+def test_open_clip_models_go_through_the_same_loop(toy: Path, tmp_path: Path) -> None:
+    model_cfg = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    folder = tmp_path / "tiny-clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**model_cfg).state_dict(), folder / "open_clip_model.safetensors")
+    start = load_model(str(folder))
+    result = fit(config(toy, model=str(folder), epochs=3, lr=1e-3, precision="bf16"), tmp_path / "run")
+    losses = [line["loss"] for line in lines_of(result.run)]
+    assert losses[-1] < losses[0]
+    trained = load_model(str(result.run))
+    assert (trained.image, trained.text, trained.name) == (start.image, start.text, start.name)
+    assert not torch.equal(trained.model.visual.proj, start.model.visual.proj)
+    # The checkpoint keeps open_clip's own names: its loader takes it.
+    reference = open_clip.create_model(f"local-dir:{result.run}", load_weights=False)
+    open_clip.load_checkpoint(reference, str(result.run / "checkpoints" / "best.safetensors"))
+    assert torch.equal(reference.visual.proj, trained.model.visual.proj)
+
+
+def test_held_out_pictures_are_not_trained_on(toy: Path, tmp_path: Path) -> None:
+    log = (fit(config(toy, epochs=1), tmp_path / "run").run / "log.txt").read_text()
+    assert "37 pictures with 12 titles to train on, 12 held out" in log  # broken.jpg is found out later
+
+
+def test_a_taken_folder_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    missing = FitConfig.for_model(str(tmp_path / "missing.csv"), "clipret-small")
+    with pytest.raises(ClipretError, match="not empty"):
+        fit(missing, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"title_column": "caption"}, "its columns are path, title, part"),
+        ({"image_root": "/nowhere"}, "can be read, for example /nowhere"),
+        ({"where": "part = 'val'"}, "held out"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"lr": 1e20}, "loss is (nan|inf) at step"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(
+    toy: Path, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ClipretError, match=message) as caught:
+        fit(config(toy, **given), tmp_path / "run")
+    assert "\n" not in str(caught.value)
