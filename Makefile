@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEAN := .venv-lean
+EVERYTHING := .[cpu,train,export,dev]
 UV := $(shell command -v uv 2>/dev/null)
 # $(call install,VENV,PACKAGES)
 ifdef UV
@@ -49,7 +50,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.full: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(call install,$(VENV),-e '.[cpu,train,export,dev]')
+	$(call install,$(VENV),-e '$(EVERYTHING)')
 	touch $@
 
 # The wheel as a user gets it, in a venv that holds the runtime and pytest and nothing else.
