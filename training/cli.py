@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -140,7 +140,7 @@ def data() -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same pictures.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
-def scenes(out: Path, count: int, style: str, seed: int, workers: int) -> None:
+def scenes(out: Path, count: int, style: Literal["web", "surveillance"], seed: int, workers: int) -> None:
     """Draw traffic scenes with titles into the folder OUT."""
     from clipret.training.scenes import write_set
 

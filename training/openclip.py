@@ -54,7 +54,7 @@ def load_open_clip(name: str, pretrained: str | None, *, seed: int, weights: Pat
     file = weights or (Path(pretrained) if pretrained is not None and Path(pretrained).is_file() else None)
     return LoadedModel(
         model=model.eval(),
-        name=name,
+        name=Path(name.removeprefix("local-dir:")).name if name.startswith("local-dir:") else name,
         config={"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess},
         image=_image_spec(name, preprocess),
         mean=tuple(preprocess["mean"]),

@@ -16,7 +16,8 @@ from clipret.bundle import ImageSpec, TextSpec
 
 __all__ = ["IMAGE", "MEAN", "STD", "TEXT", "SmallClip", "SmallConfig"]
 
-IMAGE = ImageSpec(size=80)
+# The whole picture: traffic is wide and people are tall. The bars beside it have about CLIP's mean brightness.
+IMAGE = ImageSpec(size=80, resize="longest", fill=116)
 TEXT = TextSpec(context_length=64, clean="lower", pad_to="longest", pad_id=0)
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, the means and deviations of photographs from the web
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -72,6 +72,7 @@ def test_the_seed_decides_new_weights_and_leaves_torchs_alone() -> None:
 def test_open_clip_folder_is_open_clips_model(tiny: Path) -> None:
     loaded = load_model(str(tiny))
     reference = open_clip.create_model(f"local-dir:{tiny}").eval()
+    assert loaded.name == tiny.name
     assert loaded.image == ImageSpec(32, "longest", "bilinear", fill=0)
     assert loaded.text == TextSpec(77, "clip", "longest")
     assert (loaded.mean, loaded.std) == ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
