@@ -168,8 +168,9 @@ def _justify(ratios: Sequence[float], row: float) -> list[str]:
         return []
 
     def flaw(rows: list[list[float]]) -> float:
-        heights = [math.log(sum(line) / row) for line in rows]
-        return max(map(abs, heights)) + (max(heights) - min(heights)) / 2
+        lengths = [math.log(sum(line) / row) for line in rows]
+        # Short rows make large pictures, which is worse than small ones: few fit on the screen.
+        return max(max(length, -2 * length) for length in lengths) + max(lengths) - min(lengths)
 
     guess = int(sum(ratios) / row)
     rows = min((_split(ratios, count) for count in range(max(1, guess - 1), guess + 3)), key=flaw)

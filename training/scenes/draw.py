@@ -36,7 +36,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom on the canva
 
 def _draw_subject(image: Image.Image, scene: Scene, kerb: float, rng: np.random.Generator) -> Box:
     aspect = ASPECTS[scene.type]
-    width = min(image.width * rng.uniform(0.52, 0.86), image.height * 0.62 * aspect)
+    width = min(image.width * rng.uniform(0.55, 0.94), image.height * 0.66 * aspect)
     height = width / aspect
     left = (image.width - width) * rng.uniform(0.2, 0.8)
     ground = kerb - image.height * rng.uniform(0.02, 0.07)
