@@ -1,11 +1,14 @@
 """From a model to a bundle, which is written only after its towers agreed with torch."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 
 from clipret.bundle import FORMAT, Bundle, FileEntry, Manifest, file_entry
 from clipret.export.graph import write_onnx
@@ -49,6 +52,11 @@ def export_bundle(
 def _prepare(model: nn.Module, precision: str) -> None:
     """Rewrite the model in place into what exports well and, for fp16, multiplies in half."""
     model.eval().requires_grad_(False)
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        # Into the convolutions before them; engines would do the same, but not across the casts of fp16. A tower that
+        # cannot be traced keeps its normalisations and is merely slower.
+        with contextlib.suppress(TraceError):
+            model.visual = fuse(model.visual)  # type: ignore[arg-type]
     replace_modules(model, nn.MultiheadAttention, PlainAttention)
     if precision == "fp16":
         to_half(model)

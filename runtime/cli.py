@@ -127,20 +127,15 @@ def query(
     """
     searcher = _open(gallery, bundle, device, threads)
     with searcher.gallery:
-        results = searcher.search(texts, k)
-    if html is not None:
-        sections = [Section(text, [_card(hit) for hit in hits]) for text, hits in zip(texts, results, strict=True)]
-        write_page(html, title=f"clipret: {gallery.name}", facts=_gallery_facts(searcher), sections=sections)
-        click.echo(f"page: {html.absolute()}", err=True)
+        results = list(zip(texts, searcher.search(texts, k), strict=True))
+        if html is not None:
+            sections = [Section(text, [_card(hit) for hit in hits]) for text, hits in results]
+            write_page(html, title=f"clipret: {gallery.name}", facts=_gallery_facts(searcher), sections=sections)
+            click.echo(f"page: {html.absolute()}", err=True)
     if as_json:
-        _print_json(
-            [
-                {"query": text, "hits": [_as_dict(hit) for hit in hits]}
-                for text, hits in zip(texts, results, strict=True)
-            ]
-        )
+        _print_json([{"query": text, "hits": [_as_dict(hit) for hit in hits]} for text, hits in results])
         return
-    for number, (text, hits) in enumerate(zip(texts, results, strict=True)):
+    for number, (text, hits) in enumerate(results):
         if len(texts) > 1:
             click.echo(("\n" if number else "") + text)
         click.echo(
@@ -213,7 +208,8 @@ def _open(gallery: Path, bundle: Path | None, device: str, threads: int | None) 
 def _write_eval_page(out: Path, searcher: Searcher, truth: GroundTruth, metrics: Metrics, count: int) -> None:
     """The page shows an even sample of the queries, so that it is neither the best nor the worst of them."""
     texts = list(truth.relevant)
-    sample = texts[:: max(1, len(texts) // count)][:count]
+    count = min(count, len(texts))
+    sample = [texts[number * len(texts) // count] for number in range(count)]
     sections = []
     for text, hits in zip(sample, searcher.search(sample, 10), strict=True):
         right = set(truth.relevant[text])
@@ -222,17 +218,12 @@ def _write_eval_page(out: Path, searcher: Searcher, truth: GroundTruth, metrics:
         found = sum(hit.path in right for hit in hits)
         sections.append(Section(text, cards, f"{found} of the first {len(hits)} right; {len(right)} {noun} to find"))
     title = f"clipret: evaluation of {searcher.gallery.path.name}"
-    facts = [
-        *_facts(metrics),
-        ("pictures", f"{len(searcher.gallery):,}"),
-        ("model", searcher.encoder.bundle.manifest.model),
-    ]
-    write_page(out, title=title, facts=facts, sections=sections)
+    write_page(out, title=title, facts=[*_facts(metrics), *_gallery_facts(searcher)], sections=sections)
 
 
 def _gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:
     manifest = searcher.encoder.bundle.manifest
-    return (("pictures", f"{searcher.ranker.count:,}"), ("model", f"{manifest.model} {manifest.precision}"))
+    return (("pictures", f"{len(searcher.gallery):,}"), ("model", f"{manifest.model} {manifest.precision}"))
 
 
 def _facts(metrics: Metrics) -> Sequence[tuple[str, str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import open_clip
 import pytest
 import torch
@@ -19,6 +20,8 @@ from clipret.export.pipeline import export_bundle
 from clipret.export.precision import to_half
 from clipret.export.towers import PlainAttention, replace_modules
 from clipret.export.verify import TEXTS, pictures
+from clipret.training.models import load_model
+from clipret.training.run import RunFolder
 
 CONFIG: dict[str, Any] = {
     "model_cfg": {
@@ -71,6 +74,24 @@ def test_the_bundle_equals_open_clip_from_picture_to_row(bundle: Bundle, model: 
         rows = np.concatenate([batch.rows for batch in encoder.encode_images(pictures(), lambda picture: picture)])
         np.testing.assert_allclose(rows, images, atol=tolerance)
         np.testing.assert_allclose(encoder.encode_texts(TEXTS), texts, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_of_the_small_model(precision: Literal["fp32", "fp16"], tmp_path: Path) -> None:
+    """A run folder exports from its best checkpoint, its normalisations folded into the convolutions."""
+    loaded = load_model("clipret-small", captions=[*TEXTS, "一辆红色的轿车"], seed=1)
+    for module in loaded.model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after some training: nothing is at its initial value
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+    run = RunFolder.create(tmp_path / "run", {"seed": 1}, loaded)
+    run.save(loaded, "best")
+    bundle = export_bundle(str(tmp_path / "run"), tmp_path / "bundle", precision=precision)
+    assert bundle.manifest.model == "clipret-small"
+    kinds = {node.op_type for node in onnx.load(bundle.path / "image.onnx").graph.node}
+    assert "Conv" in kinds
+    assert "BatchNormalization" not in kinds
 
 
 def test_rows_have_unit_length_and_any_text_length_runs(bundle: Bundle) -> None:
