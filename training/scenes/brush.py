@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 
-from PIL import ImageDraw
+import numpy as np
+from PIL import Image, ImageDraw
 
 __all__ = ["Brush", "Color", "Point", "mix", "shade"]
 
@@ -24,35 +26,87 @@ def shade(color: Color, amount: float) -> Color:
 
 @dataclass(frozen=True)
 class Brush:
-    """Draws in the box that stands with its lower left corner on (left, ground), in pixels of the canvas."""
+    """Draws in the box that stands with its lower left corner on (left, ground), in pixels of the image.
 
-    canvas: ImageDraw.ImageDraw
+    Lengths that have no direction (a radius, a thickness, the rounding of corners) are shares of the box's height.
+    """
+
+    image: Image.Image
     left: float
     ground: float
     width: float
     height: float
     mirrored: bool = False
 
+    @cached_property
+    def _canvas(self) -> ImageDraw.ImageDraw:
+        return ImageDraw.Draw(self.image)
+
     def at(self, point: Point) -> Point:
         x = 1 - point[0] if self.mirrored else point[0]
         return self.left + x * self.width, self.ground - point[1] * self.height
 
-    def polygon(self, points: Sequence[Point], color: Color) -> None:
-        self.canvas.polygon([self.at(point) for point in points], fill=color)
+    def polygon(self, points: Sequence[Point], color: Color, round_by: float = 0.0) -> None:
+        self._canvas.polygon(self._outline(points, round_by), fill=color)
+
+    def gradient(self, points: Sequence[Point], stops: Sequence[tuple[float, Color]], round_by: float = 0.0) -> None:
+        """A polygon filled from bottom to top with the colours of `stops`, which rise in y."""
+        outline = self._outline(points, round_by)
+        left, top = (int(min(axis)) for axis in zip(*outline, strict=True))
+        right, bottom = (int(max(axis)) + 1 for axis in zip(*outline, strict=True))
+        mask = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(mask).polygon([(x - left, y - top) for x, y in outline], fill=255)
+        heights = (self.ground - np.arange(top, bottom)) / self.height
+        levels = np.array([color for _, color in stops], float)
+        column = np.stack([np.interp(heights, [y for y, _ in stops], channel) for channel in levels.T], axis=1)
+        fill = Image.fromarray(column[:, None, :].astype(np.uint8))  # [height,1,3]
+        self.image.paste(fill.resize(mask.size, Image.Resampling.NEAREST), (left, top), mask)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, color: Color, round_by: float = 0.0) -> None:
-        """A rectangle; `round_by` is the corners' radius as a share of the box's height."""
         (a, b), (c, d) = self.at((x0, y0)), self.at((x1, y1))
         edges = (min(a, c), min(b, d), max(a, c), max(b, d))
         radius = min(round_by * self.height, (edges[2] - edges[0]) / 2, (edges[3] - edges[1]) / 2)
-        self.canvas.rounded_rectangle(edges, radius, fill=color)
+        self._canvas.rounded_rectangle(edges, radius, fill=color)
 
-    def disc(self, x: float, y: float, radius: float, color: Color) -> None:
-        """`radius` as a share of the box's height."""
+    def disc(self, x: float, y: float, radius: float, color: Color, tall: float = 1.0) -> None:
+        """A disc, or an ellipse that is `tall` times as high as wide."""
         (cx, cy), r = self.at((x, y)), radius * self.height
-        self.canvas.ellipse((cx - r, cy - r, cx + r, cy + r), fill=color)
+        self._canvas.ellipse((cx - r, cy - r * tall, cx + r, cy + r * tall), fill=color)
 
     def line(self, points: Sequence[Point], color: Color, thickness: float) -> None:
-        """`thickness` as a share of the box's height."""
         width = max(1, round(thickness * self.height))
-        self.canvas.line([self.at(point) for point in points], fill=color, width=width, joint="curve")
+        self._canvas.line([self.at(point) for point in points], fill=color, width=width, joint="curve")
+
+    def limb(self, points: Sequence[Point], color: Color, thickness: float) -> None:
+        """A line with round ends."""
+        self.line(points, color, thickness)
+        for x, y in (points[0], points[-1]):
+            self.disc(x, y, thickness / 2, color)
+
+    def glow(self, x: float, y: float, radius: Point, color: Color, strength: float) -> None:
+        """Light (or, with a dark colour, shadow) that fades out; `radius` in x as a share of the width, then in y."""
+        (cx, cy), rx, ry = self.at((x, y)), radius[0] * self.width, radius[1] * self.height
+        size = max(2, round(2 * rx)), max(2, round(2 * ry))
+        mask = _spot().resize(size, Image.Resampling.BILINEAR).point([round(n * strength) for n in range(256)])
+        self.image.paste(color, (round(cx - rx), round(cy - ry)), mask)
+
+    def _outline(self, points: Sequence[Point], round_by: float) -> list[Point]:
+        """The polygon in pixels; each corner gives way to a parabola that starts `round_by` away from it."""
+        corners = np.array([self.at(point) for point in points])
+        if not round_by:
+            return [(float(x), float(y)) for x, y in corners]
+        reach = round_by * self.height
+        back, on = np.roll(corners, 1, axis=0) - corners, np.roll(corners, -1, axis=0) - corners
+        start, end = (
+            corners + edge * np.minimum(0.5, reach / np.maximum(np.hypot(*edge.T), 1e-6))[:, None]
+            for edge in (back, on)
+        )
+        t = np.linspace(0, 1, 5)[:, None, None]
+        curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * corners + t**2 * end  # [5,corners,2]
+        return [(float(x), float(y)) for x, y in curve.transpose(1, 0, 2).reshape(-1, 2)]
+
+
+@cache
+def _spot() -> Image.Image:
+    x, y = np.mgrid[-1:1:96j, -1:1:96j]
+    return Image.fromarray((255 * (1 - x**2 - y**2).clip(0) ** 2).astype(np.uint8))

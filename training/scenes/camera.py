@@ -7,52 +7,55 @@ from PIL import Image, ImageDraw, ImageFilter
 
 __all__ = ["degrade"]
 
-_SODIUM = np.array((1.06, 0.98, 0.82), np.float32)  # the tint of sodium lamps, mild enough to leave colours nameable
+_SODIUM = np.array((1.03, 0.99, 0.91), np.float32)  # the tint of sodium lamps, mild enough to leave colours nameable
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, strength: float = 1.0) -> Image.Image:
-    """An RGB picture as a surveillance camera would deliver it; `strength` 0 leaves it nearly as it is, 1 is hard.
+    """An RGB picture as a surveillance camera would deliver it, at most as large as it was.
 
-    The order is that of a camera: light, optics, sensor, overlay, codec.
+    `strength` 0 leaves it nearly as it is, 1 is hard. The order is that of a camera: light, optics, sensor,
+    overlay, codec. Low light stays mild enough for colours to keep their names: a dark orange would be called brown.
     """
-    pixels = np.asarray(image, np.float32) / 255
-    dark = rng.random() < 0.45
+    levels = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, axis=1)  # one curve a channel
+    dark = rng.random() < 0.4
     if dark:
-        pixels = pixels ** (1 + 0.2 * strength) * (1 - rng.uniform(0.1, 0.42) * strength)
+        levels = levels ** (1 + 0.15 * strength) * (1 - rng.uniform(0.06, 0.26) * strength)
         if rng.random() < 0.5:
-            pixels = pixels * (1 + (_SODIUM - 1) * strength)
+            levels = levels * (1 + (_SODIUM - 1) * strength)
     elif rng.random() < 0.25:
-        pixels = pixels * (1 - 0.25 * strength) + 0.25 * strength  # haze
-    image = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
+        haze = rng.uniform(0.05, 0.2) * strength
+        levels = levels * (1 - haze) + 0.8 * haze
+    image = image.point([int(level) for level in (levels.clip(0, 1) * 255).T.ravel()])
 
     chance = rng.random()
     if chance < 0.35:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.8) * strength))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.7) * strength))
     elif chance < 0.6:
-        image = _motion(image, 2 + int(rng.integers(1, 7) * strength))
+        image = _motion(image, 1 + int(rng.integers(2, 8) * strength))
 
-    share = 1 - rng.uniform(0.1, 0.62) * strength
-    small = (max(24, round(image.width * share)), max(24, round(image.height * share)))
-    image = image.resize(small, Image.Resampling.BILINEAR)
+    share = 1 - rng.uniform(0.05, 0.6) * strength
+    small = tuple(max(min(24, side), round(side * share)) for side in image.size)
+    image = image.resize((small[0], small[1]), Image.Resampling.BILINEAR)
 
-    pixels = np.asarray(image, np.float32)
     sigma = rng.uniform(2, 11 if dark else 7) * strength
-    grain = rng.normal(0, sigma, (image.height, image.width, 1)) + rng.normal(0, sigma / 2, pixels.shape)
-    image = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
+    grain = rng.standard_normal((image.height, image.width, 1), np.float32) * sigma  # of the brightness
+    speckle = rng.standard_normal((image.height, image.width, 3), np.float32) * (sigma / 2)  # of the colour
+    noisy = np.asarray(image, np.float32) + grain + speckle
+    image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 * strength:
         stamp = f"CAM{rng.integers(1, 40):02d} {rng.integers(0, 24):02d}:{rng.integers(0, 60):02d}"
-        ImageDraw.Draw(image).text((3, 2), stamp, fill=(230, 230, 230))
+        ImageDraw.Draw(image).text((3, 2), stamp, fill=(230, 230, 230), font_size=max(8, image.height // 18))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=int(90 - rng.uniform(20, 62) * strength))
+    image.save(buffer, "JPEG", quality=int(92 - rng.uniform(15, 62) * strength))
     return Image.open(buffer).convert("RGB")
 
 
 def _motion(image: Image.Image, length: int) -> Image.Image:
-    """Horizontal motion blur: the mean of `length` shifted copies."""
+    """Horizontal motion blur: the mean of `length` neighbours."""
     pixels = np.asarray(image, np.float32)
-    padded = np.pad(pixels, ((0, 0), (length, length), (0, 0)), mode="edge")
+    before = length // 2
+    padded = np.pad(pixels, ((0, 0), (before + 1, length - before - 1), (0, 0)), mode="edge")
     total = np.cumsum(padded, axis=1)
     blurred = (total[:, length:] - total[:, :-length]) / length
-    start = length // 2
-    return Image.fromarray(blurred[:, start : start + image.width].clip(0, 255).astype(np.uint8))
+    return Image.fromarray((blurred + 0.5).clip(0, 255).astype(np.uint8))

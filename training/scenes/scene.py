@@ -12,79 +12,109 @@ Style = Literal["web", "surveillance"]
 # The vocabulary of the traffic retrieval challenge. Nominal colours are far enough apart that a shade of one
 # is never a shade of another.
 COLORS: dict[str, tuple[int, int, int]] = {
-    "black": (34, 35, 40),
-    "blue": (38, 84, 190),
-    "brown": (112, 72, 44),
-    "green": (40, 132, 74),
-    "grey": (128, 131, 135),
-    "orange": (238, 126, 34),
-    "pink": (242, 150, 186),
-    "purple": (122, 62, 160),
-    "red": (204, 36, 40),
-    "white": (240, 241, 242),
-    "yellow": (246, 206, 48),
+    "black": (36, 38, 44),
+    "blue": (34, 92, 200),
+    "brown": (112, 70, 42),
+    "green": (38, 140, 78),
+    "grey": (134, 137, 142),
+    "orange": (244, 128, 28),
+    "pink": (246, 152, 190),
+    "purple": (126, 64, 168),
+    "red": (208, 34, 40),
+    "white": (240, 241, 243),
+    "yellow": (250, 210, 44),
 }
 TYPES = ("Bus", "Microbus", "Minivan", "SUV", "Sedan", "Truck")
-PLACES = ("street", "highway", "parking", "country", "tunnel")
-LIGHTS = ("day", "day", "overcast", "dusk", "night")
-CLOTHES = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
+PLACES = ("street", "highway", "parking", "country", "coast", "tunnel")
+LIGHTS = ("day", "overcast", "dusk", "night")
+_WALKS = ("street", "parking", "country", "coast")  # places where people walk
+
+
+def _pick(rng: np.random.Generator, **weights: float) -> str:
+    """One of the names, `_` for a space, by weight."""
+    shares = np.array(list(weights.values()))
+    return str(rng.choice(list(weights), p=shares / shares.sum())).replace("_", " ")
 
 
 @dataclass(frozen=True)
 class Person:
-    """What is to be seen of a person. `upper` and `lower` are colour names."""
+    """What is to be seen of a person. `upper` and `lower` are colour names; a dress and a coat are all `upper`."""
 
     female: bool
-    age: Literal["child", "adult", "elder"]
-    view: Literal["front", "side", "back"]
+    age: str  # child | adult | elder
+    view: str  # front | side | back
     upper: str
     lower: str
-    hat: bool
-    glasses: bool
-    bag: Literal["none", "backpack", "hand bag", "shoulder bag"]
-    sleeves: Literal["long", "short"]
-    pattern: Literal["plain", "stripes", "plaid"]
-    garment: Literal["trousers", "skirt", "coat"]
+    hat: bool = False
+    glasses: bool = False
+    bag: str = "none"  # none | backpack | hand bag | shoulder bag
+    sleeves: str = "long"  # long | short
+    pattern: str = "plain"  # plain | stripes | plaid | logo
+    garment: str = "trousers"  # trousers | skirt | dress | coat
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Self:
+        """Somebody of whom every attribute can be seen: no glasses from behind, no logo from the side."""
         female = bool(rng.random() < 0.5)
-        upper, lower = rng.choice(CLOTHES, 2, replace=False)
+        upper, lower = (str(name) for name in rng.choice(list(COLORS), 2, replace=False))
+        view = _pick(rng, front=1, side=1, back=1)
+        bag = _pick(rng, none=4, backpack=3, hand_bag=2, shoulder_bag=2)
+        garment = _pick(rng, trousers=5, skirt=2, dress=2, coat=2) if female else _pick(rng, trousers=4, coat=1)
+        covered = garment == "coat" or (bag == "backpack" and view == "back")
+        logo = 0 if view == "side" else 2
         return cls(
             female=female,
-            age=rng.choice(["child", "adult", "elder"], p=[0.2, 0.6, 0.2]),
-            view=rng.choice(["front", "side", "back"]),
-            upper=str(upper),
-            lower=str(lower),
+            age=_pick(rng, child=2, adult=6, elder=2),
+            view=view,
+            upper=upper,
+            lower=lower,
             hat=bool(rng.random() < 0.3),
-            glasses=bool(rng.random() < 0.25),
-            bag=rng.choice(["none", "backpack", "hand bag", "shoulder bag"], p=[0.4, 0.25, 0.2, 0.15]),
-            sleeves=rng.choice(["long", "short"]),
-            pattern=rng.choice(["plain", "stripes", "plaid"], p=[0.6, 0.25, 0.15]),
-            garment=rng.choice(["trousers", "skirt", "coat"], p=[0.5, 0.3, 0.2] if female else [0.8, 0.0, 0.2]),
+            glasses=bool(rng.random() < 0.3) and view != "back",
+            bag=bag,
+            sleeves="long" if garment == "coat" else _pick(rng, long=1, short=1),
+            pattern="plain" if covered else _pick(rng, plain=5, stripes=3, plaid=2, logo=logo),
+            garment=garment,
         )
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`color` and `type` are empty for a person; `person` is None for a vehicle."""
+    """`color`, `type` and `view` are empty for a person, whose own `person` is None for a vehicle."""
 
     kind: Literal["vehicle", "person"]
     color: str = ""
     type: str = ""
+    view: str = ""  # side | front | rear
     person: Person | None = None
     place: str = "street"
     light: str = "day"
     mirrored: bool = False
 
     @classmethod
+    def sample(cls, rng: np.random.Generator) -> Self:
+        """Four times out of five a vehicle, else a pedestrian."""
+        return cls.pedestrian(rng) if rng.random() < 0.2 else cls.vehicle(rng, int(rng.integers(66)))
+
+    @classmethod
     def vehicle(cls, rng: np.random.Generator, pair: int) -> Self:
         """A vehicle somewhere; colour and type are the `pair`-th of the 66, counted round and round."""
         color, kind = list(COLORS)[pair % len(COLORS)], TYPES[pair // len(COLORS) % len(TYPES)]
-        place, light = str(rng.choice(PLACES)), str(rng.choice(LIGHTS))
-        return cls("vehicle", color, kind, None, place, light, bool(rng.random() < 0.5))
+        return cls(
+            kind="vehicle",
+            color=color,
+            type=kind,
+            view=_pick(rng, side=9, front=1, rear=1),
+            place=str(rng.choice(PLACES)),
+            light=_pick(rng, day=4, overcast=2, dusk=2, night=2),
+            mirrored=bool(rng.random() < 0.5),
+        )
 
     @classmethod
     def pedestrian(cls, rng: np.random.Generator) -> Self:
-        place, light = str(rng.choice(["street", "parking", "country"])), str(rng.choice(LIGHTS))
-        return cls("person", "", "", Person.sample(rng), place, light, bool(rng.random() < 0.5))
+        return cls(
+            kind="person",
+            person=Person.sample(rng),
+            place=str(rng.choice(_WALKS)),
+            light=_pick(rng, day=4, overcast=2, dusk=2, night=2),
+            mirrored=bool(rng.random() < 0.5),
+        )

@@ -16,7 +16,7 @@ from clipret.console import progress
 from clipret.files import new_folder
 from clipret.training.scenes.draw import draw
 from clipret.training.scenes.scene import COLORS, TYPES, Scene, Style
-from clipret.training.scenes.words import LANGS, captions, query
+from clipret.training.scenes.words import LANGS, PERSON_QUERIES, captions, query
 
 __all__ = ["write_set"]
 
@@ -28,8 +28,9 @@ def write_set(out: Path, *, count: int, style: Style, seed: int, workers: int = 
     """Draw `count` scenes into the new folder `out`.
 
         images/000000.jpg …
-        captions.csv    path,lang,title,kind,color,type: three English and three Chinese captions a picture
-        queries.csv     title,path,lang,color,type: a query for each colour and type, a row for each answer
+        captions.csv        path,lang,title,kind,color,type: three English and three Chinese captions a picture
+        queries.csv         title,path,lang,color,type: a query for each colour and type, a row for each answer
+        person_queries.csv  title,path,lang: queries for people, a row for each answer
 
     Every scene has a generator of its own, so the same seed gives the same bytes with any number of `workers`
     (processes). The 66 pairs of colour and type occur equally often, to one. Raises ClipretError when `out` is not
@@ -43,15 +44,16 @@ def write_set(out: Path, *, count: int, style: Style, seed: int, workers: int = 
         pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
         with pool as executor:
             apply = partial(executor.map, chunksize=8) if executor is not None else map
-            drawn = progress(apply(make, range(count), seeds), total=count, desc="draw", unit="scene")
-            scenes = [(name, scene, rows) for name, scene, rows in drawn]
-        rows = [row for _, _, rows in scenes for row in rows]
-        (folder / "captions.csv").write_text(_csv(("path", "lang", "title", "kind", "color", "type"), rows), "utf-8")
-        answers = _answers([(name, scene) for name, scene, _ in scenes])
-        (folder / "queries.csv").write_text(_csv(("title", "path", "lang", "color", "type"), answers), "utf-8")
+            drawn = list(progress(apply(make, range(count), seeds), total=count, desc="draw", unit="scene"))
+        scenes = [(name, scene) for name, scene, _ in drawn]
+        titles = [row for _, _, rows in drawn for row in rows]
+        _write(folder / "captions.csv", ("path", "lang", "title", "kind", "color", "type"), titles)
+        _write(folder / "queries.csv", ("title", "path", "lang", "color", "type"), _answers(scenes))
+        _write(folder / "person_queries.csv", ("title", "path", "lang"), _person_answers(scenes))
 
 
 Row = tuple[str, ...]
+Drawn = Sequence[tuple[str, Scene]]
 
 
 def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Style) -> tuple[str, Scene, list[Row]]:
@@ -64,14 +66,22 @@ def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Sty
     return name, scene, [(name, lang, title, scene.kind, scene.color, scene.type) for lang, title in titles]
 
 
-def _answers(scenes: Sequence[tuple[str, Scene]]) -> Iterable[Row]:
+def _answers(scenes: Drawn) -> Iterable[Row]:
     for kind, color, lang in product(TYPES, COLORS, LANGS):
         for name, scene in scenes:
             if (scene.type, scene.color) == (kind, color):
                 yield query(color, kind, lang), name, lang, color, kind
 
 
-def _csv(header: Row, rows: Iterable[Row]) -> str:
+def _person_answers(scenes: Drawn) -> Iterable[Row]:
+    for english, chinese, answers in PERSON_QUERIES:
+        for lang, title in zip(LANGS, (english, chinese), strict=True):
+            for name, scene in scenes:
+                if scene.person is not None and answers(scene.person):
+                    yield title, name, lang
+
+
+def _write(file: Path, header: Row, rows: Iterable[Row]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue()
+    file.write_text(text.getvalue(), "utf-8")
