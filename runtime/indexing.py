@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipret.encoder import Encoder
+from clipret.encoder import EncodedBatch, Encoder
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.gallery import Gallery, Picture
@@ -78,31 +78,30 @@ def index_pictures(
     """
     gallery.check(encoder.bundle)
     started = time.perf_counter()
+    added, changed = 0, 0
     skipped: list[tuple[str, str]] = []
-    counts = {"added": 0, "changed": 0}
     with gallery.writing():
         known = gallery.pictures()
         by_path = {gallery.stored_path(file): file for file in files}  # a list may name one file in two ways
         jobs = [_Job(file, stored) for stored, file in by_path.items()]
         todo = [job for job in jobs if not _is_known(job, known)]
-        pending: list[Picture] = []
-        blocks: list[np.ndarray] = []
+        # One list, appended to in one step: Ctrl-C can come between any two.
+        batches: list[EncodedBatch[_Job]] = []
 
         def commit() -> None:
-            if pending:
-                gallery.append(pending, np.concatenate(blocks))
-                replaced = sum(picture.path in known for picture in pending)
-                counts["changed"] += replaced
-                counts["added"] += len(pending) - replaced
-            pending.clear()
-            blocks.clear()
+            nonlocal added, changed
+            pictures = [job.picture for batch in batches for job in batch.items if job.picture is not None]
+            if pictures:
+                gallery.append(pictures, np.concatenate([batch.rows for batch in batches]))
+            replaced = sum(picture.path in known for picture in pictures)
+            added, changed = added + len(pictures) - replaced, changed + replaced
+            skipped.extend((job.stored, reason) for batch in batches for job, reason in batch.skipped)
+            batches.clear()
 
         try:
             for batch in encoder.encode_images(progress(todo), _Job.read):
-                blocks.append(batch.rows)
-                pending.extend(job.picture for job in batch.items if job.picture is not None)
-                skipped.extend((job.stored, reason) for job, reason in batch.skipped)
-                if len(pending) >= _SHARD_ROWS:
+                batches.append(batch)
+                if sum(len(batch.items) for batch in batches) >= _SHARD_ROWS:
                     commit()
         except KeyboardInterrupt:
             commit()  # what is encoded is kept
@@ -112,9 +111,7 @@ def index_pictures(
     if todo and len(skipped) == len(jobs):
         path, reason = skipped[0]
         raise ClipretError(f"none of the {len(jobs)} pictures could be used; the first: {path}: {reason}")
-    return IndexReport(
-        counts["added"], counts["changed"], len(jobs) - len(todo), skipped, time.perf_counter() - started
-    )
+    return IndexReport(added, changed, len(jobs) - len(todo), skipped, time.perf_counter() - started)
 
 
 def _is_known(job: _Job, known: dict[str, Picture]) -> bool:
