@@ -9,6 +9,7 @@ import click
 from clipret.bundle import Bundle
 from clipret.console import Group, progress, show_table
 from clipret.encoder import Encoder
+from clipret.errors import printable
 from clipret.evaluation import GroundTruth, evaluate_search, read_ground_truth
 from clipret.gallery import Gallery
 from clipret.indexing import index_pictures, list_pictures
@@ -88,7 +89,7 @@ def index(
         total = len(target)
     rate = report.encoded / report.seconds if report.seconds else 0.0
     for path, reason in report.skipped[:10]:
-        click.echo(f"skipped {path}: {reason}", err=True)
+        click.echo(printable(f"skipped {path}: {reason}"), err=True)
     if len(report.skipped) > 10:
         click.echo(f"… and {len(report.skipped) - 10} more in {target.path / 'skipped.tsv'}", err=True)
     if as_json:
@@ -138,9 +139,8 @@ def query(
     for number, (text, hits) in enumerate(results):
         if len(texts) > 1:
             click.echo(("\n" if number else "") + text)
-        click.echo(
-            show_table(("rank", "score", "path"), [(str(hit.rank), f"{hit.score:.4f}", hit.path) for hit in hits])
-        )
+        rows = [(str(hit.rank), f"{hit.score:.4f}", printable(hit.path)) for hit in hits]
+        click.echo(show_table(("rank", "score", "path"), rows))
 
 
 @main.command(
@@ -246,7 +246,9 @@ def _as_dict(hit: Hit) -> dict[str, object]:
 
 
 def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # File names that are not UTF-8 come as lone surrogates, for which JSON has an escape and UTF-8 nothing.
+    click.echo(text.encode("utf-8", "backslashreplace").decode())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from clipret.errors import ClipretError
+from clipret.errors import ClipretError, printable
 
 __all__ = ["Group", "SingleCommand", "progress", "show_table"]
 
@@ -20,7 +20,7 @@ class _OneLineErrors(click.Command):
         try:
             return super().main(*args, **kwargs)
         except ClipretError as error:
-            click.echo(f"{self.name}: {error}", err=True)
+            click.echo(f"{self.name}: {printable(str(error))}", err=True)
             sys.exit(1)
 
 

@@ -1,9 +1,9 @@
-"""The one exception of the library, and the sentence for a missing optional package."""
+"""The one exception of the library, one-line texts, and the sentence for a missing optional package."""
 
 import importlib
 from types import ModuleType
 
-__all__ = ["ClipretError", "require"]
+__all__ = ["ClipretError", "printable", "require"]
 
 
 class ClipretError(Exception):
@@ -12,6 +12,12 @@ class ClipretError(Exception):
     The message says what is wrong, names the value, and says what to do next, in one line:
     commands print it as it is and exit with status 1.
     """
+
+
+def printable(text: str) -> str:
+    """`text` in one line that any terminal and any UTF-8 file can take: control characters, line ends and the bytes of
+    file names that are not UTF-8 become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def require(module: str, extra: str) -> ModuleType:

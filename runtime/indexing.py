@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from clipret.encoder import EncodedBatch, Encoder
-from clipret.errors import ClipretError
+from clipret.errors import ClipretError, printable
 from clipret.files import write_file
 from clipret.gallery import Gallery, Picture
-from clipret.images import find_pictures, read_picture
+from clipret.images import PictureError, find_pictures, read_picture
 from clipret.tables import pick_column, read_table
 
 __all__ = ["IndexReport", "index_pictures", "list_pictures"]
@@ -59,6 +59,8 @@ class _Job:
     picture: Picture | None = None
 
     def read(self) -> bytes:
+        if not _is_utf8(self.stored):
+            raise PictureError("its name is not UTF-8: rename it")  # the database and every report are UTF-8
         content = read_picture(self.file)
         self.picture = Picture(self.stored, content.size, content.mtime_ns, content.digest)
         return content.content
@@ -114,6 +116,14 @@ def index_pictures(
     return IndexReport(added, changed, len(jobs) - len(todo), skipped, time.perf_counter() - started)
 
 
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python reads the bytes of such names as lone surrogates
+        return False
+    return True
+
+
 def _is_known(job: _Job, known: dict[str, Picture]) -> bool:
     picture = known.get(job.stored)
     if picture is None:
@@ -130,5 +140,5 @@ def _report(gallery: Gallery, skipped: Sequence[tuple[str, str]]) -> None:
     if not skipped:
         file.unlink(missing_ok=True)
         return
-    lines = [f"{path}\t{' '.join(reason.split())}" for path, reason in skipped]
+    lines = [f"{printable(path)}\t{printable(reason)}" for path, reason in skipped]
     write_file(file, "\n".join(["path\treason", *lines]) + "\n")

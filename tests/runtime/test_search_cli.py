@@ -97,6 +97,22 @@ def test_indexing_again_encodes_only_what_is_new_or_changed(
     assert len(found) == 13
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_odd_file_names(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in (b"new\nline.jpg", b"tab\there.jpg", "红色 '\"<b>.jpg".encode(), b"-k.jpg", b"bad\xff.jpg"):
+        shutil.copy(colour_folder / "red/0.jpg", os.fsencode(folder) + b"/" + name)
+    result = run("index", tiny_bundle, folder, tmp_path / "g")
+    assert "4 pictures (4 added, 0 changed, 0 unchanged, 1 skipped)" in result.stdout
+    assert result.stderr == "skipped bad\\udcff.jpg: its name is not UTF-8: rename it\n"
+    again = json.loads(run("index", tiny_bundle, folder, tmp_path / "g", "--json").stdout)
+    assert (again["unchanged"], again["skipped"][0]["path"]) == (4, "bad\udcff.jpg")
+    table = run("query", tmp_path / "g", "red", "--html", tmp_path / "page.html").stdout
+    assert len(table.splitlines()) == 1 + 4
+    assert "new\\nline.jpg" in table
+
+
 def test_a_list_with_filter_and_duplicates(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     rows = [
         "red/0.jpg,train",
