@@ -11,7 +11,7 @@ from clipret.training.precision import Precision, native_precision, open_device
 
 __all__ = ["FitConfig"]
 
-# Flickr8k's 6,000 pictures from scratch on one core: see the figures in the README.
+# Flickr8k's 6,000 pictures from scratch on one core: figures in benchmarks/README.md.
 _SMALL = {
     "epochs": 60,
     "batch_size": 128,
