@@ -40,8 +40,9 @@ types: $(VENV)/.full  ## Check types.
 	ln -s $(CURDIR)/runtime/* $(CURDIR)/export $(CURDIR)/training build/types/clipret/
 	$(BIN)/mypy
 
-bench: $(VENV)/.full  ## Run the benchmarks that need no data from outside.
-	$(BIN)/python benchmarks/bench_query.py
+bench: $(VENV)/.full  ## Measure what needs no data from outside: the demo, the cold query.
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench_demo.py demo
+	$(BIN)/python benchmarks/bench_query.py --bundle demo/bundle
 
 clean:  ## Remove what make has made.
 	rm -rf $(VENV) $(LEAN) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
