@@ -2,7 +2,7 @@
 
     python benchmarks/bench_demo.py [FOLDER]
 
-Runs demo.sh into FOLDER (default: demo), then evaluates the gallery once more for each language. Chance is the mAP@10 of
+Runs demo.sh into FOLDER (default: demo), then evaluates the gallery once for each language. Chance is the mAP@10 of
 a ranking drawn at random, averaged over 20 draws for each query.
 """
 
