@@ -75,6 +75,6 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync_folder(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another place or free space") from None
+        raise ClipretError(f"{path} cannot be written: {error}; choose another place or free space") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

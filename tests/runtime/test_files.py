@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from clipret.console import SingleCommand, show_table
+from clipret.errors import ClipretError, printable
+from clipret.files import new_folder, write_file
+
+
+def test_a_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "report.txt"
+    write_file(target, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(ClipretError, match=r"report\.txt cannot be written: No space left on device"):
+            write_file(target, "new")
+    assert target.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.txt"]
+    write_file(target, b"new")
+    assert target.read_bytes() == b"new"
+
+
+def test_a_folder_appears_only_whole(tmp_path: Path) -> None:
+    def half() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "a").write_text("half")
+            assert not (tmp_path / "out").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "deep/er/out") as folder:
+        (folder / "a").write_text("whole")
+    assert (tmp_path / "deep/er/out/a").read_text() == "whole"
+
+
+def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").touch()
+    with pytest.raises(ClipretError, match="is not empty"), new_folder(tmp_path / "out"):
+        pass
+
+    def half() -> None:
+        with new_folder(tmp_path / "out", overwrite=True):
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 (it is the test's own)
+        half()
+    assert (tmp_path / "out/old").exists()
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ClipretError, match="is a file"), new_folder(tmp_path / "file"):
+        pass
+
+
+def test_an_error_is_one_line_whatever_is_in_it() -> None:
+    @click.command("tool", cls=SingleCommand)
+    def tool() -> None:
+        raise ClipretError("no file a\nb\udcff.jpg")
+
+    result = CliRunner().invoke(tool, prog_name="tool")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "tool: no file a\\nb\\udcff.jpg\n"
+
+
+def test_printable_leaves_words_alone() -> None:
+    assert printable("红色的 car – é.jpg") == "红色的 car – é.jpg"
+
+
+def test_tables_line_up_with_chinese() -> None:
+    table = show_table(("name", "n"), [("红色", "7"), ("a", "12")])
+    assert table.splitlines() == ["name   n", "红色   7", "a     12"]
