@@ -92,13 +92,15 @@ def index_pictures(
 
         def commit() -> None:
             nonlocal added, changed
-            pictures = [job.picture for batch in batches for job in batch.items if job.picture is not None]
+            # Taken out first: Ctrl-C just after the append must not append them again.
+            taken = batches.copy()
+            batches.clear()
+            pictures = [job.picture for batch in taken for job in batch.items if job.picture is not None]
             if pictures:
-                gallery.append(pictures, np.concatenate([batch.rows for batch in batches]))
+                gallery.append(pictures, np.concatenate([batch.rows for batch in taken]))
             replaced = sum(picture.path in known for picture in pictures)
             added, changed = added + len(pictures) - replaced, changed + replaced
-            skipped.extend((job.stored, reason) for batch in batches for job, reason in batch.skipped)
-            batches.clear()
+            skipped.extend((job.stored, reason) for batch in taken for job, reason in batch.skipped)
 
         try:
             for batch in encoder.encode_images(progress(todo), _Job.read):
