@@ -4,7 +4,9 @@
     image.onnx (.data)  uint8 [B,S,S,3] -> float32 [B,D], unit norm
     text.onnx  (.data)  int64 [B,L]     -> float32 [B,D], unit norm
     tokenizer.json      Hugging Face `tokenizers` file
+    engines/KEY/        optional TensorRT plans, image.plan and text.plan; see `Engine`
     verify.json         the report of the export's own check against torch
+    reference.npz       what torch made of the check's inputs, so that any machine can repeat it
 
 Everything that the runtime needs is in it and nothing is looked up anywhere else.
 """
@@ -12,13 +14,13 @@ Everything that the runtime needs is in it and nothing is looked up anywhere els
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from clipret.errors import ClipretError
 
-__all__ = ["FORMAT", "Bundle", "FileEntry", "ImageSpec", "Manifest", "TextSpec", "file_entry"]
+__all__ = ["FORMAT", "Bundle", "Engine", "FileEntry", "ImageSpec", "Manifest", "TextSpec", "file_entry"]
 
 FORMAT = 1
 
@@ -42,13 +44,13 @@ class ImageSpec:
 class TextSpec:
     """How a caption becomes int64 [L], L <= context_length.
 
-    clean: `clip` is open_clip's cleaning (ftfy, HTML entities twice, whitespace, lower case), `lower` folds case
-    and whitespace only. pad_to: `longest` of the batch where the tower's embedding does not depend on
+    clean: how `text.clean` prepares it; `clip` is the cleaning of CLIP's own tokenizer, `none` leaves it to the
+    tokenizer's file. pad_to: `longest` of the batch where the tower's embedding does not depend on
     padding, else `context`.
     """
 
     context_length: int
-    clean: Literal["clip", "lower"] = "clip"
+    clean: Literal["clip", "whitespace", "canonicalize", "lower", "none"] = "clip"
     pad_to: Literal["longest", "context"] = "longest"
     pad_id: int = 0
 
@@ -62,19 +64,36 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What a folder `engines/KEY` was built by and for: a plan runs with this library and version and on this
+    architecture only. `batch`: the batch sizes it was tuned for, ascending; it takes any up to the last."""
+
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    arch: str  # of the GPU, as sm_89
+    batch: list[int]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """bundle.json. `source` and `source_sha256` say which checkpoint the towers come from."""
+    """bundle.json. `source` and `source_sha256` say which checkpoint the towers come from.
+
+    precision: of the matrix products. `float32_layers`: layers that the export kept in float32 because they
+    overflowed or cost too much accuracy, by their names in the torch model, `image.` or `text.` before them.
+    """
 
     format: int
     model: str
     source: str
     source_sha256: str
-    precision: Literal["fp32", "fp16"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     embedding_dim: int
     logit_scale: float
     image: ImageSpec
     text: TextSpec
     files: dict[str, FileEntry]
+    float32_layers: list[str] = field(default_factory=list)
+    engines: dict[str, Engine] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -98,12 +117,12 @@ def _build(cls: type, value: Any, where: str) -> Any:
     if unknown := sorted(set(value) - set(hints)):
         raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
     made: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in value:
-            if field.default is dataclasses.MISSING:
-                raise ValueError(f"{where} has no field {field.name!r}")
+    for entry in dataclasses.fields(cls):
+        if entry.name not in value:
+            if entry.default is entry.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where} has no field {entry.name!r}")
             continue
-        made[field.name] = _convert(hints[field.name], value[field.name], f"{where}.{field.name}")
+        made[entry.name] = _convert(hints[entry.name], value[entry.name], f"{where}.{entry.name}")
     return cls(**made)
 
 
@@ -114,6 +133,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is not an object")
         return {key: _convert(get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is not a list")
+        return [_convert(get_args(hint)[0], item, f"{where}[{at}]") for at, item in enumerate(value)]
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(f"{where} is {value!r}, not one of {', '.join(map(str, get_args(hint)))}")
@@ -123,6 +146,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where} is {value!r}, not {hint.__name__}")
     return value
+
+
+def _decisive(name: str) -> bool:
+    return name not in ("verify.json", "reference.npz") and not name.startswith("engines/")
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -164,13 +191,14 @@ class Bundle:
         """Hash over everything that decides an embedding (hex, 64 digits).
 
         Two bundles with the same fingerprint give the same rows for the same pictures and texts, so a gallery
-        accepts either; the report, the path and the name of the source do not count.
+        accepts either; the report, the path and the name of the source do not count. Neither do TensorRT plans: they
+        are built from the same graphs, as every other engine's kernels are, and may be added later.
         """
         manifest = self.manifest
         decisive = {
             "image": dataclasses.asdict(manifest.image),
             "text": dataclasses.asdict(manifest.text),
-            "files": {name: entry.sha256 for name, entry in sorted(manifest.files.items()) if name != "verify.json"},
+            "files": {name: entry.sha256 for name, entry in sorted(manifest.files.items()) if _decisive(name)},
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
