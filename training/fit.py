@@ -14,9 +14,10 @@ from torch import nn
 
 from clipret.console import progress
 from clipret.errors import ClipretError
+from clipret.pairs import PairSet, read_pairs
 from clipret.training.augment import Augmenter
 from clipret.training.config import FitConfig
-from clipret.training.data import PairSet, Pictures, Texts, positives, read_pairs, split_pairs
+from clipret.training.data import Pictures, Texts, positives, split_pairs
 from clipret.training.loss import contrastive_loss, retrieval_accuracy
 from clipret.training.models import load_model
 from clipret.training.precision import autocast, open_device

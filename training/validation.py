@@ -9,8 +9,9 @@ from torch import Tensor
 
 from clipret.errors import ClipretError
 from clipret.metrics import Metrics, evaluate
+from clipret.pairs import PairSet
 from clipret.ranker import Ranker
-from clipret.training.data import PairSet, Pictures, Texts
+from clipret.training.data import Pictures, Texts
 from clipret.training.loaded import LoadedModel
 
 __all__ = ["normalise", "recall"]

@@ -8,8 +8,9 @@ from PIL import Image
 from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError
 from clipret.images import load
+from clipret.pairs import PairSet, read_pairs
 from clipret.training.augment import Augment, Augmenter
-from clipret.training.data import PairSet, Pictures, positives, read_pairs, split_pairs
+from clipret.training.data import Pictures, positives, split_pairs
 
 SPEC = ImageSpec(size=16)
 ROWS = [

@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clipret.errors import ClipretError
+from clipret.pairs import read_pairs
 from clipret.text import Tokenizer
 from clipret.training.config import FitConfig
-from clipret.training.data import Pictures, Texts, read_pairs
+from clipret.training.data import Pictures, Texts
 from clipret.training.fit import fit
 from clipret.training.models import load_model
 from clipret.training.validation import recall
