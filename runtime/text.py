@@ -1,6 +1,7 @@
 """Captions and queries to token ids, as the bundle's `TextSpec` and `tokenizer.json` say."""
 
 import html
+import string
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -10,23 +11,38 @@ import tokenizers
 from clipret.bundle import Bundle, TextSpec
 from clipret.errors import ClipretError
 
-__all__ = ["Tokenizer", "clean"]
+__all__ = ["CleanName", "Tokenizer", "clean"]
+
+CleanName = Literal["clip", "whitespace", "canonicalize", "lower", "none"]
+
+_NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
-def clean(text: str, how: Literal["clip", "lower"]) -> str:
-    """`text` in lower case with single blanks, empty when nothing visible is in it.
+def clean(text: str, how: CleanName) -> str:
+    """`text` as a tokenizer wants it, with single blanks and none at its ends except for `none`.
 
-    `clip` first repairs broken encodings with ftfy and resolves HTML entities twice, as the SimpleTokenizer of OpenAI's
-    CLIP and of open_clip does. `lower` only replaces lone surrogates, which no tokenizer takes, by `?`.
+    - `clip`: broken encodings repaired with ftfy, HTML entities resolved twice, lower case, as the SimpleTokenizer of
+      OpenAI's CLIP and of open_clip does;
+    - `whitespace`: the same with the case kept, open_clip's default for tokenizers of the Hugging Face hub;
+    - `canonicalize`: the same in lower case without ASCII punctuation, as SigLIP's texts (big_vision);
+    - `lower`: lower case only;
+    - `none`: as it is.
+
+    The last two replace lone surrogates, which no tokenizer takes, by `?`; ftfy makes them U+FFFD.
     """
+    if how in ("lower", "none"):
+        text = text.encode("utf-8", "replace").decode("utf-8")
     # Neither ftfy nor unescape changes printable ASCII without an ampersand, and the import of ftfy outlasts a query.
-    if how == "clip" and not (text.isascii() and text.isprintable() and "&" not in text):
+    elif not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    elif how == "lower":
-        text = text.encode("utf-8", "replace").decode("utf-8")
-    return " ".join(text.split()).lower()
+    if how == "none":
+        return text
+    if how == "canonicalize":
+        text = text.translate(_NO_PUNCTUATION)
+    text = " ".join(text.split())
+    return text if how == "whitespace" else text.lower()
 
 
 class Tokenizer:
@@ -64,8 +80,10 @@ class Tokenizer:
         """
         cleaned = [clean(text, self._spec.clean) for text in texts]
         for position, text in enumerate(cleaned):
-            if not text:
-                raise ClipretError(f"texts[{position}] is blank ({texts[position]!r}): give it at least one word")
+            if not text or text.isspace():
+                raise ClipretError(
+                    f"texts[{position}] is blank once cleaned ({texts[position]!r}): give it at least one word"
+                )
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned)]
         longest = self._spec.pad_to == "longest"
         length = max(map(len, rows), default=0) if longest else self._spec.context_length

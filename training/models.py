@@ -16,7 +16,8 @@ from clipret.bundle import ImageSpec, TextSpec
 from clipret.errors import ClipretError
 from clipret.training import small
 from clipret.training.loaded import LoadedModel, file_sha256, weights_sha256
-from clipret.training.openclip import CONFIG, load_open_clip
+from clipret.training.lora import ADAPTER_CONFIG, base_of, merge_adapter
+from clipret.training.openclip import CONFIG, load_open_clip, rebuild_open_clip
 from clipret.training.tokenizer import learn_tokenizer
 
 __all__ = ["SMALL", "LoadedModel", "architecture", "describe", "load_model"]
@@ -32,12 +33,15 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     - a run folder (its best checkpoint), or a .safetensors file in a run's `checkpoints`;
     - MODEL or MODEL:PRETRAINED, where MODEL is `clipret-small` or an architecture of open_clip and PRETRAINED one
       of its tags or a checkpoint file (.safetensors, or .pt loaded as weights only);
-    - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json.
+    - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json;
+    - a folder with a LoRA adapter in PEFT's layout, which names the model that it is merged into.
 
     Weights that `source` does not name are random, drawn with `seed`. `captions` are what a new clipret-small learns
     its vocabulary from. The model is in eval mode. Raises ClipretError.
     """
     path = Path(source)
+    if (path / ADAPTER_CONFIG).is_file():
+        return merge_adapter(path, load_model(base_of(path), seed=seed))
     if (path / "model.json").is_file():
         best = path / "checkpoints" / "best.safetensors"
         return _load_run(path, best if best.is_file() else best.with_name("last.safetensors"), source)
@@ -58,6 +62,8 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
 def architecture(source: str) -> tuple[str, bool]:
     """The architecture's name and whether it starts from weights, without loading anything."""
     path = Path(source)
+    if (path / ADAPTER_CONFIG).is_file():
+        return architecture(base_of(path))[0], True
     run = path if (path / "model.json").is_file() else path.parent.parent
     if (run / "model.json").is_file() and path.exists():
         return _read_description(run)["name"], True
@@ -137,7 +143,7 @@ def _load_run(run: Path, checkpoint: Path, source: str) -> LoadedModel:
             model: nn.Module = small.SmallClip(small.SmallConfig(**value["small"])).eval()
             model.load_state_dict(load_file(checkpoint))
         else:
-            model = load_open_clip(f"local-dir:{run}", None, seed=0, weights=checkpoint).model
+            model = rebuild_open_clip(run, checkpoint)
         return LoadedModel(
             model=model,
             name=value["name"],

@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from clipret.bundle import FORMAT, Bundle, ImageSpec, Manifest, TextSpec, file_entry
 from clipret.errors import ClipretError
-from clipret.text import Tokenizer, clean
+from clipret.text import CleanName, Tokenizer, clean
 
 PAD, UNK, START, END, RED, CAR = range(6)
 
@@ -57,6 +57,23 @@ def test_clean(text: str, clip: str, lower: str) -> None:
     assert clean(text, "lower") == lower
 
 
+@pytest.mark.parametrize(
+    ("text", "whitespace", "canonicalize", "none"),
+    [
+        ("  A\tRed\n CAR ", "A Red CAR", "a red car", "  A\tRed\n CAR "),
+        ("Isn't it? (a_b-c)", "Isn't it? (a_b-c)", "isnt it a bc", "Isn't it? (a_b-c)"),
+        ("red&amp;amp;Blue", "red&Blue", "redblue", "red&amp;amp;Blue"),
+        ("cafÃ© — ＲＥＤ。", "café — RED。", "café — red。", "cafÃ© — ＲＥＤ。"),
+        ("red\ud800", "red\ufffd", "red\ufffd", "red?"),
+        (" \t\n", "", "", " \t\n"),
+    ],
+)
+def test_clean_for_other_tokenizers(text: str, whitespace: str, canonicalize: str, none: str) -> None:
+    assert clean(text, "whitespace") == whitespace
+    assert clean(text, "canonicalize") == canonicalize
+    assert clean(text, "none") == none
+
+
 @settings(deadline=None, database=None)
 @given(st.text("".join(sorted(set(string.printable) - set(string.whitespace) - {"&"})) + " "))
 def test_ftfy_leaves_alone_what_clean_keeps_from_it(text: str) -> None:
@@ -66,7 +83,9 @@ def test_ftfy_leaves_alone_what_clean_keeps_from_it(text: str) -> None:
 def test_ftfy_is_imported_only_when_a_text_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
     assert clean("A red <car>, isn't it?", "clip") == "a red <car>, isn't it?"
-    assert clean("café &amp;", "lower") == "café &amp;"
+    assert clean("A red_<car>, isn't it?", "whitespace") == "A red_<car>, isn't it?"
+    assert clean("A red_<car>, isn't it?", "canonicalize") == "a red car isnt it"
+    assert clean("café &amp;", "lower") == clean("café &amp;", "none") == "café &amp;"
     for text in ("café", "a &amp; b", "a\tb"):
         with pytest.raises(ImportError):
             clean(text, "clip")
@@ -108,6 +127,13 @@ def test_no_texts() -> None:
 def test_a_blank_text_is_named(blank: str) -> None:
     with pytest.raises(ClipretError, match=r"texts\[1\] is blank"):
         Tokenizer(tokenizer_json(), SPEC)(["red", blank])
+
+
+@pytest.mark.parametrize(("how", "blank"), [("canonicalize", "?!"), ("none", " \n"), ("whitespace", "&nbsp;")])
+def test_what_cleaning_leaves_blank_is_named_as_it_was(how: CleanName, blank: str) -> None:
+    with pytest.raises(ClipretError, match=r"texts\[1\] is blank once cleaned") as caught:
+        Tokenizer(tokenizer_json(), replace(SPEC, clean=how))(["red", blank])
+    assert repr(blank) in str(caught.value)
 
 
 def test_a_lone_surrogate_does_not_crash() -> None:

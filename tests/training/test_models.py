@@ -104,7 +104,7 @@ def test_what_an_image_spec_cannot_say_is_refused(tiny: Path, tmp_path: Path) ->
     config = json.loads((tiny / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"]["image_size"] = [32, 48]
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ClipretError, match="RGB squares"):
+    with pytest.raises(ClipretError, match="supported are squares"):
         load_model(str(tmp_path))
 
 
@@ -148,8 +148,6 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         ("ViT-B-32:", "ends in a colon"),
         ("clipret-small", "train it"),
         ("clipret-small:openai", "no pretrained weights"),
-        ("ViT-B-16-SigLIP", "tokenizer of its own"),
-        ("xlm-roberta-base-ViT-B-32", "tokenizer of its own"),
         ("local-dir:nowhere", "cannot be read"),
         ("missing.safetensors", "does not exist"),
     ],
