@@ -1,25 +1,92 @@
-"""clipret-export: a model in, a bundle out."""
+"""clipret-export: a model in, a bundle out; and the check of a bundle, again, wherever it is."""
 
+import json
+import resource
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from clipret.console import SingleCommand, show_table
-from clipret.errors import require
+from clipret.bundle import Bundle
+from clipret.console import DefaultGroup, show_table
+from clipret.errors import ClipretError, require
+
+FILE = click.Path(path_type=Path)
+PRECISIONS = ("fp16", "bf16", "int8")
+
+EXPORT_EPILOG = """
+\b
+Examples
+  A run of clipret-train, matrix products in half precision:
+    clipret-export runs/cars bundles/cars --fp16
+  Checked with your own pictures and titles, recall@1 included:
+    clipret-export runs/cars bundles/cars --fp16 --verify-data captions.csv --verify-where "split = 'val'"
+  int8 for CPUs, its ranges taken from the training pictures:
+    clipret-export runs/cars bundles/cars-int8 --int8 --calibration-data captions.csv
+  TensorRT for RTX plans for two architectures, built without a GPU:
+    clipret-export runs/cars bundles/cars --fp16 --tensorrt-rtx sm_89,sm_120
+"""
 
 
-@click.command(
+@click.group(
     "clipret-export",
-    cls=SingleCommand,
+    cls=DefaultGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Example:  clipret-export runs/cars bundles/cars --fp16",
 )
-@click.argument("source")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--fp16", is_flag=True, help="Matrix products in half precision, the residual stream in float32.")
-@click.option("--overwrite", is_flag=True, help="Replace BUNDLE; the old one stays until the new is whole.")
 @click.version_option(package_name="clipret")
-def main(source: str, bundle: Path, fp16: bool, overwrite: bool) -> None:
+def main() -> None:
+    """Export CLIP models to bundles that search without torch.
+
+    \b
+    clipret-export SOURCE BUNDLE [--fp16]      export (see  clipret-export export --help)
+    clipret-export check BUNDLE                repeat the check that the export ended with, here
+    clipret-export engines BUNDLE --tensorrt   build TensorRT plans for this machine into a bundle
+    """
+
+
+def _limits(command: Any) -> Any:
+    for option in (
+        click.option("--min-cosine", type=click.FloatRange(-1, 1.5), help="Smallest cosine of any row to torch's."),
+        click.option("--max-recall-loss", type=click.FloatRange(0), metavar="POINTS", help="Of recall@1 with titles."),
+    ):
+        command = option(command)
+    return command
+
+
+def _data(command: Any) -> Any:
+    for option in (
+        click.option("--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."),
+        click.option("--verify-limit", type=click.IntRange(1), default=1000, show_default=True, metavar="PICTURES"),
+        click.option("--verify-where", metavar="SQL", help="Only rows of the list for which this holds."),
+        click.option("--verify-data", type=FILE, help="Pictures to check with: a folder, or a list with titles."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command(epilog=EXPORT_EPILOG)
+@click.argument("source")
+@click.argument("bundle", type=FILE)
+@click.option("--fp16", "precision", flag_value="fp16", help="Matrix products in half, the residual stream in float32.")
+@click.option("--bf16", "precision", flag_value="bf16", help="The same in bfloat16: OpenVINO, CUDA and TensorRT.")
+@click.option("--int8", "precision", flag_value="int8", help="int8 weights and fixed input ranges, for CPUs.")
+@click.option("--calibration-data", type=FILE, help="Where int8 takes its ranges; default: half of --verify-data.")
+@click.option("--calibration-where", metavar="SQL", help="Only rows of the list for which this holds.")
+@_data
+@_limits
+@click.option("--overwrite", is_flag=True, help="Replace BUNDLE; the old one stays until the new is whole.")
+def export(
+    source: str,
+    bundle: Path,
+    precision: Any,
+    calibration_data: Path | None,
+    calibration_where: str | None,
+    image_root: Path | None,
+    overwrite: bool,
+    **given: Any,
+) -> None:
     """Export SOURCE to the folder BUNDLE: both towers as ONNX, the tokenizer, a manifest.
 
     SOURCE is one of
@@ -29,17 +96,34 @@ def main(source: str, bundle: Path, fp16: bool, overwrite: bool) -> None:
     runs/cars/checkpoints/last.safetensors
     ViT-B-32:laion2b_s34b_b79k   an OpenCLIP model with a pretrained tag
     ViT-B-32:weights.pt          the same architecture with local weights
+    hf-hub:ORG/REPO              a model of the Hugging Face hub, OpenCLIP or Chinese-CLIP
+    clip_cn_vit-b-16.pt          a Chinese-CLIP checkpoint, or a folder of one
+    adapters/cars                a LoRA adapter, merged into its base
 
-    The towers take uint8 pictures and token ids in batches of any size and give rows of unit length. They are compared
-    with torch by the code that searches; a tower that differs is never written.
+    The towers take uint8 pictures and token ids in batches of any size and give rows of unit length. They run in the
+    code that searches and are compared with torch; a tower that differs gets its worst layers back in float32, and
+    one that still differs is never written.
     """
     for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
         require(package, "export")
     from clipret.export.pipeline import export_bundle
+    from clipret.export.samples import Sample
 
-    made = export_bundle(source, bundle, precision="fp16" if fp16 else "fp32", overwrite=overwrite)
-    manifest = made.manifest
+    began = time.monotonic()
+    calibration = None if calibration_data is None else Sample(calibration_data, image_root, calibration_where)
+    made = export_bundle(
+        source,
+        bundle,
+        precision=precision or "fp32",
+        overwrite=overwrite,
+        limits=_limits_for(precision or "fp32", given),
+        verify_data=_sample(image_root, given),
+        calibration_data=calibration,
+    )
+    manifest, report = made.manifest, json.loads(made.file("verify.json").read_text(encoding="utf-8"))
     size = sum(entry.bytes for entry in manifest.files.values())
+    # ru_maxrss is in KiB, on macOS in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     rows = [
         ("model", manifest.model),
         ("precision", manifest.precision),
@@ -48,9 +132,89 @@ def main(source: str, bundle: Path, fp16: bool, overwrite: bool) -> None:
         ("embedding", str(manifest.embedding_dim)),
         ("size", f"{size / 1e6:.1f} MB"),
         ("fingerprint", made.fingerprint[:16]),
+        ("time", f"{time.monotonic() - began:.0f} s"),
+        ("peak memory", f"{peak / 2**30:.1f} GiB"),
     ]
-    click.echo(f"{made.path}")
-    click.echo(show_table(("what", "value"), rows))
+    click.echo(f"{made.path}\n{show_table(('what', 'value'), rows)}\n\n{_report_table(report)}")
+    if manifest.float32_layers:
+        click.echo(f"\nkept in float32: {', '.join(manifest.float32_layers)}")
+    if report["skipped"]:
+        click.echo(f"unreadable pictures: {len(report['skipped'])}, named in {made.path / 'verify.json'}", err=True)
+
+
+@main.command()
+@click.argument("bundle", type=FILE)
+@_data
+@_limits
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def check(bundle: Path, image_root: Path | None, device: str, as_json: bool, **given: Any) -> None:
+    """Check BUNDLE on this machine and engine against torch's rows, which the bundle carries; torch is not needed.
+
+    With --verify-data and the options of the export, recall@1 is compared with what torch had then.
+
+    \b
+    clipret-export check bundles/cars
+    clipret-export check bundles/cars --device cuda
+    """
+    from clipret.export.gate import check_bundle
+
+    opened = Bundle.open(bundle)
+    report = check_bundle(
+        opened, _limits_for(opened.manifest.precision, given), data=_sample(image_root, given), device=device
+    )
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else _report_table(report.to_dict()))
+    if report.problems:
+        told = "; ".join(f"{tower} tower: {', '.join(found)}" for tower, found in report.problems.items())
+        raise ClipretError(f"bundle {opened.path} differs from torch on this machine ({told}): do not search with it")
+
+
+def _sample(image_root: Path | None, given: dict[str, Any]) -> Any:
+    from clipret.export.samples import Sample
+
+    if given["verify_data"] is None:
+        return None
+    return Sample(given["verify_data"], image_root, given["verify_where"], given["verify_limit"])
+
+
+def _limits_for(precision: str, given: dict[str, Any]) -> Any:
+    from dataclasses import replace
+
+    from clipret.export.gate import LIMITS
+
+    limits = LIMITS[precision]
+    if given["min_cosine"] is not None:
+        limits = replace(limits, cosine=given["min_cosine"])
+    if given["max_recall_loss"] is not None:
+        limits = replace(limits, recall_points=given["max_recall_loss"])
+    return limits
+
+
+def _report_table(report: dict[str, Any]) -> str:
+    """A report of the gate as text."""
+    limits, towers = report["limits"], [report["image"], report["text"]]
+
+    def row(what: str, name: str, form: str, limit: float | None) -> list[str]:
+        return [what, *(format(tower[name], form) for tower in towers), "" if limit is None else format(limit, "g")]
+
+    rows = [
+        row("smallest cosine to torch", "min_cosine", ".7f", limits["cosine"]),
+        row("mean cosine", "mean_cosine", ".7f", None),
+        row("largest error", "max_error", ".1e", None),
+        row("error / spread of the rows", "relative_error", ".1e", limits["relative"]),
+        row("difference between batches", "batch_difference", ".1e", limits["batch"]),
+    ]
+    text = show_table(("check", "image", "text", "limit"), rows)
+    text += f"\nbatches of {', '.join(map(str, report['batches']))} on {report['engine']}"
+    text += f"; {report['pictures']} pictures, {report['texts']} texts; "
+    text += f"agreement of the ten best {100 * report['top10_agreement']:.2f} %"
+    if report["recall"]:
+        shares = [
+            [name, *(f"{100 * report[key][f'recall_at_{k}']:.2f}%" for k in (1, 5, 10))]
+            for name, key in (("torch", "recall_torch"), ("bundle", "recall"))
+        ]
+        text += "\n\n" + show_table(("recall", "@1", "@5", "@10"), shares)
+    return text
 
 
 if __name__ == "__main__":

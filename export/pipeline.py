@@ -1,82 +1,249 @@
 """From a model to a bundle, which is written only after its towers agreed with torch."""
 
-import contextlib
+import gc
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.fx.experimental.optimization import fuse
-from torch.fx.proxy import TraceError
+from torch import Tensor, nn
 
-from clipret.bundle import FORMAT, Bundle, FileEntry, Manifest, file_entry
+from clipret.bundle import FORMAT, Bundle, Engine, Manifest, file_entry
+from clipret.console import stages
+from clipret.errors import ClipretError
+from clipret.export.calibration import observe, overflows
+from clipret.export.gate import LIMITS, Limits, Reference, Report, data_sha256, run_gate
 from clipret.export.graph import write_onnx
-from clipret.export.precision import to_half
-from clipret.export.towers import ImageTower, PlainAttention, TextTower, replace_modules
-from clipret.export.verify import reference, verify
+from clipret.export.precision import Precision, convert
+from clipret.export.reference import inputs, reference, texts
+from clipret.export.samples import TEXTS, Sample, pictures
+from clipret.export.sensitivity import costs, worst
+from clipret.export.towers import ImageTower, TextTower, rewrite
 from clipret.files import new_folder
+from clipret.pairs import PairSet
 from clipret.training.loaded import LoadedModel
 from clipret.training.models import load_model
 
 __all__ = ["export_bundle"]
 
+Kind = Literal["image", "text"]
+BuildEngines = Callable[[Path, Manifest], dict[str, Engine]]
+
+_ATTEMPTS = 3
+_CALIBRATION = 64  # pictures and titles: with more, the ranges hardly change
+_HALF_CHECK = 4  # inputs that run in torch's own half precision
+
+
+@dataclass
+class _Plan:
+    """What has been found out about a model's layers so far, over all attempts."""
+
+    keep: dict[Kind, list[str]] = field(default_factory=lambda: {"image": [], "text": []})
+    report: Report | None = None
+    nodes: dict[Kind, int] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)  # of the last attempt, by tower
+    losses: dict[str, float] = field(default_factory=dict)  # 1 - cosine of a tower that missed its limits
+
 
 def export_bundle(
-    source: str, out: Path, *, precision: Literal["fp32", "fp16"] = "fp32", overwrite: bool = False
+    source: str,
+    out: Path,
+    *,
+    precision: Precision = "fp32",
+    overwrite: bool = False,
+    limits: Limits | None = None,
+    verify_data: Sample | None = None,
+    calibration_data: Sample | None = None,
+    build_engines: BuildEngines | None = None,
 ) -> Bundle:
-    """Export a run folder, a checkpoint or MODEL[:PRETRAINED] (see `load_model`) to the bundle folder `out`.
+    """Export `source` (see `load_model`) to the bundle folder `out`.
 
-    Raises ClipretError when the source cannot be loaded, `out` is not empty (unless `overwrite`), or a tower
-    disagrees with torch; then nothing is written.
+    `verify_data`: pictures, with titles for a recall, that the towers are checked with beside the built-in ones.
+    `calibration_data`: what int8 takes its ranges from; half of `verify_data` unless given, which then is not checked
+    with. `build_engines` writes plans into the folder and returns them for the manifest.
+
+    Raises ClipretError when the source cannot be loaded, `out` is not empty (unless `overwrite`), the disk is too
+    full, int8 has nothing to calibrate with, or a tower disagrees with torch even with its worst layers in float32;
+    then nothing is written.
     """
-    with new_folder(out, overwrite=overwrite) as folder:  # first: a wrong place should not cost a model's loading
+    limits = limits or LIMITS[precision]
+    checked = verify_data.read() if verify_data is not None else None
+    calibration = calibration_data.read() if calibration_data is not None else None
+    if precision == "int8" and calibration is None:
+        if checked is None:
+            raise ClipretError("int8 takes its ranges from pictures and titles like yours: give --calibration-data")
+        count = len(checked.paths)
+        calibration, checked = checked.subset(range(0, count, 2)), checked.subset(range(1, count, 2))
+    # The folder first: a wrong place should not cost a model's loading.
+    with new_folder(out, overwrite=overwrite) as folder, stages() as stage:
+        stage("loading")
         loaded = load_model(source)
-        expected = reference(loaded)
-        _prepare(loaded.model, precision)
-        image, text = ImageTower(loaded), TextTower(loaded)
-        size = loaded.image.size
-        pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-        write_onnx(image, pixels, folder / "image.onnx", input_name="pixels", dynamic={0: "batch"})
-        tokens = torch.ones(2, loaded.text.context_length, dtype=torch.int64)
-        axes = {0: "batch", 1: "length"} if loaded.text.pad_to == "longest" else {0: "batch"}
-        write_onnx(text, tokens, folder / "text.onnx", input_name="tokens", dynamic=axes)
+        _refuse_full_disk(loaded.model, precision, folder)
+        stage("running torch on the check's inputs")
+        expected, skipped = reference(loaded, checked)
         (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")
-        bundle = _write_manifest(folder, loaded, precision, expected.image.shape[1])
-        report = verify(bundle, expected)
-        (folder / "verify.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        _write_manifest(folder, loaded, precision, expected.image.shape[1])
+        (folder / "reference.npz").write_bytes(expected.to_bytes())
+        plan = _Plan()
+        for attempt in range(_ATTEMPTS if precision != "fp32" else 1):
+            if attempt:
+                stage(f"attempt {attempt + 1}: loading")
+                loaded = load_model(source)
+            missed = tuple(plan.problems) if attempt else ("image", "text")
+            plan.problems = {}
+            _write_towers(loaded, precision, folder, plan, limits, expected, calibration, missed, stage)
+            manifest = _manifest(loaded, precision, expected, plan)
+            del loaded  # the engine needs the memory
+            gc.collect()
+            bundle = _write_manifest(folder, manifest)
+            if not plan.problems:
+                stage("checking the bundle")
+                plan.report = run_gate(bundle, expected, limits)
+                plan.problems = plan.report.problems
+                plan.losses.update({kind: 1 - getattr(plan.report, kind).min_cosine for kind in plan.problems})
+            if not plan.problems:
+                break
+        else:
+            told = "; ".join(f"{kind} tower: {', '.join(found)}" for kind, found in plan.problems.items())
+            raise ClipretError(
+                f"the exported towers differ from torch ({told}): nothing was written; {_advice(precision)}"
+            )
+        engines: dict[str, Engine] = {}
+        if build_engines is not None:
+            stage("building engines")
+            engines = build_engines(folder, bundle.manifest)
+        assert plan.report is not None
+        report = plan.report.to_dict() | {
+            "nodes": plan.nodes,
+            "data_sha256": None if expected.pairs is None else data_sha256(expected.pairs),
+            "float32_layers": manifest.float32_layers,
+            "skipped": [[str(path), reason] for path, reason in skipped],
+        }
+        (folder / "verify.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        manifest.engines.update(engines)
+        _write_manifest(folder, manifest)
     return Bundle.open(out)
 
 
-def _prepare(model: nn.Module, precision: str) -> None:
-    """Rewrite the model in place into what exports well and, for fp16, multiplies in half."""
-    model.eval().requires_grad_(False)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        # Into the convolutions before them; engines would do the same, but not across the casts of fp16. A tower that
-        # cannot be traced keeps its normalisations and is merely slower.
-        with contextlib.suppress(TraceError):
-            model.visual = fuse(model.visual)  # type: ignore[arg-type]
-    replace_modules(model, nn.MultiheadAttention, PlainAttention)
-    if precision == "fp16":
-        to_half(model)
+def _advice(precision: Precision) -> str:
+    if precision == "fp32":
+        return "report this model"
+    return "export in a higher precision, or allow more with --min-cosine and --max-recall-loss"
 
 
-def _write_manifest(folder: Path, loaded: LoadedModel, precision: Literal["fp32", "fp16"], dim: int) -> Bundle:
-    files: dict[str, FileEntry] = {
-        file.name: file_entry(file) for file in sorted(folder.iterdir()) if file.name != "bundle.json"
+def _refuse_full_disk(model: nn.Module, precision: Precision, folder: Path) -> None:
+    size = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[precision]
+    needed = sum(value.numel() for value in model.parameters()) * size
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ClipretError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free and this bundle needs about {needed / 1e9:.1f} GB: "
+            "free space or choose another place"
+        )
+
+
+def _write_towers(
+    loaded: LoadedModel,
+    precision: Precision,
+    folder: Path,
+    plan: _Plan,
+    limits: Limits,
+    expected: Reference,
+    calibration: PairSet | None,
+    missed: tuple[str, ...],
+    stage: Callable[[str], None],
+) -> None:
+    """Write the towers among `missed`; what was kept in float32 is noted in `plan`."""
+    rewrite(loaded.model)
+    own = None
+    if calibration is not None:
+        own = calibration.subset(range(0, len(calibration.paths), max(1, len(calibration.paths) // _CALIBRATION)))
+    samples = {"image": inputs(loaded, pictures()), "text": texts(loaded, TEXTS)}
+    size, length = loaded.image.size, loaded.text.context_length
+    examples = {
+        "image": torch.zeros(2, size, size, 3, dtype=torch.uint8),
+        "text": torch.ones(2, length, dtype=torch.int64),
     }
-    manifest = Manifest(
+    free = {0: "batch", 1: "length"} if loaded.text.pad_to == "longest" else {0: "batch"}
+    for kind, tower, dynamic, name in (
+        ("image", ImageTower(loaded), {0: "batch"}, "pixels"),
+        ("text", TextTower(loaded), free, "tokens"),
+    ):
+        if kind not in missed:
+            continue
+        tower.eval()
+        if precision != "fp32":
+            stage(f"measuring the layers of the {kind} tower")
+            seen = list(samples[kind])
+            if own is not None:
+                unreadable: dict[int, str] = {}
+                seen += inputs(loaded, own.paths, unreadable) if kind == "image" else texts(loaded, own.titles)
+            _lower(tower, kind, precision, seen, plan, limits)
+            target = expected.image if kind == "image" else expected.text
+            _run_in_torch(tower, kind, precision, samples[kind][0][:_HALF_CHECK], target, plan, limits)
+        stage(f"writing {kind}.onnx")
+        for old in (folder / f"{kind}.onnx", folder / f"{kind}.onnx.data"):
+            old.unlink(missing_ok=True)
+        plan.nodes[kind] = write_onnx(tower, examples[kind], folder / f"{kind}.onnx", input_name=name, dynamic=dynamic)
+
+
+def _lower(
+    tower: nn.Module, kind: Kind, precision: Precision, batches: list[Tensor], plan: _Plan, limits: Limits
+) -> None:
+    """Decide which layers stay in float32 and convert the others."""
+    ranges = observe(tower, batches, samples=precision == "int8")
+    keep = list(dict.fromkeys([*plan.keep[kind], *(overflows(tower, ranges) if precision == "fp16" else [])]))
+    missed = plan.losses.get(kind)
+    if precision == "int8" or missed is not None:
+        loss = costs(tower, [part for batch in batches for part in batch.split(2)][:8], ranges, precision)
+        left = {name: cost for name, cost in loss.items() if name not in keep}
+        # The mean over the inputs must stay well below the limit, for the worst input is several times the mean.
+        budget = (1 - limits.cosine) / 4
+        if missed is not None:
+            # What the layers were expected to cost and what they did cost may differ by a factor: use the latter.
+            budget = min(budget, sum(left.values()) * (1 - limits.cosine) / max(missed, 1e-9)) / 4
+        keep += worst(left, budget)
+    plan.keep[kind] = keep
+    convert(tower, precision, ranges, keep)
+
+
+def _run_in_torch(
+    tower: nn.Module, kind: Kind, precision: Precision, batch: Tensor, target: Any, plan: _Plan, limits: Limits
+) -> None:
+    """Run the converted tower in torch's own half: onnxruntime's CPU provider would hide an overflow."""
+    if precision == "int8":
+        return
+    with torch.inference_mode():
+        rows = tower(batch)
+    cosine = float((rows * torch.from_numpy(target[: len(rows)])).sum(dim=1).min())
+    if not cosine >= limits.cosine:
+        plan.losses[kind] = 1 - cosine
+        plan.problems[kind] = [f"smallest cosine {cosine:.7f} in torch's {precision}, limit {limits.cosine}"]
+
+
+def _manifest(loaded: LoadedModel, precision: Precision, expected: Reference, plan: _Plan) -> Manifest:
+    return Manifest(
         format=FORMAT,
         model=loaded.name,
         source=loaded.source,
         source_sha256=loaded.source_sha256,
         precision=precision,
-        embedding_dim=dim,
-        logit_scale=float(loaded.model.logit_scale.exp()),  # type: ignore[operator]
+        embedding_dim=expected.image.shape[1],
+        logit_scale=float(loaded.model.logit_scale.detach().exp()),  # type: ignore[operator, union-attr]
         image=loaded.image,
         text=loaded.text,
-        files=files,
+        files={},
+        float32_layers=[name.removeprefix("model.") for kept in plan.keep.values() for name in kept],
     )
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> Bundle:
+    """Write bundle.json with the size and hash of every other file of the folder."""
+    manifest.files.clear()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != "bundle.json":
+            manifest.files[file.relative_to(folder).as_posix()] = file_entry(file)
     (folder / "bundle.json").write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.open(folder)

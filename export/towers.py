@@ -1,14 +1,22 @@
-"""The two towers as torch modules that take what the bundle promises: uint8 pictures, int64 token ids."""
+"""The two towers as torch modules that take what the bundle promises: uint8 pictures, int64 token ids.
 
-from typing import Any
+`rewrite` replaces what exports badly or computes more than the embedding needs; the embedding stays the same to 1e-6.
+"""
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 
+from clipret.export.layers import replace_modules, split_heads
+from clipret.export.pooling import pool_early
 from clipret.training.loaded import LoadedModel
 
-__all__ = ["ImageTower", "PlainAttention", "TextTower", "replace_modules"]
+__all__ = ["ImageTower", "PlainAttention", "TextTower", "rewrite"]
 
 
 class ImageTower(nn.Module):
@@ -44,8 +52,28 @@ class TextTower(nn.Module):
         return F.normalize(x.to(torch.float32), dim=-1)
 
 
+def rewrite(model: nn.Module) -> None:
+    """Rewrite a model in place: normalisations folded into convolutions, plain attention, early pooling.
+
+    Must come before any conversion to lower precision.
+    """
+    model.eval().requires_grad_(False)
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        # Engines fold them too, but not across the casts of lower precision. A tower that torch.fx cannot trace
+        # keeps its normalisations and is merely slower.
+        with contextlib.suppress(TraceError):
+            model.visual = fuse(model.visual)  # type: ignore[arg-type]
+    replace_modules(model, AttentionPool2d, PlainAttentionPool)
+    replace_modules(model, nn.MultiheadAttention, _plain)
+    pool_early(model)
+
+
+def _plain(packed: nn.MultiheadAttention) -> nn.Module:
+    return packed if packed.bias_k is not None or packed.add_zero_attn else PlainAttention(packed)
+
+
 class PlainAttention(nn.Module):
-    """nn.MultiheadAttention's self-attention as three linear layers around scaled_dot_product_attention.
+    """nn.MultiheadAttention as four linear layers around scaled_dot_product_attention.
 
     The stock module packs its projections and takes a fused path in eval mode that the exporter unrolls; this one
     becomes four matrix products and a softmax. Call and result are the stock module's.
@@ -53,18 +81,14 @@ class PlainAttention(nn.Module):
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         super().__init__()
-        if packed.in_proj_weight is None or packed.bias_k is not None or packed.add_zero_attn:
-            raise ValueError("only self-attention with one packed projection is known here")
         self.heads = packed.num_heads
         self.batch_first = packed.batch_first
-        width = packed.embed_dim
-        bias = packed.in_proj_bias is not None
-        self.q, self.k, self.v = (nn.Linear(width, width, bias) for _ in range(3))
-        for linear, weight in zip((self.q, self.k, self.v), packed.in_proj_weight.data.chunk(3), strict=True):
-            linear.weight.data = weight.clone()
-        if packed.in_proj_bias is not None:
-            for linear, value in zip((self.q, self.k, self.v), packed.in_proj_bias.data.chunk(3), strict=True):
-                linear.bias.data = value.clone()
+        if packed.in_proj_weight is not None:
+            weights = packed.in_proj_weight.data.chunk(3)
+        else:  # keys and values of another width than the queries'
+            weights = [w.data for w in (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)]  # type: ignore[union-attr]
+        biases = packed.in_proj_bias.data.chunk(3) if packed.in_proj_bias is not None else (None, None, None)
+        self.q, self.k, self.v = map(_linear, weights, biases)
         self.out = packed.out_proj
 
     def forward(
@@ -73,22 +97,35 @@ class PlainAttention(nn.Module):
         assert not need_weights
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        q, k, v = (self._split(x) for x in (self.q(query), self.k(key), self.v(value)))  # [B,H,L,W/H]
-        mask = attn_mask.to(q.dtype) if attn_mask is not None else None
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        q, k, v = (split_heads(x, self.heads) for x in (self.q(query), self.k(key), self.v(value)))
+        if attn_mask is not None and attn_mask.dim() == 3:  # [B*H,L,L], as the stock module takes it
+            attn_mask = attn_mask.unflatten(0, (-1, self.heads))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         x = self.out(x.transpose(1, 2).flatten(2))  # [B,L,W]
         return (x if self.batch_first else x.transpose(0, 1)), None
 
-    def _split(self, x: Tensor) -> Tensor:
-        B, L, W = x.shape
-        return x.view(B, L, self.heads, W // self.heads).transpose(1, 2)
+
+class PlainAttentionPool(nn.Module):
+    """open_clip's AttentionPool2d, whose only query is the mean of the picture: float32 [B,C,h,w] -> [B,D]."""
+
+    def __init__(self, packed: AttentionPool2d) -> None:
+        super().__init__()
+        self.heads = packed.num_heads
+        self.positional_embedding = packed.positional_embedding
+        self.q, self.k, self.v, self.out = packed.q_proj, packed.k_proj, packed.v_proj, packed.c_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # [B,h*w,C]
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
+        q, k, v = (split_heads(y, self.heads) for y in (self.q(x[:, :1]), self.k(x), self.v(x)))
+        rows: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        return rows
 
 
-def replace_modules(root: nn.Module, kind: type[nn.Module], make: Any) -> int:
-    """Put make(module) in the place of every submodule of exactly this kind; returns how many."""
-    found = [
-        (parent, name) for parent in root.modules() for name, child in parent.named_children() if type(child) is kind
-    ]
-    for parent, name in found:
-        setattr(parent, name, make(getattr(parent, name)))
-    return len(found)
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return linear

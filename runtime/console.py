@@ -1,35 +1,46 @@
 """What the three commands share: errors as one line, progress bars, small tables."""
 
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 
 from clipret.errors import ClipretError, printable
 
-__all__ = ["Group", "SingleCommand", "progress", "show_table"]
+__all__ = ["DefaultGroup", "Group", "progress", "show_table", "stages"]
 
 T = TypeVar("T")
 
 
-class _OneLineErrors(click.Command):
-    """A ClipretError becomes one line on stderr and exit status 1; usage errors stay click's, with status 2."""
+class Group(click.Group):
+    """A command with subcommands. A ClipretError becomes one line on stderr and exit status 1, a warning one line;
+    usage errors stay click's, with status 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().main(*args, **kwargs)
-        except ClipretError as error:
-            click.echo(f"{self.name}: {printable(str(error))}", err=True)
-            sys.exit(1)
+        def show(message: Warning | str, *_: Any) -> None:
+            click.echo(f"{self.name}: {printable(str(message))}", err=True)
+
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            try:
+                return super().main(*args, **kwargs)
+            except ClipretError as error:
+                click.echo(f"{self.name}: {printable(str(error))}", err=True)
+                sys.exit(1)
 
 
-class Group(_OneLineErrors, click.Group):
-    """The command with subcommands."""
+class DefaultGroup(Group):
+    """A command whose subcommand named `default` may be left out: `clipret-export SOURCE BUNDLE`."""
 
+    default = "export"
 
-class SingleCommand(_OneLineErrors):
-    """The command without subcommands."""
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            args = [self.default, *args]
+        return super().parse_args(context, args)
 
 
 def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", unit: str = "it") -> Iterable[T]:
@@ -38,6 +49,20 @@ def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", un
 
     bar: Iterable[T] = tqdm(items, total=total, desc=desc, unit=unit, disable=None, dynamic_ncols=True, leave=False)
     return bar
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Inside the block, stage("loading") shows on stderr what is being done and since when, if stderr is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(disable=None, bar_format="{desc} [{elapsed}]", leave=False) as bar:
+
+        def stage(what: str) -> None:
+            bar.set_description_str(what)
+            bar.refresh()
+
+        yield stage
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

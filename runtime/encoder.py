@@ -16,7 +16,7 @@ from PIL import Image
 from clipret.bundle import Bundle
 from clipret.images import PictureError, load
 from clipret.text import Tokenizer
-from clipret.towers import Tower, cpu_count, open_tower
+from clipret.towers import EngineChoice, Tower, cpu_count, open_tower
 
 __all__ = ["EncodedBatch", "Encoder"]
 
@@ -39,25 +39,36 @@ class EncodedBatch(Generic[T]):
 class Encoder:
     """Encodes with the two towers of a bundle; each is opened when it is first needed.
 
-    `threads`: decode threads and engine threads, default the processors there are. Raises ClipretError as
-    `open_tower` does.
+    `threads`: decode threads and engine threads, default the processors there are. `engine`: see `open_tower`.
+    Raises ClipretError as `open_tower` does.
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, batch_size: int = 32
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cpu",
+        engine: EngineChoice = "auto",
+        threads: int | None = None,
+        batch_size: int = 32,
     ) -> None:
         self.bundle = bundle
         self.device = device
+        self.engine: EngineChoice = engine
         self.threads = threads or cpu_count()
         self.batch_size = batch_size
 
     @cached_property
     def image_tower(self) -> Tower:
-        return open_tower(self.bundle, "image", self.device, self.threads)
+        return open_tower(self.bundle, "image", self.device, self.threads, self.engine)
 
     @cached_property
     def text_tower(self) -> Tower:
-        return open_tower(self.bundle, "text", self.device, self.threads)
+        return open_tower(self.bundle, "text", self.device, self.threads, self.engine)
+
+    def engine_name(self, tower: str) -> str:
+        """What runs a tower ("image" or "text"), for reports; opens it where that has not happened."""
+        return self.image_tower.name if tower == "image" else self.text_tower.name
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

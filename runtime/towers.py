@@ -1,22 +1,36 @@
 """Towers: one half of a CLIP model as an engine that maps a batch to unit rows."""
 
 import os
+import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from clipret.bundle import Bundle
+from clipret.engines import (
+    EngineWarning,
+    Library,
+    TensorRTTower,
+    choose_engine,
+    explain,
+    gpu_arch,
+    installed,
+    load_library,
+)
 from clipret.errors import ClipretError, require
 
-__all__ = ["OnnxTower", "Tower", "cpu_count", "open_tower"]
+__all__ = ["EngineChoice", "OnnxTower", "Tower", "cpu_count", "open_tower"]
 
 Rows = npt.NDArray[np.float32]
+EngineChoice = Literal["auto", "onnxruntime"] | Library
 
 
 class Tower(Protocol):
-    """What the encoder needs of an engine."""
+    """What the encoder needs of an engine; `name` says which it is."""
+
+    name: str
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
@@ -27,17 +41,43 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_tower(bundle: Bundle, name: str, device: str = "cpu", threads: int | None = None) -> Tower:
+def open_tower(
+    bundle: Bundle, name: str, device: str = "cpu", threads: int | None = None, engine: EngineChoice = "auto"
+) -> Tower:
     """The tower `name` ("image" or "text") of a bundle on `device` ("cpu", "cuda" or "cuda:N").
 
-    `threads`: of the engine on a CPU, default all processors. Raises ClipretError for changed bytes, a missing
-    engine, or a device that the engine cannot use.
+    `threads`: of the engine on a CPU, default all processors. `engine`: "auto" takes a TensorRT plan of the bundle
+    where one fits the GPU and the installed library, else onnxruntime; plans that cannot be used are an EngineWarning.
+    Raises ClipretError for changed bytes, a missing engine, a device that the engine cannot use, or a plan that was
+    asked for by its library and does not fit.
     """
+    gpu = _gpu_number(device)
+    if engine in ("tensorrt", "tensorrt_rtx"):
+        if gpu is None:
+            raise ClipretError(f"{engine} plans run on a GPU, not on {device}: use --device cuda")
+        version = load_library(engine).__version__
+        return _plan_tower(bundle, name, gpu, {engine: version})
+    if engine == "auto" and gpu is not None and bundle.manifest.engines:
+        try:
+            return _plan_tower(bundle, name, gpu, installed())
+        except ClipretError as error:
+            warnings.warn(f"onnxruntime runs instead of TensorRT: {error}", EngineWarning, stacklevel=2)
     return OnnxTower(bundle.file(f"{name}.onnx"), device, threads or cpu_count())
+
+
+def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[Library, str]) -> TensorRTTower:
+    """The tower as a plan for the first of the libraries that one fits."""
+    engines, arch = bundle.manifest.engines, gpu_arch(gpu)
+    for library, version in versions.items():
+        if key := choose_engine(engines, library, version, arch):
+            return TensorRTTower(bundle.file(f"engines/{key}/{name}.plan"), library, gpu)
+    raise ClipretError(explain(engines, versions, arch))
 
 
 class OnnxTower:
     """A tower in onnxruntime, on its CPU or CUDA execution provider."""
+
+    name = "onnxruntime"
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
         ort = require("onnxruntime", "gpu" if device.startswith("cuda") else "cpu")
@@ -70,9 +110,17 @@ class OnnxTower:
 
 
 def _provider(device: str) -> tuple[str, dict[str, str]]:
+    gpu = _gpu_number(device)
+    if gpu is None:
+        return "CPUExecutionProvider", {}
+    return "CUDAExecutionProvider", {"device_id": str(gpu)}
+
+
+def _gpu_number(device: str) -> int | None:
+    """N of "cuda:N", None for the CPU."""
     kind, _, number = device.partition(":")
     if device == "cpu":
-        return "CPUExecutionProvider", {}
-    if kind == "cuda" and (number.isdigit() or not number):
-        return "CUDAExecutionProvider", {"device_id": number or "0"}
+        return None
+    if kind == "cuda" and (number.isdigit() or device == "cuda"):
+        return int(number or "0")
     raise ClipretError(f"device {device!r} is unknown: use cpu, cuda or cuda:N")

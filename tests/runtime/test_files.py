@@ -4,7 +4,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from clipret.console import SingleCommand, show_table
+from clipret.console import DefaultGroup, show_table
 from clipret.errors import ClipretError, printable
 from clipret.files import new_folder, write_file
 
@@ -64,11 +64,15 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
 
 
 def test_an_error_is_one_line_whatever_is_in_it() -> None:
-    @click.command("tool", cls=SingleCommand)
-    def tool() -> None:
-        raise ClipretError("no file a\nb\udcff.jpg")
+    @click.group("tool", cls=DefaultGroup)
+    def tool() -> None: ...
 
-    result = CliRunner().invoke(tool, prog_name="tool")
+    @tool.command("export")
+    @click.argument("source")
+    def export(source: str) -> None:
+        raise ClipretError(f"no {source} a\nb\udcff.jpg")
+
+    result = CliRunner().invoke(tool, ["file"], prog_name="tool")  # the default command, left out
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "tool: no file a\\nb\\udcff.jpg\n"
 

@@ -1,0 +1,201 @@
+"""TensorRT plans of a bundle: which of them fits this machine, and a tower that runs one.
+
+A plan runs with exactly the version that built it: TensorRT's default, and for TensorRT for RTX without exception (its
+manual, "Engine Compatibility"). TensorRT's fit one GPU architecture; those of TensorRT for RTX fit the architectures
+they were built for, which may be "Ampere (sm_80) and later".
+"""
+
+import importlib
+import importlib.util
+import threading
+import weakref
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.bundle import Engine
+from clipret.errors import ClipretError, require
+
+__all__ = [
+    "NAMES",
+    "EngineWarning",
+    "Library",
+    "TensorRTTower",
+    "choose_engine",
+    "error_log",
+    "explain",
+    "gpu_arch",
+    "installed",
+    "load_library",
+]
+
+Library = Literal["tensorrt", "tensorrt_rtx"]
+NAMES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+_EXTRAS: dict[Library, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+
+
+class EngineWarning(UserWarning):
+    """A bundle's plans cannot run here and onnxruntime takes their place."""
+
+
+def load_library(library: Library) -> Any:
+    """The module. Raises ClipretError with the pip command where it is not installed."""
+    try:
+        return require(library, _EXTRAS[library])
+    except (ImportError, OSError) as error:  # the Python package without the shared libraries that it loads
+        raise ClipretError(f"{NAMES[library]} does not load ({error}): install {library} again") from None
+
+
+def installed() -> dict[Library, str]:
+    """The versions of the TensorRT libraries of this machine, the preferred one first."""
+    return {library: load_library(library).__version__ for library in NAMES if importlib.util.find_spec(library)}
+
+
+def gpu_arch(device: int = 0) -> str:
+    """The architecture of GPU `device`, like "sm_89". Raises ClipretError where there is none."""
+    cuda = _cuda()
+    names = cuda.cudaDeviceAttr
+    wanted = (names.cudaDevAttrComputeCapabilityMajor, names.cudaDevAttrComputeCapabilityMinor)
+    major, minor = (_checked(cuda.cudaDeviceGetAttribute(name, device)) for name in wanted)
+    return f"sm_{major}{minor}"
+
+
+def choose_engine(engines: Mapping[str, Engine], library: Library, version: str, arch: str) -> str | None:
+    """The key of the plan to run with this library on this GPU, or None; one for exactly this GPU goes first."""
+    fitting = {
+        engine.arch: key
+        for key, engine in engines.items()
+        if (engine.library, engine.version) == (library, version) and _fits(engine.arch, arch)
+    }
+    return fitting.get(arch) or next(iter(fitting.values()), None)
+
+
+def _fits(built: str, arch: str) -> bool:
+    if built.endswith("+"):  # for that architecture and all later ones
+        return int(arch.removeprefix("sm_")) >= int(built.removeprefix("sm_").removesuffix("+"))
+    return built == arch
+
+
+def explain(engines: Mapping[str, Engine], versions: Mapping[Library, str], arch: str) -> str:
+    """Why no plan of a bundle fits a machine with the libraries `versions` and a GPU `arch`, and what to do."""
+    held = ", ".join(f"{NAMES[engine.library]} {engine.version} on {engine.arch}" for engine in engines.values())
+    here = " and ".join(f"{NAMES[library]} {version}" for library, version in versions.items()) or "no TensorRT"
+    option = "--tensorrt" if "tensorrt" in versions or not versions else f"--tensorrt-rtx {arch}"
+    return (
+        f"the bundle's plans are for {held or 'nothing'}, this machine has {arch} with {here}: "
+        f"build one here with  clipret-export engines BUNDLE {option}"
+    )
+
+
+def error_log(trt: Any) -> Any:
+    """An ILogger that keeps errors, the first one as `reason`, and prints nothing. Its base class exists only once the
+    library is loaded."""
+
+    class ErrorLog(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+        @property
+        def reason(self) -> str:
+            return self.errors[0] if self.errors else "it gives no reason"
+
+    return ErrorLog()
+
+
+class TensorRTTower:
+    """A tower as a TensorRT plan on GPU number `device`.
+
+    Any batch runs: in the profile with the smallest limit that holds it, in parts where it exceeds the largest.
+    Threads take turns, for an execution context belongs to one at a time. Raises ClipretError where the library, the
+    GPU or its memory is missing, or the plan does not fit.
+    """
+
+    def __init__(self, path: Path, library: Library, device: int = 0) -> None:
+        trt = load_library(library)
+        self.name = f"{NAMES[library]} {trt.__version__}"
+        self._cuda, self._device, self._lock = _cuda(), device, threading.Lock()
+        _checked(self._cuda.cudaSetDevice(device))
+        self._log = error_log(trt)
+        engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
+        context = None if engine is None else engine.create_execution_context()
+        if engine is None or context is None:
+            raise ClipretError(f"{path} does not run in {self.name}: {self._log.reason}; build it again here")
+        self._context = context
+        self._input, self._output = (engine.get_tensor_name(at) for at in (0, 1))
+        profiles = range(engine.num_optimization_profiles)
+        shapes = [engine.get_tensor_profile_shape(self._input, at)[2] for at in profiles]  # smallest, usual, largest
+        self._limits = [shape[0] for shape in shapes]  # ascending, as they were built
+        self._profile = 0
+        self._dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(self._input)))
+        self._dim = int(engine.get_tensor_shape(self._output)[-1])
+        self._stream = _checked(self._cuda.cudaStreamCreate())
+        self._batch = _checked(self._cuda.cudaMalloc(max(map(prod, shapes)) * self._dtype.itemsize))
+        self._rows = _checked(self._cuda.cudaMalloc(self._limits[-1] * self._dim * 4))
+        weakref.finalize(self, _release, self._cuda, self._stream, self._batch, self._rows)
+
+    def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
+        batch = np.ascontiguousarray(batch, dtype=self._dtype)
+        rows = np.empty((len(batch), self._dim), dtype=np.float32)
+        limit = self._limits[-1]
+        with self._lock:
+            _checked(self._cuda.cudaSetDevice(self._device))  # a thread's own, and any thread may come
+            for low in range(0, len(batch), limit):
+                self._run(batch[low : low + limit], rows[low : low + limit])
+        return rows
+
+    def _run(self, batch: npt.NDArray[Any], rows: npt.NDArray[np.float32]) -> None:
+        cuda, context, stream = self._cuda, self._context, int(self._stream)
+        profile = next(at for at, limit in enumerate(self._limits) if len(batch) <= limit)
+        self._log.errors.clear()
+        ready = True
+        if profile != self._profile:
+            ready = context.set_optimization_profile_async(profile, stream)
+            self._profile = profile
+        ready = ready and context.set_input_shape(self._input, batch.shape)
+        ready = ready and context.set_tensor_address(self._input, int(self._batch))
+        ready = ready and context.set_tensor_address(self._output, int(self._rows))
+        kind = cuda.cudaMemcpyKind
+        _checked(
+            cuda.cudaMemcpyAsync(
+                self._batch, batch.ctypes.data, batch.nbytes, kind.cudaMemcpyHostToDevice, self._stream
+            )
+        )
+        if not (ready and context.execute_async_v3(stream)):
+            raise ClipretError(f"{self.name} cannot run a batch of shape {batch.shape}: {self._log.reason}")
+        _checked(
+            cuda.cudaMemcpyAsync(rows.ctypes.data, self._rows, rows.nbytes, kind.cudaMemcpyDeviceToHost, self._stream)
+        )
+        _checked(cuda.cudaStreamSynchronize(self._stream))
+
+
+def _cuda() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError:  # both extras bring it, but which of them is meant is not known here
+        raise ClipretError("TensorRT plans need CUDA's Python package: run  pip install cuda-bindings") from None
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The value of a call of the CUDA runtime, which returns (error, *values)."""
+    error, *values = result
+    if int(error) != 0:
+        told = _cuda().cudaGetErrorString(error)[1].decode()
+        raise ClipretError(f"CUDA cannot be used ({told}): see what nvidia-smi says, or use the CPU")
+    return values[0] if values else None
+
+
+def _release(cuda: Any, stream: Any, *buffers: Any) -> None:
+    cuda.cudaStreamSynchronize(stream)
+    for buffer in buffers:
+        cuda.cudaFree(buffer)
+    cuda.cudaStreamDestroy(stream)

@@ -1,0 +1,43 @@
+"""A small random model in open_clip's own format, the input of nearly every export here."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+CONFIG: dict[str, Any] = {
+    "model_cfg": {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "resize_mode": "longest"},
+}
+
+
+def write_model(folder: Path, stream: float = 1.0) -> str:
+    """A random ViT as open_clip saves one to disk; `stream` scales its image tower's residual stream."""
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    torch.manual_seed(3)
+    model = open_clip.model.CLIP(**CONFIG["model_cfg"])
+    model.visual.ln_pre.weight.data *= stream
+    for block in model.visual.transformer.resblocks:  # so that what the blocks add is not lost beside it
+        block.attn.out_proj.weight.data *= stream
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def write_vit() -> Callable[..., str]:
+    return write_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("model") / "vit")
