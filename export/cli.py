@@ -14,7 +14,7 @@ from clipret.console import DefaultGroup, show_table
 from clipret.errors import ClipretError, require
 
 FILE = click.Path(path_type=Path)
-PRECISIONS = ("fp16", "bf16", "int8")
+ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 EXPORT_EPILOG = """
 \b
@@ -66,6 +66,23 @@ def _data(command: Any) -> Any:
     return command
 
 
+def _plans(command: Any) -> Any:
+    for option in (
+        click.option("--timing-cache", type=FILE, help="Makes the next --tensorrt build faster; made where missing."),
+        click.option("--batch", default="1,64", show_default=True, help="Batch sizes that plans are tuned for."),
+        click.option(
+            "--tensorrt-rtx",
+            is_flag=False,
+            flag_value="sm_80+",
+            metavar="[ARCH,...]",
+            help="TensorRT for RTX plans, built without a GPU; alone: for every GPU from Ampere on.",
+        ),
+        click.option("--tensorrt", is_flag=True, help="TensorRT plans for the GPU of this machine."),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command(epilog=EXPORT_EPILOG)
 @click.argument("source")
 @click.argument("bundle", type=FILE)
@@ -76,7 +93,9 @@ def _data(command: Any) -> Any:
 @click.option("--calibration-where", metavar="SQL", help="Only rows of the list for which this holds.")
 @_data
 @_limits
+@_plans
 @click.option("--overwrite", is_flag=True, help="Replace BUNDLE; the old one stays until the new is whole.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def export(
     source: str,
     bundle: Path,
@@ -85,6 +104,7 @@ def export(
     calibration_where: str | None,
     image_root: Path | None,
     overwrite: bool,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Export SOURCE to the folder BUNDLE: both towers as ONNX, the tokenizer, a manifest.
@@ -119,11 +139,18 @@ def export(
         limits=_limits_for(precision or "fp32", given),
         verify_data=_sample(image_root, given),
         calibration_data=calibration,
+        plans=_plan_requests(given),
     )
     manifest, report = made.manifest, json.loads(made.file("verify.json").read_text(encoding="utf-8"))
+    seconds = time.monotonic() - began
     size = sum(entry.bytes for entry in manifest.files.values())
     # ru_maxrss is in KiB, on macOS in bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if as_json:
+        facts = {"model": manifest.model, "fingerprint": made.fingerprint, "bytes": size, "seconds": round(seconds, 1)}
+        told = {"path": str(made.path), **facts, "peak_memory_bytes": peak, "engines": list(manifest.engines)}
+        click.echo(json.dumps(told | report, indent=2))
+        return
     rows = [
         ("model", manifest.model),
         ("precision", manifest.precision),
@@ -132,12 +159,13 @@ def export(
         ("embedding", str(manifest.embedding_dim)),
         ("size", f"{size / 1e6:.1f} MB"),
         ("fingerprint", made.fingerprint[:16]),
-        ("time", f"{time.monotonic() - began:.0f} s"),
+        ("time", f"{seconds:.0f} s"),
         ("peak memory", f"{peak / 2**30:.1f} GiB"),
     ]
     click.echo(f"{made.path}\n{show_table(('what', 'value'), rows)}\n\n{_report_table(report)}")
     if manifest.float32_layers:
         click.echo(f"\nkept in float32: {', '.join(manifest.float32_layers)}")
+    _show_plans(list(manifest.engines), report["plans"])
     if report["skipped"]:
         click.echo(f"unreadable pictures: {len(report['skipped'])}, named in {made.path / 'verify.json'}", err=True)
 
@@ -147,8 +175,9 @@ def export(
 @_data
 @_limits
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def check(bundle: Path, image_root: Path | None, device: str, as_json: bool, **given: Any) -> None:
+def check(bundle: Path, image_root: Path | None, device: str, engine: Any, as_json: bool, **given: Any) -> None:
     """Check BUNDLE on this machine and engine against torch's rows, which the bundle carries; torch is not needed.
 
     With --verify-data and the options of the export, recall@1 is compared with what torch had then.
@@ -161,12 +190,65 @@ def check(bundle: Path, image_root: Path | None, device: str, as_json: bool, **g
 
     opened = Bundle.open(bundle)
     report = check_bundle(
-        opened, _limits_for(opened.manifest.precision, given), data=_sample(image_root, given), device=device
+        opened,
+        _limits_for(opened.manifest.precision, given),
+        data=_sample(image_root, given),
+        device=device,
+        engine=engine,
     )
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else _report_table(report.to_dict()))
     if report.problems:
-        told = "; ".join(f"{tower} tower: {', '.join(found)}" for tower, found in report.problems.items())
-        raise ClipretError(f"bundle {opened.path} differs from torch on this machine ({told}): do not search with it")
+        raise ClipretError(
+            f"bundle {opened.path} differs from torch on this machine ({report.problem_text()}): do not search with it"
+        )
+
+
+@main.command()
+@click.argument("bundle", type=FILE)
+@_plans
+def engines(bundle: Path, **given: Any) -> None:
+    """Build TensorRT plans into BUNDLE; torch is not needed.
+
+    A search takes a plan that fits its GPU and its TensorRT, and otherwise says so and runs onnxruntime.
+
+    \b
+    clipret-export engines bundles/cars --tensorrt --batch 1,64,256     for the GPU of this machine
+    clipret-export engines bundles/cars --tensorrt-rtx                  for every GPU from Ampere on, built without one
+    clipret-export engines bundles/cars --tensorrt-rtx sm_89,sm_120     for these two
+    """
+    from clipret.export.plans import add_plans
+
+    requests = _plan_requests(given)
+    if not requests:
+        raise click.UsageError("name what to build: --tensorrt or --tensorrt-rtx")
+    for request in requests:
+        made, told = add_plans(bundle, request)
+        _show_plans(list(made.manifest.engines), told)
+
+
+def _plan_requests(given: dict[str, Any]) -> list[Any]:
+    from clipret.export.plans import PlanRequest
+
+    try:
+        batch = [int(size) for size in given["batch"].split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{given['batch']!r} is no list of numbers, as in 1,64,256", param_hint="--batch"
+        ) from None
+    made = []
+    if given["tensorrt"]:
+        made.append(PlanRequest("tensorrt", batch=batch, timing_cache=given["timing_cache"]))
+    if given["tensorrt_rtx"] is not None:
+        made.append(PlanRequest("tensorrt_rtx", given["tensorrt_rtx"].split(","), batch))
+    return made
+
+
+def _show_plans(keys: list[str], told: dict[str, Any]) -> None:
+    """The plans of a bundle, and why those that were just built could not be run."""
+    if keys:
+        click.echo(f"\nTensorRT plans: {', '.join(keys)}")
+    for library, report in told.items():
+        click.echo(f"{library}: {report if isinstance(report, str) else 'checked on this GPU'}")
 
 
 def _sample(image_root: Path | None, given: dict[str, Any]) -> Any:

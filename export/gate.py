@@ -122,6 +122,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def problem_text(self) -> str:
+        return "; ".join(f"{tower} tower: {', '.join(found)}" for tower, found in self.problems.items())
+
 
 def _inputs_sha256() -> str:
     """Which built-in inputs a reference belongs to: another clipret may bring others."""

@@ -12,6 +12,7 @@ __all__ = ["Kind", "attention_as", "kind_of", "replace_modules", "split_heads"]
 
 Kind = Literal["linear", "convolution", "embedding"]
 
+_OPTIONS = ("attn_mask", "dropout_p", "is_causal")
 _STOCK: dict[Kind, type[nn.Module]] = {"linear": nn.Linear, "convolution": nn.Conv2d, "embedding": nn.Embedding}
 
 
@@ -25,9 +26,14 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 @contextmanager
 def attention_as(compute: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside the block every scaled_dot_product_attention(...) is compute(scaled_dot_product_attention, ...)."""
+    """Inside the block scaled_dot_product_attention(q, k, v, ...) is compute(the original, q, k, v, ...),
+    everything after v by its name."""
     attend = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda *args, **options: compute(attend, *args, **options)  # type: ignore[assignment]
+
+    def instead(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        return compute(attend, query, key, value, **dict(zip(_OPTIONS, args, strict=False)), **options)
+
+    F.scaled_dot_product_attention = instead  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clipret.bundle import FORMAT, Bundle, Engine, Manifest, file_entry
+from clipret.bundle import FORMAT, Bundle, Manifest, file_entry
 from clipret.console import stages
 from clipret.errors import ClipretError
 from clipret.export.calibration import observe, overflows
 from clipret.export.gate import LIMITS, Limits, Reference, Report, data_sha256, run_gate
 from clipret.export.graph import write_onnx
+from clipret.export.plans import PlanRequest, gate_plans
 from clipret.export.precision import Precision, convert
 from clipret.export.reference import inputs, reference, texts
 from clipret.export.samples import TEXTS, Sample, pictures
@@ -30,7 +31,6 @@ from clipret.training.models import load_model
 __all__ = ["export_bundle"]
 
 Kind = Literal["image", "text"]
-BuildEngines = Callable[[Path, Manifest], dict[str, Engine]]
 
 _ATTEMPTS = 3
 _CALIBRATION = 64  # pictures and titles: with more, the ranges hardly change
@@ -57,13 +57,13 @@ def export_bundle(
     limits: Limits | None = None,
     verify_data: Sample | None = None,
     calibration_data: Sample | None = None,
-    build_engines: BuildEngines | None = None,
+    plans: Sequence[PlanRequest] = (),
 ) -> Bundle:
     """Export `source` (see `load_model`) to the bundle folder `out`.
 
     `verify_data`: pictures, with titles for a recall, that the towers are checked with beside the built-in ones.
     `calibration_data`: what int8 takes its ranges from; half of `verify_data` unless given, which then is not checked
-    with. `build_engines` writes plans into the folder and returns them for the manifest.
+    with. `plans`: TensorRT plans to build, which are checked as well where a GPU here can run them.
 
     Raises ClipretError when the source cannot be loaded, `out` is not empty (unless `overwrite`), the disk is too
     full, int8 has nothing to calibrate with, or a tower disagrees with torch even with its worst layers in float32;
@@ -110,19 +110,17 @@ def export_bundle(
             raise ClipretError(
                 f"the exported towers differ from torch ({told}): nothing was written; {_advice(precision)}"
             )
-        engines: dict[str, Engine] = {}
-        if build_engines is not None:
-            stage("building engines")
-            engines = build_engines(folder, bundle.manifest)
+        for request in plans:
+            manifest.engines.update(request.build(folder, manifest))
         assert plan.report is not None
         report = plan.report.to_dict() | {
             "nodes": plan.nodes,
             "data_sha256": None if expected.pairs is None else data_sha256(expected.pairs),
             "float32_layers": manifest.float32_layers,
             "skipped": [[str(path), reason] for path, reason in skipped],
+            "plans": gate_plans(_write_manifest(folder, manifest), expected, limits) if plans else {},
         }
         (folder / "verify.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        manifest.engines.update(engines)
         _write_manifest(folder, manifest)
     return Bundle.open(out)
 

@@ -60,7 +60,6 @@ class _Int8(nn.Module):
     int8_original_dtype = torch.float32
     weight: Tensor
     weight_scale: Tensor
-    weight_zero: Tensor
     scale: Tensor
     zero: Tensor
 
@@ -69,7 +68,6 @@ class _Int8(nn.Module):
         del self.weight
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_zero", torch.zeros_like(scale, dtype=torch.int8))
         step, zero = ranges.uint8()
         self.register_buffer("scale", torch.tensor(step))
         self.register_buffer("zero", torch.tensor(zero, dtype=torch.uint8))
@@ -84,9 +82,7 @@ class _Int8Linear(_Int8, nn.Linear):
         self.weight = self.weight.t().contiguous()  # as MatMul takes it: [in,out]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _onnx(
-            "DequantizeLinear", self.weight, self.weight_scale, self.weight_zero, like=self.weight, attrs={"axis": 1}
-        )
+        weight = _onnx("DequantizeLinear", self.weight, self.weight_scale, like=self.weight, attrs={"axis": 1})
         y = self._input(x) @ weight
         return y if self.bias is None else y + self.bias
 
@@ -104,14 +100,11 @@ class _Int8Conv2d(_Int8, nn.Conv2d):
         self.bias = None
         self.register_buffer("int_bias", (bias / scale).round().clamp(-(2**31), 2**31 - 1).to(torch.int32))
         self.register_buffer("bias_scale", scale)
-        self.register_buffer("bias_zero", torch.zeros_like(self.int_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         axis = {"axis": 0}
-        weight = _onnx(
-            "DequantizeLinear", self.weight, self.weight_scale, self.weight_zero, like=self.weight, attrs=axis
-        )
-        bias = _onnx("DequantizeLinear", self.int_bias, self.bias_scale, self.bias_zero, like=self.int_bias, attrs=axis)
+        weight = _onnx("DequantizeLinear", self.weight, self.weight_scale, like=self.weight, attrs=axis)
+        bias = _onnx("DequantizeLinear", self.int_bias, self.bias_scale, like=self.int_bias, attrs=axis)
         y = F.conv2d(self._input(x), weight, bias, self.stride, self.padding, self.dilation, self.groups)
         q = _onnx("QuantizeLinear", y, self.out_scale, self.out_zero, like=y, dtype=torch.uint8)
         return _onnx("DequantizeLinear", q, self.out_scale, self.out_zero, like=q)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +59,27 @@ def rewrite(model: nn.Module) -> None:
     Must come before any conversion to lower precision.
     """
     model.eval().requires_grad_(False)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        # Engines fold them too, but not across the casts of lower precision. A tower that torch.fx cannot trace
-        # keeps its normalisations and is merely slower.
-        with contextlib.suppress(TraceError):
-            model.visual = fuse(model.visual)  # type: ignore[arg-type]
-    replace_modules(model, AttentionPool2d, PlainAttentionPool)
+    _fold_normalisations(model)
     replace_modules(model, nn.MultiheadAttention, _plain)
     pool_early(model)
+
+
+def _fold_normalisations(model: Any) -> None:
+    """BatchNorm2d of the image tower into the convolutions before them.
+
+    Engines fold them too, but not across the casts of lower precision. A tower that torch.fx cannot trace keeps its
+    normalisations and is merely slower.
+    """
+    visual = model.visual
+    if not any(isinstance(module, nn.BatchNorm2d) for module in visual.modules()):
+        return
+    pool = getattr(visual, "attnpool", None)
+    if isinstance(pool, AttentionPool2d):
+        visual.attnpool = nn.Identity()  # a traced attention would be out of the reach of `attention_as`
+        model.visual = nn.Sequential(visual, PlainAttentionPool(pool))
+    with contextlib.suppress(TraceError):
+        folded = fuse(visual)
+        model.visual = nn.Sequential(folded, model.visual[1]) if model.visual is not visual else folded
 
 
 def _plain(packed: nn.MultiheadAttention) -> nn.Module:

@@ -1,7 +1,9 @@
 """Towers: one half of a CLIP model as an engine that maps a batch to unit rows."""
 
 import os
+import platform
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,10 +23,10 @@ from clipret.engines import (
 )
 from clipret.errors import ClipretError, require
 
-__all__ = ["EngineChoice", "OnnxTower", "Tower", "cpu_count", "open_tower"]
+__all__ = ["EngineChoice", "OnnxTower", "OpenVinoTower", "Tower", "cpu_count", "open_tower"]
 
 Rows = npt.NDArray[np.float32]
-EngineChoice = Literal["auto", "onnxruntime"] | Library
+EngineChoice = Literal["auto", "onnxruntime", "openvino"] | Library
 
 
 class Tower(Protocol):
@@ -48,6 +50,7 @@ def open_tower(
 
     `threads`: of the engine on a CPU, default all processors. `engine`: "auto" takes a TensorRT plan of the bundle
     where one fits the GPU and the installed library, else onnxruntime; plans that cannot be used are an EngineWarning.
+    On a CPU it takes onnxruntime, and OpenVINO for bf16, which onnxruntime does not have there.
     Raises ClipretError for changed bytes, a missing engine, a device that the engine cannot use, or a plan that was
     asked for by its library and does not fit.
     """
@@ -62,7 +65,14 @@ def open_tower(
             return _plan_tower(bundle, name, gpu, installed())
         except ClipretError as error:
             warnings.warn(f"onnxruntime runs instead of TensorRT: {error}", EngineWarning, stacklevel=2)
-    return OnnxTower(bundle.file(f"{name}.onnx"), device, threads or cpu_count())
+    path, threads, bf16 = bundle.file(f"{name}.onnx"), threads or cpu_count(), bundle.manifest.precision == "bf16"
+    if gpu is None and bf16 and engine == "onnxruntime":
+        raise ClipretError(f"{bundle.path} is bf16, which onnxruntime lacks on a CPU: use OpenVINO or export fp16")
+    if engine == "openvino" or (gpu is None and bf16):
+        if gpu is not None:
+            raise ClipretError(f"OpenVINO runs on the CPU here, not on {device}: use --device cpu")
+        return OpenVinoTower(path, threads, bf16)
+    return OnnxTower(path, device, threads)
 
 
 def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[Library, str]) -> TensorRTTower:
@@ -94,6 +104,7 @@ class OnnxTower:
         options.log_severity_level = 3  # its warnings speak of the graph's nodes, not to the user
         # Threads that spin between two batches take the cores away from the decode threads.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.x64quantprecision", "1" if _int8_saturates() else "0")
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
         except Exception as error:  # onnxruntime raises a dozen types of its own, all unexported
@@ -107,6 +118,40 @@ class OnnxTower:
     def run(self, batch: npt.NDArray[Any]) -> Rows:
         rows: Rows = self._session.run(None, {self._input: batch})[0]
         return rows
+
+
+class OpenVinoTower:
+    """A tower in OpenVINO on the CPU, in float32 or, where the processor has it, in bfloat16."""
+
+    name = "openvino"
+
+    def __init__(self, path: Path, threads: int, bf16: bool) -> None:
+        core = require("openvino", "openvino").Core()
+        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        options = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 and native else "f32", "INFERENCE_NUM_THREADS": threads}
+        try:
+            self._model = core.compile_model(str(path), "CPU", options)
+        except Exception as error:  # OpenVINO raises plain RuntimeError, and others for files it cannot parse
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ClipretError(f"{path} cannot be opened by OpenVINO: {reason}; export the model again") from None
+
+    def run(self, batch: npt.NDArray[Any]) -> Rows:
+        rows: Rows = self._model([batch])[0]
+        return rows
+
+
+@cache
+def _int8_saturates() -> bool:
+    """Whether the processor adds int8 products up in 16 bits, where they overflow: x86 without VNNI.
+
+    onnxruntime has another kernel for it, exact and several times slower; it does not take it by itself.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True  # not Linux: rather slow than wrong
 
 
 def _provider(device: str) -> tuple[str, dict[str, str]]:

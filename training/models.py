@@ -14,7 +14,7 @@ from torch import nn
 
 from clipret.bundle import ImageSpec, TextSpec
 from clipret.errors import ClipretError
-from clipret.training import small
+from clipret.training import chinese, small
 from clipret.training.loaded import LoadedModel, file_sha256, weights_sha256
 from clipret.training.lora import ADAPTER_CONFIG, base_of, merge_adapter
 from clipret.training.openclip import CONFIG, load_open_clip, rebuild_open_clip
@@ -34,6 +34,7 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     - MODEL or MODEL:PRETRAINED, where MODEL is `clipret-small` or an architecture of open_clip and PRETRAINED one
       of its tags or a checkpoint file (.safetensors, or .pt loaded as weights only);
     - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json;
+    - a folder of Hugging Face's ChineseCLIPModel or a clip_cn_*.pt of OFA-Sys, with a vocab.txt beside it;
     - a folder with a LoRA adapter in PEFT's layout, which names the model that it is merged into.
 
     Weights that `source` does not name are random, drawn with `seed`. `captions` are what a new clipret-small learns
@@ -47,15 +48,23 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
         return _load_run(path, best if best.is_file() else best.with_name("last.safetensors"), source)
     if (path / CONFIG).is_file():
         return load_open_clip(f"local-dir:{path}", None, seed=seed)
+    if chinese.is_folder(path):
+        return chinese.load_chinese_clip(path, source)
     if path.is_dir():
-        raise ClipretError(f"{path} is no model: it holds neither model.json (a run) nor {CONFIG}")
+        raise ClipretError(
+            f"{path} is no model: it holds neither model.json (a run), {CONFIG}, {ADAPTER_CONFIG} nor a Chinese-CLIP"
+        )
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and ":" not in source:
+        if not (path.parent.parent / "model.json").is_file() and chinese.is_checkpoint(path):
+            return chinese.load_chinese_clip(path, source)
         return _load_run(_run_of(path), path, source)
     if source == SMALL:
         return _new_small(captions, seed)
     name, pretrained = _split(source)
     if name == SMALL:
         raise ClipretError(f"{SMALL} has no pretrained weights: train it, then name the run's folder")
+    if name.startswith("hf-hub:") and (folder := chinese.hub_folder(name.removeprefix("hf-hub:"))) is not None:
+        return chinese.load_chinese_clip(folder, source)
     return load_open_clip(name, pretrained, seed=seed)
 
 
@@ -65,6 +74,8 @@ def architecture(source: str) -> tuple[str, bool]:
     if (path / ADAPTER_CONFIG).is_file():
         return architecture(base_of(path))[0], True
     run = path if (path / "model.json").is_file() else path.parent.parent
+    if chinese.is_folder(path) or (path.suffix == ".pt" and not (run / "model.json").is_file() and path.is_file()):
+        return "Chinese-CLIP", True
     if (run / "model.json").is_file() and path.exists():
         return _read_description(run)["name"], True
     name, pretrained = _split(source)
@@ -86,6 +97,8 @@ def describe(loaded: LoadedModel) -> dict[str, str]:
     files = {"tokenizer.json": loaded.tokenizer_json}
     if loaded.name == SMALL:
         description["small"] = loaded.config
+    elif loaded.config.get("family") == chinese.FAMILY:
+        description["chinese"] = loaded.config
     else:
         files[CONFIG] = json.dumps(loaded.config, indent=2) + "\n"
     files["model.json"] = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
@@ -142,12 +155,14 @@ def _load_run(run: Path, checkpoint: Path, source: str) -> LoadedModel:
         if value["name"] == SMALL:
             model: nn.Module = small.SmallClip(small.SmallConfig(**value["small"])).eval()
             model.load_state_dict(load_file(checkpoint))
+        elif "chinese" in value:
+            model = chinese.rebuild(value["chinese"], checkpoint)
         else:
             model = rebuild_open_clip(run, checkpoint)
         return LoadedModel(
             model=model,
             name=value["name"],
-            config=value.get("small") or json.loads((run / CONFIG).read_text(encoding="utf-8")),
+            config=value.get("small") or value.get("chinese") or json.loads((run / CONFIG).read_text(encoding="utf-8")),
             image=ImageSpec(**value["image"]),
             mean=tuple(value["mean"]),
             std=tuple(value["std"]),

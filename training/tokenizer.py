@@ -1,7 +1,8 @@
 """Tokenizer files for `clipret.text.Tokenizer`: CLIP's own, and one learned from the user's captions."""
 
 import gzip
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import regex
@@ -10,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from clipret.errors import ClipretError
 from clipret.text import clean
 
-__all__ = ["clip_tokenizer_json", "learn_tokenizer"]
+__all__ = ["clip_tokenizer_json", "learn_tokenizer", "wordpiece_tokenizer_json"]
 
 _CLIP_MERGES = 49152 - 256 - 2  # CLIP was trained with the first part of its vocabulary file
 
@@ -55,6 +56,71 @@ def clip_tokenizer_json() -> str:
         special_tokens=[("<start_of_text>", start), ("<end_of_text>", end)],
     )
     return tokenizer.to_str()
+
+
+def wordpiece_tokenizer_json(vocabulary: Sequence[str]) -> str:
+    """Chinese-CLIP's WordPiece as a Hugging Face `tokenizers` file, for `TextSpec(clean="none")`.
+
+    `vocabulary`: token by id, [PAD] [UNK] [CLS] [SEP] among them. The rules are those of BERT's basic tokenizer in
+    lower case, with Chinese-CLIP's limit of 200 characters a word. The ready-made BertNormalizer and BertPreTokenizer
+    are not the same: they drop unassigned and private code points, and their Unicode tables lag behind Python's.
+    """
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    if missing := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in ids]:
+        raise ClipretError(f"the vocabulary has no {missing[0]}: use the vocab.txt of a BERT")
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=200))
+    blank = f"[\\t\\n\\r{_category('Zs')}]"
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex(blank), " "),
+            normalizers.Replace(Regex(f"[\\x{{fffd}}{_category('Cc', 'Cf')}]"), ""),
+            normalizers.Replace(Regex(r"(?<=\p{L})\x{3a3}(?!\p{L})"), "\u03c2"),  # Python's lower() knows final sigmas
+            normalizers.Lowercase(),
+            normalizers.NFD(),
+            normalizers.Replace(Regex(f"[{_category('Mn')}]"), ""),
+        ]
+    )
+    signs = f"[!-/:-@\\[-`{{-~{_category('Pc', 'Pd', 'Pe', 'Pf', 'Pi', 'Po', 'Ps')}]"
+    chinese = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in _CHINESE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # What str.split() splits at: blanks, and two separators that the normalizer leaves alone
+            pre_tokenizers.Split(Regex(r"[ \x{2028}\x{2029}]+"), "removed"),
+            pre_tokenizers.Split(Regex(f"[{chinese}]"), "isolated"),
+            pre_tokenizers.Split(Regex(signs), "isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, ids[name]) for name in ("[CLS]", "[SEP]")]
+    )
+    return tokenizer.to_str()
+
+
+# What BERT surrounds with blanks: CJK ideographs, without kana and hangul
+_CHINESE = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
+
+
+def _category(*names: str) -> str:
+    """The code points of some Unicode categories, by Python's table, as the inside of a character class."""
+    inside = [
+        code for code in range(0x110000) if unicodedata.category(chr(code)) in names and chr(code) not in "\t\n\r"
+    ]
+    runs: list[list[int]] = []
+    for code in inside:
+        if runs and runs[-1][1] == code - 1:
+            runs[-1][1] = code
+        else:
+            runs.append([code, code])
+    return "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in runs)
 
 
 def _ranges(characters: str) -> str:
