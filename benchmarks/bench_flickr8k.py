@@ -10,6 +10,7 @@ export, gallery or ranking. Chance is 1 % (ten of 1,000 pictures).
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from clipret.images import load
 from clipret.tables import read_table
 from clipret.text import Tokenizer
 from clipret.training.models import load_model
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 def run(*command: object) -> tuple[str, float]:
@@ -62,31 +65,45 @@ def measure(data: Path, work: Path, lang: str) -> dict[str, Any]:
     chosen = f"lang = '{lang}'"
     folder = work / f"{lang}-run"
     train = ("--where", f"split = 'train' and {chosen}", "--val-where", f"split = 'val' and {chosen}")
-    _, cpu = run(
-        "clipret-train", "fit", captions, "--image-root", images, "--model", "clipret-small", *train, "--out", folder
-    )
-    result: dict[str, Any] = {"train_cpu_seconds": round(cpu, 1), "torch": torch_recall(folder, data, lang)}
-    for precision in ("fp32", "fp16"):
+    seconds = work / f"{lang}-train-cpu-seconds.json"
+    if not seconds.exists():  # a run that is there from before is measured, not trained again
+        model = ("--image-root", images, "--model", "clipret-small")
+        _, cpu = run("clipret-train", "fit", captions, *model, *train, "--out", folder)
+        seconds.write_text(json.dumps(round(cpu, 1)))
+    result: dict[str, Any] = {
+        "train_cpu_seconds": json.loads(seconds.read_text()),
+        "torch": torch_recall(folder, data, lang),
+    }
+    calibration = ("--calibration-data", captions, "--calibration-where", f"split = 'train' and {chosen}")
+    for precision in PRECISIONS:
         bundle, gallery = work / f"{lang}-{precision}", work / f"{lang}-{precision}-gallery"
-        run("clipret-export", folder, bundle, *(["--fp16"] if precision == "fp16" else []))
+        options: list[object] = [] if precision == "fp32" else [f"--{precision}", "--image-root", images]
+        options += calibration if precision == "int8" else ()
+        output, _ = run("clipret-export", folder, bundle, *options, "--overwrite", "--json")
+        report = json.loads(output)
+        shutil.rmtree(gallery, ignore_errors=True)
         run("clipret-search", "index", bundle, captions, gallery, "--image-root", images, "--where", "split = 'val'")
         only = ("--where", f"split = 'val' and {chosen}", "--image-root", images)
         result[precision] = json.loads(run("clipret-search", "eval", gallery, captions, *only, "--json")[0])
-        difference = 100 * (result[precision]["recall_at_10"] - result["torch"]["recall_at_10"])
-        result[precision]["recall_at_10_minus_torch_points"] = round(difference, 3)
+        for k in (1, 5, 10):
+            difference = 100 * (result[precision][f"recall_at_{k}"] - result["torch"][f"recall_at_{k}"])
+            result[precision][f"recall_at_{k}_minus_torch_points"] = round(difference, 3)
+        result[precision]["min_cosine"] = {tower: report[tower]["min_cosine"] for tower in ("image", "text")}
+        result[precision]["float32_layers"] = report["float32_layers"]
+        result[precision]["size_mb"] = round(report["bytes"] / 1e6, 1)
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path, help="a new folder for runs, bundles and galleries")
+    parser.add_argument("work", type=Path, help="folder for runs, bundles and galleries; a run in it is used again")
     parser.add_argument("--lang", action="append", choices=["en", "zh"])
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
     results = {lang: measure(arguments.data, arguments.work, lang) for lang in arguments.lang or ["en", "zh"]}
     for lang, result in results.items():
-        for kind in ("torch", "fp32", "fp16"):
+        for kind in ("torch", *PRECISIONS):
             shares = "  ".join(f"R@{k} {100 * result[kind][f'recall_at_{k}']:5.2f} %" for k in (1, 5, 10))
             print(f"{lang} {kind:5} {shares}   (training {result['train_cpu_seconds']} CPU s)", file=sys.stderr)
     keep("flickr8k", results)

@@ -199,7 +199,7 @@ def run_gate(
         texts=len(ours.text),
         recall_torch=recalls(target, expected.pairs) if labelled and expected.pairs is not None else None,
         recall=recalls(ours, expected.pairs) if labelled and expected.pairs is not None else None,
-        problems={name: found for name, tower in reports.items() if (found := _problems(tower, limits))},
+        problems={name: told for name, tower in reports.items() if (told := _problems(tower, limits))},
     )
     _judge_recall(report)
     return report

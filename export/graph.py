@@ -65,7 +65,8 @@ def _two_products(
     scores = (q * scale) @ k.transpose(-2, -1)  # the scale first: scores before it may be too large for half
     if attn_mask is not None:
         scores = scores + attn_mask
-    return scores.softmax(dim=-1) @ v
+    attended: Tensor = scores.softmax(dim=-1) @ v
+    return attended
 
 
 def _drop_cast_pairs(graph: ir.Graph) -> None:

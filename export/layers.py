@@ -33,7 +33,7 @@ def attention_as(compute: Callable[..., Tensor]) -> Iterator[None]:
     def instead(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         return compute(attend, query, key, value, **dict(zip(_OPTIONS, args, strict=False)), **options)
 
-    F.scaled_dot_product_attention = instead  # type: ignore[assignment]
+    F.scaled_dot_product_attention = instead
     try:
         yield
     finally:

@@ -34,6 +34,7 @@ Kind = Literal["image", "text"]
 
 _ATTEMPTS = 3
 _CALIBRATION = 64  # pictures and titles: with more, the ranges hardly change
+_COSTS = 12  # pairs of inputs that the layers' costs are measured with, spread over all of them
 _HALF_CHECK = 4  # inputs that run in torch's own half precision
 
 
@@ -165,10 +166,11 @@ def _write_towers(
         "text": torch.ones(2, length, dtype=torch.int64),
     }
     free = {0: "batch", 1: "length"} if loaded.text.pad_to == "longest" else {0: "batch"}
-    for kind, tower, dynamic, name in (
+    towers: tuple[tuple[Kind, nn.Module, dict[int, str], str], ...] = (
         ("image", ImageTower(loaded), {0: "batch"}, "pixels"),
         ("text", TextTower(loaded), free, "tokens"),
-    ):
+    )
+    for kind, tower, dynamic, name in towers:
         if kind not in missed:
             continue
         tower.eval()
@@ -195,7 +197,8 @@ def _lower(
     keep = list(dict.fromkeys([*plan.keep[kind], *(overflows(tower, ranges) if precision == "fp16" else [])]))
     missed = plan.losses.get(kind)
     if precision == "int8" or missed is not None:
-        loss = costs(tower, [part for batch in batches for part in batch.split(2)][:8], ranges, precision)
+        parts = [part for batch in batches for part in torch.split(batch, 2)]
+        loss = costs(tower, parts[:: -(-len(parts) // _COSTS)], ranges, precision)
         left = {name: cost for name, cost in loss.items() if name not in keep}
         # The mean over the inputs must stay well below the limit, for the worst input is several times the mean.
         budget = (1 - limits.cosine) / 4
@@ -229,7 +232,7 @@ def _manifest(loaded: LoadedModel, precision: Precision, expected: Reference, pl
         source_sha256=loaded.source_sha256,
         precision=precision,
         embedding_dim=expected.image.shape[1],
-        logit_scale=float(loaded.model.logit_scale.detach().exp()),  # type: ignore[operator, union-attr]
+        logit_scale=float(loaded.model.logit_scale.detach().exp()),  # type: ignore[operator]
         image=loaded.image,
         text=loaded.text,
         files={},

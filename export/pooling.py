@@ -16,17 +16,18 @@ from clipret.export.layers import split_heads
 __all__ = ["pool_early"]
 
 
-def pool_early(model: nn.Module) -> None:
+def pool_early(model: Any) -> None:
     """Rewrite in place every tower of `model` that is known to read one token of its last block."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, child in children:
             if isinstance(child, VisionTransformer) and child.pool_type == "tok" and child.attn_pool is None:
                 _pool_class_token(child)
             elif isinstance(child, TextTransformer) and _pools_one_token(child):
                 setattr(parent, name, _PooledText(child, child.pool_type, child.eos_id))
             elif name == "encoder" and _is_bert(child) and _reads_first_token(parent, model):
                 child.layer[-1] = _PooledBertLayer(child.layer[-1])
-    if hasattr(model, "text_pool_type") and type(model.transformer.resblocks[-1]) is ResidualAttentionBlock:  # type: ignore[union-attr]
+    if hasattr(model, "text_pool_type") and type(model.transformer.resblocks[-1]) is ResidualAttentionBlock:
         model.pooled_text = _PooledText(model, model.text_pool_type, model.text_eos_id)
         model.encode_text = model.pooled_text.forward
 
@@ -75,6 +76,8 @@ class _PooledText(nn.Module):
     int64 [B,L] -> float32 [B,D].
     """
 
+    attn_mask: Tensor | None
+
     def __init__(self, text: Any, pool_type: str, eos_id: int | None) -> None:
         super().__init__()
         self.token_embedding, self.positional_embedding = text.token_embedding, text.positional_embedding
@@ -87,7 +90,7 @@ class _PooledText(nn.Module):
     def forward(self, text: Tensor, normalize: bool = False) -> Tensor:
         L = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:L]  # [B,L,W]
-        mask = None if self.attn_mask is None else self.attn_mask[:L, :L]
+        mask = None if self.attn_mask is None else self.attn_mask[:L, :L]  # [L,L]
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         x = self.ln_final(self.last(x, mask, self._position(text))[:, 0])  # [B,W]
@@ -102,7 +105,7 @@ class _PooledText(nn.Module):
         if self.pool_type == "argmax":
             return text.argmax(dim=-1)
         if self.pool_type == "eos":
-            return (text == self.eos_id).int().argmax(dim=-1)
+            return torch.eq(text, self.eos_id or 0).int().argmax(dim=-1)
         return torch.full_like(text[:, 0], 0 if self.pool_type == "first" else text.shape[1] - 1)
 
 

@@ -90,6 +90,11 @@ class _Int8Linear(_Int8, nn.Linear):
 class _Int8Conv2d(_Int8, nn.Conv2d):
     """Integer convolutions exist with integer output only, so the output has a fixed scale too."""
 
+    int_bias: Tensor
+    bias_scale: Tensor
+    out_scale: Tensor
+    out_zero: Tensor
+
     def quantise(self, ranges: Ranges) -> None:
         super().quantise(ranges)
         step, zero = ranges.output_uint8()
@@ -174,7 +179,7 @@ def _wrap_attention(module: nn.Module, dtype: torch.dtype) -> None:
         with attention_as(compute):
             return inner(*args, **options)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def round_attention(
@@ -185,17 +190,17 @@ def round_attention(
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, **options).to(torch.float32)
 
 
-def round_layer(module: nn.Module, precision: Precision, ranges: Ranges, x: Tensor) -> Tensor:
+def round_layer(module: Any, precision: Precision, ranges: Ranges, x: Tensor) -> Tensor:
     """What a layer of float32 weights would give for x in `precision`, computed in float32."""
-    weight = module.weight
+    weight: Tensor = module.weight
     if precision == "int8" and isinstance(module, nn.Embedding):
         precision = "fp16"
     if precision == "int8":
-        q, scale = _int8_weight(weight)  # type: ignore[arg-type]
+        q, scale = _int8_weight(weight)
         rounded = q * scale.view(-1, *[1] * (q.dim() - 1))
         x = _fake_uint8(x, *ranges.uint8())
     else:
-        rounded = weight.to(FLOATS[precision]).to(torch.float32)  # type: ignore[operator]
+        rounded = weight.to(FLOATS[precision]).to(torch.float32)
         x = x if x.dtype == torch.int64 else x.to(FLOATS[precision]).to(torch.float32)
     if isinstance(module, nn.Linear):
         y = F.linear(x, rounded, module.bias)

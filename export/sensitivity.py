@@ -85,7 +85,7 @@ def _open(
         with attention_as(compute):
             return inner(*args, **options)
 
-    module.forward = layer if kind_of(module) is not None else attention  # type: ignore[method-assign]
+    module.forward = layer if kind_of(module) is not None else attention
 
     def close() -> None:
         del module.forward  # the class's own again

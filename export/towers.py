@@ -100,7 +100,7 @@ class PlainAttention(nn.Module):
         if packed.in_proj_weight is not None:
             weights = packed.in_proj_weight.data.chunk(3)
         else:  # keys and values of another width than the queries'
-            weights = [w.data for w in (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)]  # type: ignore[union-attr]
+            weights = [w.data for w in (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)]
         biases = packed.in_proj_bias.data.chunk(3) if packed.in_proj_bias is not None else (None, None, None)
         self.q, self.k, self.v = map(_linear, weights, biases)
         self.out = packed.out_proj
@@ -113,7 +113,7 @@ class PlainAttention(nn.Module):
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = (split_heads(x, self.heads) for x in (self.q(query), self.k(key), self.v(value)))
         if attn_mask is not None and attn_mask.dim() == 3:  # [B*H,L,L], as the stock module takes it
-            attn_mask = attn_mask.unflatten(0, (-1, self.heads))
+            attn_mask = attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:])
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         x = self.out(x.transpose(1, 2).flatten(2))  # [B,L,W]
         return (x if self.batch_first else x.transpose(0, 1)), None

@@ -24,7 +24,7 @@ class Group(click.Group):
             click.echo(f"{self.name}: {printable(str(message))}", err=True)
 
         with warnings.catch_warnings():
-            warnings.showwarning = show
+            warnings.showwarning = show  # type: ignore[assignment]
             try:
                 return super().main(*args, **kwargs)
             except ClipretError as error:

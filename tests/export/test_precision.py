@@ -267,3 +267,22 @@ def test_casts_between_two_halves_are_gone(model: str, tmp_path: Path) -> None:
     casts = [node for node in graph.node if node.op_type == "Cast"]
     assert casts
     assert not [node for node in casts if (before := source(node)) is not None and before.op_type == "Cast"]
+
+
+def test_bf16_runs_in_openvino(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="bf16 on a CPU needs OpenVINO")
+    bundle = export_bundle(model, tmp_path / "bundle", precision="bf16")
+    report = json.loads((bundle.path / "verify.json").read_text())
+    assert report["engine"] == "openvino"
+    assert 0.999 < report["image"]["min_cosine"] < 0.9999999
+    kinds = {tensor.data_type for tensor in onnx.load(bundle.path / "image.onnx").graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in kinds
+    with pytest.raises(ClipretError, match="onnxruntime lacks on a CPU"):
+        Encoder(bundle, engine="onnxruntime").encode_texts(["a"])
+
+
+def test_openvino_and_onnxruntime_agree(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    bundle = export_bundle(model, tmp_path / "bundle")
+    rows = [Encoder(bundle, engine=engine).encode_texts(TEXTS) for engine in ("onnxruntime", "openvino")]  # type: ignore[arg-type]
+    np.testing.assert_allclose(*rows, rtol=0, atol=1e-6)
