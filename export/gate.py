@@ -50,19 +50,22 @@ class Limits:
 
     cosine: the smallest allowed of any row. relative: the largest allowed error of a built-in row as a share of how far
     it lies from the mean of all rows: an untrained tower maps everything to nearly the same row, and then a cosine
-    alone proves little; None where rounding alone may exceed it. batch: the largest allowed difference of any component
-    of a row between batch sizes. recall_points: the largest allowed loss of recall@1, in percentage points.
+    alone proves little; None where there is no such limit. rounding: the length of an error that the precision itself
+    explains, to which `relative` does not apply (rows of an untrained MobileCLIP-S1 lie within 0.001 of each other).
+    batch: the largest allowed difference of any component of a row between batch sizes. recall_points: the largest
+    allowed difference of recall@1, in percentage points.
     """
 
     cosine: float
     relative: float | None
     batch: float
     recall_points: float
+    rounding: float = 0.0
 
 
 LIMITS = {
-    "fp32": Limits(cosine=0.999999, relative=1e-3, batch=1e-5, recall_points=0.1),
-    "fp16": Limits(cosine=0.9999, relative=0.1, batch=1e-3, recall_points=0.1),
+    "fp32": Limits(cosine=0.999999, relative=1e-3, batch=1e-5, recall_points=0.1, rounding=1e-5),
+    "fp16": Limits(cosine=0.9999, relative=0.1, batch=1e-3, recall_points=0.1, rounding=2e-3),
     "bf16": Limits(cosine=0.999, relative=None, batch=5e-3, recall_points=0.2),
     "int8": Limits(cosine=0.995, relative=None, batch=1e-3, recall_points=0.5),
 }
@@ -96,6 +99,7 @@ class TowerReport:
     mean_cosine: float
     max_error: float
     relative_error: float
+    error_length: float  # of the largest error of a built-in row
     batch_difference: float
     norm_error: float  # largest difference of a row's length from 1, which no cosine shows
     confused: int  # built-in inputs whose row is nearer to another's row of torch than to their own
@@ -292,13 +296,15 @@ def _compare(found: list[Rows], targets: Rows, builtin: Rows) -> TowerReport:
     cosines = np.concatenate([_cosines(rows, target) for rows, target in pairs])
     centre = builtin.astype(np.float64).mean(axis=0)
     error = max(float(np.abs(rows - target).max()) for rows, target in pairs)
-    relative = [np.linalg.norm(a - b, axis=1) / np.linalg.norm(b - centre, axis=1) for a, b in pairs]
+    lengths = np.concatenate([np.linalg.norm(a - b, axis=1) for a, b in pairs])
+    spread = np.concatenate([np.linalg.norm(b - centre, axis=1) for _, b in pairs])
     largest = found[-1]
     return TowerReport(
         min_cosine=float(cosines.min()),
         mean_cosine=float(cosines.mean()),
         max_error=error,
-        relative_error=float(np.concatenate(relative).max()),
+        relative_error=float((lengths / spread).max()),
+        error_length=float(lengths.max()),
         batch_difference=max(float(np.abs(rows - largest[: len(rows)]).max()) for rows in found),
         norm_error=max(float(np.abs(np.linalg.norm(rows, axis=1) - 1).max()) for rows, _ in pairs),
         confused=_confused(largest[: len(builtin)], builtin),
@@ -329,13 +335,14 @@ def _problems(tower: TowerReport, limits: Limits) -> list[str]:
     found = []
     if not tower.min_cosine >= limits.cosine:
         found.append(f"smallest cosine {tower.min_cosine:.7f}, limit {limits.cosine}")
-    if limits.relative is not None and not tower.relative_error <= limits.relative:
+    explained = tower.error_length <= limits.rounding
+    if limits.relative is not None and not explained and not tower.relative_error <= limits.relative:
         found.append(f"error {tower.relative_error:.2g} of the spread of the rows, limit {limits.relative}")
     if not tower.batch_difference <= limits.batch:
         found.append(f"a row changes by {tower.batch_difference:.2g} with its batch, limit {limits.batch}")
     if not tower.norm_error <= _NORM:
         found.append(f"a row's length differs from 1 by {tower.norm_error:.2g}, limit {_NORM}")
-    if limits.relative is not None and tower.confused:
+    if limits.relative is not None and tower.confused and not explained:
         found.append(f"{tower.confused} of the check's inputs are taken for another")
     return found
 

@@ -25,6 +25,7 @@ __all__ = ["SMALL", "LoadedModel", "architecture", "describe", "load_model"]
 SMALL = "clipret-small"
 _FORMAT = 1
 _VOCABULARY = 6000
+_WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = None) -> LoadedModel:
@@ -34,7 +35,8 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     - MODEL or MODEL:PRETRAINED, where MODEL is `clipret-small` or an architecture of open_clip and PRETRAINED one
       of its tags or a checkpoint file (.safetensors, or .pt loaded as weights only);
     - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json;
-    - a folder of Hugging Face's ChineseCLIPModel or a clip_cn_*.pt of OFA-Sys, with a vocab.txt beside it;
+    - a folder (or hf-hub:ORG/REPO) of Hugging Face's ChineseCLIPModel, or a clip_cn_*.pt of OFA-Sys, with a vocab.txt
+      beside it; chinese-clip-SIZE[:FILE], SIZE being rn50, vit-b-16, vit-l-14, vit-l-14-336 or vit-h-14;
     - a folder with a LoRA adapter in PEFT's layout, which names the model that it is merged into.
 
     Weights that `source` does not name are random, drawn with `seed`. `captions` are what a new clipret-small learns
@@ -51,11 +53,13 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     if chinese.is_folder(path):
         return chinese.load_chinese_clip(path, source)
     if path.is_dir():
+        kind = chinese.model_type(path)
         raise ClipretError(
             f"{path} is no model: it holds neither model.json (a run), {CONFIG}, {ADAPTER_CONFIG} nor a Chinese-CLIP"
+            + (f" (its config.json is of a {kind!r})" if kind else "")
         )
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and ":" not in source:
-        if not (path.parent.parent / "model.json").is_file() and chinese.is_checkpoint(path):
+    if path.suffix in _WEIGHTS and ":" not in source:
+        if _is_chinese_checkpoint(path):
             return chinese.load_chinese_clip(path, source)
         return _load_run(_run_of(path), path, source)
     if source == SMALL:
@@ -63,6 +67,8 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     name, pretrained = _split(source)
     if name == SMALL:
         raise ClipretError(f"{SMALL} has no pretrained weights: train it, then name the run's folder")
+    if name.startswith(f"{chinese.FAMILY}-"):
+        return chinese.new_chinese_clip(name, pretrained, seed=seed)
     if name.startswith("hf-hub:") and (folder := chinese.hub_folder(name.removeprefix("hf-hub:"))) is not None:
         return chinese.load_chinese_clip(folder, source)
     return load_open_clip(name, pretrained, seed=seed)
@@ -74,12 +80,16 @@ def architecture(source: str) -> tuple[str, bool]:
     if (path / ADAPTER_CONFIG).is_file():
         return architecture(base_of(path))[0], True
     run = path if (path / "model.json").is_file() else path.parent.parent
-    if chinese.is_folder(path) or (path.suffix == ".pt" and not (run / "model.json").is_file() and path.is_file()):
+    if chinese.is_folder(path) or (path.suffix in _WEIGHTS and _is_chinese_checkpoint(path)):
         return "Chinese-CLIP", True
     if (run / "model.json").is_file() and path.exists():
         return _read_description(run)["name"], True
     name, pretrained = _split(source)
     return name, pretrained is not None or ":" in name or path.is_dir()
+
+
+def _is_chinese_checkpoint(path: Path) -> bool:
+    return not (path.parent.parent / "model.json").is_file() and chinese.is_checkpoint(path)
 
 
 def describe(loaded: LoadedModel) -> dict[str, str]:

@@ -74,7 +74,7 @@ def wordpiece_tokenizer_json(vocabulary: Sequence[str]) -> str:
         [
             normalizers.Replace(Regex(blank), " "),
             normalizers.Replace(Regex(f"[\\x{{fffd}}{_category('Cc', 'Cf')}]"), ""),
-            normalizers.Replace(Regex(r"(?<=\p{L})\x{3a3}(?!\p{L})"), "\u03c2"),  # Python's lower() knows final sigmas
+            normalizers.Replace(Regex(_final_sigma()), "\u03c2"),
             normalizers.Lowercase(),
             normalizers.NFD(),
             normalizers.Replace(Regex(f"[{_category('Mn')}]"), ""),
@@ -111,9 +111,24 @@ _CHINESE = (
 
 def _category(*names: str) -> str:
     """The code points of some Unicode categories, by Python's table, as the inside of a character class."""
-    inside = [
+    return _runs(
         code for code in range(0x110000) if unicodedata.category(chr(code)) in names and chr(code) not in "\t\n\r"
-    ]
+    )
+
+
+def _final_sigma() -> str:
+    """Where Python's lower() makes a capital sigma a final one, by its own answers: after a cased letter and not before
+    one, whatever lies between that has no case to it. A Chinese character is no cased letter, and both sigmas are in
+    the vocabulary."""
+    letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    cased = {c for c in letters if f"{c}Σ".lower()[-1] == "ς"}
+    between = f"[{_runs(ord(c) for c in letters if c not in cased and f'A{c}Σ'.lower()[-1] == 'ς')}]*"
+    cased_class = f"[{_runs(sorted(map(ord, cased)))}]"
+    return f"{cased_class}{between}\\K\\x{{3a3}}(?!{between}{cased_class})"
+
+
+def _runs(inside: Iterable[int]) -> str:
+    """Ascending code points as the inside of a character class."""
     runs: list[list[int]] = []
     for code in inside:
         if runs and runs[-1][1] == code - 1:

@@ -1,16 +1,12 @@
 """Chinese-CLIP in both of its layouts, with small random weights in the real formats."""
 
 import json
-import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
 from clipret.bundle import ImageSpec, TextSpec
@@ -18,10 +14,10 @@ from clipret.errors import ClipretError
 from clipret.export.pipeline import export_bundle
 from clipret.text import Tokenizer
 from clipret.training import chinese
-from clipret.training.chinese import ChineseClip
+from clipret.training.chinese_model import SIZES, ChineseClip, describe_weights, published, size_name
+from clipret.training.loaded import weights_sha256
 from clipret.training.models import architecture, load_model
 from clipret.training.run import RunFolder
-from clipret.training.tokenizer import wordpiece_tokenizer_json
 
 WORDS = [
     "[PAD]",
@@ -148,6 +144,10 @@ def test_a_resnet_in_half(tmp_path: Path) -> None:
     pixels = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(loaded.model.encode_image(pixels), model.float().encode_image(pixels))
+    RunFolder.create(tmp_path / "run", {"seed": 1}, loaded).save(loaded, "best")
+    again = load_model(str(tmp_path / "run"))
+    with torch.inference_mode():
+        assert torch.equal(again.model.encode_image(pixels), loaded.model.encode_image(pixels))
     bundle = export_bundle(str(tmp_path / "clip_cn_rn.pt"), tmp_path / "bundle")
     assert json.loads((bundle.path / "verify.json").read_text())["image"]["min_cosine"] > 0.999999
 
@@ -163,91 +163,132 @@ def test_a_run_that_began_with_it_loads_again(hugging_face: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("size", "name", "heads"),
-    [((768, 16, 224), "ViT-B-16", 12), ((1024, 14, 336), "ViT-L-14-336", 16), ((1280, 14, 224), "ViT-H-14", 16)],
+    ("name", "size", "heads", "millions"),
+    [
+        ("chinese-clip-rn50", "RN50", 32, 77),
+        ("chinese-clip-vit-b-16", "ViT-B-16", 12, 188),
+        ("chinese-clip-vit-l-14", "ViT-L-14", 16, 406),
+        ("chinese-clip-vit-l-14-336", "ViT-L-14-336", 16, 407),
+        ("chinese-clip-vit-h-14", "ViT-H-14", 16, 958),
+    ],
 )
-def test_the_published_sizes_by_their_shapes(size: tuple[int, int, int], name: str, heads: int) -> None:
-    width, patch, pixels = size
-    with torch.device("meta"):
-        state = {
-            "bert.embeddings.word_embeddings.weight": torch.empty(21128, 768),
-            "bert.embeddings.position_embeddings.weight": torch.empty(512, 768),
-            "bert.embeddings.token_type_embeddings.weight": torch.empty(2, 768),
-            "bert.encoder.layer.0.intermediate.dense.weight": torch.empty(3072, 768),
-            "visual.conv1.weight": torch.empty(width, 3, patch, patch),
-            "visual.positional_embedding": torch.empty((pixels // patch) ** 2 + 1, width),
-            "visual.transformer.resblocks.0.mlp.c_fc.weight": torch.empty(4 * width, width),
-            "text_projection": torch.empty(768, 512),
-        }
-    config = chinese._describe(state, {})
-    assert chinese._name(config) == f"Chinese-CLIP {name}"
+def test_the_published_sizes(name: str, size: str, heads: int, millions: int) -> None:
+    """Heads of cn_clip's model_configs, parameters of its README; shapes alone tell the sizes apart."""
+    config = published(name)
+    assert size_name(config) == f"Chinese-CLIP {size}"
     assert config["vision"]["heads"] == heads
-    assert config["text"]["num_attention_heads"] == 12
+    with torch.device("meta"):
+        model = ChineseClip(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+    assert describe_weights(model.state_dict(), {}) == config
 
 
-def test_token_ids_of_chinese_clip(shared_data: Path) -> None:
-    folder = shared_data / "tokenizers"
-    vocabulary = (folder / "chinese_clip_vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    tokenizer = Tokenizer(wordpiece_tokenizer_json(vocabulary), TextSpec(200, "none"))
-    lines = (folder / "chinese_clip_vectors.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) > 1000
-    for vector in map(json.loads, lines):
-        assert tokenizer([vector["text"]])[0].tolist() == vector["ids"], vector["text"]
+def test_a_size_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "chinese-clip-tiny", (32, 32, 16, 64, 1, 64, 1))
+    monkeypatch.setattr(chinese, "hf_hub_download", lambda *_: 1 / 0)
+    with pytest.raises(ClipretError, match=r"no vocab\.txt and none to be had .* install cn_clip"):
+        load_model("chinese-clip-tiny")
+    (tmp_path / "cn_clip" / "clip").mkdir(parents=True)
+    (tmp_path / "cn_clip" / "__init__.py").write_text("1 / 0  # must not be imported")
+    words = [*WORDS, *(f"[unused{number}]" for number in range(21128 - len(WORDS)))]
+    (tmp_path / "cn_clip" / "clip" / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert architecture("chinese-clip-tiny") == ("chinese-clip-tiny", False)
+    first, same, other = (load_model("chinese-clip-tiny", seed=seed) for seed in (1, 1, 2))
+    assert first.source_sha256 == same.source_sha256 != other.source_sha256
+    torch.save({"state_dict": first.model.state_dict()}, tmp_path / "weights.pt")
+    named = load_model(f"chinese-clip-tiny:{tmp_path / 'weights.pt'}")
+    assert (named.source_sha256, named.config) == (first.source_sha256, first.config)
+    for source, match in {
+        f"chinese-clip-rn50:{tmp_path / 'weights.pt'}": "is a Chinese-CLIP ViT-64-16-32, not chinese-clip-rn50",
+        "chinese-clip-rn50:missing.pt": r"missing\.pt does not exist",
+        "chinese-clip-vit-b16": "did you mean chinese-clip-vit-b-16",
+    }.items():
+        with pytest.raises(ClipretError, match=match):
+            load_model(source)
 
 
-def basic_tokens(text: str) -> list[str]:
-    """BERT's published rules, by Python's own Unicode tables."""
-
-    def chinese_character(c: str) -> bool:
-        return any(low <= ord(c) <= high for low, high in CJK)
-
-    kept = [c for c in text if c in "\t\n\r" or (c not in "\0\ufffd" and unicodedata.category(c) not in ("Cc", "Cf"))]
-    blanks = [" " if c in "\t\n\r" or unicodedata.category(c) == "Zs" else c for c in kept]
-    spaced = "".join(f" {c} " if chinese_character(c) else c for c in blanks)
-    found: list[str] = []
-    for word in spaced.split():
-        plain = "".join(c for c in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(c) != "Mn")
-        found += re.sub(f"([{re.escape(SIGNS)}])", r" \1 ", plain).split()
-    return found
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+@pytest.mark.parametrize("layout", ["ofa", "hugging face"])
+def test_a_lone_file_is_known_by_its_names(hugging_face: Path, tmp_path: Path, suffix: str, layout: str) -> None:
+    loaded = load_model(str(hugging_face))
+    state = load_file(hugging_face / "model.safetensors") if layout != "ofa" else loaded.model.state_dict()
+    file = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, file)
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    assert architecture(str(file)) == ("Chinese-CLIP", True)  # a run that starts from it fine-tunes
+    again = load_model(str(file))
+    assert (again.source_sha256, again.config) == (loaded.source_sha256, loaded.config)
 
 
-CJK = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F)]
-CJK += [(0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)]
-SIGNS = "".join(
-    chr(c)
-    for c in range(0x110000)
-    if unicodedata.category(chr(c)).startswith("P") or (33 <= c < 127 and not chr(c).isalnum())
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_sharded_folders(hugging_face: Path, tmp_path: Path, name: str) -> None:
+    state = load_file(hugging_face / "model.safetensors")
+    save = save_file if name.endswith(".safetensors") else torch.save
+    shards = {key: f"{number % 2}-{name}" for number, key in enumerate(state)}
+    for file in set(shards.values()):
+        save({key: value for key, value in state.items() if shards[key] == file}, tmp_path / file)
+    (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": shards}))
+    for file in ("config.json", "vocab.txt"):
+        (tmp_path / file).write_bytes((hugging_face / file).read_bytes())
+    assert load_model(str(tmp_path)).source_sha256 == load_model(str(hugging_face)).source_sha256
+    (tmp_path / f"1-{name}").unlink()
+    with pytest.raises(ClipretError, match=f"1-{name}"):
+        load_model(str(tmp_path))
+
+
+def test_a_file_that_changes_later_leaves_the_model_alone(ofa_sys: Path, tmp_path: Path) -> None:
+    file = tmp_path / ofa_sys.name
+    file.write_bytes(ofa_sys.read_bytes())
+    (tmp_path / "vocab.txt").write_bytes((ofa_sys.parent / "vocab.txt").read_bytes())
+    loaded = load_model(str(file))
+    with file.open("r+b") as opened:
+        opened.write(b"\1" * file.stat().st_size)
+    assert weights_sha256(loaded.model) == loaded.source_sha256
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_the_hub_sends_one_format(hugging_face: Path, tmp_path: Path, monkeypatch: Any, weights: str) -> None:
+    asked: list[str] = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        assert repo == "org/model"
+        asked.extend(allow_patterns)
+        for file in (hugging_face / "config.json", hugging_face / "vocab.txt"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        if "*" + Path(weights).suffix in allow_patterns:
+            state = load_file(hugging_face / "model.safetensors")
+            (save_file if weights.endswith(".safetensors") else torch.save)(state, tmp_path / weights)
+        return str(tmp_path)
+
+    monkeypatch.setattr(chinese, "snapshot_download", download)
+    loaded = load_model("hf-hub:org/model")
+    assert loaded.source == "hf-hub:org/model"
+    assert loaded.source_sha256 == load_model(str(hugging_face)).source_sha256
+    assert ("*.bin" in asked) == (weights == "pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    assert chinese.hub_folder("org/model") is None  # open_clip's to load
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"size": {"shortest_edge": 64}}, "shortest_edge"),
+        ({"size": 64, "do_center_crop": True}, "crop: True"),
+        ({"do_normalize": False}, "do_normalize switched off"),
+        ({"rescale_factor": 1.0}, r"rescale_factor 1\.0"),
+        ({"image_mean": [0.5]}, "three numbers"),
+        ({"resample": 0}, "resample 0"),
+    ],
 )
-
-
-@settings(max_examples=400, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
-def test_words_are_cut_as_bert_cuts_them(text: str) -> None:
-    """Every word becomes one token: the vocabulary is made of the very words that the rules give."""
-    words = basic_tokens(text)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(words)]
-    tokenizer = SPLITTER
-    found = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))]
-    assert found == words, (text, vocabulary)
-
-
-def _splitter() -> Any:
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_str(wordpiece_tokenizer_json(["[PAD]", "[UNK]", "[CLS]", "[SEP]"]))
-
-
-SPLITTER = _splitter()
-
-
-def test_long_words_and_odd_signs() -> None:
-    tokenizer = Tokenizer(wordpiece_tokenizer_json(WORDS), TextSpec(52, "none"))
-    assert tokenizer(["Reds!车ABC"])[0].tolist() == [
-        WORDS.index(token) for token in ("[CLS]", "red", "##s", "!", "车", "[UNK]", "[SEP]")
-    ]
-    assert tokenizer(["a" + "b" * 250])[0].tolist() == [2, 1, 3]  # longer than 200: unknown as a whole
-    assert len(tokenizer(["车" * 80])[0]) == 52
-    np.testing.assert_array_equal(tokenizer(["車", "车"])[:, 1], [1, WORDS.index("车")])
+def test_preprocessing_that_a_bundle_cannot_say(
+    hugging_face: Path, tmp_path: Path, settings: dict[str, Any], match: str
+) -> None:
+    for file in hugging_face.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ClipretError, match=match):
+        load_model(str(tmp_path))
 
 
 class Evil:
@@ -280,14 +321,17 @@ def test_bad_files_are_said_in_one_line(
     del stored["state_dict"]["module.visual.ln_post.weight"]
     torch.save(stored, tmp_path / "lacks.pt")
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    refuse("lacks.pt", r"first is visual\.ln_post\.weight")
-    crop = tmp_path / "crop"
-    crop.mkdir()
+    refuse("lacks.pt", r"1 weights are missing: visual\.ln_post\.weight;")
+    stored["state_dict"] |= {"visual.ln_post.weight": torch.ones(128), "a": torch.ones(1), "b": torch.ones(1)}
+    torch.save(stored, tmp_path / "more.pt")
+    refuse("more.pt", "2 weights belong nowhere: a, b")
+    folder = tmp_path / "folder"
+    folder.mkdir()
     for file in hugging_face.iterdir():
-        (crop / file.name).write_bytes(file.read_bytes())
-    (crop / "preprocessor_config.json").write_text(json.dumps({"size": 64, "do_center_crop": True}))
-    refuse("crop", "crop: True")
-    (crop / "preprocessor_config.json").unlink()
-    assert load_model(str(crop)).image.resize == "squash"
-    (crop / "model.safetensors").unlink()
-    refuse("crop", "no weights")
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "preprocessor_config.json").unlink()
+    assert load_model(str(folder)).image.resize == "squash"
+    (folder / "model.safetensors").unlink()
+    refuse("folder", "no weights")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    refuse("folder", "of a 'clip'")
