@@ -58,7 +58,9 @@ def _limits(command: Any) -> Any:
 def _data(command: Any) -> Any:
     for option in (
         click.option("--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."),
-        click.option("--verify-limit", type=click.IntRange(1), default=1000, show_default=True, metavar="PICTURES"),
+        click.option(
+            "--verify-limit", type=click.IntRange(1), default=1000, show_default=True, help="At most so many."
+        ),
         click.option("--verify-where", metavar="SQL", help="Only rows of the list for which this holds."),
         click.option("--verify-data", type=FILE, help="Pictures to check with: a folder, or a list with titles."),
     ):
@@ -86,9 +88,9 @@ def _plans(command: Any) -> Any:
 @main.command(epilog=EXPORT_EPILOG)
 @click.argument("source")
 @click.argument("bundle", type=FILE)
-@click.option("--fp16", "precision", flag_value="fp16", help="Matrix products in half, the residual stream in float32.")
-@click.option("--bf16", "precision", flag_value="bf16", help="The same in bfloat16: OpenVINO, CUDA and TensorRT.")
-@click.option("--int8", "precision", flag_value="int8", help="int8 weights and fixed input ranges, for CPUs.")
+@click.option("--fp16", is_flag=True, help="Matrix products in half, the residual stream in float32.")
+@click.option("--bf16", is_flag=True, help="The same in bfloat16: OpenVINO, CUDA and TensorRT.")
+@click.option("--int8", is_flag=True, help="int8 weights and fixed input ranges, for CPUs.")
 @click.option("--calibration-data", type=FILE, help="Where int8 takes its ranges; default: half of --verify-data.")
 @click.option("--calibration-where", metavar="SQL", help="Only rows of the list for which this holds.")
 @_data
@@ -99,7 +101,6 @@ def _plans(command: Any) -> Any:
 def export(
     source: str,
     bundle: Path,
-    precision: Any,
     calibration_data: Path | None,
     calibration_where: str | None,
     image_root: Path | None,
@@ -129,14 +130,18 @@ def export(
     from clipret.export.pipeline import export_bundle
     from clipret.export.samples import Sample
 
+    chosen = [name for name in ("fp16", "bf16", "int8") if given[name]]
+    if len(chosen) > 1:
+        raise click.UsageError(f"a bundle has one precision, not {' and '.join(chosen)}: export twice")
+    precision: Any = chosen[0] if chosen else "fp32"
     began = time.monotonic()
     calibration = None if calibration_data is None else Sample(calibration_data, image_root, calibration_where)
     made = export_bundle(
         source,
         bundle,
-        precision=precision or "fp32",
+        precision=precision,
         overwrite=overwrite,
-        limits=_limits_for(precision or "fp32", given),
+        limits=_limits_for(precision, given),
         verify_data=_sample(image_root, given),
         calibration_data=calibration,
         plans=_plan_requests(given),

@@ -136,3 +136,6 @@ def test_the_command(model: str, tmp_path: Path) -> None:
     assert "did you mean ViT-B-32" in wrong.stderr
     assert len(wrong.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "new").exists()
+    both = CliRunner().invoke(main, [model, str(tmp_path / "new"), "--fp16", "--int8"])
+    assert both.exit_code == 2
+    assert "one precision" in both.stderr
