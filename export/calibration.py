@@ -90,18 +90,12 @@ def _choose(low: float, high: float, sample: list[Tensor]) -> tuple[float, int]:
     return best[1], best[2]
 
 
-def observe(
-    tower: nn.Module,
-    batches: Iterable[Tensor],
-    *,
-    samples: bool = False,
-    each: Callable[[Tensor], None] | None = None,
-) -> dict[str, Ranges]:
+def observe(tower: nn.Module, batches: Iterable[Tensor], *, samples: bool = False) -> dict[str, Ranges]:
     """Run `tower` over batches of its inputs; the ranges of every layer that it really calls, by submodule name.
 
     Layers are Linear, Conv2d and Embedding, and every module that calls scaled_dot_product_attention itself. A layer
     whose weight another module reads without calling it is not among them and so is never converted.
-    `samples` keeps what `Ranges.uint8` needs. `each` is called with every batch's output.
+    `samples` keeps what `Ranges.uint8` needs.
     """
     found: dict[str, Ranges] = {}
     running: list[str] = []  # names of the modules that are being run, outermost first
@@ -134,9 +128,7 @@ def observe(
     try:
         with attention_as(attend), torch.inference_mode():
             for batch in batches:
-                rows = tower(batch)
-                if each is not None:
-                    each(rows)
+                tower(batch)
     finally:
         for handle in handles:
             handle.remove()
