@@ -12,6 +12,7 @@ from transformers import ChineseCLIPConfig, ChineseCLIPModel
 from clipret.bundle import ImageSpec, TextSpec
 from clipret.errors import ClipretError
 from clipret.export.pipeline import export_bundle
+from clipret.export.towers import rewrite
 from clipret.text import Tokenizer
 from clipret.training import chinese
 from clipret.training.chinese_model import SIZES, ChineseClip, describe_weights, published, size_name
@@ -105,6 +106,20 @@ def test_both_layouts_give_one_bundle(hugging_face: Path, ofa_sys: Path, tmp_pat
     assert first.fingerprint == second.fingerprint
     for name in ("image.onnx", "text.onnx", "tokenizer.json"):
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
+
+
+def test_the_last_layer_of_the_text_tower_is_computed_for_one_token(hugging_face: Path) -> None:
+    loaded = load_model(str(hugging_face))
+    ids = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(TEXTS))
+    with torch.inference_mode():
+        before = loaded.model.encode_text(ids, normalize=True)
+        rewrite(loaded.model)
+        seen: list[int] = []
+        for layer in loaded.model.bert.encoder.layer:
+            layer.intermediate.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
+        after = loaded.model.encode_text(ids, normalize=True)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    assert seen == [ids.shape[1], ids.shape[1], 1]
 
 
 def test_texts_may_be_cut_to_the_longest(hugging_face: Path) -> None:
