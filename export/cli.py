@@ -57,6 +57,8 @@ def _limits(command: Any) -> Any:
 
 def _data(command: Any) -> Any:
     for option in (
+        click.option("--title-column", metavar="NAME", help="Column of the titles; default: detected."),
+        click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected."),
         click.option("--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."),
         click.option(
             "--verify-limit", type=click.IntRange(1), default=1000, show_default=True, help="At most so many."
@@ -135,7 +137,10 @@ def export(
         raise click.UsageError(f"a bundle has one precision, not {' and '.join(chosen)}: export twice")
     precision: Any = chosen[0] if chosen else "fp32"
     began = time.monotonic()
-    calibration = None if calibration_data is None else Sample(calibration_data, image_root, calibration_where)
+    columns = {name: given[name] for name in ("image_column", "title_column")}
+    calibration = None
+    if calibration_data is not None:
+        calibration = Sample(calibration_data, image_root, calibration_where, **columns)
     made = export_bundle(
         source,
         bundle,
@@ -244,7 +249,8 @@ def _plan_requests(given: dict[str, Any]) -> list[Any]:
     if given["tensorrt"]:
         made.append(PlanRequest("tensorrt", batch=batch, timing_cache=given["timing_cache"]))
     if given["tensorrt_rtx"] is not None:
-        made.append(PlanRequest("tensorrt_rtx", given["tensorrt_rtx"].split(","), batch))
+        cache = None if given["tensorrt"] else given["timing_cache"]  # of the two only TensorRT has one
+        made.append(PlanRequest("tensorrt_rtx", given["tensorrt_rtx"].split(","), batch, cache))
     return made
 
 
@@ -261,7 +267,8 @@ def _sample(image_root: Path | None, given: dict[str, Any]) -> Any:
 
     if given["verify_data"] is None:
         return None
-    return Sample(given["verify_data"], image_root, given["verify_where"], given["verify_limit"])
+    columns = {name: given[name] for name in ("image_column", "title_column")}
+    return Sample(given["verify_data"], image_root, given["verify_where"], given["verify_limit"], **columns)
 
 
 def _limits_for(precision: str, given: dict[str, Any]) -> Any:

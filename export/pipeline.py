@@ -46,6 +46,7 @@ class _Plan:
     report: Report | None = None
     nodes: dict[Kind, int] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=dict)  # of the last attempt, by tower
+    skipped: dict[Path, str] = field(default_factory=dict)  # calibration pictures that cannot be read, and why
     losses: dict[str, float] = field(default_factory=dict)  # 1 - cosine of a tower that missed its limits
 
 
@@ -71,12 +72,16 @@ def export_bundle(
     then nothing is written.
     """
     limits = limits or LIMITS[precision]
+    for request in plans:
+        request.check(precision)
     checked = verify_data.read() if verify_data is not None else None
     calibration = calibration_data.read() if calibration_data is not None else None
     if precision == "int8" and calibration is None:
         if checked is None:
             raise ClipretError("int8 takes its ranges from pictures and titles like yours: give --calibration-data")
         count = len(checked.paths)
+        if count < 2:
+            raise ClipretError("one picture cannot both calibrate int8 and check it: give more, or --calibration-data")
         calibration, checked = checked.subset(range(0, count, 2)), checked.subset(range(1, count, 2))
     # The folder first: a wrong place should not cost a model's loading.
     with new_folder(out, overwrite=overwrite) as folder, stages() as stage:
@@ -118,7 +123,7 @@ def export_bundle(
             "nodes": plan.nodes,
             "data_sha256": None if expected.pairs is None else data_sha256(expected.pairs),
             "float32_layers": manifest.float32_layers,
-            "skipped": [[str(path), reason] for path, reason in skipped],
+            "skipped": [[str(path), reason] for path, reason in [*skipped, *plan.skipped.items()]],
             "plans": gate_plans(_write_manifest(folder, manifest), expected, limits) if plans else {},
         }
         (folder / "verify.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -180,6 +185,7 @@ def _write_towers(
             if own is not None:
                 unreadable: dict[int, str] = {}
                 seen += inputs(loaded, own.paths, unreadable) if kind == "image" else texts(loaded, own.titles)
+                plan.skipped |= {own.paths[at]: reason for at, reason in unreadable.items()}
             _lower(tower, kind, precision, seen, plan, limits)
             target = expected.image if kind == "image" else expected.text
             _run_in_torch(tower, kind, precision, samples[kind][0][:_HALF_CHECK], target, plan, limits)

@@ -9,7 +9,7 @@ from clipret.bundle import Bundle, Engine, Manifest, file_entry
 from clipret.engines import NAMES, Library, choose_engine, explain, gpu_arch, installed
 from clipret.errors import ClipretError
 from clipret.export.gate import LIMITS, Limits, Reference, load_reference, run_gate
-from clipret.export.tensorrt import build_engines
+from clipret.export.tensorrt import build_engines, check_request
 from clipret.files import write_file
 
 __all__ = ["PlanRequest", "add_plans", "gate_plans"]
@@ -24,12 +24,17 @@ class PlanRequest:
     batch: Sequence[int] = (1, 64)
     timing_cache: Path | None = None
 
-    def build(self, folder: Path, manifest: Manifest) -> dict[str, Engine]:
-        """Write the plans into the bundle `folder`. Raises ClipretError as `build_engines` does, and for int8."""
-        if manifest.precision == "int8":
+    def check(self, precision: str) -> None:
+        """Raises ClipretError for what cannot be built whatever the model is, before anything is loaded."""
+        check_request(self.library, self.archs, self.batch, self.timing_cache)
+        if precision == "int8":
             raise ClipretError(
                 f"{NAMES[self.library]} takes no asymmetric int8, which this bundle has for CPUs: export with --fp16"
             )
+
+    def build(self, folder: Path, manifest: Manifest) -> dict[str, Engine]:
+        """Write the plans into the bundle `folder`. Raises ClipretError as `check` and `build_engines` do."""
+        self.check(manifest.precision)
         return build_engines(
             folder, manifest, self.library, archs=self.archs, batch=self.batch, timing_cache=self.timing_cache
         )

@@ -50,6 +50,8 @@ class Sample:
     image_root: Path | None = None
     where: str | None = None
     limit: int = 1000
+    image_column: str | None = None
+    title_column: str | None = None
 
     def read(self) -> PairSet:
         """Raises ClipretError as `find_pictures` and `read_pairs` do, and when nothing is left."""
@@ -57,7 +59,8 @@ class Sample:
             found = find_pictures(self.source)
             pairs = PairSet(tuple(found), (), ((),) * len(found))
         else:
-            pairs = read_pairs(self.source, image_root=self.image_root, where=self.where)
+            columns = {"image_column": self.image_column, "title_column": self.title_column}
+            pairs = read_pairs(self.source, image_root=self.image_root, where=self.where, **columns)
         if not pairs.paths:
             raise ClipretError(f"{self.source} holds no pictures to check with: look at its --where")
         step = max(1.0, len(pairs.paths) / self.limit)

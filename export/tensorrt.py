@@ -18,7 +18,7 @@ from clipret.engines import NAMES, Library, error_log, gpu_arch, load_library
 from clipret.errors import ClipretError
 from clipret.files import new_folder, write_file
 
-__all__ = ["ANY_AMPERE", "build_engines"]
+__all__ = ["ANY_AMPERE", "build_engines", "check_request"]
 
 ANY_AMPERE = "sm_80+"  # what TensorRT for RTX builds unless told otherwise: one plan for Ampere and everything later
 _USUAL_TOKENS = 16  # of a query or a caption; texts are cut to the longest of their batch
@@ -46,15 +46,11 @@ def build_engines(
     library or the GPU is missing, an architecture is unknown, the parser or the builder refuses a graph, or the disk
     is full.
     """
-    trt = load_library(library)
-    sizes = sorted(set(batch))
-    if not sizes or sizes[0] < 1:
-        raise ClipretError(f"batch sizes {list(batch)} make no plan: give one or more that are at least 1")
-    if timing_cache is not None and library == "tensorrt_rtx":
-        raise ClipretError("TensorRT for RTX times nothing while it builds: leave the timing cache out")
+    wanted = check_request(library, archs, batch, timing_cache)
+    trt, sizes = load_library(library), sorted(set(batch))
     made: dict[str, Engine] = {}
     with stages() as stage:
-        for arch in _architectures(trt, library, archs):
+        for arch in wanted:
             engine = Engine(library, trt.__version__, arch, sizes)
             key = f"{'trt' if library == 'tensorrt' else 'rtx'}-{engine.version}-{arch}"
             with new_folder(folder / "engines" / key, overwrite=True) as place:
@@ -65,6 +61,18 @@ def build_engines(
                     (place / f"{kind}.plan").write_bytes(plan)
             made[key] = engine
     return made
+
+
+def check_request(
+    library: Library, archs: Sequence[str] | None, batch: Sequence[int], timing_cache: Path | None
+) -> list[str]:
+    """The architectures that `build_engines` would build for. Raises ClipretError for what it would refuse at once."""
+    trt = load_library(library)
+    if not batch or min(batch) < 1:
+        raise ClipretError(f"batch sizes {list(batch)} make no plan: give one or more that are at least 1")
+    if timing_cache is not None and library == "tensorrt_rtx":
+        raise ClipretError("TensorRT for RTX times nothing while it builds: leave the timing cache out")
+    return _architectures(trt, library, archs)
 
 
 def tower_profiles(kind: str, manifest: Manifest, sizes: Sequence[int], library: Library) -> list[Profile]:

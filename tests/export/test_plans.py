@@ -75,6 +75,17 @@ def test_int8_is_for_cpus(model: str, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+def test_what_cannot_be_built_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    for options, message in (
+        (["--tensorrt-rtx", "sm_99"], "builds nothing for 'sm_99'"),
+        (["--tensorrt-rtx", "--batch", "0"], "make no plan"),
+        (["--tensorrt-rtx", "--timing-cache", "cache"], "leave the timing cache out"),
+    ):
+        result = CliRunner().invoke(main, ["no-such-model", str(tmp_path / "bundle"), *options])
+        assert result.exit_code == 1
+        assert message in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [

@@ -239,12 +239,19 @@ def test_int8_of_convolutions(sample: Sample, tmp_path: Path) -> None:
     assert kinds["QuantizeLinear"] >= kinds["Conv"]
     report = json.loads((bundle.path / "verify.json").read_text())
     assert report["pictures"] == 12  # half of them; the other half calibrated
+    sample.source.with_name("2.png").write_bytes(b"no picture")
+    bundle = export_bundle(str(tmp_path / "run"), tmp_path / "again", precision="int8", calibration_data=sample)
+    report = json.loads((bundle.path / "verify.json").read_text())
+    assert [Path(path).name for path, _ in report["skipped"]] == ["2.png"]
 
 
 def test_int8_needs_something_to_calibrate_with(model: str, tmp_path: Path) -> None:
     with pytest.raises(ClipretError, match="--calibration-data"):
         export_bundle(model, tmp_path / "bundle", precision="int8")
     assert list(tmp_path.iterdir()) == []
+    pictures(1)[0].save(tmp_path / "only.png")
+    with pytest.raises(ClipretError, match="one picture"):
+        export_bundle(model, tmp_path / "bundle", precision="int8", verify_data=Sample(tmp_path))
 
 
 def test_every_precision_has_limits() -> None:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -201,54 +200,6 @@ def test_a_missing_library(folder: Path, exported: Bundle, monkeypatch: pytest.M
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ClipretError, match=rf"{name} is not installed: run  pip install 'clipret\[{extra}\]'"):
             build_engines(folder, exported.manifest, name)  # type: ignore[arg-type]
-
-
-@needs_rtx
-def test_full_tensorrt_builds_for_this_gpu_only_and_keeps_a_timing_cache(
-    folder: Path, exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TensorRT for RTX in the place of TensorRT: the same calls but for the timing cache, which needs a GPU."""
-    given: list[bytes] = []
-
-    class Cache:
-        def serialize(self) -> bytes:
-            return b"timings"
-
-    class Config(Proxy):
-        def create_timing_cache(self, content: bytes) -> Cache | None:
-            given.append(content)
-            return None if content == b"rubbish" else Cache()
-
-        def set_timing_cache(self, _cache: Cache, ignore_mismatch: bool) -> bool:
-            return not ignore_mismatch
-
-        def get_timing_cache(self) -> Cache:
-            return Cache()
-
-    class Builder(Proxy):
-        def create_builder_config(self) -> Config:
-            return Config(self.behind.create_builder_config())
-
-        def build_serialized_network(self, network: Any, config: Config) -> Any:
-            assert config.num_optimization_profiles == profiles
-            return self.behind.build_serialized_network(network, config.behind)
-
-    profiles = 2
-    names = {name: getattr(rtx, name) for name in dir(rtx) if not name.startswith("__")}
-    own = {"Builder": lambda log: Builder(rtx.Builder(log)), "__version__": "10.13.0.35"}
-    module = SimpleNamespace(**names | own)
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(tensorrt, "gpu_arch", lambda: "sm_90")
-    cache = tmp_path / "timing.cache"
-    engines = build_engines(folder, exported.manifest, "tensorrt", batch=[1, 2], timing_cache=cache)
-    assert engines == {"trt-10.13.0.35-sm_90": Engine("tensorrt", "10.13.0.35", "sm_90", [1, 2])}
-    assert given == [b"", b"timings"]
-    assert cache.read_bytes() == b"timings"
-    cache.write_bytes(b"rubbish")
-    with pytest.raises(ClipretError, match=r"timing\.cache is no timing cache of this TensorRT"):
-        build_engines(folder, exported.manifest, "tensorrt", batch=[1], timing_cache=cache)
-    with pytest.raises(ClipretError, match=r"the GPU of this machine \(sm_90\), not for sm_89"):
-        build_engines(folder, exported.manifest, "tensorrt", archs=["sm_89"])
 
 
 @needs_rtx
