@@ -6,27 +6,37 @@ a sum of products stays below 2^5 as long as the two norms multiply to less than
 float64 without any rounding. Whatever the order of summation, the machine or the library, float64 gives
 the same score, equal rows tie exactly, and "the same ids in the same order everywhere" is arithmetic, not luck.
 
-Speed comes from a first pass in float32 with a proven error bound: only rows that could still be among the first k
-are scored in float64.
+Speed comes from a first stage (clipret.scan) that is cheap, approximate, and wrong by a proven bound at most: only rows
+that could still be among the first k are scored in float64.
 """
 
-from collections.abc import Iterator, Sequence
+import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from clipret.candidates import Pool, candidates, kth_value, place
+from clipret.codes import Codes
 from clipret.errors import ClipretError
+from clipret.processor import cpu_count
+from clipret.scan import CodeScan, FloatScan, PackedScan, Scan, check_lengths
 
 __all__ = ["Ranker", "snap"]
 
 Rows = npt.NDArray[np.float16]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 _GRID = 2.0**24
-_BLOCK = 16384  # rows a block: 32 MiB of float32 at 512 dimensions
-_QUERIES = 256  # queries at a time: the block's scores take 16 MiB
-_PAIRS = 1 << 22  # numbers gathered at a time when candidates are scored again
+_QUERIES = 256  # queries at a time
+_FEW = 32  # up to so many queries the packed codes are faster than those of the files
+_DIRECT = 16384  # up to so many rows all are scored in float64: a first stage would cost more than it saves
+_GATHERED = 8192  # rows copied out of the shards at a time
+_PAIRS = 256  # of those, multiplied at a time: 1 MiB of float64 at 512 dimensions, which stays in the cache
+_SCORES = 1 << 22  # scores or candidates of one call held at a time, at least one query's: 32 MiB
+_POOL = 1 << 21  # candidates that may wait for their exact score: 64 MiB; more only where very many rows are equal
 
 
 def snap(queries: npt.ArrayLike) -> Floats:
@@ -38,34 +48,68 @@ class Ranker:
     """Ranks rows, in memory or memory-mapped, by their inner product with a query; for unit rows, by cosine.
 
     `shards`: float16 [n,D] each. A row's position counts through the shards in their order; equal scores
-    are ordered by position. `live`: bool [N], False for rows that are never to be found (deleted ones).
+    are ordered by position. `live`: bool [N], False for rows that are never to be found (deleted ones). `codes`: those
+    of each shard, in the same order; with them and onnxruntime the first stage reads a byte a component, without them
+    it is numpy's float32. `threads`: of the first stage, default all processors. `resident`: keep a copy of the codes
+    in memory, N x D bytes, which makes a single query three times faster and takes some seconds a million rows here.
     """
 
-    def __init__(self, shards: Rows | Sequence[Rows], live: npt.NDArray[np.bool_] | None = None) -> None:
-        self.shards = [shards] if isinstance(shards, np.ndarray) else list(shards)
+    def __init__(
+        self,
+        shards: Rows | Sequence[Rows],
+        live: Mask | None = None,
+        codes: Sequence[Codes] | None = None,
+        *,
+        threads: int | None = None,
+        resident: bool = False,
+    ) -> None:
+        given = [shards] if isinstance(shards, np.ndarray) else shards
+        # Plain views: indexing a np.memmap costs several times that of an array.
+        self.shards = [np.asarray(shard) for shard in given]
         widths = {shard.shape[1] for shard in self.shards}
         if len(widths) > 1 or any(shard.dtype != np.float16 for shard in self.shards):
             raise ClipretError(f"rows must be float16 of one width, these have widths {sorted(widths)}")
         self.count = sum(len(shard) for shard in self.shards)
         if live is not None and len(live) != self.count:
             raise ClipretError(f"{len(live)} live flags for {self.count} rows: give one for each")
+        if codes is not None and [one.values.shape for one in codes] != [shard.shape for shard in self.shards]:
+            raise ClipretError("the codes are not those of the shards: give one Codes for each, of its shape")
         self.live = live
+        self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self._floats = FloatScan(self.shards)
+        self._many: Scan = self._floats
+        if codes is not None and importlib.util.find_spec("onnxruntime"):
+            self._many = CodeScan(codes, threads or cpu_count())
+        packed = resident and isinstance(self._many, CodeScan) and codes is not None
+        self._few: Scan = PackedScan(codes, threads or cpu_count()) if packed and codes is not None else self._many
 
-    def rank(self, queries: npt.ArrayLike, k: int) -> tuple[Floats, Ids]:
+    def rank(
+        self, queries: npt.ArrayLike, k: int, *, among: Mask | None = None, min_score: float | None = None
+    ) -> tuple[Floats, Ids]:
         """The k best rows of each query, best first, ties by position.
 
-        `queries` [Q,D]. Returns scores float64 [Q,K] and positions int64 [Q,K], K = min(k, live rows).
+        `queries` [Q,D]. `among`: bool [N], the rows that may be found; `min_score`: the least score that counts.
+        Returns scores float64 [Q,K] and positions int64 [Q,K], K = min(k, rows that may be found); where fewer reach
+        `min_score` the rest of a query's line is filled with -inf and -1.
         Raises ClipretError for k < 1, another width than the rows', or a value that is not finite.
         """
         if k < 1:
             raise ClipretError(f"k is {k}: ask for at least one result")
+        if among is not None and len(among) != self.count:
+            raise ClipretError(f"{len(among)} flags for {self.count} rows: give one for each")
         grid = self._checked(queries)
-        found = self.count if self.live is None else int(self.live.sum())
+        allowed = self.live if among is None else among if self.live is None else among & self.live
+        found = self.count if allowed is None else int(allowed.sum())
         k = min(k, found)
         scores, positions = np.empty((len(grid), k)), np.empty((len(grid), k), dtype=np.int64)
-        for start in range(0, len(grid) if k else 0, _QUERIES):
-            part = slice(start, start + _QUERIES)
-            scores[part], positions[part] = self._best(grid[part], k)
+        least = -np.inf if min_score is None else float(min_score)
+        # A few rows among very many are gathered; every row is otherwise passed by, allowed or not.
+        direct = found <= max(_DIRECT, self.count // 64)
+        step = max(1, min(_QUERIES, _SCORES // (found if direct else 4 * k))) if k else 1
+        for start in range(0, len(grid) if k else 0, step):
+            part = grid[start : start + step]
+            best = (self._score_all if direct else self._best)(part, k, allowed, least)
+            scores[start : start + step], positions[start : start + step] = best
         return scores, positions
 
     def first_ranks(self, queries: npt.ArrayLike, relevant: Sequence[Sequence[int]]) -> Ids:
@@ -82,32 +126,88 @@ class Ranker:
             ranks[part] = self._ranks(grid[part], relevant[part])
         return ranks
 
-    def _best(self, grid: Floats, k: int) -> tuple[Floats, Ids]:
+    def _best(self, grid: Floats, k: int, allowed: Mask | None, least: float) -> tuple[Floats, Ids]:
         Q = len(grid)
-        # What is known so far, as flat lists sorted by query, then score, then position.
-        owner, score, position = np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64)
-        kth = np.full(Q, -np.inf)
-        for offsets, block, approximate, bound in self._scan(grid):
-            threshold = kth.copy()
-            if len(block) >= k and not np.isfinite(kth).all():
-                # The k-th best of this block is a lower limit of the k-th best of all, up to the error of both.
-                own = np.partition(approximate, len(block) - k, axis=1)[:, len(block) - k]
-                threshold = np.maximum(threshold, own - bound)
-            query, row = np.nonzero(approximate >= (threshold - bound)[:, None])
-            if not len(query):
+        scan = self._few if Q <= _FEW else self._many
+        lower = np.full(Q, least)  # no row below this counts: the least score, later the k-th best so far
+        parts, pairs = list[Pool](), 0
+        seen = raised = 0
+        for block in scan.blocks(grid):
+            seen = block.start + block.count
+            mask = None if allowed is None else allowed[block.start : seen]
+            if mask is not None and not mask.any():
                 continue
-            owner = np.concatenate([owner, query])
-            score = np.concatenate([score, _exact(block, row, grid, query)])
-            position = np.concatenate([position, offsets[row]])
-            order = np.lexsort((position, -score, owner))
-            owner, score, position = owner[order], score[order], position[order]
-            start = np.searchsorted(owner, np.arange(Q))
-            keep = np.arange(len(owner)) - start[owner] < k
-            owner, score, position = owner[keep], score[keep], position[keep]
-            full = np.bincount(owner, minlength=Q) == k
-            last = np.searchsorted(owner, np.arange(Q), side="right") - 1
-            kth[full] = score[last[full]]
-        return score.reshape(Q, k), position.reshape(Q, k)
+            threshold = (lower - block.error - block.base) / block.unit
+            if (not raised or np.isneginf(lower).any()) and (own := kth_value(block, mask, k)) is not None:
+                # The k-th best of this block is a lower limit of the k-th best of all, up to the error of both.
+                threshold = np.maximum(threshold, own - 2 * block.error / block.unit)
+            parts.append(candidates(block, threshold, mask))
+            pairs += len(parts[-1])
+            # The limit rises with the logarithm of the rows seen: raising it at each doubling is often enough.
+            if seen >= 2 * raised or pairs > _POOL:
+                lower, pool = self._narrowed(Pool.joined(parts), lower, grid, k)
+                if len(pool) > _POOL:  # very many rows are equal, or nearly
+                    pool = self._resolved(pool, grid, k)
+                parts, pairs, raised = [pool], len(pool), seen
+        lower, pool = self._narrowed(Pool.joined(parts), lower, grid, k)
+        best = self._resolved(pool, grid, k)
+        best = best.taken(best.low >= least)
+        scores, positions = np.full((Q, k), -np.inf), np.full((Q, k), -1, dtype=np.int64)
+        at = place(best.query, Q)
+        scores[best.query, at], positions[best.query, at] = best.low, best.row
+        return scores, positions
+
+    def _narrowed(self, pool: Pool, lower: Floats, grid: Floats, k: int) -> tuple[Floats, Pool]:
+        """`lower` [Q] raised to what the pool knows of the k-th best scores, and the pool without what lies below.
+
+        The k most promising rows of each query get their exact scores, which leaves few of the others.
+        """
+        pool = pool.sorted()
+        at = place(pool.query, len(grid))
+        head = at < k
+        pool = pool.scored(np.flatnonzero(head), self._exact_scores(pool.taken(head), grid))
+        starts = np.flatnonzero(at == 0)
+        whole = np.bincount(pool.query, minlength=len(grid))[pool.query[starts]] >= k
+        if len(starts):
+            least = np.minimum.reduceat(np.where(head, pool.low, np.inf), starts)[whole]
+            lower = lower.copy()
+            lower[pool.query[starts[whole]]] = np.maximum(lower[pool.query[starts[whole]]], least)
+        return lower, pool.taken(pool.high >= lower[pool.query])
+
+    def _resolved(self, pool: Pool, grid: Floats, k: int) -> Pool:
+        """The k best of each query with their exact scores, sorted by query, score and position."""
+        exact = self._exact_scores(pool, grid)
+        order = np.lexsort((pool.row, -exact, pool.query))
+        order = order[place(pool.query[order], len(grid)) < k]
+        return Pool(pool.query[order], pool.row[order], exact[order], exact[order])
+
+    def _exact_scores(self, pool: Pool, grid: Floats) -> Floats:
+        """The score of each pair, computed where the pool does not hold it yet."""
+        scores = pool.low.copy()
+        unknown = np.flatnonzero(pool.low < pool.high)
+        for low in range(0, len(unknown), _GATHERED):
+            part = unknown[low : low + _GATHERED]
+            scores[part] = _exact(self._gather(pool.row[part]), grid, pool.query[part])
+        return scores
+
+    def _score_all(self, grid: Floats, k: int, allowed: Mask | None, least: float) -> tuple[Floats, Ids]:
+        """As `_best`, with all allowed rows in float64."""
+        where = np.arange(self.count) if allowed is None else np.flatnonzero(allowed)
+        scores = np.empty((len(grid), len(where)))
+        norms = np.linalg.norm(grid, axis=1)
+        for low in range(0, len(where), _DIRECT):
+            rows = self._gather(where[low : low + _DIRECT]).astype(np.float64)
+            check_lengths(float(np.sqrt(np.einsum("nd,nd->n", rows, rows).max())), norms)
+            np.matmul(grid, rows.T, out=scores[:, low : low + len(rows)])
+        kth = np.partition(scores, len(where) - k, axis=1)[:, len(where) - k]
+        query, row = np.nonzero(scores >= np.maximum(kth, least)[:, None])
+        score = scores[query, row]
+        order = np.lexsort((row, -score, query))
+        at = place(query[order], len(grid))
+        order, at = order[at < k], at[at < k]
+        best, positions = np.full((len(grid), k), -np.inf), np.full((len(grid), k), -1, dtype=np.int64)
+        best[query[order], at], positions[query[order], at] = score[order], where[row[order]]
+        return best, positions
 
     def _ranks(self, grid: Floats, relevant: Sequence[Sequence[int]]) -> Ids:
         owner = np.repeat(np.arange(len(grid)), [len(rows) for rows in relevant])
@@ -116,54 +216,30 @@ class Ranker:
             owner, target = owner[self.live[target]], target[self.live[target]]
         if len(np.unique(owner)) != len(grid):
             raise ClipretError("a query has no relevant row in the gallery: leave it out")
-        score = _exact(self._gather(target), np.arange(len(target)), grid, owner)
+        score = _exact(self._gather(target), grid, owner)
         order = np.lexsort((target, -score, owner))
         first = order[np.searchsorted(owner[order], np.arange(len(grid)))]
         best, at = score[first], target[first]
         before = np.zeros(len(grid), dtype=np.int64)
-        for offsets, block, approximate, bound in self._scan(grid):
-            before += (approximate > (best + bound)[:, None]).sum(axis=1)
-            query, row = np.nonzero(np.abs(approximate - best[:, None]) <= bound[:, None])
-            exact = _exact(block, row, grid, query)
-            ahead = (exact > best[query]) | ((exact == best[query]) & (offsets[row] < at[query]))
+        for block in self._floats.blocks(grid):  # the narrow bounds: a wide one would leave half the rows undecided
+            mask = None if self.live is None else self.live[block.start : block.start + block.count]
+            pool = candidates(block, best - block.error, mask)
+            sure = pool.low > best[pool.query]
+            before += np.bincount(pool.query[sure], minlength=len(grid))
+            query, row = pool.query[~sure], pool.row[~sure]
+            exact = _exact(self._gather(row), grid, query)
+            ahead = (exact > best[query]) | ((exact == best[query]) & (row < at[query]))
             before += np.bincount(query[ahead], minlength=len(grid))
         return before + 1
 
-    def _scan(self, grid: Floats) -> Iterator[tuple[Ids, npt.NDArray[np.float32], npt.NDArray[np.float32], Floats]]:
-        """Blocks of live rows: positions [n], rows float32 [n,D], first-pass scores float32 [Q,n], error bound [Q]."""
-        D = grid.shape[1]
-        single = grid.astype(np.float32)
-        # Each component is a multiple of 2^-24 below 1 and so exact in float32; longer queries may round once more.
-        unit = np.finfo(np.float32).eps / 2
-        gamma = (D + 2) * unit / (1 - (D + 2) * unit)  # Higham, Accuracy and Stability, section 3.1: any order, any FMA
-        norms = np.linalg.norm(grid, axis=1)
-        start = 0
-        for shard in self.shards:
-            for low in range(0, len(shard), _BLOCK):
-                rows = np.asarray(shard[low : low + _BLOCK])
-                offsets = np.arange(start + low, start + low + len(rows))
-                if self.live is not None:
-                    live = self.live[offsets]
-                    rows, offsets = rows[live], offsets[live]
-                if not len(rows):
-                    continue
-                block = rows.astype(np.float32)
-                longest = float(np.sqrt(np.einsum("nd,nd->n", block, block).max())) * (1 + 1e-4)
-                if not longest * norms.max(initial=0.0) < 32:  # also true for NaN
-                    raise ClipretError(
-                        f"rows of length {longest:.3g} and queries of length {norms.max():.3g} are beyond exact "
-                        "ranking (their product must be below 32): normalise them"
-                    )
-                yield offsets, block, single @ block.T, gamma * longest * norms + 1e-12
-            start += len(shard)
-
-    def _gather(self, positions: Ids) -> npt.NDArray[np.float32]:
-        starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        rows = np.empty((len(positions), self.shards[0].shape[1]), dtype=np.float32)
-        which = np.searchsorted(starts, positions, side="right") - 1
-        for number in np.unique(which):
-            mine = which == number
-            rows[mine] = self.shards[number][positions[mine] - starts[number]]
+    def _gather(self, positions: Ids) -> Rows:
+        rows = np.empty((len(positions), self.shards[0].shape[1]), dtype=np.float16)
+        order = np.argsort(positions)  # shard by shard, and within one from front to back
+        bounds = np.searchsorted(positions[order], self._starts)
+        for number, shard in enumerate(self.shards):
+            mine = order[bounds[number] : bounds[number + 1]]
+            if len(mine):
+                rows[mine] = shard[positions[mine] - self._starts[number]]
         return rows
 
     def _checked(self, queries: npt.ArrayLike) -> Floats:
@@ -176,11 +252,10 @@ class Ranker:
         return grid
 
 
-def _exact(block: npt.NDArray[np.float32], row: Ids, grid: Floats, query: Ids) -> Floats:
-    """Float64 scores of the pairs (row[i], query[i]); exact, see the module's head."""
-    scores = np.empty(len(row))
-    step = max(1, _PAIRS // grid.shape[1])
-    for low in range(0, len(row), step):
-        pairs = slice(low, low + step)
-        scores[pairs] = np.einsum("pd,pd->p", block[row[pairs]].astype(np.float64), grid[query[pairs]])
+def _exact(rows: Rows, grid: Floats, query: Ids) -> Floats:
+    """Float64 scores of rows [P,D] for the queries [P] beside them; exact, see the module's head."""
+    scores = np.empty(len(rows))
+    for low in range(0, len(rows), _PAIRS):
+        pairs = slice(low, low + _PAIRS)
+        scores[pairs] = np.einsum("pd,pd->p", rows[pairs].astype(np.float64), grid[query[pairs]])
     return scores

@@ -1,0 +1,78 @@
+"""8-bit codes of rows: what the first stage of the exact search reads, with proven limits of what they lose.
+
+A row x is stored as unsigned bytes u with  x = center + scale * (u - 128) + e. Rows of a CLIP tower share most of their
+direction; without the common part, `center`, the same bytes resolve the rest about four times finer. The search
+never trusts the codes further than `residual` (the longest e) and `reach` (the longest scale * (u - 128)) allow.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ZERO", "Codes", "mean", "quantise"]
+
+ZERO = 128  # the byte that stands for nothing
+_BLOCK = 4096  # rows a block: 8 MiB of float32 at 512 dimensions
+
+Rows = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """`values` uint8 [n,D] of n rows, relative to `center` float32 [D].
+
+    `scale`: what one step of a byte is worth. `residual`, `reach`: upper limits, over the rows, of the Euclidean
+    lengths of  row - center - scale * (values - 128)  and of  scale * (values - 128).
+    """
+
+    values: npt.NDArray[np.uint8]
+    center: npt.NDArray[np.float32]
+    scale: float
+    residual: float
+    reach: float
+
+
+def mean(rows: Rows) -> npt.NDArray[np.float32]:
+    """The mean of rows float16 [n,D], n >= 1; float32 [D]."""
+    total = np.zeros(rows.shape[1])
+    for block in _blocks(rows):
+        total += block.sum(axis=0, dtype=np.float64)
+    return (total / len(rows)).astype(np.float32)
+
+
+def quantise(rows: Rows, center: npt.NDArray[np.float32], scale: float = 0.0) -> Codes:
+    """Codes of finite rows float16 [n,D], n >= 1. Any center is right; one near the rows' mean resolves them best.
+
+    `scale`: that of the shard before, which is kept where it is wide enough and less than half again too wide:
+    neighbouring shards of one center and one scale are scanned as one.
+    """
+    widest = max(float(np.abs(block - center).max()) for block in _blocks(rows))
+    least = widest / 127 * (1 + 1e-6)  # not one step more than 127 after float32's rounding
+    if not least <= scale < 1.5 * least:
+        scale = 1.1 * least if least else 1.0
+    values = np.empty(rows.shape, np.uint8)
+    residual = reach = largest = 0.0
+    start = 0
+    for block in _blocks(rows):
+        steps = np.rint((block - center) / np.float32(scale))  # within +-127
+        values[start : start + len(block)] = steps + ZERO
+        steps *= np.float32(scale)
+        reach = max(reach, _longest(steps))
+        residual = max(residual, _longest(block - center - steps))
+        largest = max(largest, float(np.abs(block).max()))
+        start += len(block)
+    # The lengths above are float32 arithmetic; every component is wrong by a few units in the last place at most.
+    slack = 8 * float(np.finfo(np.float32).eps) * math.sqrt(rows.shape[1]) * (largest + float(np.abs(center).max()))
+    return Codes(values, center, scale, residual * (1 + 1e-4) + slack, reach * (1 + 1e-4) + slack)
+
+
+def _blocks(rows: Rows) -> Iterator[npt.NDArray[np.float32]]:
+    for low in range(0, len(rows), _BLOCK):
+        yield rows[low : low + _BLOCK].astype(np.float32)
+
+
+def _longest(vectors: npt.NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max()))

@@ -1,0 +1,229 @@
+"""The first stage of the exact search: approximate scores of all rows, block by block, with proven error bounds.
+
+Three ways, one result. `FloatScan` multiplies the rows themselves in float32 with numpy. `CodeScan` multiplies the
+8-bit codes in onnxruntime, straight from the mapped files: as fast as it gets from some thirty queries a call on.
+`PackedScan` keeps the codes in memory in the order in which the product reads them: a single query then costs one
+pass over them at the speed of the memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.codes import ZERO, Codes
+from clipret.errors import ClipretError, require
+from clipret.onnx_graph import Node, Value, model
+from clipret.processor import int8_saturates
+
+__all__ = ["Block", "CodeScan", "FloatScan", "PackedScan", "Scan"]
+
+Floats = npt.NDArray[np.float64]
+
+_FLOAT_ROWS = 16384  # rows a block in float32: 32 MiB at 512 dimensions
+_CODE_ROWS = 2048  # with 256 queries the products take 2 MiB, which stay in the second-level cache
+_PACKED_ROWS = 65536  # few queries come this way, so it is the count of calls that costs
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` to `start + count`: score = base + unit * value, wrong by `error` at most (each float64 [Q]).
+
+    `values`: int32 or float32, [n,Q] if `by_row`, else [Q,n].
+    """
+
+    start: int
+    count: int
+    values: npt.NDArray[np.int32] | npt.NDArray[np.float32]
+    by_row: bool
+    base: Floats
+    unit: Floats
+    error: Floats
+
+
+class Scan(Protocol):
+    """Something that scores all rows for queries float64 [Q,D]."""
+
+    def blocks(self, grid: Floats) -> Iterator[Block]: ...
+
+
+class FloatScan:
+    """Float32 products of the rows themselves: the narrowest bounds, and numpy alone."""
+
+    def __init__(self, shards: Sequence[npt.NDArray[np.float16]]) -> None:
+        self._shards = shards
+
+    def blocks(self, grid: Floats) -> Iterator[Block]:
+        """Raises ClipretError where the lengths of rows and queries are beyond exact arithmetic."""
+        Q, D = grid.shape
+        single = np.ascontiguousarray(grid.T, dtype=np.float32)
+        # Each component is a multiple of 2^-24 below 1 and so exact in float32; longer queries may round once more.
+        rounding = np.finfo(np.float32).eps / 2
+        # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: for any order of summation, with or
+        # without fused multiply-add.
+        gamma = (D + 2) * rounding / (1 - (D + 2) * rounding)
+        norms = np.linalg.norm(grid, axis=1)
+        start = 0
+        for shard in self._shards:
+            for low in range(0, len(shard), _FLOAT_ROWS):
+                block = shard[low : low + _FLOAT_ROWS].astype(np.float32)
+                longest = float(np.sqrt(np.einsum("nd,nd->n", block, block).max())) * (1 + 1e-4)
+                check_lengths(longest, norms)
+                error = gamma * longest * norms + 1e-12
+                yield Block(start + low, len(block), block @ single, True, np.zeros(Q), np.ones(Q), error)
+            start += len(shard)
+
+
+def check_lengths(longest: float, norms: Floats) -> None:
+    """Raise ClipretError unless every product of a row's and a query's length is below 32 (also for NaN)."""
+    if not longest * norms.max(initial=0.0) < 32:
+        raise ClipretError(
+            f"rows of length {longest:.3g} and queries of length {norms.max():.3g} are beyond exact ranking (their "
+            "product must be below 32): normalise them"
+        )
+
+
+@dataclass(frozen=True)
+class _QueryCodes:
+    """Queries as integers: query = step * values + rest, `rest` being the length of what is lost."""
+
+    values: npt.NDArray[np.int8]  # [Q,D], within +-_limit()
+    step: Floats
+    rest: Floats
+
+    @classmethod
+    def of(cls, grid: Floats) -> "_QueryCodes":
+        step = np.abs(grid).max(axis=1) / _limit()
+        step[step == 0] = 1.0
+        values = np.rint(grid / step[:, None])
+        return cls(values.astype(np.int8), step, np.linalg.norm(grid - values * step[:, None], axis=1))
+
+    def block(
+        self, start: int, codes: Codes, values: npt.NDArray[np.int32], by_row: bool, base: Floats, norms: Floats
+    ) -> Block:
+        # row = center + coded + e, query = step * values + f, hence with Cauchy and Schwarz
+        # |query.row - query.center - step * values.coded| <= |query| |e| + |f| |coded|
+        error = norms * codes.residual + self.rest * codes.reach
+        error += 1e-10 * (1 + np.abs(base))  # float64 arithmetic on the way, here and in the ranker
+        count = values.shape[0 if by_row else 1]
+        return Block(start, count, values, by_row, base, codes.scale * self.step, error)
+
+
+def _limit() -> int:
+    """The largest code of a query: x86 processors without VNNI add two products in 16 bits, which must not overflow."""
+    return 63 if int8_saturates() else 127
+
+
+class CodeScan:
+    """Products of the 8-bit codes as they lie in their files; `threads` of the engine."""
+
+    def __init__(self, codes: Sequence[Codes], threads: int) -> None:
+        self._codes = codes
+        self._threads = threads
+
+    def blocks(self, grid: Floats) -> Iterator[Block]:
+        session, queries = _code_session(self._threads), _QueryCodes.of(grid)
+        columns = np.ascontiguousarray(queries.values.T)
+        norms = np.linalg.norm(grid, axis=1)
+        start = 0
+        for codes in self._codes:
+            check_lengths(_longest(codes), norms)
+            base = grid @ codes.center.astype(np.float64)
+            for low in range(0, len(codes.values), _CODE_ROWS):
+                rows = np.ascontiguousarray(codes.values[low : low + _CODE_ROWS])
+                values = session.run(None, {"rows": rows, "queries": columns})[0]
+                yield queries.block(start + low, codes, values, True, base, norms)
+            start += len(codes.values)
+
+
+class PackedScan:
+    """Products of codes that the engine holds in its own layout: a copy of the codes in memory, made here."""
+
+    def __init__(self, codes: Sequence[Codes], threads: int) -> None:
+        self._groups = [(start, _limits(group), _packed_session(group, threads)) for start, group in _groups(codes)]
+
+    def blocks(self, grid: Floats) -> Iterator[Block]:
+        queries = _QueryCodes.of(grid)
+        shifted = (queries.values.astype(np.int16) + _limit()).astype(np.uint8)
+        norms = np.linalg.norm(grid, axis=1)
+        for start, codes, session in self._groups:
+            check_lengths(_longest(codes), norms)
+            base = grid @ codes.center.astype(np.float64)
+            yield queries.block(start, codes, session.run(None, {"queries": shifted})[0], False, base, norms)
+
+
+def _limits(group: Sequence[Codes]) -> Codes:
+    """What holds for every shard of a group; the values are left behind."""
+    residual, reach = max(one.residual for one in group), max(one.reach for one in group)
+    return replace(group[0], values=np.empty((0, 0), np.uint8), residual=residual, reach=reach)
+
+
+def _longest(codes: Codes) -> float:
+    """An upper limit of the rows' lengths."""
+    return float(np.linalg.norm(codes.center.astype(np.float64))) + codes.reach + codes.residual
+
+
+def _groups(codes: Sequence[Codes]) -> Iterator[tuple[int, list[Codes]]]:
+    """Neighbouring shards of the same center and scale, up to _PACKED_ROWS rows together, with their first row."""
+    start, group = 0, list[Codes]()
+    for one in codes:
+        rows = sum(len(member.values) for member in group)
+        if group and not (
+            rows + len(one.values) <= _PACKED_ROWS
+            and one.scale == group[0].scale
+            and np.array_equal(one.center, group[0].center)
+        ):
+            yield start, group
+            start, group = start + rows, []
+        group.append(one)
+    if group:
+        yield start, group
+
+
+def _options(threads: int) -> Any:
+    options = require("onnxruntime", "cpu").SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _session(content: bytes, threads: int) -> Any:
+    ort = require("onnxruntime", "cpu")
+    return ort.InferenceSession(content, _options(threads), providers=["CPUExecutionProvider"])
+
+
+@cache
+def _code_session(threads: int) -> Any:
+    """rows uint8 [n,D], queries int8 [D,Q] -> values int32 [n,Q]."""
+    return _session(
+        model(
+            [Node("MatMulInteger", ["rows", "queries", "zero"], ["values"])],
+            [Value("rows", "uint8", ("n", "D")), Value("queries", "int8", ("D", "Q"))],
+            [Value("values", "int32", ("n", "Q"))],
+            {"zero": np.array(ZERO, np.uint8)},
+        ),
+        threads,
+    )
+
+
+def _packed_session(codes: Sequence[Codes], threads: int) -> Any:
+    """queries uint8 [Q,D], larger by _limit() -> values int32 [Q,n]."""
+    # A signed second factor is what onnxruntime is fast with. It folds the transposition when the session is made.
+    rows = (np.concatenate([one.values for one in codes]) ^ np.uint8(ZERO)).view(np.int8)
+    return _session(
+        model(
+            [
+                Node("Transpose", ["rows"], ["columns"], {"perm": [1, 0]}),
+                Node("MatMulInteger", ["queries", "columns", "zero"], ["values"]),
+            ],
+            [Value("queries", "uint8", ("Q", rows.shape[1]))],
+            [Value("values", "int32", ("Q", len(rows)))],
+            {"rows": rows, "zero": np.array(_limit(), np.uint8)},
+        ),
+        threads,
+    )
