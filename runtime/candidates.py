@@ -69,8 +69,7 @@ def kth_value(block: Block, mask: Mask | None, k: int) -> Floats | None:
 def candidates(block: Block, threshold: Floats, mask: Mask | None) -> Pool:
     """The pairs of the block whose value is at least the query's threshold [Q], a limit on exact values."""
     if block.values.dtype == np.int32:
-        limits = np.iinfo(np.int32)
-        least = np.clip(np.ceil(threshold), limits.min, limits.max).astype(np.int32)
+        least = np.ceil(threshold).clip(-(2**31), 2**31 - 1).astype(np.int32)
     else:
         least = np.nextafter(threshold.astype(np.float32), np.float32(-np.inf))
     # Flat positions of one contiguous array: np.nonzero over two dimensions is several times slower.

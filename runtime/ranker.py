@@ -12,12 +12,14 @@ that could still be among the first k are scored in float64.
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from clipret.candidates import Pool, candidates, kth_value, place
 from clipret.codes import Codes
+from clipret.device import DeviceScan
 from clipret.errors import ClipretError
 from clipret.processor import cpu_count
 from clipret.scan import CodeScan, FloatScan, PackedScan, Scan, check_lengths
@@ -52,6 +54,7 @@ class Ranker:
     of each shard, in the same order; with them and onnxruntime the first stage reads a byte a component, without them
     it is numpy's float32. `threads`: of the first stage, default all processors. `resident`: keep a copy of the codes
     in memory, N x D bytes, which makes a single query three times faster and takes some seconds a million rows here.
+    `device`: "cuda" or "cuda:N" does the first stage of large galleries on that GPU; the results are the same.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Ranker:
         *,
         threads: int | None = None,
         resident: bool = False,
+        device: str = "cpu",
     ) -> None:
         given = [shards] if isinstance(shards, np.ndarray) else shards
         # Plain views: indexing a np.memmap costs several times that of an array.
@@ -82,6 +86,7 @@ class Ranker:
             self._many = CodeScan(codes, threads or cpu_count())
         packed = resident and isinstance(self._many, CodeScan) and codes is not None
         self._few: Scan = PackedScan(codes, threads or cpu_count()) if packed and codes is not None else self._many
+        self._device = None if device == "cpu" else DeviceScan(self.shards, device)
 
     def rank(
         self, queries: npt.ArrayLike, k: int, *, among: Mask | None = None, min_score: float | None = None
@@ -103,12 +108,13 @@ class Ranker:
         k = min(k, found)
         scores, positions = np.empty((len(grid), k)), np.empty((len(grid), k), dtype=np.int64)
         least = -np.inf if min_score is None else float(min_score)
+        staged = self._best if self._device is None else self._best_by_device
         # A few rows among very many are gathered; every row is otherwise passed by, allowed or not.
         direct = found <= max(_DIRECT, self.count // 64)
         step = max(1, min(_QUERIES, _SCORES // (found if direct else 4 * k))) if k else 1
         for start in range(0, len(grid) if k else 0, step):
             part = grid[start : start + step]
-            best = (self._score_all if direct else self._best)(part, k, allowed, least)
+            best = (self._score_all if direct else staged)(part, k, allowed, least)
             scores[start : start + step], positions[start : start + step] = best
         return scores, positions
 
@@ -149,11 +155,41 @@ class Ranker:
                 if len(pool) > _POOL:  # very many rows are equal, or nearly
                     pool = self._resolved(pool, grid, k)
                 parts, pairs, raised = [pool], len(pool), seen
-        lower, pool = self._narrowed(Pool.joined(parts), lower, grid, k)
+        return self._listed(Pool.joined(parts), lower, grid, k, least)
+
+    def _best_by_device(self, grid: Floats, k: int, allowed: Mask | None, least: float) -> tuple[Floats, Ids]:
+        device = self._device
+        assert device is not None
+        lower = np.full(len(grid), least)
+        wide = min(2 * k, k + 64)  # most often no row beyond these could be among the k best
+        limits = np.empty((len(device.parts), len(grid)))
+        pool = Pool.joined([])
+        for number in range(len(device.parts)):
+            more, limits[number] = device.top(number, grid, wide, allowed)
+            pool = Pool.joined([pool, more])
+            if len(pool) > _POOL:
+                lower, pool = self._narrowed(pool, lower, grid, k)
+        lower, pool = self._narrowed(pool, lower, grid, k)
+        for number, part in enumerate(device.parts):
+            width = wide
+            # Where a row that the device did not list may still be among the best, it lists more of that part.
+            while len(unsure := np.flatnonzero((limits[number] >= lower) & (limits[number] > -np.inf))):
+                width = min(8 * width, part.count)
+                step = max(1, _SCORES // width)
+                for some in (unsure[low : low + step] for low in range(0, len(unsure), step)):
+                    known = (pool.row >= part.start) & (pool.row < part.start + part.count) & np.isin(pool.query, some)
+                    more, limits[number, some] = device.top(number, grid[some], width, allowed)
+                    more = replace(more, query=some[more.query])
+                    lower, pool = self._narrowed(Pool.joined([pool.taken(~known), more]), lower, grid, k)
+        return self._listed(pool, lower, grid, k, least)
+
+    def _listed(self, pool: Pool, lower: Floats, grid: Floats, k: int, least: float) -> tuple[Floats, Ids]:
+        """The k best rows of the pool for each query, as `rank` returns them."""
+        _, pool = self._narrowed(pool, lower, grid, k)
         best = self._resolved(pool, grid, k)
         best = best.taken(best.low >= least)
-        scores, positions = np.full((Q, k), -np.inf), np.full((Q, k), -1, dtype=np.int64)
-        at = place(best.query, Q)
+        scores, positions = np.full((len(grid), k), -np.inf), np.full((len(grid), k), -1, dtype=np.int64)
+        at = place(best.query, len(grid))
         scores[best.query, at], positions[best.query, at] = best.low, best.row
         return scores, positions
 

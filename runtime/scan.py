@@ -8,7 +8,6 @@ pass over them at the speed of the memory.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +23,7 @@ __all__ = ["Block", "CodeScan", "FloatScan", "PackedScan", "Scan"]
 Floats = npt.NDArray[np.float64]
 
 _FLOAT_ROWS = 16384  # rows a block in float32: 32 MiB at 512 dimensions
-_CODE_ROWS = 2048  # with 256 queries the products take 2 MiB, which stay in the second-level cache
+_CODE_ROWS = 1024  # with 256 queries the products take 1 MiB, which stays in the second-level cache
 _PACKED_ROWS = 65536  # few queries come this way, so it is the count of calls that costs
 
 
@@ -93,23 +92,25 @@ class _QueryCodes:
     values: npt.NDArray[np.int8]  # [Q,D], within +-_limit()
     step: Floats
     rest: Floats
+    norms: Floats
 
     @classmethod
     def of(cls, grid: Floats) -> "_QueryCodes":
         step = np.abs(grid).max(axis=1) / _limit()
         step[step == 0] = 1.0
         values = np.rint(grid / step[:, None])
-        return cls(values.astype(np.int8), step, np.linalg.norm(grid - values * step[:, None], axis=1))
+        rest = np.linalg.norm(grid - values * step[:, None], axis=1)
+        return cls(values.astype(np.int8), step, rest, np.linalg.norm(grid, axis=1))
 
-    def block(
-        self, start: int, codes: Codes, values: npt.NDArray[np.int32], by_row: bool, base: Floats, norms: Floats
-    ) -> Block:
+    def scales(self, grid: Floats, codes: Codes) -> tuple[Floats, Floats, Floats]:
+        """`base`, `unit` and `error` of the blocks of `codes`."""
+        check_lengths(_longest(codes), self.norms)
+        base = grid @ codes.center.astype(np.float64)
         # row = center + coded + e, query = step * values + f, hence with Cauchy and Schwarz
         # |query.row - query.center - step * values.coded| <= |query| |e| + |f| |coded|
-        error = norms * codes.residual + self.rest * codes.reach
+        error = self.norms * codes.residual + self.rest * codes.reach
         error += 1e-10 * (1 + np.abs(base))  # float64 arithmetic on the way, here and in the ranker
-        count = values.shape[0 if by_row else 1]
-        return Block(start, count, values, by_row, base, codes.scale * self.step, error)
+        return base, codes.scale * self.step, error
 
 
 def _limit() -> int:
@@ -125,17 +126,14 @@ class CodeScan:
         self._threads = threads
 
     def blocks(self, grid: Floats) -> Iterator[Block]:
-        session, queries = _code_session(self._threads), _QueryCodes.of(grid)
-        columns = np.ascontiguousarray(queries.values.T)
-        norms = np.linalg.norm(grid, axis=1)
+        queries = _QueryCodes.of(grid)
+        session = _query_session(queries.values, self._threads)
         start = 0
         for codes in self._codes:
-            check_lengths(_longest(codes), norms)
-            base = grid @ codes.center.astype(np.float64)
+            scales = queries.scales(grid, codes)
             for low in range(0, len(codes.values), _CODE_ROWS):
-                rows = np.ascontiguousarray(codes.values[low : low + _CODE_ROWS])
-                values = session.run(None, {"rows": rows, "queries": columns})[0]
-                yield queries.block(start + low, codes, values, True, base, norms)
+                values = session.run(None, {"rows": codes.values[low : low + _CODE_ROWS]})[0]
+                yield Block(start + low, len(values), values, True, *scales)
             start += len(codes.values)
 
 
@@ -148,11 +146,9 @@ class PackedScan:
     def blocks(self, grid: Floats) -> Iterator[Block]:
         queries = _QueryCodes.of(grid)
         shifted = (queries.values.astype(np.int16) + _limit()).astype(np.uint8)
-        norms = np.linalg.norm(grid, axis=1)
         for start, codes, session in self._groups:
-            check_lengths(_longest(codes), norms)
-            base = grid @ codes.center.astype(np.float64)
-            yield queries.block(start, codes, session.run(None, {"queries": shifted})[0], False, base, norms)
+            values = session.run(None, {"queries": shifted})[0]
+            yield Block(start, values.shape[1], values, False, *queries.scales(grid, codes))
 
 
 def _limits(group: Sequence[Codes]) -> Codes:
@@ -197,15 +193,16 @@ def _session(content: bytes, threads: int) -> Any:
     return ort.InferenceSession(content, _options(threads), providers=["CPUExecutionProvider"])
 
 
-@cache
-def _code_session(threads: int) -> Any:
-    """rows uint8 [n,D], queries int8 [D,Q] -> values int32 [n,Q]."""
+def _query_session(queries: npt.NDArray[np.int8], threads: int) -> Any:
+    """rows uint8 [n,D] -> values int32 [n,Q]. Made in under a millisecond; with the queries [Q,D] as its constant it
+    has them in the product's own order once, not once a block."""
+    Q, D = queries.shape
     return _session(
         model(
             [Node("MatMulInteger", ["rows", "queries", "zero"], ["values"])],
-            [Value("rows", "uint8", ("n", "D")), Value("queries", "int8", ("D", "Q"))],
-            [Value("values", "int32", ("n", "Q"))],
-            {"zero": np.array(ZERO, np.uint8)},
+            [Value("rows", "uint8", ("n", D))],
+            [Value("values", "int32", ("n", Q))],
+            {"queries": np.ascontiguousarray(queries.T), "zero": np.array(ZERO, np.uint8)},
         ),
         threads,
     )

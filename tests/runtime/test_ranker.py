@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from clipret import ranker, scan
 from clipret.codes import Codes, mean, quantise
+from clipret.device import DeviceScan
 from clipret.errors import ClipretError
 from clipret.ranker import Ranker, snap
 
@@ -55,7 +56,10 @@ def cases(draw: st.DrawFn) -> Case:
     return rows.astype(np.float16), asked, live, draw(st.integers(1, 100)), cuts
 
 
-@pytest.fixture(params=["float", "codes", "packed", "codes without VNNI", "packed without VNNI", "all rows"])
+WAYS = ["float", "codes", "packed", "codes without VNNI", "packed without VNNI", "device", "all rows"]
+
+
+@pytest.fixture(params=WAYS)
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of ranking, in blocks so small that the running limit, the pool and the joining all have work."""
     way: str = request.param
@@ -77,6 +81,10 @@ def make(way: str, rows: np.ndarray, cuts: Sequence[int], live: np.ndarray | Non
     shards = [shard for shard in np.split(rows, cuts) if len(shard)]
     if way.startswith(("float", "all")):
         return Ranker(shards, live)
+    if way == "device":  # the GPU's graph and logic on the CPU, one block resident and the others sent
+        made = Ranker(shards, live)
+        made._device = DeviceScan(shards, "cpu", block_rows=16, resident_rows=30)
+        return made
     return Ranker(shards, live, coded(shards), threads=1, resident=way.startswith("packed"))
 
 
@@ -217,3 +225,26 @@ def test_rows_must_be_float16_of_one_width() -> None:
         Ranker(rows).rank(np.ones((1, 4)), 1, among=np.array([True, True]))
     with pytest.raises(ClipretError, match="codes are not those"):
         Ranker(rows, codes=[])
+
+
+def test_the_device_lists_more_where_its_own_order_is_too_coarse() -> None:
+    """The best row differs from hundreds of others by less than its arithmetic shows, and stands last."""
+    rng = np.random.default_rng(0)
+    rows = np.repeat(unit(rng.normal(size=(1, 32))), 600, axis=0).astype(np.float16)
+    queries = snap(unit(rows[:1].astype(np.float64)))
+    queries[0, 7] = 2.0**-20  # beside it a row's last bit moves the score by less than float32 shows
+    rows[-1, 7] = np.nextafter(rows[-1, 7], np.float16(1))
+    made = Ranker(rows)
+    scan = DeviceScan(made.shards, "cpu", block_rows=250)
+    listed = scan.top(2, queries, 2, None)[0].row
+    assert 599 not in listed
+    expected_scores, expected = brute_force(rows, queries, np.ones(600, bool))
+    made._device = scan
+    scores, positions = made._best_by_device(queries, 3, None, -np.inf)
+    np.testing.assert_array_equal(positions, expected[:, :3])
+    np.testing.assert_array_equal(scores, expected_scores[:, :3])
+
+
+def test_a_device_that_onnxruntime_lacks_is_an_error() -> None:
+    with pytest.raises(ClipretError, match=r"CUDAExecutionProvider.*CPUExecutionProvider"):
+        Ranker(np.ones((1, 4), np.float16), device="cuda:1")
