@@ -66,7 +66,7 @@ class DeviceScan:
                 "use --device cpu or  pip install 'clipret[gpu]'"
             )
         self._provider = (provider, {"device_id": str(self._number)} if kind == "cuda" else {})
-        self._longest = max((_longest(shard) for shard in shards), default=0.0)
+        self.longest = max((_longest(shard) for shard in shards), default=0.0)
         self.parts: list[_Part] = []
         left = sum(map(len, shards)) if resident_rows is None else resident_rows
         start = 0
@@ -127,14 +127,14 @@ class DeviceScan:
         part = self.parts[number]
         half = grid.astype(np.float16)
         norms = np.linalg.norm(grid, axis=1)
-        check_lengths(self._longest, norms)
+        check_lengths(self.longest, norms)
         # The query is rounded, and so is the result, to 11 bits. Between them products of halves are exact in float32,
         # and tensor cores add them up with at least 24 bits, cutting off what lies below (Fasi, Higham, Mikaitis and
         # Pranesh, Numerical behavior of NVIDIA tensor cores, 2021). A library may split the sum and round its parts
         # to halves: each bit of the bound is doubled twice for it.
         rest = np.linalg.norm(grid - half.astype(np.float64), axis=1)
         bound = grid.shape[1] * 2.0**-22 + 2.0**-9
-        error = self._longest * (rest + norms * bound) + 2.0**-20
+        error = self.longest * (rest + norms * bound) + 2.0**-20
 
         mask = None if allowed is None else allowed[part.start : part.start + part.count]
         bias = np.zeros(part.count, np.float16)

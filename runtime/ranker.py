@@ -22,7 +22,8 @@ from clipret.codes import Codes
 from clipret.device import DeviceScan
 from clipret.errors import ClipretError
 from clipret.processor import cpu_count
-from clipret.scan import CodeScan, FloatScan, PackedScan, Scan, check_lengths
+from clipret.rows import StoredRows, widened
+from clipret.scan import CodeScan, FloatScan, PackedScan, Scan, check_lengths, longest, rounding
 
 __all__ = ["Ranker", "snap"]
 
@@ -35,8 +36,6 @@ _GRID = 2.0**24
 _QUERIES = 256  # queries at a time
 _FEW = 32  # up to so many queries the packed codes are faster than those of the files
 _DIRECT = 16384  # up to so many rows all are scored in float64: a first stage would cost more than it saves
-_GATHERED = 8192  # rows copied out of the shards at a time
-_PAIRS = 256  # of those, multiplied at a time: 1 MiB of float64 at 512 dimensions, which stays in the cache
 _SCORES = 1 << 22  # scores or candidates of one call held at a time, at least one query's: 32 MiB
 _POOL = 1 << 21  # candidates that may wait for their exact score: 64 MiB; more only where very many rows are equal
 
@@ -79,7 +78,7 @@ class Ranker:
         if codes is not None and [one.values.shape for one in codes] != [shard.shape for shard in self.shards]:
             raise ClipretError("the codes are not those of the shards: give one Codes for each, of its shape")
         self.live = live
-        self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self._rows = StoredRows(self.shards)
         self._floats = FloatScan(self.shards)
         self._many: Scan = self._floats
         if codes is not None and importlib.util.find_spec("onnxruntime"):
@@ -87,6 +86,10 @@ class Ranker:
         packed = resident and isinstance(self._many, CodeScan) and codes is not None
         self._few: Scan = PackedScan(codes, threads or cpu_count()) if packed and codes is not None else self._many
         self._device = None if device == "cpu" else DeviceScan(self.shards, device)
+        # Of the longest row, where the first stage is coarser than float32; None where it is not.
+        self._length = None if codes is None else max(map(longest, codes), default=0.0)
+        if self._device is not None:
+            self._length = self._device.longest
 
     def rank(
         self, queries: npt.ArrayLike, k: int, *, among: Mask | None = None, min_score: float | None = None
@@ -185,7 +188,8 @@ class Ranker:
 
     def _listed(self, pool: Pool, lower: Floats, grid: Floats, k: int, least: float) -> tuple[Floats, Ids]:
         """The k best rows of the pool for each query, as `rank` returns them."""
-        _, pool = self._narrowed(pool, lower, grid, k)
+        lower, pool = self._narrowed(pool, lower, grid, k)
+        _, pool = self._narrowed(self._sharpened(pool, grid), lower, grid, k)
         best = self._resolved(pool, grid, k)
         best = best.taken(best.low >= least)
         scores, positions = np.full((len(grid), k), -np.inf), np.full((len(grid), k), -1, dtype=np.int64)
@@ -217,13 +221,24 @@ class Ranker:
         order = order[place(pool.query[order], len(grid)) < k]
         return Pool(pool.query[order], pool.row[order], exact[order], exact[order])
 
+    def _sharpened(self, pool: Pool, grid: Floats) -> Pool:
+        """The pool with the bounds of float32 where they are narrower than its own."""
+        if self._length is None:
+            return pool
+        unknown = np.flatnonzero(pool.low < pool.high)
+        query = pool.query[unknown]
+        score = self._rows.estimates(pool.row[unknown], query, grid)
+        error = (rounding(grid.shape[1]) * self._length * np.linalg.norm(grid, axis=1) + 1e-12)[query]
+        low, high = pool.low.copy(), pool.high.copy()
+        low[unknown] = np.maximum(low[unknown], score - error)
+        high[unknown] = np.minimum(high[unknown], score + error)
+        return replace(pool, low=low, high=high)
+
     def _exact_scores(self, pool: Pool, grid: Floats) -> Floats:
         """The score of each pair, computed where the pool does not hold it yet."""
         scores = pool.low.copy()
         unknown = np.flatnonzero(pool.low < pool.high)
-        for low in range(0, len(unknown), _GATHERED):
-            part = unknown[low : low + _GATHERED]
-            scores[part] = _exact(self._gather(pool.row[part]), grid, pool.query[part])
+        scores[unknown] = self._rows.scores(pool.row[unknown], pool.query[unknown], grid)
         return scores
 
     def _score_all(self, grid: Floats, k: int, allowed: Mask | None, least: float) -> tuple[Floats, Ids]:
@@ -232,7 +247,7 @@ class Ranker:
         scores = np.empty((len(grid), len(where)))
         norms = np.linalg.norm(grid, axis=1)
         for low in range(0, len(where), _DIRECT):
-            rows = self._gather(where[low : low + _DIRECT]).astype(np.float64)
+            rows = widened(self._rows.take(where[low : low + _DIRECT])).astype(np.float64)
             check_lengths(float(np.sqrt(np.einsum("nd,nd->n", rows, rows).max())), norms)
             np.matmul(grid, rows.T, out=scores[:, low : low + len(rows)])
         kth = np.partition(scores, len(where) - k, axis=1)[:, len(where) - k]
@@ -252,7 +267,7 @@ class Ranker:
             owner, target = owner[self.live[target]], target[self.live[target]]
         if len(np.unique(owner)) != len(grid):
             raise ClipretError("a query has no relevant row in the gallery: leave it out")
-        score = _exact(self._gather(target), grid, owner)
+        score = self._rows.scores(target, owner, grid)
         order = np.lexsort((target, -score, owner))
         first = order[np.searchsorted(owner[order], np.arange(len(grid)))]
         best, at = score[first], target[first]
@@ -263,20 +278,10 @@ class Ranker:
             sure = pool.low > best[pool.query]
             before += np.bincount(pool.query[sure], minlength=len(grid))
             query, row = pool.query[~sure], pool.row[~sure]
-            exact = _exact(self._gather(row), grid, query)
+            exact = self._rows.scores(row, query, grid)
             ahead = (exact > best[query]) | ((exact == best[query]) & (row < at[query]))
             before += np.bincount(query[ahead], minlength=len(grid))
         return before + 1
-
-    def _gather(self, positions: Ids) -> Rows:
-        rows = np.empty((len(positions), self.shards[0].shape[1]), dtype=np.float16)
-        order = np.argsort(positions)  # shard by shard, and within one from front to back
-        bounds = np.searchsorted(positions[order], self._starts)
-        for number, shard in enumerate(self.shards):
-            mine = order[bounds[number] : bounds[number + 1]]
-            if len(mine):
-                rows[mine] = shard[positions[mine] - self._starts[number]]
-        return rows
 
     def _checked(self, queries: npt.ArrayLike) -> Floats:
         grid = snap(queries)
@@ -286,12 +291,3 @@ class Ranker:
         if not np.isfinite(grid).all():
             raise ClipretError("a query holds a value that is not finite: its text tower overflowed; export again")
         return grid
-
-
-def _exact(rows: Rows, grid: Floats, query: Ids) -> Floats:
-    """Float64 scores of rows [P,D] for the queries [P] beside them; exact, see the module's head."""
-    scores = np.empty(len(rows))
-    for low in range(0, len(rows), _PAIRS):
-        pairs = slice(low, low + _PAIRS)
-        scores[pairs] = np.einsum("pd,pd->p", rows[pairs].astype(np.float64), grid[query[pairs]])
-    return scores

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from clipret.codes import ZERO, Codes
-from clipret.errors import ClipretError, require
+from clipret.errors import ClipretError
 from clipret.onnx_graph import Node, Value, model
 from clipret.processor import int8_saturates
+from clipret.rows import session, widened
 
-__all__ = ["Block", "CodeScan", "FloatScan", "PackedScan", "Scan"]
+__all__ = ["Block", "CodeScan", "FloatScan", "PackedScan", "Scan", "check_lengths", "longest", "rounding"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,21 +60,26 @@ class FloatScan:
         """Raises ClipretError where the lengths of rows and queries are beyond exact arithmetic."""
         Q, D = grid.shape
         single = np.ascontiguousarray(grid.T, dtype=np.float32)
-        # Each component is a multiple of 2^-24 below 1 and so exact in float32; longer queries may round once more.
-        rounding = np.finfo(np.float32).eps / 2
-        # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: for any order of summation, with or
-        # without fused multiply-add.
-        gamma = (D + 2) * rounding / (1 - (D + 2) * rounding)
         norms = np.linalg.norm(grid, axis=1)
         start = 0
         for shard in self._shards:
             for low in range(0, len(shard), _FLOAT_ROWS):
-                block = shard[low : low + _FLOAT_ROWS].astype(np.float32)
-                longest = float(np.sqrt(np.einsum("nd,nd->n", block, block).max())) * (1 + 1e-4)
-                check_lengths(longest, norms)
-                error = gamma * longest * norms + 1e-12
+                block = widened(shard[low : low + _FLOAT_ROWS])
+                longest_row = float(np.sqrt(np.einsum("nd,nd->n", block, block).max())) * (1 + 1e-4)
+                check_lengths(longest_row, norms)
+                error = rounding(D) * longest_row * norms + 1e-12
                 yield Block(start + low, len(block), block @ single, True, np.zeros(Q), np.ones(Q), error)
             start += len(shard)
+
+
+def rounding(D: int) -> float:
+    """How far a float32 product of D components lies from the exact one, in units of the two lengths' product.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: for any order of summation, with or without
+    fused multiply-add. Components of a query are multiples of 2^-24, exact in float32 below 1; others round once more.
+    """
+    unit = float(np.finfo(np.float32).eps) / 2
+    return (D + 2) * unit / (1 - (D + 2) * unit)
 
 
 def check_lengths(longest: float, norms: Floats) -> None:
@@ -104,7 +110,7 @@ class _QueryCodes:
 
     def scales(self, grid: Floats, codes: Codes) -> tuple[Floats, Floats, Floats]:
         """`base`, `unit` and `error` of the blocks of `codes`."""
-        check_lengths(_longest(codes), self.norms)
+        check_lengths(longest(codes), self.norms)
         base = grid @ codes.center.astype(np.float64)
         # row = center + coded + e, query = step * values + f, hence with Cauchy and Schwarz
         # |query.row - query.center - step * values.coded| <= |query| |e| + |f| |coded|
@@ -146,8 +152,8 @@ class PackedScan:
     def blocks(self, grid: Floats) -> Iterator[Block]:
         queries = _QueryCodes.of(grid)
         shifted = (queries.values.astype(np.int16) + _limit()).astype(np.uint8)
-        for start, codes, session in self._groups:
-            values = session.run(None, {"queries": shifted})[0]
+        for start, codes, packed in self._groups:
+            values = packed.run(None, {"queries": shifted})[0]
             yield Block(start, values.shape[1], values, False, *queries.scales(grid, codes))
 
 
@@ -157,7 +163,7 @@ def _limits(group: Sequence[Codes]) -> Codes:
     return replace(group[0], values=np.empty((0, 0), np.uint8), residual=residual, reach=reach)
 
 
-def _longest(codes: Codes) -> float:
+def longest(codes: Codes) -> float:
     """An upper limit of the rows' lengths."""
     return float(np.linalg.norm(codes.center.astype(np.float64))) + codes.reach + codes.residual
 
@@ -179,25 +185,11 @@ def _groups(codes: Sequence[Codes]) -> Iterator[tuple[int, list[Codes]]]:
         yield start, group
 
 
-def _options(threads: int) -> Any:
-    options = require("onnxruntime", "cpu").SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def _session(content: bytes, threads: int) -> Any:
-    ort = require("onnxruntime", "cpu")
-    return ort.InferenceSession(content, _options(threads), providers=["CPUExecutionProvider"])
-
-
 def _query_session(queries: npt.NDArray[np.int8], threads: int) -> Any:
     """rows uint8 [n,D] -> values int32 [n,Q]. Made in under a millisecond; with the queries [Q,D] as its constant it
     has them in the product's own order once, not once a block."""
     Q, D = queries.shape
-    return _session(
+    return session(
         model(
             [Node("MatMulInteger", ["rows", "queries", "zero"], ["values"])],
             [Value("rows", "uint8", ("n", D))],
@@ -212,7 +204,7 @@ def _packed_session(codes: Sequence[Codes], threads: int) -> Any:
     """queries uint8 [Q,D], larger by _limit() -> values int32 [Q,n]."""
     # A signed second factor is what onnxruntime is fast with. It folds the transposition when the session is made.
     rows = (np.concatenate([one.values for one in codes]) ^ np.uint8(ZERO)).view(np.int8)
-    return _session(
+    return session(
         model(
             [
                 Node("Transpose", ["rows"], ["columns"], {"perm": [1, 0]}),

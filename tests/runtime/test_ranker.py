@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipret import ranker, scan
+from clipret import rows as rows_module
 from clipret.codes import Codes, mean, quantise
 from clipret.device import DeviceScan
 from clipret.errors import ClipretError
@@ -66,8 +67,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if way != "all rows":
         monkeypatch.setattr(ranker, "_DIRECT", 0)
     monkeypatch.setattr(ranker, "_QUERIES", 2)
-    monkeypatch.setattr(ranker, "_PAIRS", 3)
-    monkeypatch.setattr(ranker, "_GATHERED", 7)
+    monkeypatch.setattr(rows_module, "_PAIRS", 3)
     monkeypatch.setattr(ranker, "_SCORES", 200)
     monkeypatch.setattr(ranker, "_POOL", 40)
     monkeypatch.setattr(scan, "_FLOAT_ROWS", 16)
@@ -84,6 +84,7 @@ def make(way: str, rows: np.ndarray, cuts: Sequence[int], live: np.ndarray | Non
     if way == "device":  # the GPU's graph and logic on the CPU, one block resident and the others sent
         made = Ranker(shards, live)
         made._device = DeviceScan(shards, "cpu", block_rows=16, resident_rows=30)
+        made._length = made._device.longest
         return made
     return Ranker(shards, live, coded(shards), threads=1, resident=way.startswith("packed"))
 
