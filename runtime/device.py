@@ -4,6 +4,7 @@ The rows stay in the device's memory as far as it holds them; the others are sen
 is approximate, but the bound of its error is known, and with it whether a row that was not listed could matter.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +18,20 @@ from clipret.errors import ClipretError, require
 from clipret.onnx_graph import Node, Value, model
 from clipret.scan import check_lengths
 
-__all__ = ["DeviceScan"]
+__all__ = ["DeviceScan", "has_device"]
 
 Rows = npt.NDArray[np.float16]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 _BLOCK_ROWS = 262144  # 256 MiB of rows at 512 dimensions; 256 queries give 128 MiB of scores
+
+
+def has_device(device: str) -> bool:
+    """Whether onnxruntime is there and can use the GPU `device` ("cuda", "cuda:N"); False for the CPU."""
+    if not device.startswith("cuda") or not importlib.util.find_spec("onnxruntime"):
+        return False
+    return "CUDAExecutionProvider" in require("onnxruntime", "gpu").get_available_providers()
 
 
 @dataclass(frozen=True)
