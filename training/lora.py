@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from clipret.errors import ClipretError
+from clipret.training.attention import PARTS, pack_attention, split_attention, splittable
 from clipret.training.loaded import LoadedModel, file_sha256
 
-__all__ = ["ADAPTER_CONFIG", "base_of", "merge_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "base_of", "merge_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's own names
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def base_of(folder: Path) -> str:
@@ -48,9 +49,9 @@ def merge_adapter(folder: Path, base: LoadedModel) -> LoadedModel:
     broken or holds code, when a target matches no module of the model, and when weights and modules do not pair off;
     PEFT passes over most of these in silence and leaves a tower as it was.
     """
-    file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ClipretError(f"adapter {folder} has no weights: expected {' or '.join(_WEIGHTS)} in it")
+        raise ClipretError(f"adapter {folder} has no weights: expected {' or '.join(ADAPTER_WEIGHTS)} in it")
     with _readable(folder):
         if file.suffix == ".safetensors":
             weights = load_file(file)
@@ -69,6 +70,9 @@ def _merged(base: Any, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
     config = PeftConfig.from_pretrained(str(folder))
     trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     targets = config.target_modules
+    # An adapter of our own may sit on queries, keys or values alone, for which the model has no layers.
+    named = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights}
+    split_attention(base, [name for name in splittable(base) if any(f"{name}.{part}" in named for part in PARTS)])
     adapted: Any = PeftModel(base, config)
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise ValueError(f"its type {config.peft_type} cannot be merged into a model")
@@ -84,6 +88,7 @@ def _merged(base: Any, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
         raise ValueError(f"it lacks the weight {missing[0]} ({len(missing)} such weights)")
     set_peft_model_state_dict(adapted, weights)
     model = adapted.merge_and_unload()
+    pack_attention(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])  # PEFT froze them
     return model
