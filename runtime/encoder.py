@@ -1,30 +1,33 @@
 """The encoder: pictures and texts in, unit rows out, decode threads running ahead of the engine."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from clipret.bundle import Bundle
-from clipret.images import PictureError, load
+from clipret.images import PictureFile, load
+from clipret.pipeline import Batch, Decoding
+from clipret.processor import cpu_count
 from clipret.text import Tokenizer
-from clipret.towers import EngineChoice, Tower, cpu_count, open_tower
+from clipret.towers import EngineChoice, Tower, open_tower, pick_device
 
-__all__ = ["EncodedBatch", "Encoder"]
+__all__ = ["EncodeStats", "EncodedBatch", "Encoder", "PictureSource"]
 
 T = TypeVar("T")
 Rows = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
+PictureSource = Path | bytes | Image.Image | Pixels | PictureFile
 
-_AHEAD = 2  # batches decoded ahead of the engine: at 224 px and batch 32 each costs 4.6 MiB
+_AHEAD = 2  # batches decoded ahead of the engines: at 224 px and batch 32 each costs 4.6 MiB
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,38 @@ class EncodedBatch(Generic[T]):
     skipped: list[tuple[T, str]] = field(default_factory=list)
 
 
+@dataclass
+class EncodeStats:
+    """Where the time of one `encode_images` went, kept up to date while it runs.
+
+    `decode_seconds` are summed over the decode threads and `engine_seconds` over the engines, so that both may exceed
+    `seconds`, the time from the start to the last batch; in `wait_seconds` of it no pixels were ready.
+    """
+
+    pictures: int = 0
+    skipped: int = 0
+    decode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    engine_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def limit(self) -> Literal["decode", "engine"]:
+        """What more of would make it faster: decode threads, where the engine waits a fifth of the time for them."""
+        return "decode" if 4 * self.wait_seconds > self.engine_seconds else "engine"
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return self.pictures / self.seconds if self.seconds else 0.0
+
+
 class Encoder:
     """Encodes with the two towers of a bundle; each is opened when it is first needed.
 
-    `threads`: decode threads and engine threads, default the processors there are. `engine`: see `open_tower`.
+    `device`: "auto", "cpu", "cuda", "cuda:N", or several with commas between them, which share the pictures of one
+    stream. `engine`: see `open_tower`. `threads`: decode threads and engine threads, default the processors there are.
+    `fast_decode`: see `images.load`. `picture_timeout`: seconds after which a picture is skipped.
     Raises ClipretError as `open_tower` does.
     """
 
@@ -47,24 +78,40 @@ class Encoder:
         self,
         bundle: Bundle,
         *,
-        device: str = "cpu",
+        device: str = "auto",
         engine: EngineChoice = "auto",
         threads: int | None = None,
         batch_size: int = 32,
+        fast_decode: bool = False,
+        picture_timeout: float = 60.0,
     ) -> None:
         self.bundle = bundle
         self.device = device
         self.engine: EngineChoice = engine
         self.threads = threads or cpu_count()
         self.batch_size = batch_size
+        self.fast_decode = fast_decode
+        self.picture_timeout = picture_timeout
+        self.stats = EncodeStats()
 
     @cached_property
+    def devices(self) -> list[str]:
+        """Of each image tower; "auto" is what it was found to mean."""
+        names = [name.strip() for name in self.device.split(",")]
+        return [pick_device(self.bundle, self.engine) if name == "auto" else name for name in names]
+
+    @cached_property
+    def image_towers(self) -> list[Tower]:
+        share = max(self.threads // len(self.devices), 1)
+        return [open_tower(self.bundle, "image", device, share, self.engine) for device in self.devices]
+
+    @property
     def image_tower(self) -> Tower:
-        return open_tower(self.bundle, "image", self.device, self.threads, self.engine)
+        return self.image_towers[0]
 
     @cached_property
     def text_tower(self) -> Tower:
-        return open_tower(self.bundle, "text", self.device, self.threads, self.engine)
+        return open_tower(self.bundle, "text", self.devices[0], self.threads, self.engine)
 
     def engine_name(self, tower: str) -> str:
         """What runs a tower ("image" or "text"), for reports; opens it where that has not happened."""
@@ -79,7 +126,9 @@ class Encoder:
         rows = np.empty((len(texts), self.bundle.manifest.embedding_dim), dtype=np.float32)
         if not texts:
             return rows
-        ids = self.tokenizer(texts)
+        places = {text: at for at, text in enumerate(dict.fromkeys(texts))}  # captions repeat: each is encoded once
+        ids = self.tokenizer(list(places))
+        unique = rows if len(places) == len(texts) else np.empty((len(places), rows.shape[1]), dtype=np.float32)
         lengths = _lengths(ids, self.bundle.manifest.text.pad_id)
         trimmed = self.bundle.manifest.text.pad_to == "longest"
         # Texts of like length share a batch, so that short ones do not pay for the longest.
@@ -87,47 +136,76 @@ class Encoder:
         for low in range(0, len(order), self.batch_size):
             part = order[low : low + self.batch_size]
             width = int(lengths[part].max()) if trimmed else ids.shape[1]
-            rows[part] = self.text_tower.run(np.ascontiguousarray(ids[part, :width]))
-        return rows
+            unique[part] = self.text_tower.run(np.ascontiguousarray(ids[part, :width]))
+        return rows if unique is rows else unique[[places[text] for text in texts]]
 
     def encode_images(
-        self, items: Iterable[T], read: Callable[[T], Path | bytes | Image.Image]
+        self, items: Iterable[T], read: Callable[[T], PictureSource] | None = None
     ) -> Iterator[EncodedBatch[T]]:
         """Encode a stream of any length in order, a batch at a time, with bounded memory.
 
-        `read(item)` runs in a decode thread and gives what `images.load` takes. An item whose picture raises a
-        PictureError comes back in `skipped` of its batch with the reason.
+        `read(item)` runs in a decode thread and gives the picture; by default the item is the picture. An item whose
+        picture raises a PictureError, or takes longer than `picture_timeout`, comes back in `skipped` of its batch with
+        the reason. `stats` follows.
         """
-        spec = self.bundle.manifest.image
-        stream = iter(items)
-        waiting: deque[tuple[T, Future[Pixels]]] = deque()
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            try:
-                while True:
-                    for item in islice(stream, self.batch_size * (_AHEAD + 1) - len(waiting)):
-                        waiting.append((item, pool.submit(lambda item: load(read(item), spec), item)))
-                    if not waiting:
-                        return
-                    yield self._encode([waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))])
-            finally:
-                # Ctrl-C, or a caller that stops early, must not wait for pictures nobody will use.
-                pool.shutdown(wait=False, cancel_futures=True)
+        stats = self.stats = EncodeStats()
+        began = time.perf_counter()
+        turns = self._turns()
+        decoding = Decoding(
+            items,
+            lambda item: self._decode(item if read is None else read(item)),
+            self.bundle.manifest.image.size,
+            self.batch_size,
+            threads=self.threads,
+            batches=_AHEAD + len(turns),
+            timeout=self.picture_timeout,
+        )
+        with decoding:
+            for batch, rows, seconds in _run(decoding, turns, self.bundle.manifest.embedding_dim):
+                encoded = EncodedBatch(rows, batch.items, batch.skipped)
+                decoding.release(batch)
+                stats.pictures += len(encoded.items)
+                stats.skipped += len(encoded.skipped)
+                stats.engine_seconds += seconds
+                stats.decode_seconds, stats.wait_seconds = decoding.decode_seconds, decoding.wait_seconds
+                stats.seconds = time.perf_counter() - began
+                yield encoded
 
-    def _encode(self, batch: list[tuple[T, Future[Pixels]]]) -> EncodedBatch[T]:
-        decoded: list[Pixels] = []
-        items: list[T] = []
-        skipped: list[tuple[T, str]] = []
-        for item, future in batch:
-            try:
-                decoded.append(future.result())
-                items.append(item)
-            except PictureError as error:
-                skipped.append((item, str(error)))
-        if not decoded:
-            rows = np.empty((0, self.bundle.manifest.embedding_dim), dtype=np.float32)
-        else:
-            rows = self.image_tower.run(np.stack(decoded))
-        return EncodedBatch(rows, items, skipped)
+    def _turns(self) -> list[Tower]:
+        """The image towers by turns, each as often as it may run at once."""
+        most = max(tower.lanes for tower in self.image_towers)
+        return [tower for turn in range(most) for tower in self.image_towers if turn < tower.lanes]
+
+    def _decode(self, source: Any) -> Pixels:
+        if isinstance(source, PictureFile):
+            source = source.content
+        spec = self.bundle.manifest.image
+        return load(source, spec, fast=True) if self.fast_decode else load(source, spec)
+
+
+def _run(decoding: Decoding[T], turns: list[Tower], dim: int) -> Iterator[tuple[Batch[T], Rows, float]]:
+    """The batches in their order, with rows float32 [n,D] and the seconds that an engine took, each batch on the
+    tower whose turn it is."""
+
+    def run(tower: Tower, batch: Batch[T]) -> tuple[Rows, float]:
+        began = time.perf_counter()
+        rows = tower.run(batch.pixels) if batch.items else np.empty((0, dim), dtype=np.float32)
+        return rows, time.perf_counter() - began
+
+    if len(turns) == 1:  # in the caller's own thread, where nothing can go wrong between two
+        for batch in decoding:
+            yield batch, *run(turns[0], batch)
+        return
+    # Leaving the pool waits for the batches that are on a device: an engine must not be torn down while it runs.
+    with ThreadPoolExecutor(len(turns), thread_name_prefix="engine") as pool:
+        flying = deque[tuple[Batch[T], Future[tuple[Rows, float]]]]()
+        for number, batch in enumerate(decoding):
+            flying.append((batch, pool.submit(run, turns[number % len(turns)], batch)))
+            if len(flying) == len(turns):
+                first, future = flying.popleft()
+                yield first, *future.result()
+        for first, future in flying:
+            yield first, *future.result()
 
 
 def _lengths(ids: npt.NDArray[np.int64], pad_id: int) -> npt.NDArray[np.int64]:

@@ -5,8 +5,11 @@ manual, "Engine Compatibility"). TensorRT's fit one GPU architecture; those of T
 they were built for, which may be "Ampere (sm_80) and later".
 """
 
+import ctypes
 import importlib
 import importlib.util
+import queue
+import sys
 import threading
 import weakref
 from collections.abc import Mapping
@@ -29,6 +32,7 @@ __all__ = [
     "error_log",
     "explain",
     "gpu_arch",
+    "gpu_count",
     "installed",
     "load_library",
 ]
@@ -53,6 +57,17 @@ def load_library(library: Library) -> Any:
 def installed() -> dict[Library, str]:
     """The versions of the TensorRT libraries of this machine, the preferred one first."""
     return {library: load_library(library).__version__ for library in NAMES if importlib.util.find_spec(library)}
+
+
+def gpu_count() -> int:
+    """The GPUs that CUDA's driver shows to this process; 0 where there is no driver. Needs no package."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    ready = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if ready else 0
 
 
 def gpu_arch(device: int = 0) -> str:
@@ -115,67 +130,97 @@ class TensorRTTower:
     """A tower as a TensorRT plan on GPU number `device`.
 
     Any batch runs: in the profile with the smallest limit that holds it, in parts where it exceeds the largest.
-    Threads take turns, for an execution context belongs to one at a time. Raises ClipretError where the library, the
-    GPU or its memory is missing, or the plan does not fit.
+    Up to `lanes` threads run at once, each with a context, a stream and buffers of its own, so that one batch is copied
+    while another is computed; further ones take turns. Raises ClipretError where the library, the GPU or its memory
+    is missing, or the plan does not fit.
     """
+
+    lanes = 2
 
     def __init__(self, path: Path, library: Library, device: int = 0) -> None:
         trt = load_library(library)
         self.name = f"{NAMES[library]} {trt.__version__}"
-        self._cuda, self._device, self._lock = _cuda(), device, threading.Lock()
+        self._cuda, self._device = _cuda(), device
         _checked(self._cuda.cudaSetDevice(device))
         self._log = error_log(trt)
-        engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
-        context = None if engine is None else engine.create_execution_context()
-        if engine is None or context is None:
+        self._engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
+        context = None if self._engine is None else self._engine.create_execution_context()
+        if context is None:
             raise ClipretError(f"{path} does not run in {self.name}: {self._log.reason}; build it again here")
-        self._context = context
-        self._input, self._output = (engine.get_tensor_name(at) for at in (0, 1))
-        profiles = range(engine.num_optimization_profiles)
-        shapes = [engine.get_tensor_profile_shape(self._input, at)[2] for at in profiles]  # smallest, usual, largest
-        self._limits = [shape[0] for shape in shapes]  # ascending, as they were built
-        self._profile = 0
-        self._dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(self._input)))
-        self._dim = int(engine.get_tensor_shape(self._output)[-1])
-        self._stream = _checked(self._cuda.cudaStreamCreate())
-        self._batch = _checked(self._cuda.cudaMalloc(max(map(prod, shapes)) * self._dtype.itemsize))
-        self._rows = _checked(self._cuda.cudaMalloc(self._limits[-1] * self._dim * 4))
-        weakref.finalize(self, _release, self._cuda, self._stream, self._batch, self._rows)
+        self._dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(self._engine.get_tensor_name(0))))
+        first = _Lane(self._engine, context, self._cuda, self._dtype)
+        self._limit, self._dim = first.limits[-1], first.dim
+        self._free = queue.SimpleQueue[_Lane]()
+        self._free.put(first)
+        self._made, self._making = 1, threading.Lock()
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
         batch = np.ascontiguousarray(batch, dtype=self._dtype)
         rows = np.empty((len(batch), self._dim), dtype=np.float32)
-        limit = self._limits[-1]
-        with self._lock:
-            _checked(self._cuda.cudaSetDevice(self._device))  # a thread's own, and any thread may come
-            for low in range(0, len(batch), limit):
-                self._run(batch[low : low + limit], rows[low : low + limit])
+        _checked(self._cuda.cudaSetDevice(self._device))  # a thread's own, and any thread may come
+        lane = self._take()
+        try:
+            for low in range(0, len(batch), self._limit):
+                part = batch[low : low + self._limit]
+                if not lane.run(part, rows[low : low + self._limit]):
+                    raise ClipretError(f"{self.name} cannot run a batch of shape {part.shape}: {self._log.reason}")
+        finally:
+            self._free.put(lane)
         return rows
 
-    def _run(self, batch: npt.NDArray[Any], rows: npt.NDArray[np.float32]) -> None:
+    def _take(self) -> "_Lane":
+        """A lane that is free, a new one where all are taken and there may be more, else the first that comes free."""
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            pass
+        with self._making:
+            if self._made < self.lanes:
+                context = self._engine.create_execution_context()
+                self._made = self.lanes if context is None else self._made + 1  # no memory for another: take turns
+                if context is not None:
+                    return _Lane(self._engine, context, self._cuda, self._dtype)
+        return self._free.get()
+
+
+class _Lane:
+    """An execution context of an engine with what one thread at a time needs to run it."""
+
+    def __init__(self, engine: Any, context: Any, cuda: Any, dtype: np.dtype[Any]) -> None:
+        self._context, self._cuda = context, cuda
+        self._input, self._output = (engine.get_tensor_name(at) for at in (0, 1))
+        profiles = range(engine.num_optimization_profiles)
+        shapes = [engine.get_tensor_profile_shape(self._input, at)[2] for at in profiles]  # smallest, usual, largest
+        self.limits = [shape[0] for shape in shapes]  # ascending, as they were built
+        self.dim = int(engine.get_tensor_shape(self._output)[-1])
+        self._profile = 0
+        self._stream = _checked(cuda.cudaStreamCreate())
+        self._batch = _checked(cuda.cudaMalloc(max(map(prod, shapes)) * dtype.itemsize))
+        self._rows = _checked(cuda.cudaMalloc(self.limits[-1] * self.dim * 4))
+        weakref.finalize(self, _release, cuda, self._stream, self._batch, self._rows)
+
+    def run(self, batch: npt.NDArray[Any], rows: npt.NDArray[np.float32]) -> bool:
+        """Fill rows float32 [B,D] from a contiguous batch that a profile holds; False where the engine refuses it."""
         cuda, context, stream = self._cuda, self._context, int(self._stream)
-        profile = next(at for at, limit in enumerate(self._limits) if len(batch) <= limit)
-        self._log.errors.clear()
-        ready = True
+        profile = next(at for at, limit in enumerate(self.limits) if len(batch) <= limit)
         if profile != self._profile:
-            ready = context.set_optimization_profile_async(profile, stream)
+            if not context.set_optimization_profile_async(profile, stream):
+                return False
             self._profile = profile
-        ready = ready and context.set_input_shape(self._input, batch.shape)
+        kind = cuda.cudaMemcpyKind
+        ready = context.set_input_shape(self._input, batch.shape)
         ready = ready and context.set_tensor_address(self._input, int(self._batch))
         ready = ready and context.set_tensor_address(self._output, int(self._rows))
-        kind = cuda.cudaMemcpyKind
-        _checked(
-            cuda.cudaMemcpyAsync(
-                self._batch, batch.ctypes.data, batch.nbytes, kind.cudaMemcpyHostToDevice, self._stream
-            )
-        )
-        if not (ready and context.execute_async_v3(stream)):
-            raise ClipretError(f"{self.name} cannot run a batch of shape {batch.shape}: {self._log.reason}")
-        _checked(
-            cuda.cudaMemcpyAsync(rows.ctypes.data, self._rows, rows.nbytes, kind.cudaMemcpyDeviceToHost, self._stream)
-        )
+        if not ready:
+            return False
+        to_device, to_host = kind.cudaMemcpyHostToDevice, kind.cudaMemcpyDeviceToHost
+        _checked(cuda.cudaMemcpyAsync(self._batch, batch.ctypes.data, batch.nbytes, to_device, self._stream))
+        if not context.execute_async_v3(stream):
+            return False
+        _checked(cuda.cudaMemcpyAsync(rows.ctypes.data, self._rows, rows.nbytes, to_host, self._stream))
         _checked(cuda.cudaStreamSynchronize(self._stream))
+        return True
 
 
 def _cuda() -> Any:

@@ -1,9 +1,9 @@
 """Towers: one half of a CLIP model as an engine that maps a batch to unit rows."""
 
-import os
-import platform
+import importlib.util
+import queue
+import threading
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,35 +12,55 @@ import numpy.typing as npt
 
 from clipret.bundle import Bundle
 from clipret.engines import (
+    NAMES,
     EngineWarning,
     Library,
     TensorRTTower,
     choose_engine,
     explain,
     gpu_arch,
+    gpu_count,
     installed,
     load_library,
 )
 from clipret.errors import ClipretError, require
+from clipret.processor import cpu_count, int8_saturates
 
-__all__ = ["EngineChoice", "OnnxTower", "OpenVinoTower", "Tower", "cpu_count", "open_tower"]
+__all__ = ["EngineChoice", "OnnxTower", "OpenVinoTower", "Tower", "open_tower", "pick_device"]
 
 Rows = npt.NDArray[np.float32]
+_CUDA = "CUDAExecutionProvider"
 EngineChoice = Literal["auto", "onnxruntime", "openvino"] | Library
 
 
 class Tower(Protocol):
-    """What the encoder needs of an engine; `name` says which it is."""
+    """What the encoder needs of an engine; `name` says which it is, `lanes` how many threads may run it at once."""
 
     name: str
+    lanes: int
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
 
 
-def cpu_count() -> int:
-    """The processors that this process may use; containers and `taskset` allow fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def pick_device(bundle: Bundle, engine: EngineChoice = "auto") -> str:
+    """What device "auto" means here: "cuda" where there is a GPU and an engine that can use it, else "cpu".
+
+    A bundle whose plans do not fit the GPU that there is, where nothing else can use it either, is an EngineWarning.
+    """
+    if engine in ("tensorrt", "tensorrt_rtx"):
+        return "cuda"
+    if engine == "openvino" or not gpu_count():
+        return "cpu"
+    if engine == "auto" and bundle.manifest.engines:
+        try:
+            _fitting_plan(bundle, 0, installed())
+        except ClipretError as error:
+            if _CUDA not in _providers():
+                warnings.warn(f"the CPU runs instead of the GPU: {error}", EngineWarning, stacklevel=2)
+        else:
+            return "cuda"
+    return "cuda" if _CUDA in _providers() else "cpu"
 
 
 def open_tower(
@@ -50,7 +70,7 @@ def open_tower(
 
     `threads`: of the engine on a CPU, default all processors. `engine`: "auto" takes a TensorRT plan of the bundle
     where one fits the GPU and the installed library, else onnxruntime; plans that cannot be used are an EngineWarning.
-    On a CPU it takes onnxruntime, and OpenVINO for bf16, which onnxruntime does not have there.
+    On a CPU it takes onnxruntime, OpenVINO for bf16, which onnxruntime does not have there, and for int8 if installed.
     Raises ClipretError for changed bytes, a missing engine, a device that the engine cannot use, or a plan that was
     asked for by its library and does not fit.
     """
@@ -65,32 +85,65 @@ def open_tower(
             return _plan_tower(bundle, name, gpu, installed())
         except ClipretError as error:
             warnings.warn(f"onnxruntime runs instead of TensorRT: {error}", EngineWarning, stacklevel=2)
-    path, threads, bf16 = bundle.file(f"{name}.onnx"), threads or cpu_count(), bundle.manifest.precision == "bf16"
-    if gpu is None and bf16 and engine == "onnxruntime":
+    if engine == "openvino" and gpu is not None:
+        raise ClipretError(f"OpenVINO runs on the CPU here, not on {device}: use --device cpu")
+    precision = bundle.manifest.precision
+    if gpu is None and precision == "bf16" and engine == "onnxruntime":
         raise ClipretError(f"{bundle.path} is bf16, which onnxruntime lacks on a CPU: use OpenVINO or export fp16")
-    if engine == "openvino" or (gpu is None and bf16):
-        if gpu is not None:
-            raise ClipretError(f"OpenVINO runs on the CPU here, not on {device}: use --device cpu")
-        return OpenVinoTower(path, threads, bf16)
+    path, threads = bundle.file(f"{name}.onnx"), threads or cpu_count()
+    if engine == "openvino" or (engine == "auto" and gpu is None and _openvino_is_best(precision)):
+        return OpenVinoTower(path, threads, precision == "bf16")
     return OnnxTower(path, device, threads)
+
+
+def _openvino_is_best(precision: str) -> bool:
+    """On a CPU. Of int8 graphs it makes the same rows as onnxruntime to within a rounding, two to three times faster
+    where the processor multiplies tiles (AMX); it has no exact kernels for processors that overflow."""
+    if precision == "int8":
+        return importlib.util.find_spec("openvino") is not None and not int8_saturates()
+    return precision == "bf16"
 
 
 def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[Library, str]) -> TensorRTTower:
     """The tower as a plan for the first of the libraries that one fits."""
+    key, library = _fitting_plan(bundle, gpu, versions)
+    return TensorRTTower(bundle.file(f"engines/{key}/{name}.plan"), library, gpu)
+
+
+def _fitting_plan(bundle: Bundle, gpu: int, versions: dict[Library, str]) -> tuple[str, Library]:
     engines, arch = bundle.manifest.engines, gpu_arch(gpu)
     for library, version in versions.items():
         if key := choose_engine(engines, library, version, arch):
-            return TensorRTTower(bundle.file(f"engines/{key}/{name}.plan"), library, gpu)
+            return key, library
     raise ClipretError(explain(engines, versions, arch))
 
 
+def _providers() -> list[str]:
+    """The execution providers of the onnxruntime that is installed, if any is."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return []
+    providers: list[str] = require("onnxruntime", "cpu").get_available_providers()
+    return providers
+
+
+def _required(module: str, extra: str) -> Any:
+    """An engine's module. Raises ClipretError that lists the engines there are."""
+    try:
+        return require(module, extra)
+    except ClipretError as error:
+        here = [f"onnxruntime ({', '.join(_providers())})"] if importlib.util.find_spec("onnxruntime") else []
+        here += [name for name in ("openvino", *NAMES) if importlib.util.find_spec(name)]
+        raise ClipretError(f"{error}; installed: {', '.join(here) or 'no engine'}") from None
+
+
 class OnnxTower:
-    """A tower in onnxruntime, on its CPU or CUDA execution provider."""
+    """A tower in onnxruntime, on its CPU or CUDA execution provider. On CUDA two batches may be under way at once, so
+    that one is copied while the other is computed."""
 
     name = "onnxruntime"
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
-        ort = require("onnxruntime", "gpu" if device.startswith("cuda") else "cpu")
+        ort = _required("onnxruntime", "gpu" if device.startswith("cuda") else "cpu")
         provider, provider_options = _provider(device)
         available = ort.get_available_providers()
         if provider not in available:
@@ -104,7 +157,7 @@ class OnnxTower:
         options.log_severity_level = 3  # its warnings speak of the graph's nodes, not to the user
         # Threads that spin between two batches take the cores away from the decode threads.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.x64quantprecision", "1" if _int8_saturates() else "0")
+        options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
         except Exception as error:  # onnxruntime raises a dozen types of its own, all unexported
@@ -114,51 +167,83 @@ class OnnxTower:
         if provider not in self._session.get_providers():
             raise ClipretError(f"onnxruntime could not start {provider} for {device}: see clipret[gpu]'s requirements")
         self._input = self._session.get_inputs()[0].name
+        self.lanes = 1 if provider == "CPUExecutionProvider" else 2
+        self._bound = queue.SimpleQueue[BoundSession]()
+        if (gpu := _gpu_number(device)) is not None:
+            for _ in range(self.lanes):
+                self._bound.put(BoundSession(self._session, "cuda", gpu))
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
-        rows: Rows = self._session.run(None, {self._input: batch})[0]
+        rows: Rows
+        if self.lanes == 1:
+            rows = self._session.run(None, {self._input: batch})[0]
+            return rows
+        bound = self._bound.get()
+        try:
+            return bound.run(batch)
+        finally:
+            self._bound.put(bound)
+
+
+class BoundSession:
+    """A session with its input in memory of a device ("cuda", or "cpu" where there is none) that is taken once for
+    batches of the same shape, and its output left there until it is whole. One thread at a time."""
+
+    def __init__(self, session: Any, kind: str, number: int) -> None:
+        self._session, self._device = session, (kind, number)
+        self._binding = session.io_binding()
+        self._input = session.get_inputs()[0].name
+        self._output = session.get_outputs()[0].name
+        self._held: Any = None
+
+    def run(self, batch: npt.NDArray[Any]) -> Rows:
+        """As `Tower.run`."""
+        if self._held is None or tuple(self._held.shape()) != batch.shape:
+            ort = require("onnxruntime", "gpu")
+            self._held = ort.OrtValue.ortvalue_from_shape_and_type(list(batch.shape), batch.dtype.type, *self._device)
+            self._binding.bind_ortvalue_input(self._input, self._held)
+        self._held.update_inplace(np.ascontiguousarray(batch))
+        self._binding.bind_output(self._output, *self._device)  # anew: it would hold the last rows, of another shape
+        self._session.run_with_iobinding(self._binding)
+        rows: Rows = self._binding.copy_outputs_to_cpu()[0]
         return rows
 
 
 class OpenVinoTower:
-    """A tower in OpenVINO on the CPU, in float32 or, where the processor has it, in bfloat16."""
+    """A tower in OpenVINO on the CPU, in float32 or, where the processor has it, in bfloat16; int8 graphs run as they
+    are, in float32 between their integers."""
 
     name = "openvino"
+    lanes = 1
 
     def __init__(self, path: Path, threads: int, bf16: bool) -> None:
-        core = require("openvino", "openvino").Core()
+        core = _required("openvino", "openvino").Core()
         native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        options = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 and native else "f32", "INFERENCE_NUM_THREADS": threads}
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 and native else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+        }
         try:
-            self._model = core.compile_model(str(path), "CPU", options)
+            self._request = core.compile_model(str(path), "CPU", options).create_infer_request()
         except Exception as error:  # OpenVINO raises plain RuntimeError, and others for files it cannot parse
             reason = str(error).strip().splitlines()[-1].strip()
             raise ClipretError(f"{path} cannot be opened by OpenVINO: {reason}; export the model again") from None
+        self._lock = threading.Lock()  # a request is one thread's at a time
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
-        rows: Rows = self._model([batch])[0]
+        with self._lock:
+            # The input is read where it lies. The output is copied: the request writes its next rows to the same place.
+            rows: Rows = self._request.infer([batch], share_inputs=True, share_outputs=False)[0]
         return rows
-
-
-@cache
-def _int8_saturates() -> bool:
-    """Whether the processor adds int8 products up in 16 bits, where they overflow: x86 without VNNI.
-
-    onnxruntime has another kernel for it, exact and several times slower; it does not take it by itself.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return True  # not Linux: rather slow than wrong
 
 
 def _provider(device: str) -> tuple[str, dict[str, str]]:
     gpu = _gpu_number(device)
     if gpu is None:
         return "CPUExecutionProvider", {}
-    return "CUDAExecutionProvider", {"device_id": str(gpu)}
+    # Products of float32 stay float32: its 10 bits of mantissa would make TensorFloat-32 a precision nobody asked for.
+    return _CUDA, {"device_id": str(gpu), "use_tf32": "0"}
 
 
 def _gpu_number(device: str) -> int | None:
