@@ -2,7 +2,8 @@
 
     gallery.json        format version, bundle fingerprint, dimension, where pictures and bundle lie
     rows-000017.npy     immutable shard, float16 [n,D]: the truth that results are exact against
-    gallery.db          sqlite: shards, and a row for each picture, in the order of the shards
+    codes-000017.npy    uint8 [n,D], made from the rows: what the first stage of the exact search reads
+    gallery.db          sqlite: shards, a row for each picture, metadata (the schema is in clipret.database)
 
 A shard is written under a temporary name, synced and renamed; the sqlite transaction that names it is the commit.
 What no transaction names never happened and is swept by the next writer.
@@ -11,38 +12,31 @@ What no transaction names never happened and is swept by the next writer.
 import contextlib
 import json
 import os
-import secrets
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clipret.bundle import Bundle
+from clipret.codes import Codes, mean, quantise
+from clipret.database import Database, Picture, ShardEntry, name_shard, write_metadata
 from clipret.errors import ClipretError
-from clipret.files import sync_folder, write_file
+from clipret.files import write_file
+from clipret.items import Value
+from clipret.shards import ids_and_live, open_codes, open_rows, sweep, write_shard
 
 __all__ = ["FORMAT", "Gallery", "GalleryInfo", "Picture", "Stored"]
 
-FORMAT = 1
+FORMAT = 2
+_RETRIES = 5  # of a reader that compaction has taken the files away from
 
-_SCHEMA = """
-CREATE TABLE shards (number INTEGER PRIMARY KEY, rows INTEGER NOT NULL);
-CREATE TABLE rows (
-    id INTEGER PRIMARY KEY,         -- ascending in the order of the shards' rows
-    shard INTEGER NOT NULL REFERENCES shards (number),
-    path TEXT NOT NULL,             -- relative to the pictures' root, with /; absolute for pictures outside it
-    size INTEGER NOT NULL,          -- of the file, in bytes
-    mtime_ns INTEGER NOT NULL,
-    hash TEXT NOT NULL,             -- BLAKE2b-128 of the file, hex
-    deleted INTEGER NOT NULL DEFAULT 0
-);
-CREATE UNIQUE INDEX rows_path ON rows (path) WHERE deleted = 0;
-"""
+T = TypeVar("T")
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -58,27 +52,18 @@ class GalleryInfo:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the gallery as its database knows it. `path` is relative to the root or absolute."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    hash: str
-
-
-@dataclass(frozen=True)
 class Stored:
     """What a gallery holds: shards float16 [n,D]; through all of them in order, each row's id (int64 [N],
-    ascending) and whether it is live (bool [N]; None when all are)."""
+    ascending) and whether it is live (bool [N]; None when all are); the codes of each shard."""
 
     shards: list[npt.NDArray[np.float16]]
-    ids: npt.NDArray[np.int64]
+    ids: Ids
     live: npt.NDArray[np.bool_] | None
+    codes: list[Codes]
 
 
 class Gallery:
-    """An opened gallery. Reading needs no lock and sees the last commit at the time of opening."""
+    """An opened gallery. Reading needs no lock and sees the last commit at the time of reading."""
 
     def __init__(self, path: Path, info: GalleryInfo) -> None:
         self.path = path
@@ -92,9 +77,7 @@ class Gallery:
             folder.mkdir(parents=True, exist_ok=True)
             if any(not entry.name.startswith(("gallery.db", ".gallery.json")) for entry in folder.iterdir()):
                 raise ClipretError(f"{folder} is not empty and no gallery: choose a new folder")
-            with contextlib.closing(sqlite3.connect(folder / "gallery.db")) as database:
-                if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            Database.create(folder)
         except OSError as error:
             raise ClipretError(f"{folder} cannot be made: {error.strerror}; choose another place") from None
         except sqlite3.Error as error:
@@ -132,16 +115,8 @@ class Gallery:
         return cls(folder, info)
 
     @cached_property
-    def _database(self) -> sqlite3.Connection:
-        file = self.path / "gallery.db"
-        # Never mode=rwc, with which sqlite would make an empty database of a missing one.
-        uri = file.as_uri() + ("?mode=rw" if os.access(file, os.W_OK) else "?mode=ro")
-        try:
-            return sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
-        except sqlite3.Error as error:
-            raise ClipretError(
-                f"{self.path}/gallery.db cannot be opened ({error}): restore it or index again"
-            ) from None
+    def database(self) -> Database:
+        return Database(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -150,9 +125,9 @@ class Gallery:
         self.close()
 
     def close(self) -> None:
-        if "_database" in self.__dict__:
-            self._database.close()
-            del self.__dict__["_database"]
+        if "database" in self.__dict__:
+            self.database.close()
+            del self.__dict__["database"]
 
     def bundle(self, path: str | Path | None = None) -> Bundle:
         """The bundle that made these rows: `path`, or where it lay when the gallery was made.
@@ -180,55 +155,86 @@ class Gallery:
             )
 
     def __len__(self) -> int:
-        return int(self._query("SELECT count(*) FROM rows WHERE deleted = 0")[0][0])
+        return self.database.count()
 
     def read(self) -> Stored:
         """Everything that is committed at this moment, memory-mapped.
 
         Raises ClipretError for a shard that is missing or of another shape than the database says.
         """
-        self._query("BEGIN")  # one consistent view over both tables while another process may append
-        table = self._query("SELECT number, rows FROM shards ORDER BY number")
-        rows = self._query("SELECT id, deleted FROM rows ORDER BY id")
-        self._query("COMMIT")
-        values = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        deleted = values[:, 1] != 0
-        return Stored(
-            shards=[self._shard(number, count) for number, count in table],
-            ids=values[:, 0],
-            live=~deleted if deleted.any() else None,
-        )
+        entries, deleted, shards, codes = self.consistent(lambda entry: open_codes(self.path, entry))
+        return Stored(shards, *ids_and_live(entries, deleted), codes)
 
-    def _shard(self, number: int, count: int) -> npt.NDArray[np.float16]:
-        file = self.path / _shard_name(number)
-        try:
-            rows: npt.NDArray[np.float16] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ClipretError(f"{file} cannot be read ({error}): restore it or index again") from None
-        if rows.dtype != np.float16 or rows.shape != (count, self.info.embedding_dim):
-            raise ClipretError(
-                f"{file} holds {rows.dtype} {list(rows.shape)}, the database says float16 "
-                f"{[count, self.info.embedding_dim]}: restore it or index again"
-            )
-        return rows
+    def consistent(
+        self, more: Callable[[ShardEntry], T]
+    ) -> tuple[list[ShardEntry], Ids, list[npt.NDArray[np.float16]], list[T]]:
+        """The shards of one moment, the ids deleted by then, the shards' rows, and `more` of each shard."""
+        for attempt in range(_RETRIES):
+            entries, deleted = self.database.snapshot()
+            try:
+                return entries, deleted, [open_rows(self.path, e) for e in entries], [more(e) for e in entries]
+            except FileNotFoundError as error:
+                lost = error
+            if attempt and [e.number for e in self.database.snapshot()[0]] == [e.number for e in entries]:
+                break  # nobody compacts: it is really missing
+        advice = "compact the gallery" if Path(lost.filename).name.startswith("codes") else "restore it or index again"
+        raise ClipretError(f"{lost.filename} is missing: {advice}")
 
-    def paths(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
-        """The stored path of each id."""
-        found: dict[int, str] = {}
-        wanted = [int(value) for value in ids]
-        for low in range(0, len(wanted), 500):  # sqlite's parameter limit is 999 in old builds
-            part = wanted[low : low + 500]
-            found.update(self._query(f"SELECT id, path FROM rows WHERE id IN ({','.join('?' * len(part))})", *part))
-        return [found[value] for value in wanted]
+    def paths(self, ids: Sequence[int] | Ids) -> list[str]:
+        """The stored path of each id. Raises ClipretError for an id that compaction has removed."""
+        return [picture.path for picture in self.pictures_of(ids)]
+
+    def pictures_of(self, ids: Sequence[int] | Ids) -> list[Picture]:
+        """What is known of each picture, deleted or not. Raises ClipretError for an id that compaction has removed."""
+        found = self.database.pictures(ids)
+        lost = next((int(number) for number in ids if int(number) not in found), None)
+        if lost is not None:
+            raise ClipretError(f"{self.path} holds no picture {lost} any more: open the gallery again")
+        return [found[int(number)] for number in ids]
+
+    def metadata(self, ids: Sequence[int] | Ids) -> list[dict[str, Value]]:
+        """The metadata of each picture: every column, None where it has no value."""
+        found, empty = self.database.metadata(ids), dict.fromkeys(self.columns())
+        return [dict(found.get(int(number), empty)) for number in ids]
+
+    def columns(self) -> list[str]:
+        """The metadata columns."""
+        return self.database.columns()
+
+    def select(self, where: str) -> Ids:
+        """The ids of pictures for which an SQL expression holds, such as  camera = 'A3' and hour < 6;  ascending.
+
+        Its columns are id, path, size, mtime_ns, hash and those of the metadata. Raises ClipretError.
+        """
+        return self.database.select(where)
+
+    def id_of(self, picture: str) -> int:
+        """The id of a live picture, by its stored path or its place on disk. Raises ClipretError for no such one."""
+        names = dict.fromkeys((picture, self.stored_path(Path(picture))))
+        found = self.database.by_path(list(names))
+        if not found:
+            raise ClipretError(f"{self.path} holds no picture {picture}: clipret-search query shows how it names them")
+        return next(iter(found.values()))[0]
 
     def ids_by_path(self) -> dict[str, int]:
         """The id of every live picture by its stored path."""
-        return dict(self._query("SELECT path, id FROM rows WHERE deleted = 0"))
+        return dict(self.database.query("SELECT path, id FROM rows WHERE deleted = 0"))
 
     def pictures(self) -> dict[str, Picture]:
         """Every live picture by its stored path."""
-        rows = self._query("SELECT path, size, mtime_ns, hash FROM rows WHERE deleted = 0")
+        rows = self.database.query("SELECT path, size, mtime_ns, hash FROM rows WHERE deleted = 0")
         return {row[0]: Picture(*row) for row in rows}
+
+    def duplicates(self) -> list[list[str]]:
+        """The paths of live pictures whose files are equal byte for byte, oldest first, a list for each file."""
+        rows = self.database.query(
+            "SELECT hash, path FROM rows WHERE deleted = 0 AND hash IN "
+            "(SELECT hash FROM rows WHERE deleted = 0 AND hash <> '' GROUP BY hash HAVING count(*) > 1) ORDER BY id"
+        )
+        groups: dict[str, list[str]] = {}
+        for digest, path in rows:
+            groups.setdefault(digest, []).append(path)
+        return list(groups.values())
 
     def stored_path(self, file: Path) -> str:
         """How the database names a file: relative to the root where it lies below it, else absolute."""
@@ -243,19 +249,42 @@ class Gallery:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the one writer, after sweeping what an interrupted one left. Raises ClipretError beside another."""
-        with contextlib.ExitStack() as stack:
-            try:
-                lock = stack.enter_context((self.path / "gallery.lock").open("w"))
-                _lock(lock.fileno(), self.path)
-                named = {_shard_name(number) for (number,) in self._query("SELECT number FROM shards")}
-                for file in self.path.iterdir():
-                    if file.suffix == ".tmp" or (file.name.startswith("rows-") and file.name not in named):
-                        file.unlink()
-            except OSError as error:
-                raise ClipretError(f"{self.path} cannot be written: {error.strerror}; mend its permissions") from None
-            yield
+        try:
+            # sqlite's own lock, on a database of nothing: the same on every system, and it ends with its process.
+            with contextlib.closing(sqlite3.connect(self.path / "gallery.lock", timeout=0)) as lock:
+                lock.execute("BEGIN EXCLUSIVE")
+                self.sweep()
+                yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise ClipretError(
+                    f"another process is writing to {self.path}: wait for it to end, then try again"
+                ) from None
+            raise ClipretError(f"{self.path} cannot be written: {error}; mend its permissions") from None
 
-    def append(self, pictures: Sequence[Picture], rows: npt.NDArray[np.float32]) -> None:
+    def sweep(self) -> None:
+        """Remove files that no transaction names. Only inside `writing()`."""
+        try:
+            sweep(self.path, {number for (number,) in self.database.query("SELECT number FROM shards")})
+        except OSError as error:
+            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; mend its permissions") from None
+
+    @contextlib.contextmanager
+    def refusable(self) -> Iterator[None]:
+        """What the disk refuses inside the block becomes a ClipretError."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise ClipretError(
+                f"{self.path} cannot be written ({error}): free space; what was committed before is kept"
+            ) from None
+
+    def append(
+        self,
+        pictures: Sequence[Picture],
+        rows: npt.NDArray[np.floating[Any]],
+        metadata: Sequence[Mapping[str, Value]] | None = None,
+    ) -> None:
         """Commit one shard: float32 or float16 rows [n,D] of n pictures. Only inside `writing()`.
 
         A picture whose path is there already takes the old one's place. Raises ClipretError when the disk refuses or
@@ -268,48 +297,58 @@ class Gallery:
         stored = np.ascontiguousarray(rows, dtype=np.float16)
         if not np.isfinite(stored).all():
             raise ClipretError("an embedding is not finite: the image tower overflowed; export the model again")
-        number = (self._query("SELECT max(number) FROM shards")[0][0] or 0) + 1
-        temporary = self.path / f"rows.{secrets.token_hex(4)}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                np.save(file, stored)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self.path / _shard_name(number))
-            sync_folder(self.path)
-            with self._database as transaction:
-                transaction.execute("INSERT INTO shards VALUES (?, ?)", (number, len(stored)))
+        number, first = self.database.next_shard(), self.database.next_id()
+        codes = self._quantised(stored)
+        ids = np.arange(first, first + len(stored), dtype=np.int64)
+        with self.refusable():
+            write_shard(self.path, number, stored, codes)
+            with self.database.transaction() as transaction:
+                entry = ShardEntry(number, ids, codes.center, codes.scale, codes.residual, codes.reach)
+                name_shard(transaction, entry)
                 transaction.executemany(
                     "UPDATE rows SET deleted = 1 WHERE path = ? AND deleted = 0", [(p.path,) for p in pictures]
                 )
                 transaction.executemany(
-                    "INSERT INTO rows (shard, path, size, mtime_ns, hash) VALUES (?, ?, ?, ?, ?)",
-                    [(number, p.path, p.size, p.mtime_ns, p.hash) for p in pictures],
+                    "INSERT INTO rows (id, shard, path, size, mtime_ns, hash) VALUES (?, ?, ?, ?, ?, ?)",
+                    [
+                        (row, number, p.path, p.size, p.mtime_ns, p.hash)
+                        for row, p in zip(ids.tolist(), pictures, strict=True)
+                    ],
                 )
-        except (OSError, sqlite3.Error) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise ClipretError(
-                f"{self.path} cannot be written ({error}): free space; what was committed before is kept"
-            ) from None
+                if metadata is not None:
+                    write_metadata(transaction, ids.tolist(), metadata)
 
-    def _query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        try:
-            return self._database.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise ClipretError(f"{self.path}/gallery.db is damaged ({error}): restore it or index again") from None
+    def _quantised(self, rows: npt.NDArray[np.float16]) -> Codes:
+        """With the center and scale of the last shard, so that the search can scan the two as one, unless its center
+        comes from far fewer rows than these are."""
+        last = self.database.query("SELECT center, scale FROM shards ORDER BY number DESC LIMIT 1")
+        if last:
+            center, scale = last[0]
+            first = self.database.query("SELECT length(ids) / 8 FROM shards WHERE center = ? LIMIT 1", center)
+            if len(rows) < 4 * first[0][0]:
+                return quantise(rows, np.frombuffer(center, "<f4"), scale)
+        return quantise(rows, mean(rows))
 
+    def update(self, changes: Mapping[int, tuple[Picture, Mapping[str, Value]]]) -> None:
+        """Keep new records and metadata of pictures whose embeddings stay. Only inside `writing()`.
 
-def _shard_name(number: int) -> str:
-    return f"rows-{number:06d}.npy"
+        Raises ClipretError when the disk refuses; nothing is then changed.
+        """
+        if not changes:
+            return
+        with self.refusable(), self.database.transaction() as transaction:
+            transaction.executemany(
+                "UPDATE rows SET path = ?, size = ?, mtime_ns = ?, hash = ? WHERE id = ?",
+                [(p.path, p.size, p.mtime_ns, p.hash, number) for number, (p, _) in changes.items()],
+            )
+            write_metadata(transaction, list(changes), [metadata for _, metadata in changes.values()])
 
+    def remove(self, ids: Sequence[int] | Ids) -> int:
+        """Delete pictures; their rows stay in the files until `compact`. Only inside `writing()`.
 
-def _lock(handle: int, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: sqlite still refuses two transactions at a time
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ClipretError(f"another process is writing to {path}: wait for it to end, then try again") from None
+        Returns how many there were; ids of none are passed over. Raises ClipretError when the disk refuses.
+        """
+        with self.refusable(), self.database.transaction() as transaction:
+            return transaction.executemany(
+                "UPDATE rows SET deleted = 1 WHERE id = ? AND deleted = 0", [(int(number),) for number in ids]
+            ).rowcount

@@ -1,144 +1,262 @@
-"""Indexing: pictures from a folder or a list into a gallery, resumable at every commit."""
+"""Indexing: pictures from a source into a gallery, resumable at every commit, in memory that does not grow."""
 
+import contextlib
+import sqlite3
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from clipret.encoder import EncodedBatch, Encoder
+from clipret.encoder import EncodedBatch, Encoder, EncodeStats
 from clipret.errors import ClipretError, printable
 from clipret.files import write_file
-from clipret.gallery import Gallery, Picture
-from clipret.images import PictureError, find_pictures, read_picture
-from clipret.tables import pick_column, read_table
+from clipret.gallery import Gallery, Picture, Stored
+from clipret.images import PictureError
+from clipret.items import Item, Value
+from clipret.rows import StoredRows
+from clipret.sources import Source
 
-__all__ = ["IndexReport", "index_pictures", "list_pictures"]
+__all__ = ["IndexReport", "index_pictures"]
 
 _SHARD_ROWS = 8192  # a commit each: what an interrupted run loses at most
+_LOOKUP = 64  # pictures looked up in the database at a time; those of a Parquet file hold their bytes meanwhile
 
-
-@dataclass(frozen=True)
-class IndexReport:
-    """What an indexing run did. `skipped`: path and reason of each picture that could not be used."""
-
-    added: int
-    changed: int
-    unchanged: int
-    skipped: list[tuple[str, str]]
-    seconds: float
-
-    @property
-    def encoded(self) -> int:
-        return self.added + self.changed
-
-
-def list_pictures(
-    source: Path, *, image_column: str | None = None, image_root: Path | None = None, where: str | None = None
-) -> tuple[list[Path], Path]:
-    """The pictures that a folder (recursively) or a .csv/.tsv/.jsonl list names, each once, and their root.
-
-    Paths in a list are relative to `image_root`, by default the list's folder. Raises ClipretError for
-    an empty folder, a list without rows or without an image column.
-    """
-    if source.is_dir() or not source.exists():
-        return find_pictures(source), source
-    table = read_table(source, where)
-    column = pick_column(table, image_column, "image")
-    root = image_root or source.parent
-    return [root / name for name in dict.fromkeys(row[column] for row in table.rows)], root
+Rows = npt.NDArray[np.float16]
 
 
 @dataclass
+class IndexReport:
+    """What an indexing run did, kept up to date while it runs.
+
+    `added` and `changed` pictures have new rows, of which `copied` are those of files with the same bytes. `unchanged`
+    ones were left as they are, but for their record where only time or metadata differ. `removed`: pictures that the
+    source no longer names. `skipped`: path and reason of each that could not be used. `stages`: where the time of
+    decoding and of the engine went; `write_seconds`: that of writing.
+    """
+
+    added: int = 0
+    changed: int = 0
+    copied: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    write_seconds: float = 0.0
+    stages: EncodeStats = field(default_factory=EncodeStats)
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second that were encoded or copied."""
+        return (self.added + self.changed) / self.seconds if self.seconds else 0.0
+
+    @property
+    def limit(self) -> str:
+        """Which stage more of would make it faster: "decode", "engine" or "write"."""
+        slowest = max(self.stages.engine_seconds, self.stages.wait_seconds)
+        return "write" if self.write_seconds > slowest else self.stages.limit
+
+
+@dataclass(eq=False)
 class _Job:
-    """A picture on its way through the encoder; the decode thread that reads the file fills in `picture`."""
+    """A picture on its way through the encoder; the decode thread that reads the file fills in the rest."""
 
-    file: Path
+    number: int
+    item: Item
     stored: str
+    replaces: tuple[int, Picture] | None  # what the gallery holds under this path
     picture: Picture | None = None
-
-    def read(self) -> bytes:
-        if not _is_utf8(self.stored):
-            raise PictureError("its name is not UTF-8: rename it")  # the database and every report are UTF-8
-        content = read_picture(self.file)
-        self.picture = Picture(self.stored, content.size, content.mtime_ns, content.digest)
-        return content.content
+    twin: int | None = None  # a picture that the gallery holds with the same bytes
 
 
 def index_pictures(
     gallery: Gallery,
     encoder: Encoder,
-    files: Sequence[Path],
-    progress: Callable[[Iterable[_Job]], Iterable[_Job]] = lambda jobs: jobs,
+    source: Source,
+    progress: Callable[[Iterable[Item]], Iterable[Item]] = lambda items: items,
+    *,
+    prune: bool = False,
 ) -> IndexReport:
-    """Encode the files that the gallery does not hold yet, or that have changed, and commit them shard by shard.
+    """Encode what `source` names and the gallery does not hold yet, or in another state, and commit it shard by shard.
 
+    A file is known by its size and time, and by its bytes: one that was moved, copied or touched is not encoded again.
+    `prune` deletes what the gallery holds and the source no longer names, once all of the source was read.
     Unreadable pictures are skipped and written with their reasons to `skipped.tsv` in the gallery. Raises
     ClipretError when the bundle is not the gallery's, another process is writing, the disk is full, or nothing
     at all could be read; what was committed by then is kept, and the next run goes on from there.
     """
     gallery.check(encoder.bundle)
-    started = time.perf_counter()
-    added, changed = 0, 0
-    skipped: list[tuple[str, str]] = []
-    with gallery.writing():
-        known = gallery.pictures()
-        by_path = {gallery.stored_path(file): file for file in files}  # a list may name one file in two ways
-        jobs = [_Job(file, stored) for stored, file in by_path.items()]
-        todo = [job for job in jobs if not _is_known(job, known)]
-        # One list, appended to in one step: Ctrl-C can come between any two.
-        batches: list[EncodedBatch[_Job]] = []
-
-        def commit() -> None:
-            nonlocal added, changed
-            # Taken out first: Ctrl-C just after the append must not append them again.
-            taken = batches.copy()
-            batches.clear()
-            pictures = [job.picture for batch in taken for job in batch.items if job.picture is not None]
-            if pictures:
-                gallery.append(pictures, np.concatenate([batch.rows for batch in taken]))
-            replaced = sum(picture.path in known for picture in pictures)
-            added, changed = added + len(pictures) - replaced, changed + replaced
-            skipped.extend((job.stored, reason) for batch in taken for job, reason in batch.skipped)
-
+    began = time.perf_counter()
+    with gallery.writing(), _Run(gallery, source) as run:
         try:
-            for batch in encoder.encode_images(progress(todo), _Job.read):
-                batches.append(batch)
-                if sum(len(batch.items) for batch in batches) >= _SHARD_ROWS:
-                    commit()
-        except KeyboardInterrupt:
-            commit()  # what is encoded is kept
-            raise
-        commit()
-        _report(gallery, skipped)
-    if todo and len(skipped) == len(jobs):
-        path, reason = skipped[0]
-        raise ClipretError(f"none of the {len(jobs)} pictures could be used; the first: {path}: {reason}")
-    return IndexReport(added, changed, len(jobs) - len(todo), skipped, time.perf_counter() - started)
+            for batch in encoder.encode_images(run.jobs(progress(source)), run.read):
+                run.take(batch)
+        finally:  # Ctrl-C included: what is encoded is kept
+            run.report.stages = encoder.stats
+            run.commit()
+        run.finish(prune)
+    run.report.seconds = time.perf_counter() - began
+    return run.report
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Python reads the bytes of such names as lone surrogates
+class _Run:
+    """The state of one run: rows that wait for their commit, and what the source has named so far."""
+
+    def __init__(self, gallery: Gallery, source: Source) -> None:
+        self.gallery, self.source = gallery, source
+        self.report = IndexReport()
+        self._rows = np.empty((_SHARD_ROWS, gallery.info.embedding_dim), np.float16)
+        self._held: Stored | None = None
+        self._waiting: list[_Job] = []
+        self._updates: dict[int, tuple[Picture, Mapping[str, Value]]] = {}
+        # Decode threads look for twins through a connection of their own, which sees committed rows only.
+        self._twins, self._lock = Gallery.open(gallery.path), threading.Lock()
+        # On disk once it is large: a set of all paths would be the one thing here that grows.
+        self._seen = sqlite3.connect("", isolation_level=None)
+        self._seen.execute("CREATE TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._seen.execute("BEGIN")
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seen.close()
+        with self._lock:
+            self._twins.close()
+
+    def jobs(self, items: Iterable[Item]) -> Iterator[_Job]:
+        """What is new or changed, each path once; all else is noted."""
+        rest, number = iter(items), 0
+        while chunk := list(islice(rest, _LOOKUP)):
+            named = [(self._stored(item), item) for item in chunk if self._usable(item)]
+            fresh = [(stored, item) for stored, item in named if self._first(stored)]
+            known = self.gallery.database.by_path([stored for stored, _ in fresh])
+            with_metadata = [known[stored][0] for stored, item in fresh if stored in known and item.metadata]
+            metadata = self.gallery.database.metadata(with_metadata) if with_metadata else {}
+            for stored, item in fresh:
+                held = known.get(stored)
+                if held is not None and (held[1].size, held[1].mtime_ns) == (item.size, item.mtime_ns):
+                    self.report.unchanged += 1
+                    if _differs(item.metadata, metadata.get(held[0], {})):
+                        self._updates[held[0]] = (held[1], item.metadata)
+                else:
+                    yield _Job(number, item, stored, held)
+                    number += 1
+
+    def read(self, job: _Job) -> bytes:
+        """The picture's bytes, in a decode thread. A PictureError where the gallery holds a row of the same bytes."""
+        file = job.item.read()
+        job.picture = Picture(job.stored, file.size, file.mtime_ns, file.digest)
+        if job.replaces is not None and job.replaces[1].hash == file.digest:
+            job.twin = job.replaces[0]
+        else:
+            with self._lock:
+                job.twin = self._twins.database.by_hash(file.digest)
+        if job.twin is not None:
+            raise PictureError("the gallery holds its row")
+        return file.content
+
+    def take(self, batch: EncodedBatch[_Job]) -> None:
+        """A batch of the encoder: its rows wait for their commit, in the order of the source."""
+        rows = iter(batch.rows)
+        made = [(job, next(rows)) for job in batch.items]
+        for job, reason in batch.skipped:
+            if job.twin is None:
+                self.report.skipped.append((job.stored, reason))
+            elif job.replaces is not None and job.twin == job.replaces[0]:  # touched: the record alone is new
+                self._updates[job.twin] = (_record(job), job.item.metadata)
+                self.report.unchanged += 1
+            else:
+                made.append((job, self._row(job.twin)))
+                self.report.copied += 1
+        for job, row in sorted(made, key=lambda one: one[0].number):
+            self._rows[len(self._waiting)] = row
+            self._waiting.append(job)
+            if len(self._waiting) == len(self._rows):
+                self.commit()
+
+    def _row(self, number: int) -> Rows:
+        """The stored row of a picture. Only this run writes: a row that is not in what was read came after it."""
+        if self._held is None or not len(self._held.ids) or number > self._held.ids[-1]:
+            self._held = self.gallery.read()
+        row: Rows = StoredRows(self._held.shards).take(np.searchsorted(self._held.ids, [number]))[0]
+        return row
+
+    def commit(self) -> None:
+        """Write what waits. Ctrl-C can come between any two steps: nothing is written twice."""
+        began = time.perf_counter()
+        jobs, self._waiting = self._waiting, []
+        updates, self._updates = self._updates, {}
+        records = [_record(job) for job in jobs]
+        metadata = [job.item.metadata for job in jobs]
+        self.gallery.append(records, self._rows[: len(jobs)], metadata if any(metadata) else None)
+        self.gallery.update(updates)
+        changed = sum(job.replaces is not None for job in jobs)
+        self.report.changed += changed
+        self.report.added += len(jobs) - changed
+        self.report.write_seconds += time.perf_counter() - began
+
+    def finish(self, prune: bool) -> None:
+        """After all of the source: the report, then what the source no longer names.
+
+        Raises ClipretError if nothing was usable.
+        """
+        report = self.report
+        _write_skipped(self.gallery, report.skipped)
+        if report.skipped and not report.added + report.changed + report.unchanged:
+            path, reason = report.skipped[0]
+            raise ClipretError(f"none of the {len(report.skipped)} pictures could be used; the first: {path}: {reason}")
+        if prune:
+            vanished = [number for number, path in self.gallery.database.live_paths() if not self._named(path)]
+            report.removed = self.gallery.remove(vanished)
+
+    def _stored(self, item: Item) -> str:
+        plain = not any(part in ("", ".", "..") for part in item.path.split("/"))
+        if plain and str(self.source.root.absolute()) == self.gallery.info.root:
+            return item.path
+        return self.gallery.stored_path(self.source.root / item.path)
+
+    def _usable(self, item: Item) -> bool:
+        with contextlib.suppress(UnicodeEncodeError):
+            item.path.encode()
+            return True
+        # The database and every report are UTF-8; Python reads the bytes of such names as lone surrogates.
+        self.report.skipped.append((item.path, "its name is not UTF-8: rename it"))
         return False
-    return True
+
+    def _named(self, stored: str) -> bool:
+        return self._seen.execute("SELECT 1 FROM seen WHERE path = ?", (stored,)).fetchone() is not None
+
+    def _first(self, stored: str) -> bool:
+        """Whether the source names this picture for the first time."""
+        return self._seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (stored,)).rowcount == 1
 
 
-def _is_known(job: _Job, known: dict[str, Picture]) -> bool:
-    picture = known.get(job.stored)
-    if picture is None:
-        return False
+def _record(job: _Job) -> Picture:
+    assert job.picture is not None  # the encoder gives back what was read
+    return job.picture
+
+
+def _differs(given: Mapping[str, Value], held: Mapping[str, Value]) -> bool:
+    """Whether a picture's metadata says something else than the gallery does, which holds numbers as numbers."""
+    lower = {name.lower(): value for name, value in held.items()}
+    return any(_number(lower.get(name.lower())) != _number(value) for name, value in given.items())
+
+
+def _number(value: Value) -> Value:
+    """As the database compares it: what looks like a number is one."""
     try:
-        status = job.file.stat()
-    except OSError:
-        return False  # reading it will give the reason
-    return (picture.size, picture.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        return value if value is None else float(value)
+    except ValueError:
+        return value
 
 
-def _report(gallery: Gallery, skipped: Sequence[tuple[str, str]]) -> None:
-    file = gallery.path / "skipped.tsv"
+def _write_skipped(gallery: Gallery, skipped: list[tuple[str, str]]) -> None:
+    file = Path(gallery.path, "skipped.tsv")
     if not skipped:
         file.unlink(missing_ok=True)
         return

@@ -19,7 +19,8 @@ from PIL import Image
 
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.images import PictureError, decode, read_picture
+from clipret.images import PictureError, decode
+from clipret.sources import read_stored
 
 __all__ = ["Card", "Section", "write_page"]
 
@@ -40,9 +41,9 @@ MARKS = {
 class Card:
     """One picture found.
 
-    path: the file on disk; where it is missing or broken, a tile says so. label: what is written under it, usually
-    the path relative to the gallery's root. score: cosine similarity. relevant: whether the picture answers the
-    query, None where nobody said.
+    path: the file on disk, or that of its archive with its name in it; where it is missing or broken, a tile says so.
+    label: what is written under it, usually the path relative to the gallery's root. score: cosine similarity.
+    relevant: whether the picture answers the query, None where nobody said.
     """
 
     path: Path
@@ -131,7 +132,7 @@ def _preview(path: Path, label: str, *, folder: Path) -> tuple[str, float]:
     """
     alt = escape(label)
     try:
-        content = read_picture(path).content
+        content = read_stored(path.parent, path.name).content
         source: bytes | Image.Image = content
         with contextlib.suppress(Exception):  # whatever is wrong, decode() finds it too and can name it
             source = Image.open(io.BytesIO(content))
@@ -147,7 +148,8 @@ def _preview(path: Path, label: str, *, folder: Path) -> tuple[str, float]:
     picture = f'<img class="tile" src="{uri}" alt="{alt}" {attributes}>'
     # Panoramas and pillars get bars beside them rather than a row of their own.
     ratio = min(max(image.width / image.height, 0.6), 2.2)
-    return f'<a href="{_link(path, folder)}">{picture}</a>', ratio
+    # A member of an archive is no file that a browser could open.
+    return f'<a href="{_link(path, folder)}">{picture}</a>' if path.is_file() else picture, ratio
 
 
 def _link(path: Path, folder: Path) -> str:

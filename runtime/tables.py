@@ -1,5 +1,6 @@
 """Lists of pictures and captions: CSV, TSV and JSON lines, with columns named or detected."""
 
+import contextlib
 import csv
 import io
 import json
@@ -11,7 +12,7 @@ from typing import Literal
 
 from clipret.errors import ClipretError
 
-__all__ = ["Table", "pick_column", "read_table"]
+__all__ = ["Table", "pick_column", "quoted", "read_table", "reading_only"]
 
 _NAMES = {
     "image": ("path", "filepath", "file_path", "image", "image_path", "filename", "file_name", "file", "img"),
@@ -125,22 +126,35 @@ def _as_text(value: object) -> str:
 def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], where: str) -> list[dict[str, str]]:
     """Rows for which the SQL expression is true, by sqlite itself: one grammar here and in a gallery's filters."""
     # NUMERIC affinity turns what looks like a number into one and leaves the rest text.
-    names = ['"' + column.replace('"', '""') + '"' for column in columns]
+    names = [quoted(column) for column in columns]
     with sqlite3.connect(":memory:") as database:
         database.execute(f"CREATE TABLE t ({', '.join(name + ' NUMERIC' for name in names)})")
         database.executemany(
             f"INSERT INTO t VALUES ({','.join('?' * len(columns))})", (tuple(r.values()) for r in rows)
         )
         database.commit()
-        allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-        database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
         try:
-            chosen = [row[0] for row in database.execute(f"SELECT rowid FROM t WHERE ({where}) ORDER BY rowid")]
-        except sqlite3.Error as error:
+            with reading_only(database):
+                chosen = [row[0] for row in database.execute(f"SELECT rowid FROM t WHERE ({where}\n) ORDER BY rowid")]
+        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ClipretError(
                 f"--where {where!r} cannot be used on {path}: {error}; its columns are {', '.join(columns)}"
             ) from None
-        finally:
-            database.set_authorizer(None)
     database.close()
     return [rows[number - 1] for number in chosen]
+
+
+def quoted(name: str) -> str:
+    """A column's name as SQL takes it, whatever is in it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+@contextlib.contextmanager
+def reading_only(database: sqlite3.Connection) -> Iterator[None]:
+    """Inside the block the database answers SELECT and nothing else: it runs an expression that a stranger wrote."""
+    allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+    database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY)
+    try:
+        yield
+    finally:
+        database.set_authorizer(None)

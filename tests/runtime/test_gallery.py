@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clipret.bundle import Bundle
+from clipret.compaction import compact_gallery
 from clipret.errors import ClipretError
 from clipret.gallery import Gallery, Picture
 
@@ -152,3 +153,116 @@ def test_paths_outside_the_root_are_absolute(gallery: Gallery, tmp_path: Path) -
     assert gallery.stored_path(tmp_path / "pictures/a/../b.jpg") == "b.jpg"
     assert gallery.stored_path(tmp_path / "elsewhere/b.jpg") == str(tmp_path / "elsewhere/b.jpg")
     assert gallery.file("b.jpg") == tmp_path / "pictures/b.jpg"
+
+
+def fill(gallery: Gallery, counts: list[int]) -> np.ndarray:
+    """Shards of so many pictures each, named by their number through all of them, with metadata."""
+    rows = unit_rows(sum(counts))
+    start = 0
+    with gallery.writing():
+        for count in counts:
+            numbers = range(start, start + count)
+            gallery.append(
+                [picture(f"{n}.jpg") for n in numbers],
+                rows[start : start + count],
+                [{"camera": f"A{n % 2}", "Hour": str(n)} for n in numbers],
+            )
+            start += count
+    return rows.astype(np.float16)
+
+
+def test_codes_belong_to_their_rows(gallery: Gallery) -> None:
+    rows = fill(gallery, [3, 40, 2, 1])
+    stored = gallery.read()
+    assert [len(codes.values) for codes in stored.codes] == [3, 40, 2, 1]
+    start = 0
+    for codes in stored.codes:
+        again = codes.center + np.float32(codes.scale) * (codes.values.astype(np.float32) - 128)
+        lost = np.linalg.norm(rows[start : start + len(again)].astype(np.float32) - again, axis=1)
+        assert lost.max() <= codes.residual
+        assert codes.residual < 0.05
+        start += len(again)
+    # The second shard has many more rows than the first, so the center is its own; the later ones keep it.
+    centers = [codes.center.tobytes() for codes in stored.codes]
+    assert centers[0] != centers[1] == centers[2] == centers[3]
+
+
+def test_removed_pictures_are_gone_at_once_and_their_ids_are_never_used_again(gallery: Gallery) -> None:
+    fill(gallery, [3, 2])
+    ids = gallery.read().ids
+    with gallery.writing():
+        assert gallery.remove([ids[4], ids[1], 999]) == 2
+        assert gallery.remove([ids[4]]) == 0
+    assert sorted(gallery.pictures()) == ["0.jpg", "2.jpg", "3.jpg"]
+    live = gallery.read().live
+    assert live is not None
+    assert live.tolist() == [True, False, True, True, False]
+    assert compact_gallery(gallery) == 2
+    with gallery.writing():
+        gallery.append([picture("new")], unit_rows(1))
+    assert gallery.read().ids.tolist() == [ids[0], ids[2], ids[3], ids[4] + 1]
+    with pytest.raises(ClipretError, match="holds no picture 2 any more: open the gallery again"):
+        gallery.paths([ids[1]])
+
+
+def test_compaction_changes_nothing_that_is_live(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipret.compaction._ROWS", 4)
+    rows = fill(gallery, [1, 1, 5, 1, 2])
+    before = gallery.read()
+    with gallery.writing():
+        gallery.remove(before.ids[[0, 6]])
+    assert compact_gallery(gallery) == 2
+    after = gallery.read()
+    keep = [1, 2, 3, 4, 5, 7, 8, 9]
+    assert [len(shard) for shard in after.shards] == [4, 4]
+    assert after.live is None
+    np.testing.assert_array_equal(after.ids, before.ids[keep])
+    np.testing.assert_array_equal(np.concatenate(after.shards), rows[keep])
+    np.testing.assert_array_equal(np.concatenate(before.shards), rows)  # a search that was open goes on
+    assert gallery.paths(gallery.select("camera = 'A1' and hour > 4")) == ["5.jpg", "7.jpg", "9.jpg"]
+    assert len(list(gallery.path.glob("*.npy"))) == 4
+    with sqlite3.connect(gallery.path / "gallery.db") as database:
+        shards = database.execute("SELECT shard, count(*) FROM rows GROUP BY shard").fetchall()
+    database.close()
+    assert [count for _, count in shards] == [4, 4]
+
+
+def test_compaction_of_nothing(gallery: Gallery) -> None:
+    assert compact_gallery(gallery) == 0
+    fill(gallery, [2])
+    with gallery.writing():
+        gallery.remove(gallery.read().ids)
+    assert compact_gallery(gallery) == 2
+    assert gallery.read().shards == []
+    assert len(gallery) == 0
+
+
+def test_lost_codes_are_made_anew(gallery: Gallery) -> None:
+    rows = fill(gallery, [3])
+    (gallery.path / "codes-000001.npy").unlink()
+    with pytest.raises(ClipretError, match=r"codes-000001\.npy is missing: .*compact"):
+        gallery.read()
+    compact_gallery(gallery)
+    np.testing.assert_array_equal(np.concatenate(gallery.read().shards), rows)
+
+
+def test_pictures_are_found_by_any_name(gallery: Gallery, tmp_path: Path) -> None:
+    fill(gallery, [2])
+    number = gallery.ids_by_path()["1.jpg"]
+    assert gallery.id_of("1.jpg") == gallery.id_of(str(tmp_path / "pictures/x/../1.jpg")) == number
+    with pytest.raises(ClipretError, match=r"holds no picture 7\.jpg"):
+        gallery.id_of("7.jpg")
+
+
+def test_metadata_columns_grow_and_values_are_replaced(gallery: Gallery) -> None:
+    fill(gallery, [2])
+    first, second = gallery.read().ids
+    with gallery.writing():
+        gallery.update({int(first): (picture("moved.jpg"), {"HOUR": 7, 'odd "name"': None, "plate": "粤B12345"})})
+    assert gallery.columns() == ["camera", "Hour", 'odd "name"', "plate"]
+    assert gallery.metadata([second, first]) == [
+        {"camera": "A1", "Hour": 1, 'odd "name"': None, "plate": None},
+        {"camera": None, "Hour": 7, 'odd "name"': None, "plate": "粤B12345"},
+    ]
+    assert gallery.select("hour between 5 and 9 and plate like '粤%'").tolist() == [first]
+    assert gallery.paths([first]) == ["moved.jpg"]

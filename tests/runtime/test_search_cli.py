@@ -145,6 +145,44 @@ def test_eval_by_hand(gallery: Path, colour_folder: Path, tmp_path: Path) -> Non
     assert "3 of the first 10 right" in page
 
 
+def test_query_by_picture_with_filters(gallery: Path, colour_folder: Path) -> None:
+    def found(*arguments: object) -> list[str]:
+        result = json.loads(run("query", gallery, *arguments, "--json").stdout)[0]
+        return [hit["path"] for hit in result["hits"]]
+
+    assert {path.split("/")[0] for path in found("--picture", colour_folder / "blue/1.jpeg", "-k", 3)} == {"blue"}
+    mixed = found("red", "--picture", colour_folder / "blue/1.jpeg", "-k", 6)
+    assert {path.split("/")[0] for path in mixed} == {"red", "blue"}
+    without = found("red blue", "--minus", "red", "--minus-weight", 1, "-k", 3)
+    assert {path.split("/")[0] for path in without} == {"blue"}
+    narrowed = found("red", "-k", 20, "--where", "path like 'red/%'", "--exclude", "red/0.jpg")
+    assert narrowed == [path for path in found("red", "-k", 3) if path != "red/0.jpg"]
+    assert found("red", "--min-score", 2) == []
+    assert found("red", "--template", "a {} car", "--template", "{}", "-k", 3) == found("red", "-k", 3)
+    assert "has no {}" in fails("query", gallery, "red", "--template", "a car")
+    assert "its columns are id, path" in fails("query", gallery, "red", "--where", "camera = 1")
+
+
+def test_remove_compact_info(gallery: Path, colour_folder: Path, tiny_bundle: Path) -> None:
+    ids = Gallery.open(gallery).ids_by_path()
+    assert "12" in run("info", gallery).stdout
+    assert "holds no picture 999" in fails("remove", gallery, 999)
+    assert "holds no picture lost.jpg" in fails("remove", gallery, "lost.jpg")
+    assert "name pictures" in run("remove", gallery, code=2).stderr
+    result = run("remove", gallery, "red/0.jpg", ids["red/1.jpeg"], "--where", "path like 'blue/%'")
+    assert result.stdout == f"{gallery}: 5 removed, 7 pictures left\n"
+    facts = json.loads(run("info", gallery, "--json").stdout)
+    assert (facts["pictures"], facts["deleted rows"], facts["shards"]) == (7, 5, 1)
+    assert facts["columns"] == ["id", "path", "size", "mtime_ns", "hash"]
+    expected = run("query", gallery, "blue", "-k", 12).stdout
+    assert "5 deleted rows dropped" in run("compact", gallery).stdout
+    assert run("query", gallery, "blue", "-k", 12).stdout == expected
+    assert json.loads(run("info", gallery, "--json").stdout)["deleted rows"] == 0
+    shutil.copy(colour_folder / "grey/0.jpg", colour_folder / "twin.jpg")
+    run("index", tiny_bundle, colour_folder, gallery)
+    assert "grey/0.jpg\ntwin.jpg" in run("info", gallery, "--duplicates").stdout
+
+
 def test_a_page_for_a_query(gallery: Path, tmp_path: Path) -> None:
     run("query", gallery, "<b>red</b>", "--html", tmp_path / "page.html", "-k", 2)
     page = (tmp_path / "page.html").read_text()
@@ -160,7 +198,7 @@ def test_errors_are_one_line_and_write_nothing(
     new = tmp_path / "new"
     assert "holds no pictures" in fails("index", tiny_bundle, empty, new)
     assert "is not a bundle" in fails("index", empty, colour_folder, new)
-    assert "is not a folder" in fails("index", tiny_bundle, tmp_path / "nowhere", new)
+    assert "does not exist" in fails("index", tiny_bundle, tmp_path / "nowhere", new)
     (tmp_path / "list.csv").write_text("picture,words\na.jpg,b\n")
     assert "its columns are picture, words" in fails("index", tiny_bundle, tmp_path / "list.csv", new)
     broken = Path(shutil.copytree(tiny_bundle, tmp_path / "broken"))
@@ -193,7 +231,7 @@ def test_another_bundle_is_refused(gallery: Path, tiny_bundle: Path, colour_fold
 
 
 def test_usage_errors_exit_2(gallery: Path) -> None:
-    assert "Missing argument 'TEXTS...'" in run("query", gallery, code=2).stderr
+    assert "name at least one text" in run("query", gallery, code=2).stderr
     assert "0 is not in the range" in run("query", gallery, "red", "-k", 0, code=2).stderr
 
 

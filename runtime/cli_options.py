@@ -1,0 +1,41 @@
+"""Options that several subcommands of clipret-search have, and what they print in the same way."""
+
+import json
+from pathlib import Path
+
+import click
+
+FILE = click.Path(path_type=Path)
+SHOWN = 10  # skipped pictures that are named on the terminal
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; with commas: several that share."
+)
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]),
+    default="auto",
+    show_default=True,
+    help="What runs the towers; auto: a plan that fits the GPU, else onnxruntime; on CPUs OpenVINO for bf16 and int8.",
+)
+threads_option = click.option("--threads", type=click.IntRange(1), help="Processor threads; default: all there are.")
+bundle_option = click.option("--bundle", type=FILE, help="The bundle, where it is no longer where it was at indexing.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+where_list_option = click.option(
+    "--where", metavar="SQL", help="Only rows of the list for which this holds, e.g. \"split = 'val'\"."
+)
+where_option = click.option(
+    "--where", metavar="SQL", help="Only pictures for which this holds; columns: clipret-search info GALLERY."
+)
+image_column_option = click.option(
+    "--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected."
+)
+image_root_option = click.option(
+    "--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."
+)
+
+
+def print_json(value: object) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # File names that are not UTF-8 come as lone surrogates, for which JSON has an escape and UTF-8 nothing.
+    click.echo(text.encode("utf-8", "backslashreplace").decode())

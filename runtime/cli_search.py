@@ -1,0 +1,227 @@
+"""clipret-search query and eval: finding pictures, and measuring how well they are found."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from clipret.cli_options import (
+    FILE,
+    bundle_option,
+    device_option,
+    engine_option,
+    image_column_option,
+    image_root_option,
+    json_option,
+    print_json,
+    threads_option,
+    where_list_option,
+    where_option,
+)
+from clipret.console import show_table
+from clipret.encoder import Encoder
+from clipret.errors import printable
+from clipret.evaluation import GroundTruth, evaluate_search, read_ground_truth
+from clipret.gallery import Gallery
+from clipret.metrics import Metrics
+from clipret.page import Card, Section, write_page
+from clipret.search import Hit, Part, Query, Searcher
+from clipret.towers import EngineChoice
+
+__all__ = ["eval_command", "query"]
+
+
+@click.command(epilog='Example:  clipret-search query gallery/ "a red sedan" "一辆红色的轿车" -k 20 --html found.html')
+@click.argument("gallery", type=FILE)
+@click.argument("texts", nargs=-1)
+@click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
+@click.option("--minus", metavar="TEXT", multiple=True, help="What the pictures shall not show.")
+@click.option("--minus-weight", type=float, default=0.5, show_default=True, help="How strongly --minus counts.")
+@click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
+@where_option
+@click.option("--exclude", metavar="PATH", multiple=True, help="A picture of the gallery that is not wanted.")
+@click.option("--min-score", type=float, help="Only pictures with at least this score.")
+@click.option("--html", type=FILE, help="Also write a page with the pictures.")
+@json_option
+@bundle_option
+@device_option
+@engine_option
+@threads_option
+def query(
+    gallery: Path,
+    texts: tuple[str, ...],
+    pictures: tuple[Path, ...],
+    minus: tuple[str, ...],
+    minus_weight: float,
+    templates: tuple[str, ...],
+    k: int,
+    where: str | None,
+    exclude: tuple[str, ...],
+    min_score: float | None,
+    html: Path | None,
+    as_json: bool,
+    bundle: Path | None,
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+) -> None:
+    """Find the pictures of GALLERY that fit each of TEXTS best.
+
+    Prints rank, score (the cosine of picture and query) and path. Equal scores are ordered by age in the gallery.
+
+    \b
+    Each of TEXTS is a query of its own. With TEXTS, --picture is added to each of them ("like this, but at
+    night"); without, each --picture is a query. --minus takes something away from every query:
+        clipret-search query gallery/ "a red truck" --minus "a fire engine"
+        clipret-search query gallery/ --picture car.jpg --where "camera = 'A3' and hour < 6"
+    """
+    if not texts and not pictures:
+        raise click.UsageError("name at least one text, or a picture with --picture")
+    queries = _queries(texts, pictures, minus, minus_weight)
+    searcher = _open(gallery, bundle, device, engine, threads, templates or ("{}",))
+    with searcher.gallery:
+        unwanted = [searcher.gallery.id_of(path) for path in exclude]
+        found = searcher.search(list(queries.values()), k, where=where, exclude=unwanted, min_score=min_score)
+        results = list(zip(queries, found, strict=True))
+        if html is not None:
+            sections = [Section(name, [_card(hit) for hit in hits]) for name, hits in results]
+            write_page(html, title=f"clipret: {gallery.name}", facts=_gallery_facts(searcher), sections=sections)
+            click.echo(f"page: {html.absolute()}", err=True)
+        if as_json:
+            print_json([{"query": name, "hits": _as_dicts(searcher, hits)} for name, hits in results])
+            return
+    for number, (name, hits) in enumerate(results):
+        if len(results) > 1:
+            click.echo(("\n" if number else "") + printable(name))
+        rows = [(str(hit.rank), f"{hit.score:.4f}", printable(hit.path)) for hit in hits]
+        click.echo(show_table(("rank", "score", "path"), rows))
+
+
+def _queries(
+    texts: Sequence[str], pictures: Sequence[Path], minus: Sequence[str], minus_weight: float
+) -> dict[str, Query]:
+    """The queries of a command line by the names under which they are shown."""
+    against = tuple(Part(text, -minus_weight) for text in minus)
+    without = "".join(f" − {text}" for text in minus)
+    if not texts:
+        return {f"{picture}{without}": Query((Part(picture), *against)) for picture in pictures}
+    like = tuple(Part(picture) for picture in pictures)
+    also = "".join(f" + {picture}" for picture in pictures)
+    return {f"{text}{also}{without}": Query((Part(text), *like, *against)) for text in texts}
+
+
+@click.command(
+    "eval", epilog="Example:  clipret-search eval gallery/ captions.tsv --where \"split = 'val' and lang = 'en'\""
+)
+@click.argument("gallery", type=FILE)
+@click.argument("queries", type=FILE)
+@click.option("--title-column", metavar="NAME", help="Column of the query texts; default: detected.")
+@image_column_option
+@image_root_option
+@where_list_option
+@click.option("--html", type=FILE, help="Also write a page: queries, what they found, right or wrong.")
+@click.option("--html-queries", type=click.IntRange(1), default=40, show_default=True, help="Queries it shows.")
+@json_option
+@bundle_option
+@device_option
+@engine_option
+@threads_option
+def eval_command(
+    gallery: Path,
+    queries: Path,
+    title_column: str | None,
+    image_column: str | None,
+    image_root: Path | None,
+    where: str | None,
+    html: Path | None,
+    html_queries: int,
+    as_json: bool,
+    bundle: Path | None,
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+) -> None:
+    """Measure how well GALLERY answers QUERIES.
+
+    QUERIES is a .csv, .tsv or .jsonl list with a title and a picture a row: captions with their pictures, or
+    queries with one row for each picture that answers them. Rows with the same title are one query.
+
+    recall@k is the share of queries with a right picture among the first k; median rank is that of the first
+    right picture; mAP@10 is the standard mean average precision over the first ten.
+    """
+    searcher = _open(gallery, bundle, device, engine, threads)
+    with searcher.gallery:
+        truth = read_ground_truth(
+            searcher, queries, title_column=title_column, image_column=image_column, image_root=image_root, where=where
+        )
+        metrics = evaluate_search(searcher, truth).metrics
+        if html is not None:
+            _write_eval_page(html, searcher, truth, metrics, html_queries)
+            click.echo(f"page: {html.absolute()}", err=True)
+    if truth.missing:
+        click.echo(
+            f"{truth.missing} pictures of {queries} are not in the gallery; {truth.unanswerable} queries left out",
+            err=True,
+        )
+    if as_json:
+        print_json({**metrics.to_dict(), "missing_pictures": truth.missing, "queries_left_out": truth.unanswerable})
+        return
+    click.echo(show_table(("metric", "value"), _facts(metrics)))
+
+
+def _open(
+    gallery: Path,
+    bundle: Path | None,
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+    templates: Sequence[str] = ("{}",),
+) -> Searcher:
+    opened = Gallery.open(gallery)
+    encoder = Encoder(opened.bundle(bundle), device=device, engine=engine, threads=threads)
+    return Searcher(opened, encoder, templates=templates)
+
+
+def _write_eval_page(out: Path, searcher: Searcher, truth: GroundTruth, metrics: Metrics, count: int) -> None:
+    """The page shows an even sample of the queries, so that it is neither the best nor the worst of them."""
+    texts = list(truth.relevant)
+    count = min(count, len(texts))
+    sample = [texts[number * len(texts) // count] for number in range(count)]
+    sections = []
+    for text, hits in zip(sample, searcher.search(sample, 10), strict=True):
+        right = set(truth.relevant[text])
+        noun = "picture" if len(right) == 1 else "pictures"
+        cards = [_card(hit, hit.path in right) for hit in hits]
+        found = sum(hit.path in right for hit in hits)
+        sections.append(Section(text, cards, f"{found} of the first {len(hits)} right; {len(right)} {noun} to find"))
+    title = f"clipret: evaluation of {searcher.gallery.path.name}"
+    write_page(out, title=title, facts=[*_facts(metrics), *_gallery_facts(searcher)], sections=sections)
+
+
+def _gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:
+    manifest = searcher.encoder.bundle.manifest
+    return (("pictures", f"{len(searcher.gallery):,}"), ("model", f"{manifest.model} {manifest.precision}"))
+
+
+def _facts(metrics: Metrics) -> Sequence[tuple[str, str]]:
+    return (
+        ("queries", f"{metrics.queries}"),
+        ("recall@1", f"{100 * metrics.recall_at_1:.2f}%"),
+        ("recall@5", f"{100 * metrics.recall_at_5:.2f}%"),
+        ("recall@10", f"{100 * metrics.recall_at_10:.2f}%"),
+        ("median rank", f"{metrics.median_rank:g}"),
+        ("mAP@10", f"{metrics.map_at_10:.4f}"),
+    )
+
+
+def _card(hit: Hit, relevant: bool | None = None) -> Card:
+    return Card(hit.file, hit.path, hit.score, relevant)
+
+
+def _as_dicts(searcher: Searcher, hits: Sequence[Hit]) -> list[dict[str, object]]:
+    metadata = searcher.gallery.metadata([hit.id for hit in hits])
+    return [
+        {"rank": hit.rank, "id": hit.id, "score": hit.score, "path": hit.path, "file": str(hit.file), "metadata": more}
+        for hit, more in zip(hits, metadata, strict=True)
+    ]
