@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, GifImagePlugin, Image, UnidentifiedImageError
 
 from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError
@@ -67,8 +67,12 @@ def find_pictures(folder: Path) -> list[Path]:
         raise ClipretError(f"{folder} is not a folder: name a folder of pictures, a list or an archive")
     found = [folder / name for name in walk_pictures(folder)]
     if not found:
-        raise ClipretError(f"{folder} holds no pictures ({' '.join(sorted(EXTENSIONS))}): is it the right folder?")
+        raise no_pictures(folder)
     return found
+
+
+def no_pictures(folder: Path) -> ClipretError:
+    return ClipretError(f"{folder} holds no pictures ({' '.join(sorted(EXTENSIONS))}): is it the right folder?")
 
 
 def walk_pictures(folder: Path) -> Iterator[str]:
@@ -269,7 +273,7 @@ def _turned_box(box: Box, size: tuple[int, int], turn: int) -> Box:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    frame = image.tile[0][1] if image.format == "GIF" and getattr(image, "tile", None) else None
+    frame = image.tile[0][1] if isinstance(image, GifImagePlugin.GifImageFile) and image.tile else None
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         rgb = image
