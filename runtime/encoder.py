@@ -15,6 +15,7 @@ from PIL import Image
 
 from clipret.bundle import Bundle
 from clipret.images import PictureFile, load
+from clipret.items import Item
 from clipret.pipeline import Batch, Decoding
 from clipret.processor import cpu_count
 from clipret.text import Tokenizer
@@ -25,7 +26,7 @@ __all__ = ["EncodeStats", "EncodedBatch", "Encoder", "PictureSource"]
 T = TypeVar("T")
 Rows = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
-PictureSource = Path | bytes | Image.Image | Pixels | PictureFile
+PictureSource = Path | bytes | Image.Image | Pixels | PictureFile | Item
 
 _AHEAD = 2  # batches decoded ahead of the engines: at 224 px and batch 32 each costs 4.6 MiB
 
@@ -144,9 +145,10 @@ class Encoder:
     ) -> Iterator[EncodedBatch[T]]:
         """Encode a stream of any length in order, a batch at a time, with bounded memory.
 
-        `read(item)` runs in a decode thread and gives the picture; by default the item is the picture. An item whose
-        picture raises a PictureError, or takes longer than `picture_timeout`, comes back in `skipped` of its batch with
-        the reason. `stats` follows.
+        `items` are paths, files' bytes, Pillow pictures, arrays uint8 [H,W,3], or what `open_source` gives: the pictures
+        of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the picture. An item
+        whose picture raises a PictureError, or takes longer than `picture_timeout`, comes back in `skipped` of its batch
+        with the reason. `stats` follows.
         """
         stats = self.stats = EncodeStats()
         began = time.perf_counter()
@@ -177,6 +179,8 @@ class Encoder:
         return [tower for turn in range(most) for tower in self.image_towers if turn < tower.lanes]
 
     def _decode(self, source: Any) -> Pixels:
+        if isinstance(source, Item):
+            source = source.read()
         if isinstance(source, PictureFile):
             source = source.content
         spec = self.bundle.manifest.image

@@ -15,6 +15,7 @@ from clipret import encoder as encoders
 from clipret.bundle import Bundle
 from clipret.encoder import Encoder, EncodeStats
 from clipret.images import PictureError, find_pictures, read_picture
+from clipret.sources import open_source
 
 Rows = npt.NDArray[np.float32]
 
@@ -41,6 +42,7 @@ def test_a_picture_may_be_given_in_any_form(bundle: Bundle, pictures: list[Path]
         "bytes": [path.read_bytes() for path in pictures],
         "pillow": [Image.open(io.BytesIO(path.read_bytes())) for path in pictures],
         "file": [read_picture(path) for path in pictures],
+        "item": list(open_source(pictures[0].parent.parent)),
         "array": [np.asarray(Image.open(path).convert("RGB")) for path in pictures],
     }
     for name, items in forms.items():
