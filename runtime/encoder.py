@@ -145,10 +145,10 @@ class Encoder:
     ) -> Iterator[EncodedBatch[T]]:
         """Encode a stream of any length in order, a batch at a time, with bounded memory.
 
-        `items` are paths, files' bytes, Pillow pictures, arrays uint8 [H,W,3], or what `open_source` gives: the pictures
-        of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the picture. An item
-        whose picture raises a PictureError, or takes longer than `picture_timeout`, comes back in `skipped` of its batch
-        with the reason. `stats` follows.
+        `items` are paths, files' bytes, Pillow pictures, arrays uint8 [H,W,3], or what `open_source` gives: the
+        pictures of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the picture.
+        An item whose picture raises a PictureError, or takes longer than `picture_timeout`, comes back in `skipped` of
+        its batch with the reason. `stats` follows.
         """
         stats = self.stats = EncodeStats()
         began = time.perf_counter()
