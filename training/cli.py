@@ -3,14 +3,18 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from clipret.console import Group, show_table
-from clipret.errors import require
+from clipret.errors import ClipretError, require
+
+if TYPE_CHECKING:
+    from clipret.training.config import FitConfig
 
 FILE = click.Path(path_type=Path)
+PRECISIONS = ("fp32", "bf16", "fp16")
 AUGMENTS = ("none", "photo", "surveillance")  # as in clipret.training.augment, which needs torch
 
 FIT_EPILOG = """
@@ -21,13 +25,17 @@ Examples
   Rows of one language, one split held out:
     clipret-train fit captions.tsv --image-root images --model clipret-small --out run \\
         --where "lang = 'en'" --val-where "lang = 'en' and split = 'val'"
-  Fine-tune a checkpoint of open_clip:
-    clipret-train fit captions.csv --model ViT-B-32-quickgelu:weights.safetensors --out run
-  Go on from an earlier run:
+  Fine-tune a checkpoint of open_clip; everything that has no flag of its own goes through --set:
+    clipret-train fit captions.csv --model ViT-B-32-quickgelu:weights.safetensors --out run --set patch_dropout=0.5
+  A recipe, some of it overridden, on eight GPUs:
+    torchrun --nproc-per-node 8 --no-python clipret-train fit shards/{000..127}.tar --out run \\
+        --recipe vit-bigg-14-traffic --device cuda --epochs 3
+  Go on from an earlier run's model, or repeat a run:
     clipret-train fit more.csv --model run --out run2 --lr 2e-4
+    clipret-train fit --recipe run/params.toml --out run2
 
 \b
-The run folder holds params.toml, metrics.jsonl, log.txt, skipped.tsv and checkpoints.
+The run folder holds params.toml, metrics.jsonl, log.txt, skipped.tsv, tensorboard and checkpoints.
 Next:  clipret-export run bundle
 """
 
@@ -42,77 +50,144 @@ def main() -> None:
     \b
     clipret-train fit captions.csv --model clipret-small --out run     from scratch, on a CPU
     clipret-train fit captions.csv --model ViT-B-32:laion2b_s34b_b79k --out run
+    clipret-train resume run                                           after an interruption
+    clipret-train recipes                                              what there is to start from
     clipret-train data scenes OUT --count 2000                         drawn traffic scenes with titles
     """
 
 
 @main.command(epilog=FIT_EPILOG)
-@click.argument("data", type=FILE)
+@click.argument("data", type=FILE, required=False)
 @click.option(
     "--model",
-    required=True,
     metavar="M",
-    help="clipret-small, MODEL[:TAG or FILE] of open_clip, hf-hub:ORG/REPO, local-dir:FOLDER, or a run folder.",
+    help="clipret-small, MODEL[:TAG or FILE] of open_clip, chinese-clip-SIZE[:FILE], hf-hub:ORG/REPO, "
+    "local-dir:FOLDER, or a run folder.",
 )
 @click.option("--out", type=FILE, required=True, help="The run folder to make; it must not exist or be empty.")
+@click.option("--recipe", metavar="NAME|FILE", help="See  clipret-train recipes;  or a .toml file.")
+@click.option("--set", "more", multiple=True, metavar="NAME=VALUE", help="Any option of  clipret-train options.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out if it has been begun.")
 @click.option("--image-root", type=FILE, help="What paths in the list are relative to; default: its folder.")
 @click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected.")
 @click.option("--title-column", metavar="NAME", help="Column of the titles; default: detected.")
+@click.option("--group-column", metavar="NAME", help="Rows with the same value are right answers to each other.")
 @click.option("--where", metavar="SQL", help="Only rows of the list for which this holds.")
 @click.option("--val", type=FILE, help="A list of its own to validate on.")
 @click.option("--val-where", metavar="SQL", help="Rows to validate on, of --val or of the list itself.")
-@click.option(
-    "--val-split",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of the pictures to validate on where neither is given.  [default: 0.1]",
-)
-@click.option("--validate-every", type=click.IntRange(1), metavar="EPOCHS", help="How often recall is measured.")
-@click.option("--epochs", type=click.IntRange(1), help="Times that every picture is seen.")
-@click.option("--batch-size", type=click.IntRange(2), help="Pictures a step.")
-@click.option("--captions", type=click.IntRange(1), help="Titles of each picture that take part in a step.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Highest learning rate.")
-@click.option("--weight-decay", type=click.FloatRange(0), help="Of AdamW, on matrices only.")
-@click.option("--warmup", type=click.FloatRange(0, 1), help="Share of the steps until the learning rate is reached.")
-@click.option("--augment", type=click.Choice(AUGMENTS), help="How pictures are varied.  [default: photo]")
-@click.option(
-    "--crop-area", type=click.FloatRange(0, 1, min_open=True), help="Least share of a picture that a random crop keeps."
-)
-@click.option("--precision", type=click.Choice(("fp32", "bf16")), help="Default: bf16 where the processor has it.")
+@click.option("--val-split", type=float, help="Share of the pictures to validate on where neither is given.")
+@click.option("--validate-every", type=int, metavar="EPOCHS", help="How often recall is measured.")
+@click.option("--epochs", type=int, help="Times that every picture is seen.")
+@click.option("--batch-size", type=int, help="Pictures a step, of all processes together.")
+@click.option("--accumulate", type=int, metavar="PARTS", help="Compute a batch in so many parts: less memory.")
+@click.option("--captions", type=int, help="Titles of each picture that take part in a step.")
+@click.option("--lr", type=float, help="Highest learning rate.")
+@click.option("--weight-decay", type=float, help="Of AdamW, on matrices only.")
+@click.option("--warmup", type=float, help="Share of the steps until the learning rate is reached.")
+@click.option("--augment", type=click.Choice(AUGMENTS), help="How pictures are varied.")
+@click.option("--crop-area", type=float, help="Least share of a picture that a random crop keeps.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Default: bf16 where the processor has it.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu]")
-@click.option("--threads", type=click.IntRange(1), help="Processor threads; default: all there are.")
+@click.option("--threads", type=int, help="Processor threads; default: all there are.")
 @click.option(
     "--cache-limit",
-    type=click.FloatRange(0),
+    type=float,
     metavar="GIB",
     help="Memory for decoded pictures; beyond it they are decoded anew each epoch.  [default: 4]",
 )
+@click.option("--save-every", type=int, metavar="STEPS", help="How often to save; default: after each epoch.")
 @click.option("--seed", type=int, help="Decides the weights, the order, the crops.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def fit(data: Path, model: str, out: Path, as_json: bool, **given: Any) -> None:
-    """Train MODEL on the list DATA (CSV, TSV or JSON lines: one picture and one title a row).
+def fit(
+    data: Path | None,
+    model: str | None,
+    out: Path,
+    recipe: str | None,
+    more: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train MODEL on DATA: a list (CSV, TSV or JSON lines: one picture and one title a row) or webdataset's .tar files.
 
     A picture may have many titles and a title many pictures: all of them count as right answers. What is left open
-    is filled in from a recipe for the model; params.toml in the run folder records every value.
+    is filled in from the recipe and from the defaults for the model; params.toml in the run folder records every value.
     """
+    _require_packages()
+    from clipret.training.config import FitConfig, parse_value
+
+    values = {name: value for name, value in given.items() if value is not None}
+    for assignment in more:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ClipretError(f"--set {assignment!r} is no NAME=VALUE: write for example --set patch_dropout=0.5")
+        values[name] = parse_value(name, text)
+    for name in ("image_root", "val"):  # so that params.toml holds whatever folder it is used from
+        if values.get(name) is not None:
+            values[name] = str(Path(values[name]).absolute())
+    source = None if data is None else str(data.absolute())
+    start = str(Path(model).absolute()) if model is not None and Path(model).exists() else model
+    _train(FitConfig.for_model(source, start, recipe=recipe, **values), out, resume=resume, as_json=as_json)
+
+
+@main.command(epilog="Example:  clipret-train resume run")
+@click.argument("run", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def resume(run: Path, as_json: bool) -> None:
+    """Go on with the training in the folder RUN after its last checkpoint, to the weights that it would have had."""
+    _require_packages()
+    from clipret.training.config import FitConfig
+
+    _train(FitConfig.read(run / "params.toml"), run, resume=True, as_json=as_json)
+
+
+@main.command(epilog="Examples:  clipret-train recipes;  clipret-train recipes small > mine.toml")
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes there are, or print the one called NAME."""
+    from clipret.training.recipe import recipe_names, recipe_text
+
+    if name is not None:
+        click.echo(recipe_text(name), nl=False)
+        return
+    click.echo(show_table(["recipe", "for"], [[name, purpose] for name, purpose in recipe_names().items()]))
+
+
+@main.command()
+def options() -> None:
+    """List all options of a training, for --set and recipes, with their defaults."""
+    _require_packages()
+    from clipret.training.config import option_table
+
+    click.echo(show_table(["option", "value", "default"], option_table()))
+
+
+def _require_packages() -> None:
     for package in ("torch", "open_clip", "safetensors", "tomli_w"):
         require(package, "train")
-    from clipret.training.config import FitConfig
+
+
+def _train(config: "FitConfig", out: Path, *, resume: bool, as_json: bool) -> None:
     from clipret.training.fit import fit as train
 
-    texts = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    config = FitConfig.for_model(str(data), model, **texts)
-    result = train(config, out, _report)
+    result = train(config, out, _report, resume=resume)
+    if not result.writes:
+        return
     if result.skipped:
         click.echo(f"unreadable pictures: {result.skipped}, listed in {out / 'skipped.tsv'}", err=True)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result) | {"run": str(result.run)}, indent=2))
+        kept = {name: value for name, value in dataclasses.asdict(result).items() if name != "writes"}
+        click.echo(json.dumps(kept | {"run": str(result.run)}, indent=2))
         return
     rows = []
     for title, metrics in (("best", result.best), ("last", result.last)):
         for way, name in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-            shares = [f"{100 * metrics[way][f'recall_at_{k}']:.1f}%" for k in (1, 5, 10)]
-            rows.append([f"{title} (epoch {metrics['epoch']})", name, *shares, f"{metrics[way]['queries']}"])
-    click.echo(show_table(["checkpoint", "direction", "recall@1", "recall@5", "recall@10", "queries"], rows))
+            found = metrics[way]
+            shares = [f"{100 * found[f'recall_at_{k}']:.1f}%" for k in (1, 5, 10)]
+            rank, precision = f"{found['median_rank']:g}", f"{found['map_at_10']:.4f}"
+            rows.append([f"{title} (epoch {metrics['epoch']})", name, *shares, rank, precision, f"{found['queries']}"])
+    header = ["checkpoint", "direction", "recall@1", "recall@5", "recall@10", "median rank", "mAP@10", "queries"]
+    click.echo(show_table(header, rows))
     click.echo(f"{result.last['cpu_seconds']:.0f} CPU seconds. Next:  clipret-export {out} BUNDLE")
 
 

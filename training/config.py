@@ -1,86 +1,223 @@
-"""The configuration of a training, and the recipes that fill in what the user leaves open."""
+"""The configuration of a training: the same names and values as flags, recipe, params.toml and checkpoint."""
 
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 
+from clipret.errors import ClipretError
 from clipret.training.augment import Augment
 from clipret.training.models import SMALL, architecture
 from clipret.training.precision import Precision, native_precision, open_device
+from clipret.training.recipe import read_recipe
+from clipret.training.schedule import Schedule
 
-__all__ = ["FitConfig"]
-
-# Flickr8k's 6,000 pictures from scratch on one core: figures in benchmarks/README.md.
-_SMALL = {
-    "epochs": 60,
-    "batch_size": 128,
-    "lr": 2e-3,
-    "weight_decay": 0.1,
-    "warmup": 0.05,
-    "captions": 5,
-    "crop_size": 64,
-    "crop_area": 0.35,
-    "validate_every": 5,  # as long as half an epoch
-}
-_FINE_TUNE = {
-    "epochs": 5,
-    "batch_size": 64,
-    "lr": 1e-5,
-    "weight_decay": 0.1,
-    "warmup": 0.05,
-    "captions": 1,
-    "crop_size": None,
-    "crop_area": 0.7,
-    "validate_every": 1,
-}
-_FROM_SCRATCH = _FINE_TUNE | {"epochs": 30, "lr": 5e-4, "weight_decay": 0.2, "crop_area": 0.5}
+__all__ = ["FitConfig", "option_table", "parse_value"]
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Everything that decides a training; written to the run's params.toml as it is.
+    """Everything that decides a training. Raises ClipretError for a value of another type or out of its range."""
 
-    Of `val` (a list of its own), `val_where` (an SQL expression over the rows of `val` or `data`) and `val_split` (a
-    share of the pictures) the first that is given decides what is held out; pictures that are held out are never
-    trained on. `validate_every` counts epochs. `captions` is how many titles of a picture take part in a step,
-    `warmup` the share of all steps until `lr` is reached, `crop_size` the side in pixels of what the image tower sees
-    in training (None: the model's own), `crop_area` the least share of a picture that a crop keeps, `jitter` how
-    far brightness, contrast and saturation may move from 1.
-    """
-
-    data: str
+    # What is learned from. Of `val` (a list of its own), `val_where` (an SQL expression over the rows of `val` or
+    # `data`) and `val_split` (a share of the pictures) the first that is given decides what is held out.
+    data: str  # a list, or webdataset's .tar files
     model: str
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    warmup: float
-    captions: int
-    crop_size: int | None
-    crop_area: float
-    validate_every: int
-    precision: Precision
-    threads: int
-    jitter: float = 0.3
-    augment: Augment = "photo"
     image_root: str | None = None
     image_column: str | None = None
     title_column: str | None = None
+    group_column: str | None = None  # rows with the same value are each other's right answers
     where: str | None = None
     val: str | None = None
     val_where: str | None = None
     val_split: float = 0.1
+    validate_every: int = 1  # epochs
+    # How the model sees pictures and texts where that is not to be its own way; part of the run and of its bundle.
+    resize: Literal["shortest", "longest", "squash"] | None = None  # longest: padded to a square with `fill`
+    fill: int | None = None
+    context_length: int | None = None  # tokens
+    # Augmentation
+    augment: Augment = "photo"
+    crop_size: int | None = None  # pixels a side that the image tower sees in training; None: the model's own
+    crop_area: float = 0.7  # the least share of a picture that a crop keeps
+    jitter: float = 0.3  # how far brightness, contrast and saturation may move from 1
+    captions: int = 1  # titles of a picture that take part in a step
+    # Optimisation
+    epochs: int = 5
+    batch_size: int = 64  # pictures that are compared with each other in a step, of all processes together
+    accumulate: int = 1  # parts in which a batch goes through the towers; its loss is that of the whole batch
+    lr: float = 1e-5
+    schedule: Schedule = "cosine"
+    warmup: float = 0.05  # share of all steps until `lr` is reached
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98  # as in CLIP
+    epsilon: float = 1e-6
+    clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    # How a step is computed
+    precision: Precision = "fp32"
+    checkpoint_gradients: bool = False  # less memory, a third more time: activations are computed twice
+    compile: bool = False
+    patch_dropout: float = 0.0  # share of the patches that a step leaves out (FLIP)
+    local_loss: bool = False  # each process compares its own rows with those of all; else each computes the whole loss
+    fsdp: bool = False  # weights, gradients and moments are spread over the processes
+    # The machine
     device: str = "cpu"
+    threads: int = 1
     cache_limit: float = 4.0  # GiB of decoded pictures
+    save_every: int = 0  # steps; 0: after each epoch only
+    tensorboard: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            _check_type(name, getattr(self, name), hint)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ClipretError(f"{name} is {value}: it lies between {low:g} and {high:g}")
+        if self.batch_size % self.accumulate:
+            raise ClipretError(f"batch_size {self.batch_size} does not split into {self.accumulate} equal parts")
+        if self.fsdp and self.precision == "fp16":
+            raise ClipretError("precision fp16 scales the loss, which fsdp does not support: use bf16")
+
     @classmethod
-    def for_model(cls, data: str, model: str, **given: Any) -> Self:
-        """A configuration in which the model's recipe stands for every value that is not given or is None."""
-        name, has_weights = architecture(model)
-        recipe: dict[str, Any] = _SMALL if name == SMALL else _FINE_TUNE if has_weights else _FROM_SCRATCH
-        device = open_device(given.get("device") or "cpu")
-        values = {"precision": native_precision(device), "threads": torch.get_num_threads(), **recipe}
-        values |= {key: value for key, value in given.items() if value is not None}
-        return cls(data=data, model=model, **values)
+    def for_model(cls, data: str | None, model: str | None, *, recipe: str | None = None, **given: Any) -> Self:
+        """The defaults of the model's family, below those of `recipe`, below what is given and not None.
+
+        `recipe`: a name or a TOML file, a run's params.toml included; it may name `data` and `model` too.
+        Raises ClipretError for what `read_recipe`, an unknown name or a wrong value raise, and without a model.
+        """
+        chosen = {"data": data, "model": model, **given}
+        values = dict(read_recipe(recipe)) if recipe is not None else {}
+        values |= {key: value for key, value in chosen.items() if value is not None}
+        _refuse_unknown(values, recipe)
+        for needed, hint in (("data", "name a list"), ("model", "pass --model, or a recipe with one")):
+            if values.get(needed) is None:
+                raise ClipretError(f"there is no {needed}: {hint}")
+        name, has_weights = architecture(values["model"])
+        family = "small" if name == SMALL else "fine-tune" if has_weights else "from-scratch"
+        device = open_device(values.get("device", "cpu"))
+        machine = {"precision": native_precision(device), "threads": torch.get_num_threads()}
+        return cls(**(machine | read_recipe(family) | values))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A configuration from a run's params.toml, as it was. Raises ClipretError."""
+        values = read_recipe(str(path))
+        _refuse_unknown(values, str(path))
+        try:
+            return cls(**values)
+        except TypeError:
+            raise ClipretError(f"{path} lacks data or model: it is no params.toml of a run") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names and values as TOML knows them: what is None is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+_INFINITE = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "val_split": (1e-9, 1 - 1e-9),
+    "validate_every": (1, _INFINITE),
+    "fill": (0, 255),
+    "context_length": (3, _INFINITE),
+    "crop_size": (8, _INFINITE),
+    "crop_area": (1e-6, 1),
+    "jitter": (0, 1),
+    "captions": (1, _INFINITE),
+    "epochs": (1, _INFINITE),
+    "batch_size": (2, _INFINITE),
+    "accumulate": (1, _INFINITE),
+    "lr": (0, _INFINITE),
+    "warmup": (0, 1),
+    "weight_decay": (0, _INFINITE),
+    "beta1": (0, 1 - 1e-9),
+    "beta2": (0, 1 - 1e-9),
+    "epsilon": (0, 1),
+    "clip": (0, _INFINITE),
+    "patch_dropout": (0, 1 - 1e-9),
+    "threads": (1, _INFINITE),
+    "cache_limit": (0, _INFINITE),
+    "save_every": (0, _INFINITE),
+}
+
+
+def parse_value(name: str, text: str) -> Any:
+    """What `--set NAME=TEXT` means: `text` as TOML, or as it stands where the option is a text.
+
+    Raises ClipretError for an unknown name; types are checked by FitConfig.
+    """
+    _refuse_unknown({name: text}, None)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    takes_text = any(hint is str or typing.get_origin(hint) is Literal for hint in _members(_hints()[name]))
+    return text if takes_text and not isinstance(value, str | list) else value
+
+
+def _hints() -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(FitConfig)}
+
+
+def _refuse_unknown(values: Mapping[str, Any], origin: str | None) -> None:
+    known = list(_hints())
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            where = f" in {origin}" if origin is not None else ""
+            raise ClipretError(
+                f"there is no option {name!r}{where}: "
+                + (f"did you mean {', '.join(near)}?" if near else "see clipret-train options")
+            )
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    for kind in _members(hint):
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return
+        elif typing.get_origin(kind) is tuple:
+            if isinstance(value, tuple | list) and all(isinstance(one, str) for one in value):
+                return
+        elif (kind is float and type(value) in (int, float)) or type(value) is kind:
+            return
+    choices = [word for kind in _members(hint) for word in typing.get_args(kind) if isinstance(word, str)]
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    near = f" (did you mean {close[0]}?)" if close else ""
+    raise ClipretError(f"{name} is {value!r}{near}: it must be {_describe_type(hint)}")
+
+
+def _describe_type(hint: Any) -> str:
+    """`float | None` as a reader of a message wants it: a number, or nothing."""
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "left out"}
+    words = []
+    for kind in _members(hint):
+        if typing.get_origin(kind) is Literal:
+            words.append("one of " + ", ".join(typing.get_args(kind)))
+        elif typing.get_origin(kind) is tuple:
+            words.append("a list of texts")
+        else:
+            words.append(names[kind])
+    return " or ".join(words)
+
+
+def option_table() -> list[list[str]]:
+    """Name, type and default of every option."""
+    rows = []
+    for field in dataclasses.fields(FitConfig):
+        default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)
+        rows.append([field.name, _describe_type(field.type), default])
+    return rows

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,86 +16,118 @@ from clipret.bundle import ImageSpec
 from clipret.console import progress
 from clipret.errors import ClipretError
 from clipret.images import PictureError, load
-from clipret.pairs import PairSet
 from clipret.text import Tokenizer
+from clipret.training.listing import Listing
 from clipret.training.loaded import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
 
-__all__ = ["Pictures", "Texts", "positives", "split_pairs"]
+__all__ = ["Pictures", "TextBatch", "Texts"]
 
 _AHEAD = 3  # batches decoded ahead of the model when pictures are streamed: 58 MiB at 224 px and batch 128
 
 
-def split_pairs(pairs: PairSet, share: float, seed: int) -> tuple[PairSet, PairSet]:
-    """Training and validation part, split by picture: no picture is in both.
+@dataclass(frozen=True)
+class TextBatch:
+    """The titles of a step. `groups` are token ids int64 [T',L'] that together are all T titles, of similar length
+    each; `places` says which: the rows of all groups, one behind the other, are the titles places[0], places[1], …"""
 
-    Raises ClipretError when one of the two would be empty.
-    """
-    held_out = round(len(pairs.paths) * share)
-    if not 0 < held_out < len(pairs.paths):
-        raise ClipretError(
-            f"a validation share of {share} of {len(pairs.paths)} pictures leaves one part empty: change --val-split"
-        )
-    order = torch.randperm(len(pairs.paths), generator=torch.Generator().manual_seed(seed)).tolist()
-    return pairs.subset(sorted(order[held_out:])), pairs.subset(sorted(order[:held_out]))
+    titles: Tensor  # int64 [T]
+    groups: tuple[Tensor, ...]
+    places: Tensor  # int64 [T]
+
+    def ordered(self, rows: Sequence[Tensor]) -> Tensor:
+        """What the text tower made of the groups, [T',D] each -> [T,D] in the order of `titles`."""
+        order = torch.empty_like(self.places)
+        order[self.places] = torch.arange(len(self.places))
+        joined = torch.cat(list(rows))
+        return joined[order.to(joined.device)]
 
 
 class Texts:
-    """The titles of a PairSet as token ids, made once.
+    """The titles of a Listing as token ids, made once.
 
     `of_picture[i]` holds the positions of picture i's titles, int64.
     """
 
-    def __init__(self, loaded: LoadedModel, pairs: PairSet) -> None:
+    def __init__(self, loaded: LoadedModel, listing: Listing) -> None:
+        pairs = listing.pairs
         self._ids = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(pairs.titles))  # [N,L]
         used = self._ids != loaded.text.pad_id
         # Of a batch only the columns that one of its titles needs go through the text tower.
         trimmed = loaded.text.pad_to == "longest"
         self._lengths = (used * torch.arange(1, used.shape[1] + 1)).amax(dim=1) if trimmed else None
         self.of_picture = [torch.tensor(titles) for titles in pairs.of_picture]
+        self._groups = [torch.tensor(groups, dtype=torch.int64) + len(pairs.titles) for groups in listing.groups]
 
     def ids(self, titles: Tensor) -> Tensor:
         """Token ids int64 [T,L] of the titles at these positions, int64 [T]."""
         width = self._ids.shape[1] if self._lengths is None else int(self._lengths[titles].max())
         return self._ids[titles, :width]
 
-    def sample(self, pictures: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
-        """Positions, int64 [T], of up to `count` titles of each picture, drawn without replacement."""
-        drawn = []
-        for picture in pictures:
+    def batch(self, titles: Tensor, groups: int = 4) -> TextBatch:
+        """The titles at these positions, int64 [T], sorted into `groups` groups by length where they may be trimmed:
+        a long caption makes a tower compute padding for all that it shares a group with."""
+        if self._lengths is None or len(titles) < 8 * groups:
+            return TextBatch(titles, (self.ids(titles),), torch.arange(len(titles)))
+        places = self._lengths[titles].argsort(stable=True)
+        parts = tuple(self.ids(titles[part]) for part in places.tensor_split(groups))
+        return TextBatch(titles, parts, places)
+
+    def sample(self, pictures: Sequence[int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Positions, int64 [T], of up to `count` titles of each picture, drawn without replacement; and for each of
+        them its picture's place in `pictures`, int64 [T]."""
+        drawn, owners = [], []
+        for place, picture in enumerate(pictures):
             titles = self.of_picture[picture]
             drawn.append(titles[torch.randperm(len(titles), generator=generator)[:count]])
-        return torch.cat(drawn)
+            owners += [place] * len(drawn[-1])
+        return torch.cat(drawn), torch.tensor(owners)
+
+    def keys(self, pictures: Sequence[int], titles: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [B,K] and [T,L], as `clipret.training.loss.LossBatch` has them: a picture's keys are all its titles and
+        its groups, a title's are itself and the groups of the picture that it was drawn for."""
+        groups = [self._groups[picture] for picture in pictures]
+        of_images = [torch.cat([self.of_picture[p], mine]) for p, mine in zip(pictures, groups, strict=True)]
+        width = max(len(mine) for mine in groups)
+        of_titles = torch.cat([titles[:, None], _padded(groups, width)[owners]], dim=1)  # [T,1+G]
+        return _padded(of_images, max(len(keys) for keys in of_images)), of_titles
 
 
-def positives(of_picture: Sequence[Tensor], titles: Tensor) -> Tensor:
-    """bool [B,T]: whether a row of the list pairs picture b (its titles: of_picture[b]) with titles[t]."""
-    return torch.stack([torch.isin(titles, mine) for mine in of_picture])
+def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    """int64 rows of any length as one tensor [N,width], filled up with -1."""
+    table = torch.full((len(rows), width), -1)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = row
+    return table
 
 
 class Pictures:
-    """The decoded pictures of a PairSet as uint8, in memory when they take at most `cache_limit` bytes.
+    """The decoded pictures of a Listing as uint8, in memory when they take at most `cache_limit` bytes.
 
     Otherwise every epoch decodes them again, a few batches ahead of the model, in `threads` threads. `cached` is the
-    number of bytes in memory. A picture that cannot be decoded is left out and its reason kept in `skipped`, by its
-    position in `paths`. Raises ClipretError when all are decoded at once and none can be.
+    number of bytes in memory. `fast` decodes as `clipret.images.load` does with it: good enough to learn from. A
+    picture that cannot be decoded is left out and its reason kept in `skipped`, by its position in the list. Raises
+    ClipretError when all are decoded at once and none can be.
     """
 
-    def __init__(self, paths: Sequence[Path], spec: ImageSpec, *, threads: int, cache_limit: int) -> None:
+    def __init__(
+        self, listing: Listing, spec: ImageSpec, *, threads: int, cache_limit: int, fast: bool = False
+    ) -> None:
         self.skipped: dict[int, str] = {}
-        self._paths, self._spec, self._threads = paths, spec, threads
+        self._listing, self._spec, self._threads, self._fast = listing, spec, threads, fast
         self._cache: Tensor | None = None
-        bytes_needed = len(paths) * spec.size * spec.size * 3
+        count = len(listing.pairs.paths)
+        bytes_needed = count * spec.size * spec.size * 3
         self.cached = bytes_needed if bytes_needed <= cache_limit else 0
         if self.cached:
-            cache = np.zeros((len(paths), spec.size, spec.size, 3), dtype=np.uint8)
-            decoded = self._decode(range(len(paths)))
-            for position, pixels in progress(decoded, total=len(paths), desc="reading pictures", unit="picture"):
+            cache = np.zeros((count, spec.size, spec.size, 3), dtype=np.uint8)
+            decoded = self._decode(range(count))
+            for position, pixels in progress(decoded, total=count, desc="reading pictures", unit="picture"):
                 if pixels is not None:
                     cache[position] = pixels
-            if len(self.skipped) == len(paths):
-                raise ClipretError(f"none of the {len(paths)} pictures can be read, {self.example()}")
+            if len(self.skipped) == count:
+                raise ClipretError(f"none of the {count} pictures can be read, {self.example()}")
             self._cache = torch.from_numpy(cache)
 
     def batches(self, order: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -108,13 +141,22 @@ class Pictures:
         while pairs := list(islice(decoded, batch_size)):
             yield [position for position, _ in pairs], torch.from_numpy(np.stack([pixels for _, pixels in pairs]))
 
+    def path(self, position: int) -> Path:
+        return self._listing.pairs.paths[position]
+
     def skipped_paths(self) -> dict[Path, str]:
-        return {self._paths[position]: reason for position, reason in self.skipped.items()}
+        return {self.path(position): reason for position, reason in self.skipped.items()}
 
     def example(self) -> str:
         """One unreadable picture and its reason, for a message."""
         position, reason = next(iter(self.skipped.items()))
-        return f"for example {self._paths[position]}: {reason}; check --image-root"
+        return f"for example {self.path(position)}: {reason}; check --image-root"
+
+    def _load(self, position: int) -> Pixels:
+        read = self._listing.read
+        source = self.path(position) if read is None else read[position]()
+        pixels: Pixels = load(source, self._spec, self._fast)
+        return pixels
 
     def _decode(self, order: Sequence[int], batch_size: int = 32) -> Iterator[tuple[int, Pixels | None]]:
         """Decode in threads, in order, at most a few batches ahead; None for what cannot be decoded."""
@@ -124,7 +166,7 @@ class Pictures:
             try:
                 while True:
                     for position in islice(wanted, batch_size * _AHEAD - len(waiting)):
-                        waiting.append((position, pool.submit(load, self._paths[position], self._spec)))
+                        waiting.append((position, pool.submit(self._load, position)))
                     if not waiting:
                         return
                     position, future = waiting.popleft()

@@ -1,174 +1,335 @@
-"""Training: from a list of pictures and titles to a run folder. `fit` reads top to bottom."""
+"""Training: from a list of pictures and titles to a run folder. `fit` and `_Training` read top to bottom."""
 
 import dataclasses
+import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
+from tqdm import tqdm
 
-from clipret.console import progress
 from clipret.errors import ClipretError
-from clipret.pairs import PairSet, read_pairs
 from clipret.training.augment import Augmenter
+from clipret.training.checkpoint import Checkpoints
 from clipret.training.config import FitConfig
-from clipret.training.data import Pictures, Texts, positives, split_pairs
-from clipret.training.loss import contrastive_loss, retrieval_accuracy
-from clipret.training.models import load_model
-from clipret.training.precision import autocast, open_device
+from clipret.training.data import Pictures, Texts
+from clipret.training.distributed import World, gather_objects, join, smallest
+from clipret.training.learner import Learner
+from clipret.training.listing import read_listings
+from clipret.training.loss import LossConfig
 from clipret.training.run import RunFolder
-from clipret.training.validation import normalise, recall
+from clipret.training.schedule import generator, learning_rate, seed_of
+from clipret.training.step import Batch, GradientStep, StepResult
+from clipret.training.validation import normalise, quality, recall
 
 __all__ = ["FitResult", "fit"]
 
 _MAX_LOGIT_SCALE = math.log(100)  # as in CLIP: a larger one makes training unstable
-_MAX_GRADIENT = 1.0
+_MACHINE = ("cache_limit", "device", "save_every", "tensorboard", "threads")  # may differ when a run is resumed
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """`best` and `last` are lines of metrics.jsonl; `skipped` counts the pictures that could not be read."""
+    """`best` and `last` are lines of metrics.jsonl; `skipped` counts the pictures that could not be read. `writes`:
+    whether this is the one process of several that should print it."""
 
     run: Path
     best: dict[str, Any]
     last: dict[str, Any]
     skipped: int
+    writes: bool = True
 
 
-def fit(config: FitConfig, out: Path, report: Callable[[dict[str, Any]], None] | None = None) -> FitResult:
+@dataclass
+class _Position:
+    """Where a training is; what a checkpoint says beside weights and optimiser. Random numbers need nothing: each
+    step's are decided by the seed and the step."""
+
+    epoch: int = 1
+    step: int = 0
+    consumed: int = 0  # pictures of this epoch's order, of this process
+    losses: list[float] = field(default_factory=list)  # of this epoch's steps
+    accuracies: list[float] = field(default_factory=list)
+    overflows: int = 0  # steps that fp16 skipped
+    steps_an_epoch: int = 0
+    cpu_seconds: float = 0.0  # of the processes before this one
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # of the epochs before
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    config: FitConfig, out: Path, report: Callable[[dict[str, Any]], None] | None = None, *, resume: bool = False
+) -> FitResult:
     """Train as `config` says and leave a run folder at `out`; `report` is called with each epoch's metrics.
 
-    Raises ClipretError: `out` is taken, a list or the model cannot be read, no picture can be read, or the loss
-    is no longer a number.
+    With `resume` a run that was begun at `out` with the same configuration goes on after its last checkpoint and ends
+    with the weights that it would have had without the interruption; one that is not there begins. Under torchrun
+    every process calls this alike.
+
+    Raises ClipretError: `out` is taken or holds another run, a list or the model cannot be read, no picture can be
+    read, the disk is full, or the loss is no longer a number.
     """
-    RunFolder.refuse_taken(out)
-    device = open_device(config.device)
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)  # decides dropout; all else is drawn from the generator
-    generator = torch.Generator().manual_seed(config.seed)
+    with join(config.device) as world:
+        return _Training(config, out, world, report, resume=resume).run()
 
-    train, val = _read_lists(config)
-    loaded = load_model(config.model, seed=config.seed, captions=train.titles)
-    train_texts, val_texts = Texts(loaded, train), Texts(loaded, val)
-    limit = int(config.cache_limit * 2**30)
-    train_pictures = Pictures(train.paths, loaded.image, threads=config.threads, cache_limit=limit)
-    val_pictures = Pictures(val.paths, loaded.image, threads=config.threads, cache_limit=limit - train_pictures.cached)
 
-    run = RunFolder.create(out, dataclasses.asdict(config), loaded)
-    run.log(f"{len(train.paths)} pictures with {len(train.titles)} titles to train on, {len(val.paths)} held out")
+class _Training:
+    def __init__(
+        self,
+        config: FitConfig,
+        out: Path,
+        world: World,
+        report: Callable[[dict[str, Any]], None] | None,
+        *,
+        resume: bool,
+    ) -> None:
+        self.config, self.world, self.device, self.report = config, world, world.device, report
+        self.folder = RunFolder(out, writes=world.writes)
+        identity = f"{seed_of(json.dumps(_decisive(config)), world.size):016x}"
+        self.checkpoints = Checkpoints(self.folder.checkpoints, identity)
+        if config.batch_size % (world.size * config.accumulate):
+            raise ClipretError(
+                f"batch_size {config.batch_size} does not split over {world.size} processes with {config.accumulate} "
+                "parts each"
+            )
+        saved = self._claim(resume)
+        torch.set_num_threads(config.threads)
 
-    model: Any = loaded.model.to(device).to(memory_format=torch.channels_last)
-    augment = Augmenter(config.augment, config.crop_size or loaded.image.size, config.crop_area, config.jitter)
-    optimizer = _optimizer(model, config)
-    batch_size = min(config.batch_size, len(train.paths) - len(train_pictures.skipped))
-    steps_an_epoch = (len(train.paths) - len(train_pictures.skipped)) // max(batch_size, 1)
-    step = 0
-    best: dict[str, Any] = {}
-    for epoch in range(1, config.epochs + 1):
-        began = time.perf_counter()
-        losses, accuracies = [], []
-        model.train()
-        order = torch.randperm(len(train.paths), generator=generator).tolist()
-        batches = train_pictures.batches(order, batch_size)
-        for chosen, pixels in progress(
-            batches, total=steps_an_epoch, desc=f"epoch {epoch}/{config.epochs}", unit="step"
-        ):
-            if len(chosen) < batch_size:
-                continue  # the rest of the epoch: too few negatives, too few pictures for a batch's statistics
-            titles = train_texts.sample(chosen, config.captions, generator)  # [T]
-            right = positives([train_texts.of_picture[picture] for picture in chosen], titles).to(device)  # [B,T]
-            images = normalise(loaded, augment(pixels.to(device), generator))  # [B,3,S,S]
-            with autocast(config.precision, device):
-                image_rows = model.encode_image(images)  # [B,D]
-                text_rows = model.encode_text(train_texts.ids(titles).to(device))  # [T,D]
-            image_rows = F.normalize(image_rows.float(), dim=-1)
-            text_rows = F.normalize(text_rows.float(), dim=-1)
-            loss = contrastive_loss(image_rows, text_rows, model.logit_scale.exp(), right)
+        self.train_list, self.val_list = read_listings(config)
+        if saved is not None and saved["listing"] != self.train_list.fingerprint():
+            raise ClipretError(f"{config.data} is not what it was when this run began: put the old list back")
+        self.learner = Learner(config, self.train_list.pairs.titles, world, self.checkpoints.last if saved else None)
+        self.loaded = self.learner.loaded
+        self.texts, self.val_texts = Texts(self.loaded, self.train_list), Texts(self.loaded, self.val_list)
+        self.mine = range(world.rank, len(self.train_list.pairs.paths), world.size)  # the share of this process
+        self.pictures, self.val_pictures = self._open_pictures()
+        self.augment = Augmenter(
+            config.augment, config.crop_size or self.loaded.image.size, config.crop_area, config.jitter
+        )
+        self.gradients = GradientStep(
+            self.learner.model,
+            LossConfig(local_loss=config.local_loss),
+            precision=config.precision,
+            device=self.device,
+            parts=config.accumulate,
+            compiled=config.compile,
+            seed=(config.seed, "dropout", world.rank),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.at = _Position()
+        if saved is None:
+            self._begin()
+        else:
+            self._go_on(saved)
 
-            step += 1
-            losses.append(loss.item())
-            accuracies.append(retrieval_accuracy(image_rows, text_rows, right).item())
-            if not math.isfinite(losses[-1]):
-                run.log(f"stopped: the loss is {losses[-1]} at step {step}")
-                raise ClipretError(
-                    f"the loss is {losses[-1]} at step {step} of epoch {epoch}: lower --lr ({config.lr})"
-                )
-            lr = _learning_rate(step, steps_an_epoch * config.epochs, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT)
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
+    def run(self) -> FitResult:
+        config, at = self.config, self.at
+        if config.tensorboard:
+            self.folder.open_board(at.step)
+        total = config.epochs * at.steps_an_epoch
+        batch = self.local_batch * self.world.size
+        hidden = None if self.world.writes else True  # None: where stderr is no terminal
+        with tqdm(
+            total=total * batch,
+            initial=at.step * batch,
+            unit="picture",
+            disable=hidden,
+            dynamic_ncols=True,
+            leave=False,
+        ) as bar:
+            while at.epoch <= config.epochs:
+                self._train_epoch(bar, total)
+                self._finish_epoch()
+        self.folder.close()
+        skipped = gather_objects(len(self.pictures.skipped) + len(self.val_pictures.skipped), self.world)
+        return FitResult(self.folder.path, at.best, at.metrics[-1], sum(skipped), self.world.writes)
 
-        if not losses:
-            raise ClipretError(f"none of the {len(train.paths)} pictures can be read, {train_pictures.example()}")
-        seconds = time.perf_counter() - began
-        metrics = {
-            "epoch": epoch,
-            "step": step,
-            "loss": sum(losses) / len(losses),
-            "batch_accuracy": sum(accuracies) / len(accuracies),
-            "lr": lr,
-            "logit_scale": model.logit_scale.exp().item(),
-            "pictures_per_second": len(losses) * batch_size / seconds,
+    def _claim(self, resume: bool) -> dict[str, Any] | None:
+        """The state of the checkpoint to go on from; None where the run begins."""
+        folder = self.folder
+        if not resume:
+            if self.world.writes:
+                folder.refuse_taken(folder.path)
+            smallest(0, self.world)  # nobody writes before that is known
+            return None
+        before = folder.params()
+        if before is None:
+            if not folder.checkpoints.is_dir():
+                folder.refuse_taken(folder.path)
+            return None
+        old, new = _decisive(before), _decisive(self.config)
+        if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+            name = changed[0]
+            raise ClipretError(
+                f"{folder.path} was begun with another {', '.join(changed)} ({name}: {old.get(name)!r}, now "
+                f"{new.get(name)!r}): go on with  clipret-train resume {folder.path}  or train into a new folder"
+            )
+        if self.world.writes:
+            self.checkpoints.sweep()
+        return self.checkpoints.load_state()
+
+    def _open_pictures(self) -> tuple[Pictures, Pictures]:
+        """Those of this process, to train on and held out."""
+        config, world, spec = self.config, self.world, self.loaded.image
+        limit = int(config.cache_limit * 2**30) // world.size
+        train = Pictures(self.train_list.subset(self.mine), spec, threads=config.threads, cache_limit=limit, fast=True)
+        held_out = range(world.rank, len(self.val_list.pairs.paths), world.size)
+        left = max(limit - train.cached, 0)
+        return train, Pictures(self.val_list.subset(held_out), spec, threads=config.threads, cache_limit=left)
+
+    def _begin(self) -> None:
+        self.folder.begin(self.config.to_dict(), self.loaded)
+        readable = smallest(len(self.mine) - len(self.pictures.skipped), self.world)
+        self.at.steps_an_epoch = max(readable // min(self.local_batch, max(readable, 1)), 1)
+        count, titles = len(self.train_list.pairs.paths), len(self.train_list.pairs.titles)
+        held_out = len(self.val_list.pairs.paths)
+        self.folder.log(f"{count} pictures with {titles} titles to train on, {held_out} held out")
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        positions: list[dict[str, Any]] = saved["positions"]
+        self.at = _Position(**positions[self.world.rank])
+        self.pictures.skipped |= saved["skipped"][self.world.rank]
+        self.learner.load_state(saved["learner"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.folder.record(self.at.metrics)
+        self.folder.log(f"goes on after step {self.at.step}")
+
+    @property
+    def local_batch(self) -> int:
+        """Pictures of this process in a step."""
+        readable = max(len(self.mine) - len(self.pictures.skipped), 1)
+        return min(self.config.batch_size // self.world.size, smallest(readable, self.world))
+
+    def _train_epoch(self, bar: Any, total: int) -> None:
+        config, at, world = self.config, self.at, self.world
+        began, steps_before = time.perf_counter(), len(at.losses)
+        self.learner.model.train()
+        draw = generator(config.seed, "order", at.epoch, world.rank)
+        order = torch.randperm(len(self.mine), generator=draw)
+        place = order.argsort()  # where in the order a picture is
+        size = self.local_batch
+        for chosen, pixels in self._whole_batches(order[at.consumed :].tolist(), size):
+            at.step += 1
+            lr = learning_rate(at.step, total, lr=config.lr, warmup=config.warmup, schedule=config.schedule)
+            result = self._step(chosen, pixels, lr)
+            at.losses.append(result.loss)
+            at.accuracies.append(result.accuracy)
+            at.consumed = int(place[chosen[-1]]) + 1
+            bar.update(size * world.size)
+            if at.step % 10 == 0 or at.step == 1:
+                bar.set_postfix_str(f"epoch {at.epoch}, loss {result.loss:.3f}, accuracy {100 * result.accuracy:.0f}%")
+            self.folder.scalars(
+                at.step,
+                {
+                    "loss": result.loss,
+                    "accuracy": result.accuracy,
+                    "learning_rate": lr,
+                    "logit_scale": self.learner.logit_scale(),
+                },
+            )
+            if config.save_every and at.step % config.save_every == 0:
+                self._save()
+        if not at.losses:
+            raise ClipretError(f"none of the {len(self.mine)} pictures can be read, {self.pictures.example()}")
+        self.rate = (len(at.losses) - steps_before) * size * world.size / max(time.perf_counter() - began, 1e-9)
+
+    def _whole_batches(self, order: list[int], size: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches as long as every process has a whole one: the rest of an epoch has too few negatives, and too few
+        pictures for a batch's statistics."""
+        batches = self.pictures.batches(order, size)
+        while True:
+            chosen, pixels = next(batches, ([], torch.empty(0)))
+            if not smallest(len(chosen) == size, self.world):
+                return
+            yield chosen, pixels
+
+    def _step(self, chosen: list[int], pixels: Tensor, lr: float) -> StepResult:
+        """One step of the optimiser on these pictures, positions among this process's."""
+        config, at, learner = self.config, self.at, self.learner
+        draw = generator(config.seed, "step", at.step, self.world.rank)
+        pictures = [self.mine[position] for position in chosen]  # as the texts number them
+        titles, owners = self.texts.sample(pictures, config.captions, draw)  # [T]
+        images = normalise(self.loaded, self.augment(pixels.to(self.device), draw))  # [B,3,S,S]
+        texts = self.texts.batch(titles, max(4, config.accumulate))
+        batch = Batch(images, texts, *self.texts.keys(pictures, titles, owners))
+        learner.optimizer.zero_grad(set_to_none=True)
+        result = self.gradients(batch, at.step, self.scaler.scale)
+        if not math.isfinite(result.loss):
+            self._stop(result, pictures)
+        learner.average_gradients()
+        learner.set_lr(lr)
+        self.scaler.unscale_(learner.optimizer)
+        learner.clip(config.clip)
+        before = self.scaler.get_scale()
+        self.scaler.step(learner.optimizer)
+        self.scaler.update()
+        at.overflows += self.scaler.get_scale() < before
+        with torch.no_grad():
+            learner.model.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
+        return result
+
+    def _stop(self, result: StepResult, pictures: list[int]) -> None:
+        """Say which pictures made the loss no number; weights and checkpoints are as they were before the step."""
+        at, paths = self.at, self.train_list.pairs.paths
+        guilty = [str(paths[pictures[place]]) for place in result.broken or range(len(pictures))]
+        what = f"the loss is {result.loss} at step {at.step} of epoch {at.epoch}"
+        self.folder.log(f"stopped: {what}; its pictures: {', '.join(guilty)}")
+        named = ", ".join(guilty[:3]) + (f" and {len(guilty) - 3} more, see log.txt" if len(guilty) > 3 else "")
+        last = f"; the last checkpoint is intact: {self.checkpoints.last}" if self.checkpoints.last.exists() else ""
+        raise ClipretError(f"{what} with {named}: look at them, or lower --lr ({self.config.lr}){last}")
+
+    def _finish_epoch(self) -> None:
+        """Measure, note, save."""
+        config, at = self.config, self.at
+        metrics: dict[str, Any] = {
+            "epoch": at.epoch,
+            "step": at.step,
+            "loss": sum(at.losses) / len(at.losses),
+            "batch_accuracy": sum(at.accuracies) / len(at.accuracies),
+            "lr": self.learner.lr,
+            "logit_scale": self.learner.logit_scale(),
+            "pictures_per_second": self.rate,
         }
-        run.save(loaded, "last")
-        if epoch % config.validate_every == 0 or epoch == config.epochs:
-            metrics |= recall(loaded, val, val_pictures, val_texts, device)
-            if not best or _quality(metrics) > _quality(best):
-                best = metrics
-                run.save(loaded, "best")
-        metrics["cpu_seconds"] = time.process_time()  # user and system, of all threads, since the process began
-        run.write_skipped(train_pictures.skipped_paths() | val_pictures.skipped_paths())
-        run.record(metrics)
-        run.log(f"epoch {epoch} of {config.epochs}, loss {metrics['loss']:.4f}")
-        if report is not None:
-            report(metrics)
-    return FitResult(out, best, metrics, len(train_pictures.skipped) + len(val_pictures.skipped))
+        if config.precision == "fp16":
+            metrics["overflows"] = at.overflows
+        if at.epoch % config.validate_every == 0 or at.epoch == config.epochs:
+            pairs = self.val_list.pairs
+            metrics |= recall(self.loaded, pairs, self.val_pictures, self.val_texts, self.device, self.world)
+            self.folder.scalars(at.step, {f"recall_at_10/{way}": metrics[way]["recall_at_10"] for way in _WAYS})
+            if not at.best or quality(metrics) > quality(at.best):
+                at.best = metrics
+                self.learner.save_best(self.checkpoints, at.step)
+        metrics["cpu_seconds"] = at.cpu_seconds + time.process_time()  # user and system, of all threads
+        at.metrics.append(metrics)
+        self.folder.log(f"epoch {at.epoch} of {config.epochs}, loss {metrics['loss']:.4f}")
+        at.epoch, at.consumed, at.losses, at.accuracies = at.epoch + 1, 0, [], []
+        self._save()
+        self.folder.record(at.metrics)
+        skipped = gather_objects(self.pictures.skipped_paths() | self.val_pictures.skipped_paths(), self.world)
+        self.folder.write_skipped({path: reason for share in skipped for path, reason in share.items()})
+        if self.report is not None and self.world.writes:
+            self.report(metrics)
+
+    def _save(self) -> None:
+        position = dataclasses.replace(self.at, cpu_seconds=self.at.cpu_seconds + time.process_time())
+        state = {
+            "positions": gather_objects(dataclasses.asdict(position), self.world),
+            "skipped": gather_objects(self.pictures.skipped, self.world),
+            "listing": self.train_list.fingerprint(),
+            "scaler": self.scaler.state_dict(),
+            "config": self.config.to_dict(),
+        }
+        self.learner.save_last(self.checkpoints, state, self.at.step)
 
 
-def _read_lists(config: FitConfig) -> tuple[PairSet, PairSet]:
-    """The pictures to train on and those held out; the latter are taken out of the former."""
-    columns: dict[str, Any] = {"image_column": config.image_column, "title_column": config.title_column}
-    data = Path(config.data)
-    root = Path(config.image_root) if config.image_root is not None else None
-    pairs = read_pairs(data, image_root=root, where=config.where, **columns)
-    if config.val is None and config.val_where is None:
-        return split_pairs(pairs, config.val_split, config.seed)
-    source = Path(config.val) if config.val is not None else data
-    val = read_pairs(source, image_root=root, where=config.val_where, **columns)
-    held_out = set(val.paths)
-    keep = [position for position, path in enumerate(pairs.paths) if path not in held_out]
-    if not keep:
-        raise ClipretError(f"every picture of {data} is held out for validation: change --where, --val or --val-where")
-    return pairs.subset(keep), val
+_WAYS = ("text_to_image", "image_to_text")
 
 
-def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """AdamW without decay on what is no matrix: biases, normalisations, the logit scale."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # The fused kernel is six times faster on a CPU. Second moments as in CLIP.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-
-
-def _learning_rate(step: int, steps: int, config: FitConfig) -> float:
-    """A linear rise to `lr`, times a half cosine to zero over the whole training; `step` counts from 1."""
-    rise = min(1.0, step / max(1.0, config.warmup * steps))
-    return config.lr * rise * (0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - 1) / steps)))
-
-
-def _quality(metrics: dict[str, Any]) -> float:
-    """What decides which epoch is the best."""
-    quality: float = metrics["text_to_image"]["recall_at_10"]
-    return quality
+def _decisive(config: FitConfig) -> dict[str, Any]:
+    """What decides the weights that a training ends with."""
+    return {name: value for name, value in config.to_dict().items() if name not in _MACHINE}

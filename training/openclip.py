@@ -25,7 +25,7 @@ from clipret.text import Tokenizer
 from clipret.training.hub_tokenizer import tokenizer_file
 from clipret.training.loaded import LoadedModel, file_sha256, weights_sha256
 
-__all__ = ["CONFIG", "load_open_clip", "model_names", "rebuild_open_clip"]
+__all__ = ["CONFIG", "ShortTextCLIP", "load_open_clip", "model_names", "rebuild_open_clip"]
 
 CONFIG = "open_clip_config.json"  # open_clip's own name for the file that rebuilds a model
 _TEXT_MODEL = "text_model"  # our addition to it: the configuration of a text tower of transformers
@@ -222,7 +222,7 @@ def _per_channel(value: float | Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-class _ShortTextCLIP(open_clip.CLIP):  # type: ignore[misc]
+class ShortTextCLIP(open_clip.CLIP):  # type: ignore[misc]
     """open_clip.CLIP whose encode_text also takes texts shorter than the context.
 
     The original adds its whole positional embedding and so computes all 77 positions of "a red car". A causal tower
@@ -272,7 +272,7 @@ def _adapt(model: Any) -> None:
         if hasattr(tower, "output_tokens"):
             tower.output_tokens = False  # or encode_image and encode_text would return a tuple
     if text is None and model.attn_mask is not None and model.text_pool_type in ("argmax", "eos"):
-        model.__class__ = _ShortTextCLIP
+        model.__class__ = ShortTextCLIP
     if type(text) is TextTransformer and _reads_one_token_causally(text):
         text.__class__ = _ShortTextTransformer
 
@@ -287,7 +287,7 @@ def _takes_short_texts(model: Any, tokenizer_json: str, spec: TextSpec) -> bool:
     text = getattr(model, "text", None)
     if isinstance(text, HFTextEncoder):
         safe = text.config.pad_token_id == spec.pad_id  # else its attention mask lets pads in
-    elif isinstance(model, _ShortTextCLIP) or isinstance(text, _ShortTextTransformer):
+    elif isinstance(model, ShortTextCLIP) or isinstance(text, _ShortTextTransformer):
         # The largest id of a text may be its first pad, unless that is zero.
         safe = spec.pad_id == 0 or (model.text_pool_type if text is None else text.pool_type) == "eos"
     else:

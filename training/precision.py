@@ -1,4 +1,4 @@
-"""bf16 where the processor multiplies in it, with attention kept in float32."""
+"""bf16 or fp16 where the processor multiplies in it; on a CPU attention stays in float32."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from clipret.errors import ClipretError
 
 __all__ = ["Precision", "autocast", "native_precision", "open_device"]
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_device(name: str) -> torch.device:
@@ -39,7 +40,7 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
         return
     attention = _float32_attention() if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, torch.bfloat16), attention:
+    with torch.autocast(device.type, _DTYPES[precision]), attention:
         yield
 
 
@@ -66,4 +67,4 @@ def _float32_attention() -> Iterator[None]:
 
 
 def _widen(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _DTYPES.values() else value

@@ -2,14 +2,17 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import tomli_w
 from safetensors.torch import save
+from torch import Tensor
 
 from clipret.errors import ClipretError
 from clipret.files import write_file
+from clipret.training.config import FitConfig
 from clipret.training.loaded import LoadedModel
 from clipret.training.models import describe
 
@@ -22,49 +25,86 @@ class RunFolder:
     log.txt             what happened, with the time of day
     metrics.jsonl       a line for each epoch
     skipped.tsv         pictures that could not be read, with the reason
-    checkpoints/        last.safetensors, best.safetensors
+    tensorboard/        the course of each step, where it is asked for
+    checkpoints/        last.safetensors, best.safetensors and what resuming needs; see checkpoint.py
+    adapter/            the adapter of the best epoch in PEFT's layout, where one is trained
 
-    Every file but the log is written whole or not at all.
+    Every file but the log and TensorBoard's is written whole or not at all. Of several processes one `writes`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._metrics: list[str] = []
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self._writes = writes
+        self._board: Any = None
 
     @classmethod
-    def create(cls, path: Path, params: dict[str, Any], loaded: LoadedModel) -> Self:
+    def create(cls, path: Path, params: Mapping[str, Any], loaded: LoadedModel) -> Self:
         """Make the folder and write what is known before the first step. Raises ClipretError when `path` is taken."""
         cls.refuse_taken(path)
+        run = cls(path)
+        run.begin(params, loaded)
+        return run
+
+    def begin(self, params: Mapping[str, Any], loaded: LoadedModel) -> None:
+        """The same where the folder may hold the remains of a training that was killed before its first checkpoint."""
+        if not self._writes:
+            return
         try:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another place") from None
+            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; choose another place") from None
         given = {name: value for name, value in params.items() if value is not None}  # TOML knows no null
-        write_file(path / "params.toml", tomli_w.dumps(given))
         for name, content in describe(loaded).items():
-            write_file(path / name, content)
-        return cls(path)
+            write_file(self.path / name, content)
+        write_file(self.path / "params.toml", tomli_w.dumps(given))
 
     @staticmethod
     def refuse_taken(path: Path) -> None:
         """Raise ClipretError unless `path` is free: absent or an empty folder."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ClipretError(f"{path} exists and is not empty: name a new folder for this run, or remove it")
+            raise ClipretError(
+                f"{path} exists and is not empty: name a new folder for this run, pass --resume to go on with it, "
+                "or remove it"
+            )
+
+    def params(self) -> FitConfig | None:
+        """The configuration that the folder was begun with; None when there is none."""
+        file = self.path / "params.toml"
+        return FitConfig.read(file) if file.is_file() else None
 
     def log(self, line: str) -> None:
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        if self._writes:
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
-    def record(self, metrics: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        self._metrics.append(json.dumps(metrics) + "\n")
-        write_file(self.path / "metrics.jsonl", "".join(self._metrics))
+    def record(self, metrics: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl, a line for each of `metrics`."""
+        if self._writes:
+            write_file(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
 
-    def write_skipped(self, skipped: dict[Path, str]) -> None:
-        lines = (f"{path}\t{reason}\n" for path, reason in skipped.items())
-        write_file(self.path / "skipped.tsv", "path\treason\n" + "".join(lines))
+    def open_board(self, step: int) -> None:
+        """Start TensorBoard's files; what they say of steps after `step` counts no longer."""
+        if self._writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def write_skipped(self, skipped: Mapping[Path, str]) -> None:
+        if self._writes:
+            lines = (f"{path}\t{reason}\n" for path, reason in skipped.items())
+            write_file(self.path / "skipped.tsv", "path\treason\n" + "".join(lines))
 
     def save(self, loaded: LoadedModel, name: str) -> None:
-        """Write the weights to checkpoints/NAME.safetensors."""
-        weights = {key: tensor.detach().cpu().contiguous() for key, tensor in loaded.model.state_dict().items()}
-        write_file(self.path / "checkpoints" / f"{name}.safetensors", save(weights))
+        """Write the weights to checkpoints/NAME.safetensors, without what resuming needs."""
+        weights: dict[str, Tensor] = loaded.model.state_dict()
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+        write_file(self.checkpoints / f"{name}.safetensors", save(on_cpu))

@@ -10,7 +10,10 @@ from clipret.errors import ClipretError
 from clipret.images import load
 from clipret.pairs import PairSet, read_pairs
 from clipret.training.augment import Augment, Augmenter
-from clipret.training.data import Pictures, positives, split_pairs
+from clipret.training.data import Pictures, Texts
+from clipret.training.listing import Listing, split_pairs
+from clipret.training.loss import positive_mask
+from clipret.training.models import load_model
 
 SPEC = ImageSpec(size=16)
 ROWS = [
@@ -55,33 +58,61 @@ def test_an_empty_title_is_named(tmp_path: Path) -> None:
         read_pairs(write_list(tmp_path / "list.tsv", [("a.jpg", "a"), ("b.jpg", " ")]))
 
 
-def test_positives_are_many_to_many() -> None:
+def listed(*paths: Path) -> Listing:
+    return Listing(PairSet(paths, ("a",), ((0,),) * len(paths)), ((),) * len(paths))
+
+
+def texts_of(pairs: PairSet, groups: tuple[tuple[int, ...], ...]) -> Texts:
+    return Texts(load_model("clipret-small", captions=pairs.titles * 20), Listing(pairs, groups))
+
+
+def test_keys_make_positives_many_to_many() -> None:
     pairs = PairSet((Path("a"), Path("b"), Path("c")), ("x", "y", "z"), ((0, 1), (0,), (2,)))
-    of_picture = [torch.tensor(titles) for titles in pairs.of_picture]
-    expected = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
-    assert torch.equal(positives(of_picture, torch.tensor([0, 1, 2, 0]))[:, :3], expected[:, :3])
-    assert positives(of_picture, torch.tensor([0, 1, 2, 0]))[1].tolist() == [True, False, False, True]
+    texts = texts_of(pairs, ((), (), ()))
+    images, titles = texts.keys([0, 1, 2], torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 2, 1]))
+    expected = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    assert torch.equal(positive_mask(images, titles), expected)
+
+
+def test_rows_of_a_group_are_positives_of_each_other() -> None:
+    pairs = PairSet((Path("a"), Path("b"), Path("c"), Path("d")), ("w", "x", "y", "z"), ((0,), (1,), (2,), (3,)))
+    texts = texts_of(pairs, ((5,), (), (5, 6), (6,)))
+    images, titles = texts.keys([0, 1, 2, 3], torch.arange(4), torch.arange(4))
+    expected = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(positive_mask(images, titles), expected)
+
+
+def test_titles_in_groups_by_length_come_back_in_order() -> None:
+    titles = tuple(" ".join(["red", "car", "dog", "sea"][: 1 + n % 4]) + f" {n}" for n in range(40))
+    texts = texts_of(PairSet((Path("a"),), titles, (tuple(range(40)),)), ((),))
+    chosen = torch.randperm(40, generator=generator())
+    batch = texts.batch(chosen)
+    assert len({part.shape[1] for part in batch.groups}) > 1  # short ones are not padded for the longest
+    assert sum(part.numel() for part in batch.groups) < texts.ids(chosen).numel()
+    ends = [part[:, :2].float() for part in batch.groups]
+    assert torch.equal(batch.ordered(ends), texts.ids(chosen)[:, :2].float())
 
 
 def test_split_is_by_picture_and_seeded() -> None:
     pairs = PairSet(tuple(Path(f"{n}") for n in range(10)), ("even", "odd"), tuple((n % 2,) for n in range(10)))
-    train, val = split_pairs(pairs, 0.2, seed=1)
+    listing = Listing(pairs, ((),) * 10)
+    train, val = (part.pairs for part in split_pairs(listing, 0.2, seed=1))
     assert (len(train.paths), len(val.paths)) == (8, 2)
     assert set(train.paths) | set(val.paths) == set(pairs.paths)
     assert all(
         val.titles[val.of_picture[n][0]] == ("even", "odd")[int(path.name) % 2] for n, path in enumerate(val.paths)
     )
-    assert split_pairs(pairs, 0.2, seed=1)[1] == val
-    assert split_pairs(pairs, 0.2, seed=2)[1] != val
+    assert split_pairs(listing, 0.2, seed=1)[1].pairs == val
+    assert split_pairs(listing, 0.2, seed=2)[1].pairs != val
     with pytest.raises(ClipretError, match="--val-split"):
-        split_pairs(pairs, 0.01, seed=1)
+        split_pairs(listing, 0.01, seed=1)
 
 
 @pytest.mark.parametrize("cache_limit", [0, 1 << 30])
 def test_pictures_equal_the_search_s_and_bad_ones_are_skipped(colour_folder: Path, cache_limit: int) -> None:
     paths = [colour_folder / "red" / "0.jpg", colour_folder / "bad.jpg", colour_folder / "blue" / "1.jpeg"]
     paths[1].write_bytes(b"not a picture")
-    pictures = Pictures(paths, SPEC, threads=2, cache_limit=cache_limit)
+    pictures = Pictures(listed(*paths), SPEC, threads=2, cache_limit=cache_limit)
     batches = list(pictures.batches([2, 1, 0], batch_size=8))
     assert [chosen for chosen, _ in batches] == [[2, 0]]
     assert np.array_equal(batches[0][1].numpy(), np.stack([load(paths[2], SPEC), load(paths[0], SPEC)]))
@@ -92,8 +123,8 @@ def test_pictures_equal_the_search_s_and_bad_ones_are_skipped(colour_folder: Pat
 def test_streamed_batches_are_the_cached_ones(colour_folder: Path) -> None:
     paths = sorted(path for path in colour_folder.rglob("*") if path.is_file())
     order = list(range(len(paths)))[::-1]
-    cached = list(Pictures(paths, SPEC, threads=1, cache_limit=1 << 30).batches(order, 5))
-    streamed = list(Pictures(paths, SPEC, threads=3, cache_limit=0).batches(order, 5))
+    cached = list(Pictures(listed(*paths), SPEC, threads=1, cache_limit=1 << 30).batches(order, 5))
+    streamed = list(Pictures(listed(*paths), SPEC, threads=3, cache_limit=0).batches(order, 5))
     assert [len(chosen) for chosen, _ in cached] == [5, 5, 2]
     for (a, x), (b, y) in zip(cached, streamed, strict=True):
         assert a == b
