@@ -65,20 +65,20 @@ class Augmenter:
         flip = _FLIP[self.kind] if self.flip is None else self.flip
         rotation = _ROTATION[self.kind] if self.rotation is None else self.rotation
         if self.kind == "none":
-            whole = torch.zeros(B), torch.zeros(B), torch.full((B,), float(S)), torch.full((B,), float(S))
-            picture, frame = _Box(*whole), _Box(*whole)
+            picture, place = _square(B, S), _square(B, self.size)
         else:
-            picture, frame = self._crop(_content(pixels, self.fill), generator)
+            picture = self._crop(_content(pixels, self.fill), generator)
+            place = _square(B, self.size) if self.fill is None else _centred(picture, self.size)
         mirror = _uniform(B, 0, 1, generator) < flip
         x = pixels.float().div_(255)  # [B,S,S,3]
         if self.kind == "none" and self.size == S:
             x = torch.where(mirror.to(x.device)[:, None, None, None], x.flip(2), x) if flip else x
             x = x.permute(0, 3, 1, 2)
         else:
-            x = _resize(x, picture, frame, self.size, mirror)  # [B,3,size,size]
+            x = _resize(x, picture, place, self.size, mirror)  # [B,3,size,size]
         if rotation:
             degrees = _uniform(B, -rotation, rotation, generator)
-            x = pixel_ops.rotate(x, degrees, picture.width / frame.width, picture.height / frame.height)
+            x = pixel_ops.rotate(x, degrees, place.width / self.size, place.height / self.size)
         if self.random_ops:
             x = _random_ops(x, self.random_ops, self.magnitude, generator)
         if self.kind != "none":
@@ -87,10 +87,10 @@ class Augmenter:
         if self.kind == "surveillance":
             x = _degrade(x, generator)
         x = x.clamp(0, 1)
-        return x if self.kind == "none" or self.fill is None else _pad(x, picture, frame, self.fill / 255)
+        return x if self.kind == "none" or self.fill is None else _pad(x, place, self.fill / 255)
 
-    def _crop(self, content: "_Box", generator: torch.Generator) -> tuple["_Box", "_Box"]:
-        """A random part of the content with an aspect ratio changed by up to 3:4 or 4:3, and what the square shows."""
+    def _crop(self, content: "_Box", generator: torch.Generator) -> "_Box":
+        """A random part of the content with an aspect ratio changed by up to 3:4 or 4:3."""
         B = len(content.left)
         area = _uniform(B, self.area, 1, generator)
         # No further than a side that is as long as the picture: an area of 1 is the whole picture.
@@ -99,11 +99,7 @@ class Augmenter:
         width, height = (area * aspect).sqrt() * content.width, (area / aspect).sqrt() * content.height
         left = content.left + (content.width - width) * _uniform(B, 0, 1, generator)
         top = content.top + (content.height - height) * _uniform(B, 0, 1, generator)
-        picture = _Box(left, top, width, height)
-        if self.fill is None:
-            return picture, picture
-        side = torch.maximum(width, height)
-        return picture, _Box(left - (side - width) / 2, top - (side - height) / 2, side, side)
+        return _Box(left, top, width, height)
 
 
 class _Box(NamedTuple):
@@ -115,6 +111,18 @@ class _Box(NamedTuple):
     height: Tensor
 
 
+def _square(B: int, side: int) -> _Box:
+    start, length = torch.zeros(B), torch.full((B,), float(side))
+    return _Box(start, start, length, length)
+
+
+def _centred(picture: _Box, size: int) -> _Box:
+    """Where `images.load` puts a picture of this shape in a square of `size` pixels a side."""
+    longest = torch.maximum(picture.width, picture.height)
+    width, height = ((side / longest * size).round().clamp(min=1) for side in (picture.width, picture.height))
+    return _Box(((size - width) / 2).floor(), ((size - height) / 2).floor(), width, height)
+
+
 def _content(pixels: Tensor, fill: int | None) -> _Box:
     """Where the pictures are between their bars, if there are any; uint8 [B,S,S,3].
 
@@ -122,8 +130,7 @@ def _content(pixels: Tensor, fill: int | None) -> _Box:
     """
     B, S = pixels.shape[:2]
     if fill is None:
-        start, length = torch.zeros(B), torch.full((B,), float(S))
-        return _Box(start, start, length, length)
+        return _square(B, S)
     bars = pixels == fill  # [B,S,S,3]
     sides = []
     for rows in (bars.flatten(2).all(dim=2), bars.transpose(1, 2).flatten(2).all(dim=2)):  # [B,S]
@@ -139,45 +146,42 @@ def _content(pixels: Tensor, fill: int | None) -> _Box:
     return _Box(left, top, S - left - right, S - top - bottom)
 
 
-def _resize(x: Tensor, picture: _Box, frame: _Box, size: int, mirror: Tensor) -> Tensor:
-    """[B,S,S,3] -> what `frame` shows, [B,3,size,size], where the picture goes on beyond its box as its edge.
+def _resize(x: Tensor, picture: _Box, place: _Box, size: int, mirror: Tensor) -> Tensor:
+    """[B,S,S,3] -> [B,3,size,size] with what is in `picture` at `place`; around it, its edge goes on.
 
     Crop, mirror and resize with antialiasing are two matrix products, one for each axis.
     """
     B, S = x.shape[:2]
-    rows = _interpolation(frame.top, frame.height, picture.top, picture.height, S, size, torch.zeros_like(mirror))
-    columns = _interpolation(frame.left, frame.width, picture.left, picture.width, S, size, mirror)  # [B,size,S]
+    rows = _interpolation(picture.top, picture.height, place.top, place.height, S, size)  # [B,size,S]
+    # A mirrored picture is at its place when what is mirrored lies on the other side.
+    left = torch.where(mirror, size - place.left - place.width, place.left)
+    columns = _interpolation(picture.left, picture.width, left, place.width, S, size)
+    columns = torch.where(mirror[:, None, None], columns.flip(1), columns)
     x = torch.bmm(rows.to(x.device), x.reshape(B, S, S * 3)).reshape(B, size, S, 3)
     x = x.permute(0, 2, 1, 3).reshape(B, S, size * 3)
     x = torch.bmm(columns.to(x.device), x).reshape(B, size, size, 3)  # [B,columns,rows,3]
     return x.permute(0, 3, 2, 1)
 
 
-def _interpolation(
-    start: Tensor, length: Tensor, inner: Tensor, extent: Tensor, S: int, size: int, mirror: Tensor
-) -> Tensor:
-    """Triangle-filter weights [B,size,S] that map S pixels to `size` samples of [start, start + length).
-
-    Only the pixels of [inner, inner + extent) count.
-    """
-    inner, end = inner[:, None], (inner + extent)[:, None]
-    centres = start[:, None] + (torch.arange(size) + 0.5) / size * length[:, None]  # [B,size]
-    centres = torch.where(mirror[:, None], centres.flip(1), centres)
-    centres = torch.minimum(torch.maximum(centres, inner + 0.5), end - 0.5)
-    radius = (length / size).clamp(min=1)[:, None, None]  # wider than a pixel when it shrinks: antialiasing
+def _interpolation(start: Tensor, length: Tensor, to: Tensor, extent: Tensor, S: int, size: int) -> Tensor:
+    """Triangle-filter weights [B,size,S] that map [start, start + length) of S pixels to [to, to + extent)."""
+    start, length, end = start[:, None], length[:, None], (start + length)[:, None]
+    centres = start + (torch.arange(size) + 0.5 - to[:, None]) / extent[:, None] * length  # [B,size]
+    centres = torch.minimum(torch.maximum(centres, start + 0.5), end - 0.5)[..., None]
+    radius = (length / extent[:, None]).clamp(min=1)[..., None]  # wider than a pixel when it shrinks: antialiasing
     pixels = torch.arange(S) + 0.5
-    weights = (1 - (pixels - centres[..., None]).abs() / radius).clamp(min=0)
-    weights *= ((pixels > inner - 0.5) & (pixels < end + 0.5))[:, None]
+    weights = (1 - (pixels - centres).abs() / radius).clamp(min=0)
+    weights *= ((pixels > start - 0.5) & (pixels < end + 0.5))[:, None]  # nothing from beyond the picture
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _pad(x: Tensor, picture: _Box, frame: _Box, fill: float) -> Tensor:
-    """The bars on top of a picture that goes on beyond its box."""
-    B, _, size, _ = x.shape
-    places = (torch.arange(size) + 0.5) / size  # of the frame's side
-    wide = (places - 0.5).abs() <= (picture.width / frame.width / 2)[:, None]  # [B,size]
-    high = (places - 0.5).abs() <= (picture.height / frame.height / 2)[:, None]
-    shown = (high[:, :, None] & wide[:, None]).reshape(B, 1, size, size)
+def _pad(x: Tensor, place: _Box, fill: float) -> Tensor:
+    """The bars on top of a picture whose edge goes on beyond its place."""
+    size = x.shape[2]
+    places = torch.arange(size)
+    wide = (places >= place.left[:, None]) & (places < (place.left + place.width)[:, None])  # [B,size]
+    high = (places >= place.top[:, None]) & (places < (place.top + place.height)[:, None])
+    shown = (high[:, :, None] & wide[:, None])[:, None]  # [B,1,size,size]
     return x.masked_fill(~shown.to(x.device), fill)
 
 
