@@ -131,9 +131,9 @@ def _content(pixels: Tensor, fill: int | None) -> _Box:
     B, S = pixels.shape[:2]
     if fill is None:
         return _square(B, S)
-    bars = pixels == fill  # [B,S,S,3]
+    bars = (pixels == fill).all(dim=3)  # [B,S,S]
     sides = []
-    for rows in (bars.flatten(2).all(dim=2), bars.transpose(1, 2).flatten(2).all(dim=2)):  # [B,S]
+    for rows in (bars.all(dim=2), bars.all(dim=1)):  # [B,S]
         before, behind = (side.long().cumprod(dim=1).sum(dim=1) for side in (rows, rows.flip(1)))
         before = torch.minimum(before, behind)
         sides.append((before, torch.minimum(behind, before + 1)))
