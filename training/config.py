@@ -13,11 +13,14 @@ from typing import Any, Literal, Self
 import torch
 
 from clipret.errors import ClipretError
+from clipret.training.adapters import AdapterConfig
 from clipret.training.augment import Augment
+from clipret.training.loss import LossConfig, LossKind
 from clipret.training.models import SMALL, architecture
 from clipret.training.precision import Precision, native_precision, open_device
 from clipret.training.recipe import read_recipe
 from clipret.training.schedule import Schedule
+from clipret.training.structure import TOWERS
 
 __all__ = ["FitConfig", "option_table", "parse_value"]
 
@@ -49,6 +52,25 @@ class FitConfig:
     crop_area: float = 0.7  # the least share of a picture that a crop keeps
     jitter: float = 0.3  # how far brightness, contrast and saturation may move from 1
     captions: int = 1  # titles of a picture that take part in a step
+    # What is trained: everything, or adapters beside frozen weights, or what is not locked
+    adapter: Literal["none", "lora", "dora"] = "none"
+    adapter_rank: int = 16
+    adapter_alpha: float = 32.0
+    adapter_dropout: float = 0.0
+    adapter_targets: tuple[str, ...] = ("attention",)  # q, k, v, out, fc1, fc2, attention, mlp or the end of a name
+    adapter_towers: tuple[str, ...] = TOWERS
+    lock_image: bool = False
+    lock_text: bool = False
+    unlock_image: int = (
+        0  # groups at the end of a locked tower that are trained: 1 its projection, 2 its last block too
+    )
+    unlock_text: int = 0
+    # What is asked of the rows
+    loss: LossKind = "infonce"
+    label_smoothing: float = 0.0
+    drop_worst: float = 0.0  # share of the rows with the largest losses that a step passes over: noisy captions
+    soft_weight: float = 0.5
+    soft_temperature: float = 0.1
     # Optimisation
     epochs: int = 5
     batch_size: int = 64  # pictures that are compared with each other in a step, of all processes together
@@ -57,6 +79,9 @@ class FitConfig:
     schedule: Schedule = "cosine"
     warmup: float = 0.05  # share of all steps until `lr` is reached
     weight_decay: float = 0.1
+    layer_decay: float = 1.0  # what the learning rate is multiplied by from each group of layers to the one before
+    image_lr_scale: float = 1.0
+    text_lr_scale: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.98  # as in CLIP
     epsilon: float = 1e-6
@@ -79,12 +104,19 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name, hint in _hints().items():
             _check_type(name, getattr(self, name), hint)
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML has lists only
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ClipretError(f"{name} is {value}: it lies between {low:g} and {high:g}")
         if self.batch_size % self.accumulate:
             raise ClipretError(f"batch_size {self.batch_size} does not split into {self.accumulate} equal parts")
+        if self.adapter != "none" and (self.lock_image or self.lock_text):
+            raise ClipretError("an adapter locks both towers by itself: leave lock_image and lock_text out")
+        self.loss_config, self.adapter_config  # noqa: B018 (their own checks)
+        if self.fsdp and self.adapter != "none":
+            raise ClipretError("fsdp spreads weights that are trained, an adapter's are few: leave one of them out")
         if self.fsdp and self.precision == "fp16":
             raise ClipretError("precision fp16 scales the loss, which fsdp does not support: use bf16")
 
@@ -117,6 +149,19 @@ class FitConfig:
             return cls(**values)
         except TypeError:
             raise ClipretError(f"{path} lacks data or model: it is no params.toml of a run") from None
+
+    @property
+    def loss_config(self) -> LossConfig:
+        names = ("label_smoothing", "drop_worst", "soft_weight", "soft_temperature", "local_loss")
+        return LossConfig(kind=self.loss, **{name: getattr(self, name) for name in names})
+
+    @property
+    def adapter_config(self) -> AdapterConfig | None:
+        if self.adapter == "none":
+            return None
+        names = ("rank", "alpha", "dropout", "targets", "towers")
+        given: dict[str, Any] = {name: getattr(self, f"adapter_{name}") for name in names}
+        return AdapterConfig(**given, dora=self.adapter == "dora")
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values as TOML knows them: what is None is left out."""

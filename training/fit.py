@@ -21,7 +21,6 @@ from clipret.training.data import Pictures, Texts
 from clipret.training.distributed import World, gather_objects, join, smallest
 from clipret.training.learner import Learner
 from clipret.training.listing import read_listings
-from clipret.training.loss import LossConfig
 from clipret.training.run import RunFolder
 from clipret.training.schedule import generator, learning_rate, seed_of
 from clipret.training.step import Batch, GradientStep, StepResult
@@ -113,7 +112,7 @@ class _Training:
         )
         self.gradients = GradientStep(
             self.learner.model,
-            LossConfig(local_loss=config.local_loss),
+            config.loss_config,
             precision=config.precision,
             device=self.device,
             parts=config.accumulate,
@@ -208,7 +207,7 @@ class _Training:
     def _train_epoch(self, bar: Any, total: int) -> None:
         config, at, world = self.config, self.at, self.world
         began, steps_before = time.perf_counter(), len(at.losses)
-        self.learner.model.train()
+        self.learner.train()
         draw = generator(config.seed, "order", at.epoch, world.rank)
         order = torch.randperm(len(self.mine), generator=draw)
         place = order.argsort()  # where in the order a picture is

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from clipret.errors import ClipretError
+from clipret.training.adapters import add_adapters, base_state, write_adapter
 from clipret.training.checkpoint import Checkpoints
 from clipret.training.config import FitConfig
 from clipret.training.distributed import World, average_gradients
+from clipret.training.freezing import freeze_unused, lock_tower, parameter_groups, train_mode
 from clipret.training.loaded import LoadedModel
 from clipret.training.models import load_model
 from clipret.training.pooled import pool_early
+from clipret.training.schedule import seed_of
 from clipret.training.techniques import checkpoint_gradients, drop_patches
 
 __all__ = ["Learner"]
@@ -28,7 +31,8 @@ class Learner:
 
     def __init__(self, config: FitConfig, titles: Sequence[str], world: World, last: Path | None) -> None:
         self.config, self.world, self.lr = config, world, 0.0
-        source = config.model if last is None else str(last)
+        # Merged weights say nothing of the adapter that is in them.
+        source = config.model if last is None or config.adapter != "none" else str(last)
         self.loaded = _as_wanted(load_model(source, seed=config.seed, captions=titles), config)
         model: Any = self.loaded.model.to(world.device).to(memory_format=torch.channels_last)
         self.model = model
@@ -38,7 +42,19 @@ class Learner:
             checkpoint_gradients(model)
         else:
             pool_early(model)
-        self.optimizer = _optimizer(model, config)
+        _choose_trained(model, config)
+        groups = parameter_groups(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            image_lr_scale=config.image_lr_scale,
+            text_lr_scale=config.text_lr_scale,
+        )
+        # The fused kernel is six times faster on a CPU.
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+        )
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -50,7 +66,10 @@ class Learner:
     def set_lr(self, lr: float) -> None:
         self.lr = lr
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
+
+    def train(self) -> None:
+        train_mode(self.model)
 
     def average_gradients(self) -> None:
         average_gradients(self.trained(), self.world)
@@ -61,24 +80,47 @@ class Learner:
             nn.utils.clip_grad_norm_(self.trained(), limit)
 
     def weights(self) -> dict[str, Tensor]:
-        """What the run's model is made of."""
-        weights: dict[str, Tensor] = self.model.state_dict()
-        return weights
+        """What the run's model is made of, adapters merged."""
+        return base_state(self.model)
 
     def save_best(self, checkpoints: Checkpoints, step: int) -> None:
         if self.world.writes:
             checkpoints.save_best(self.weights(), step)
+            if self.config.adapter != "none":
+                write_adapter(checkpoints.folder.parent / "adapter", self.model, self.config.model)
 
     def save_last(self, checkpoints: Checkpoints, state: Mapping[str, Any], step: int) -> None:
         if self.world.writes:
-            learner = {"optimizer": self.optimizer.state_dict()}
+            learner: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+            if self.config.adapter != "none":
+                learner["trained"] = self._trained_state()
             checkpoints.save_last(self.weights(), {**state, "learner": learner}, step)
+
+    def _trained_state(self) -> dict[str, Tensor]:
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trained |= {name for name, _ in self.model.named_buffers()}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
 
     def load_state(self, state: dict[str, Any]) -> None:
         try:
+            if self.config.adapter != "none":
+                self.model.load_state_dict(state["trained"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError) as error:
             raise ClipretError(f"the checkpoint's optimiser is of another model: {error}") from None
+
+
+def _choose_trained(model: Any, config: FitConfig) -> None:
+    """Freeze what is not to be trained, and add an adapter where there is to be one."""
+    if (adapter := config.adapter_config) is not None:
+        torch.manual_seed(seed_of(config.seed, "adapter"))
+        add_adapters(model, adapter)
+        return
+    freeze_unused(model)
+    if config.lock_image:
+        lock_tower(model, "image", config.unlock_image)
+    if config.lock_text:
+        lock_tower(model, "text", config.unlock_text)
 
 
 def _as_wanted(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
@@ -109,13 +151,3 @@ def _check_length(loaded: LoadedModel, length: int) -> None:
             f"context_length is {length}: the text tower of {loaded.name} was made for {loaded.text.context_length} "
             "tokens and takes no others"
         ) from None
-
-
-def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """AdamW without decay on what is no matrix: biases, normalisations, the logit scale."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # The fused kernel is six times faster on a CPU.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)

@@ -1,0 +1,265 @@
+"""Runs that are killed, and checkpoints that cannot be written or are not theirs."""
+
+import contextlib
+import json
+import multiprocessing
+import random
+import resource
+import runpy
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from clipret.errors import ClipretError
+from clipret.training.checkpoint import Checkpoints
+from clipret.training.config import FitConfig
+from clipret.training.fit import fit
+from clipret.training.models import load_model
+
+STEPS = 12  # four epochs of three
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen plain pictures with two titles each; twelve to train on."""
+    folder = tmp_path_factory.mktemp("toy")
+    rng = np.random.default_rng(0)
+    lines = ["path,title,part"]
+    for number in range(16):
+        colour = rng.integers(0, 256, 3)
+        Image.fromarray(np.full((24, 24, 3), colour, np.uint8)).save(folder / f"{number}.png")
+        part = "val" if number >= 12 else "train"
+        lines += [f"{number}.png,{title} {number},{part}" for title in ("a picture", "colour")]
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def config(toy: Path, **given: Any) -> FitConfig:
+    values: dict[str, Any] = {"epochs": 4, "batch_size": 4, "threads": 1, "precision": "fp32", "save_every": 1}
+    values |= {"val_where": "part = 'val'", "where": "part = 'train'", "validate_every": 2}
+    return FitConfig.for_model(str(toy / "list.csv"), "clipret-small", **(values | given))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(config(toy), tmp_path_factory.mktemp("runs") / "run").run
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"{name}.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for name in ("last", "best"):
+        ours, theirs = weights(one, name), weights(other, name)
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+def start(params: Path, out: Path, limit: int = 0) -> tuple[Any, Any]:
+    """A training in a real process, and what it says: each step, and an error at the end. The server has imported what
+    takes seconds to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clipret.training.fit"])
+    ours, theirs = context.Pipe(duplex=False)
+    values = {"params": str(params), "out": str(out), "limit": limit, "connection": theirs}
+    worker = str(Path(__file__).with_name("resume_worker.py"))
+    process = context.Process(target=runpy.run_path, args=(worker, values))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def told(connection: Any) -> Iterator[Any]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield connection.recv()
+
+
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    """Five kills of one run, after random steps and a random time more: in a step, in a save, between its renames."""
+    rng = random.Random(0)
+    run = tmp_path / "run"
+    codes = []
+    for target in sorted(rng.sample(range(1, STEPS), 5)):
+        process, connection = start(undisturbed / "params.toml", run)
+        for step in told(connection):
+            if step >= target:
+                time.sleep(rng.uniform(0, 0.03))
+                process.kill()
+                break
+        process.join()
+        codes.append(process.exitcode)
+    assert codes == [-signal.SIGKILL] * 5
+    result = fit(FitConfig.read(undisturbed / "params.toml"), run, resume=True)
+    assert_same_weights(run, undisturbed)
+    assert [line["epoch"] for line in _lines(run)] == [1, 2, 3, 4]
+    assert [line["loss"] for line in _lines(run)] == [line["loss"] for line in _lines(undisturbed)]
+    assert result.last["step"] == STEPS
+    assert (run / "log.txt").read_text().count("goes on after step") >= 4
+    assert not list(run.rglob(".*.tmp"))
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("rename", range(8))
+def test_a_kill_between_any_two_renames_leaves_a_whole_checkpoint(
+    toy: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: int
+) -> None:
+    done = 0
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal done
+        if "checkpoints" in str(target) and (done := done + 1) > 6 + rename:
+            raise _Killed
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(_Killed):
+            fit(config(toy), tmp_path / "run")
+    fit(config(toy), tmp_path / "run", resume=True)
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_streamed_pictures_resume_too(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of an epoch, with a picture that is found to be unreadable on the way."""
+    data = tmp_path / "toy"
+    shutil.copytree(toy, data)
+    (data / "3.png").write_bytes(b"no more")
+    given: dict[str, Any] = {"cache_limit": 0.0, "batch_size": 3, "captions": 1, "save_every": 2}
+    whole = fit(config(data, **given), tmp_path / "whole").run
+    _stop_at(monkeypatch, 6)
+    with pytest.raises(_Killed):
+        fit(config(data, **given), tmp_path / "run")
+    monkeypatch.undo()
+    result = fit(config(data, **given), tmp_path / "run", resume=True)
+    assert_same_weights(whole, tmp_path / "run")
+    assert result.skipped == 1
+    assert (result.run / "skipped.tsv").read_text() == (whole / "skipped.tsv").read_text()
+
+
+def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    import clipret.training.fit as module
+
+    original = module._Training._step
+
+    def stop(self: Any, *arguments: Any) -> Any:
+        if self.at.step == step:
+            raise _Killed
+        return original(self, *arguments)
+
+    monkeypatch.setattr(module._Training, "_step", stop)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"adapter": "lora", "adapter_targets": ["projection"], "adapter_dropout": 0.2},
+        {"precision": "fp16", "epochs": 2},
+    ],
+    ids=["adapter", "fp16"],
+)
+def test_what_else_a_training_keeps_is_resumed(
+    toy: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    given |= {"model": str(undisturbed), "lr": 1e-3}
+    settings = {**config(toy).to_dict(), **given}
+    wanted = FitConfig(**settings)
+    whole = fit(wanted, tmp_path / "whole").run
+    _stop_at(monkeypatch, 5)
+    with pytest.raises(_Killed):
+        fit(wanted, tmp_path / "run")
+    monkeypatch.undo()
+    fit(wanted, tmp_path / "run", resume=True)
+    assert_same_weights(whole, tmp_path / "run")
+
+
+def test_a_run_that_is_done_stays_as_it_is(toy: Path, undisturbed: Path) -> None:
+    before = {file: file.read_bytes() for file in (undisturbed / "checkpoints").iterdir()}
+    result = fit(config(toy), undisturbed, resume=True)
+    assert {file: file.read_bytes() for file in (undisturbed / "checkpoints").iterdir()} == before
+    assert result.last == _lines(undisturbed)[-1]
+
+
+def test_a_run_is_repeated_from_its_folder(undisturbed: Path, tmp_path: Path) -> None:
+    again = FitConfig.for_model(None, None, recipe=str(undisturbed / "params.toml"))
+    assert again == FitConfig.read(undisturbed / "params.toml")
+    fit(again, tmp_path / "run")
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_resume_refuses_another_configuration(toy: Path, undisturbed: Path) -> None:
+    with pytest.raises(ClipretError, match=r"begun with another lr, weight_decay \(lr: 0.002, now 0.5\)"):
+        fit(config(toy, lr=0.5, weight_decay=0.3), undisturbed, resume=True)
+    fit(config(toy, save_every=7, tensorboard=False), undisturbed, resume=True)  # decides nothing
+
+
+def test_resume_refuses_a_list_that_has_changed(toy: Path, tmp_path: Path) -> None:
+    data = tmp_path / "toy"
+    shutil.copytree(toy, data)
+    fit(config(data, epochs=1, validate_every=1), tmp_path / "run")
+    rows = (data / "list.csv").read_text().splitlines()
+    (data / "list.csv").write_text("\n".join(rows[:-9] + rows[-8:]) + "\n")
+    with pytest.raises(ClipretError, match="not what it was when this run began"):
+        fit(config(data, epochs=1, validate_every=1), tmp_path / "run", resume=True)
+
+
+def test_resume_refuses_a_checkpoint_of_another_model(toy: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    last = run / "checkpoints" / "last.safetensors"
+    save_file({"weight": torch.zeros(3)}, last)
+    with pytest.raises(ClipretError, match=r"last\.safetensors is of another run or model: put back"):
+        fit(config(toy), run, resume=True)
+    other = fit(config(toy, seed=1, epochs=1, validate_every=1), tmp_path / "other").run
+    shutil.copy(other / "checkpoints" / "last.safetensors", last)
+    with pytest.raises(ClipretError, match="another run or model"):
+        fit(config(toy), run, resume=True)
+    last.write_bytes(b"short")
+    with pytest.raises(ClipretError, match="cannot be read"):
+        fit(config(toy), run, resume=True)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["weights", "state"])
+def test_a_full_disk_leaves_the_checkpoint_before(undisturbed: Path, tmp_path: Path, share: float) -> None:
+    """The disk takes half of the weights; or the weights and half of the state, which is twice as large."""
+    run = tmp_path / "run"
+    limit = int(share * (undisturbed / "checkpoints" / "last.safetensors").stat().st_size)
+    process, connection = start(undisturbed / "params.toml", run, limit)
+    *steps, message = told(connection)
+    process.join()
+    assert steps == [1, 2, 3, 4, 5]
+    assert "a checkpoint cannot be written" in message
+    assert "the checkpoint before is intact" in message
+    assert f"clipret-train resume {run}" in message
+    assert "\n" not in message
+    assert not list(run.rglob(".*.tmp"))
+    assert load_model(str(run / "checkpoints" / "last.safetensors"))
+    fit(FitConfig.read(undisturbed / "params.toml"), run, resume=True)
+    assert_same_weights(run, undisturbed)
+
+
+def test_state_files_hold_data_only(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "me")
+    checkpoints.save_last({"w": torch.ones(2)}, {"step": 1}, 1)
+    torch.save({"code": Path("x"), "identity": "me"}, tmp_path / "state-1.pt")
+    with pytest.raises(ClipretError, match=r"state-1\.pt cannot be read"):
+        checkpoints.load_state()
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # the tests before left none
