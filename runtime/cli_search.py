@@ -1,6 +1,6 @@
 """clipret-search query and eval: finding pictures, and measuring how well they are found."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -18,17 +18,20 @@ from clipret.cli_options import (
     where_list_option,
     where_option,
 )
+from clipret.cli_rerank import open_reranker, prompts_option, rerank_options
 from clipret.console import show_table
 from clipret.encoder import Encoder
-from clipret.errors import printable
-from clipret.evaluation import GroundTruth, evaluate_search, read_ground_truth
+from clipret.errors import ClipretError, printable
+from clipret.evaluation import GroundTruth, evaluate_search, measure, read_attribute_truth, read_ground_truth
 from clipret.gallery import Gallery
-from clipret.metrics import Metrics
+from clipret.metrics import Metric, Metrics
 from clipret.page import Card, Section, write_page
+from clipret.prompts import Prompts
+from clipret.rerank import Rerank
 from clipret.search import Hit, Part, Query, Searcher
 from clipret.towers import EngineChoice
 
-__all__ = ["eval_command", "query"]
+__all__ = ["eval_command", "open_searcher", "query"]
 
 
 @click.command(epilog='Example:  clipret-search query gallery/ "a red sedan" "一辆红色的轿车" -k 20 --html found.html')
@@ -38,6 +41,7 @@ __all__ = ["eval_command", "query"]
 @click.option("--minus", metavar="TEXT", multiple=True, help="What the pictures shall not show.")
 @click.option("--minus-weight", type=float, default=0.5, show_default=True, help="How strongly --minus counts.")
 @click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
+@prompts_option
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
 @where_option
 @click.option("--exclude", metavar="PATH", multiple=True, help="A picture of the gallery that is not wanted.")
@@ -55,6 +59,7 @@ def query(
     minus: tuple[str, ...],
     minus_weight: float,
     templates: tuple[str, ...],
+    prompts: Prompts,
     k: int,
     where: str | None,
     exclude: tuple[str, ...],
@@ -79,7 +84,9 @@ def query(
     if not texts and not pictures:
         raise click.UsageError("name at least one text, or a picture with --picture")
     queries = _queries(texts, pictures, minus, minus_weight)
-    searcher = _open(gallery, bundle, device, engine, threads, templates or ("{}",))
+    if templates and prompts.rules:
+        raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
+    searcher = open_searcher(gallery, bundle, device, engine, threads, templates or prompts.forms)
     with searcher.gallery:
         unwanted = [searcher.gallery.id_of(path) for path in exclude]
         found = searcher.search(list(queries.values()), k, where=where, exclude=unwanted, min_score=min_score)
@@ -120,6 +127,21 @@ def _queries(
 @image_column_option
 @image_root_option
 @where_list_option
+@click.option(
+    "--equal", metavar="COLUMN", multiple=True, help="Right is a picture with the query's value in this column."
+)
+@click.option(
+    "--includes", metavar="COLUMN", multiple=True, help="Right is one that holds all names that the query's holds."
+)
+@click.option(
+    "--metric",
+    "metrics",
+    metavar="M",
+    multiple=True,
+    help="mAP, mAP@K, recall@K, challenge: these in place of the usual.",
+)
+@prompts_option
+@rerank_options
 @click.option("--html", type=FILE, help="Also write a page: queries, what they found, right or wrong.")
 @click.option("--html-queries", type=click.IntRange(1), default=40, show_default=True, help="Queries it shows.")
 @json_option
@@ -134,6 +156,12 @@ def eval_command(
     image_column: str | None,
     image_root: Path | None,
     where: str | None,
+    equal: tuple[str, ...],
+    includes: tuple[str, ...],
+    metrics: tuple[str, ...],
+    prompts: Prompts,
+    rerank: Rerank,
+    reference: Path | None,
     html: Path | None,
     html_queries: int,
     as_json: bool,
@@ -148,42 +176,73 @@ def eval_command(
     queries with one row for each picture that answers them. Rows with the same title are one query.
 
     recall@k is the share of queries with a right picture among the first k; median rank is that of the first
-    right picture; mAP@10 is the standard mean average precision over the first ten.
+    right picture; mAP@10 is the standard mean average precision over the first ten, mAP that over all. The metric
+    "challenge" is the scorer published for the CVPR 2023 traffic challenge. It divides by the right pictures found,
+    not by those to be found: three right ones before seven wrong ones score 1.0 where a hundred are right.
+
+    With --equal and --includes the list has no pictures: a query's own columns say what it asks for (color, type),
+    and the pictures' columns, from the list they were indexed from, say which answer it.
+
+    Re-ranking is measured with --metric, which says how deep the ranking goes; default: mAP@10 and recall@1/5/10.
     """
-    searcher = _open(gallery, bundle, device, engine, threads)
+    chosen = [Metric.parse(name) for name in metrics]
+    if rerank.steps and html is not None:
+        raise ClipretError("--html shows the plain ranking: leave it out with re-ranking")
+    if rerank.steps and not chosen:
+        chosen = [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
+    searcher = open_searcher(gallery, bundle, device, engine, threads, prompts.forms)
     with searcher.gallery:
-        truth = read_ground_truth(
-            searcher, queries, title_column=title_column, image_column=image_column, image_root=image_root, where=where
-        )
-        metrics = evaluate_search(searcher, truth).metrics
+        if equal or includes:
+            truth = read_attribute_truth(
+                searcher, queries, equal=equal, includes=includes, title_column=title_column, where=where
+            )
+        else:
+            truth = read_ground_truth(
+                searcher,
+                queries,
+                title_column=title_column,
+                image_column=image_column,
+                image_root=image_root,
+                where=where,
+            )
+        if chosen:
+            find = open_reranker(searcher, rerank, reference).rank if rerank.steps else None
+            values = measure(searcher, truth, chosen, find)
+            facts = [("queries", f"{len(truth.relevant)}"), *((name, f"{value:.4f}") for name, value in values.items())]
+            report: dict[str, float] = {"queries": len(truth.relevant), **values}
+        else:
+            usual = evaluate_search(searcher, truth).metrics
+            facts, report = _facts(usual), usual.to_dict()
         if html is not None:
-            _write_eval_page(html, searcher, truth, metrics, html_queries)
+            _write_eval_page(html, searcher, truth, facts, html_queries)
             click.echo(f"page: {html.absolute()}", err=True)
-    if truth.missing:
+    if truth.missing or truth.unanswerable:
         click.echo(
             f"{truth.missing} pictures of {queries} are not in the gallery; {truth.unanswerable} queries left out",
             err=True,
         )
     if as_json:
-        print_json({**metrics.to_dict(), "missing_pictures": truth.missing, "queries_left_out": truth.unanswerable})
+        print_json({**report, "missing_pictures": truth.missing, "queries_left_out": truth.unanswerable})
         return
-    click.echo(show_table(("metric", "value"), _facts(metrics)))
+    click.echo(show_table(("metric", "value"), facts))
 
 
-def _open(
+def open_searcher(
     gallery: Path,
     bundle: Path | None,
     device: str,
     engine: EngineChoice,
     threads: int | None,
-    templates: Sequence[str] = ("{}",),
+    templates: Sequence[str] | Callable[[str], Sequence[str]] = ("{}",),
 ) -> Searcher:
     opened = Gallery.open(gallery)
     encoder = Encoder(opened.bundle(bundle), device=device, engine=engine, threads=threads)
     return Searcher(opened, encoder, templates=templates)
 
 
-def _write_eval_page(out: Path, searcher: Searcher, truth: GroundTruth, metrics: Metrics, count: int) -> None:
+def _write_eval_page(
+    out: Path, searcher: Searcher, truth: GroundTruth, facts: Sequence[tuple[str, str]], count: int
+) -> None:
     """The page shows an even sample of the queries, so that it is neither the best nor the worst of them."""
     texts = list(truth.relevant)
     count = min(count, len(texts))
@@ -196,7 +255,7 @@ def _write_eval_page(out: Path, searcher: Searcher, truth: GroundTruth, metrics:
         found = sum(hit.path in right for hit in hits)
         sections.append(Section(text, cards, f"{found} of the first {len(hits)} right; {len(right)} {noun} to find"))
     title = f"clipret: evaluation of {searcher.gallery.path.name}"
-    write_page(out, title=title, facts=[*_facts(metrics), *_gallery_facts(searcher)], sections=sections)
+    write_page(out, title=title, facts=[*facts, *_gallery_facts(searcher)], sections=sections)
 
 
 def _gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:
@@ -204,15 +263,15 @@ def _gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:
     return (("pictures", f"{len(searcher.gallery):,}"), ("model", f"{manifest.model} {manifest.precision}"))
 
 
-def _facts(metrics: Metrics) -> Sequence[tuple[str, str]]:
-    return (
+def _facts(metrics: Metrics) -> list[tuple[str, str]]:
+    return [
         ("queries", f"{metrics.queries}"),
         ("recall@1", f"{100 * metrics.recall_at_1:.2f}%"),
         ("recall@5", f"{100 * metrics.recall_at_5:.2f}%"),
         ("recall@10", f"{100 * metrics.recall_at_10:.2f}%"),
         ("median rank", f"{metrics.median_rank:g}"),
         ("mAP@10", f"{metrics.map_at_10:.4f}"),
-    )
+    ]
 
 
 def _card(hit: Hit, relevant: bool | None = None) -> Card:

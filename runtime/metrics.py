@@ -1,8 +1,11 @@
 """Retrieval quality with many-to-many ground truth, computed by the same exact ranking that answers queries."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +13,7 @@ import numpy.typing as npt
 from clipret.errors import ClipretError
 from clipret.ranker import Ranker
 
-__all__ = ["Metrics", "average_precision", "evaluate"]
+__all__ = ["Metric", "Metrics", "average_precision", "challenge_precision", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,74 @@ def evaluate(ranker: Ranker, queries: npt.ArrayLike, relevant: Sequence[Sequence
     )
 
 
-def average_precision(found: Sequence[int], relevant: set[int]) -> float:
-    """AP@k of one ranking of k positions: the sum of the precision at each hit over min(k, relevant)."""
+@dataclass(frozen=True)
+class Metric:
+    """One number of a ranking, over its first `k` pictures, or over the whole order where `k` is None.
+
+    `mAP`: see `average_precision`. `recall`: the share of queries with a relevant picture among the first k.
+    `challenge`: see `challenge_precision`.
+    """
+
+    kind: Literal["mAP", "recall", "challenge"]
+    k: int | None
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """From mAP, mAP@K, recall@K, challenge (of ten, as the challenge asks for) or challenge@K.
+
+        Raises ClipretError that lists them.
+        """
+        kinds: dict[str, Literal["mAP", "recall", "challenge"]] = {
+            "map": "mAP",
+            "recall": "recall",
+            "challenge": "challenge",
+        }
+        match = re.fullmatch(r"(map|recall|challenge)(?:@([1-9]\d*))?", name.strip(), re.IGNORECASE)
+        if match is None or (match[1].lower() == "recall" and match[2] is None):
+            raise ClipretError(f"there is no metric {name!r}: use mAP, mAP@K, recall@K, challenge or challenge@K")
+        kind = kinds[match[1].lower()]
+        return cls(kind, int(match[2]) if match[2] else 10 if kind == "challenge" else None)
+
+    def __str__(self) -> str:
+        return self.kind if self.k is None or (self.kind, self.k) == ("challenge", 10) else f"{self.kind}@{self.k}"
+
+    def of(self, found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
+        """Of one query: what it found, best first, and what it should have found."""
+        if self.kind == "mAP":
+            return average_precision(found, relevant, self.k)
+        if self.kind == "challenge":
+            return challenge_precision(found[: self.k], relevant)
+        return float(not relevant.isdisjoint(found[: self.k]))
+
+
+def average_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable], k: int | None = None) -> float:
+    """AP@k of one ranking: the sum of the precision at each hit among the first k over min(k, relevant).
+
+    `k` is by default the length of `found`; a ranking that stops before k misses what it leaves out.
+    """
+    k = len(found) if k is None else k
     if not relevant or not found:
         return 0.0
+    _, total = _precisions(found[:k], relevant)
+    return total / min(k, len(relevant))
+
+
+def challenge_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
+    """AP as the scorer published for the CVPR 2023 foundation model challenge (track 2, traffic retrieval) computes it.
+
+    It divides by the hits found rather than by the pictures that could have been found. So it does not see what is
+    missing: of a hundred relevant pictures, three in front of seven wrong ones score 1.0, and a tenth right picture
+    on rank 10 lowers the score. Use it to compare with that challenge's figures, not to choose a model.
+    """
+    hits, total = _precisions(found, relevant)
+    return total / hits if hits else 0.0
+
+
+def _precisions(found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> tuple[int, float]:
+    """The number of hits and the sum of the precision at each of them."""
     hits, total = 0, 0.0
-    for rank, position in enumerate(found, 1):
-        if position in relevant:
+    for rank, one in enumerate(found, 1):
+        if one in relevant:
             hits += 1
             total += hits / rank
-    return total / min(len(found), len(relevant))
+    return hits, total

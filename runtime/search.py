@@ -1,7 +1,7 @@
 """Search over a gallery: embed texts and pictures, mix them where asked, rank all stored rows exactly."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,21 +61,27 @@ class Searcher:
 
     `templates`: a text is embedded as the mean of its forms in all of them, such as "a photo of a {}."; each form is
     normalised before the mean is taken and the mean after it (Radford et al., Learning Transferable Visual Models
-    From Natural Language Supervision, 2021, section 3.1.4). `resident`: keep codes in memory in the order that makes a
-    single query fastest, for searchers that live long. A text is embedded once, however often it is asked for.
+    From Natural Language Supervision, 2021, section 3.1.4). A function gives each text the forms that suit it, such as
+    `Prompts.forms`. `resident`: keep codes in memory in the order that makes a single query fastest, for searchers
+    that live long. A text is embedded once, however often it is asked for.
     Raises ClipretError when the encoder's bundle is not the one that made the gallery, or a template has no {}.
     """
 
     def __init__(
-        self, gallery: Gallery, encoder: Encoder, *, templates: Sequence[str] = ("{}",), resident: bool = False
+        self,
+        gallery: Gallery,
+        encoder: Encoder,
+        *,
+        templates: Sequence[str] | Callable[[str], Sequence[str]] = ("{}",),
+        resident: bool = False,
     ) -> None:
         gallery.check(encoder.bundle)
-        for template in templates:
+        for template in () if callable(templates) else templates:
             if "{}" not in template:
                 raise ClipretError(f"template {template!r} has no {{}}: put one where the text belongs")
         self.gallery = gallery
         self.encoder = encoder
-        self.templates = tuple(templates) or ("{}",)
+        self.templates = templates if callable(templates) else tuple(templates) or ("{}",)
         self.resident = resident
         self._known = OrderedDict[str, Floats]()
 
@@ -158,24 +164,26 @@ class Searcher:
     def _embed_texts(self, texts: Sequence[str]) -> dict[str, Floats]:
         unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
         if unknown:
-            forms = [template.replace("{}", text) for text in unknown for template in self.templates]
             blank = next((text for text in unknown if not text.strip()), None)
             if blank is not None:
                 raise ClipretError(f"text {blank!r} is blank: leave it out or fill it in")
-            encoded = self.encoder.encode_texts(forms).astype(np.float64)
-            rows = encoded.reshape(len(unknown), len(self.templates), -1)
-            if len(self.templates) == 1:
-                self._known.update(zip(unknown, rows[:, 0], strict=True))
-            else:
-                means = rows.mean(axis=1)
-                means /= np.linalg.norm(means, axis=1, keepdims=True)
-                self._known.update(zip(unknown, means, strict=True))
+            forms = [self._forms(text) for text in unknown]
+            encoded = self.encoder.encode_texts([form for some in forms for form in some]).astype(np.float64)
+            ends = np.cumsum([len(some) for some in forms])
+            for text, rows in zip(unknown, np.split(encoded, ends[:-1]), strict=True):
+                mean = rows.mean(axis=0)
+                self._known[text] = rows[0] if len(rows) == 1 else mean / np.linalg.norm(mean)
         found = {text: self._known[text] for text in texts}
         for text in found:
             self._known.move_to_end(text)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         return found
+
+    def _forms(self, text: str) -> Sequence[str]:
+        if callable(self.templates):
+            return self.templates(text)
+        return [template.replace("{}", text) for template in self.templates]
 
     def _embed_pictures(self, pictures: Sequence[Picture]) -> list[Floats]:
         rows = list[Floats]()
