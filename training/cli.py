@@ -9,6 +9,7 @@ import click
 
 from clipret.console import Group, show_table
 from clipret.errors import ClipretError, require
+from clipret.training.cli_soup import soup
 
 if TYPE_CHECKING:
     from clipret.training.config import FitConfig
@@ -52,6 +53,7 @@ def main() -> None:
     clipret-train fit captions.csv --model ViT-B-32:laion2b_s34b_b79k --out run
     clipret-train resume run                                           after an interruption
     clipret-train recipes                                              what there is to start from
+    clipret-train soup run1 run2 --how uniform --out run               the mean of several trainings
     clipret-train data scenes OUT --count 2000                         drawn traffic scenes with titles
     """
 
@@ -160,6 +162,9 @@ def options() -> None:
     from clipret.training.config import option_table
 
     click.echo(show_table(["option", "value", "default"], option_table()))
+
+
+main.add_command(soup)
 
 
 def _require_packages() -> None:
