@@ -2,6 +2,7 @@
 
 import click
 
+from clipret.cli_answer import merge_command, submit
 from clipret.cli_gallery import compact, index, info, remove
 from clipret.cli_search import eval_command, query
 from clipret.cli_transfer import export_command, import_command
@@ -24,7 +25,18 @@ def main() -> None:
     """
 
 
-for command in (index, query, eval_command, info, remove, compact, export_command, import_command):
+for command in (
+    index,
+    query,
+    eval_command,
+    merge_command,
+    submit,
+    info,
+    remove,
+    compact,
+    export_command,
+    import_command,
+):
     main.add_command(command)
 
 

@@ -18,7 +18,7 @@ from clipret.cli_options import (
     where_list_option,
     where_option,
 )
-from clipret.cli_rerank import open_reranker, prompts_option, rerank_options
+from clipret.cli_rerank import open_reranker, prompts_option, read_texts, rerank_options
 from clipret.console import show_table
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
@@ -37,6 +37,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @click.command(epilog='Example:  clipret-search query gallery/ "a red sedan" "一辆红色的轿车" -k 20 --html found.html')
 @click.argument("gallery", type=FILE)
 @click.argument("texts", nargs=-1)
+@click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with titles.")
 @click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
 @click.option("--minus", metavar="TEXT", multiple=True, help="What the pictures shall not show.")
 @click.option("--minus-weight", type=float, default=0.5, show_default=True, help="How strongly --minus counts.")
@@ -46,6 +47,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @where_option
 @click.option("--exclude", metavar="PATH", multiple=True, help="A picture of the gallery that is not wanted.")
 @click.option("--min-score", type=float, help="Only pictures with at least this score.")
+@rerank_options
 @click.option("--html", type=FILE, help="Also write a page with the pictures.")
 @json_option
 @bundle_option
@@ -55,6 +57,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 def query(
     gallery: Path,
     texts: tuple[str, ...],
+    texts_file: Path | None,
     pictures: tuple[Path, ...],
     minus: tuple[str, ...],
     minus_weight: float,
@@ -64,6 +67,8 @@ def query(
     where: str | None,
     exclude: tuple[str, ...],
     min_score: float | None,
+    rerank: Rerank,
+    reference: Path | None,
     html: Path | None,
     as_json: bool,
     bundle: Path | None,
@@ -81,15 +86,23 @@ def query(
         clipret-search query gallery/ "a red truck" --minus "a fire engine"
         clipret-search query gallery/ --picture car.jpg --where "camera = 'A3' and hour < 6"
     """
+    if texts_file is not None:
+        texts = (*texts, *read_texts(texts_file))
     if not texts and not pictures:
         raise click.UsageError("name at least one text, or a picture with --picture")
+    if rerank.steps and min_score is not None:
+        raise click.UsageError("--min-score is a cosine, which re-ranking changes: leave one of them out")
     queries = _queries(texts, pictures, minus, minus_weight)
     if templates and prompts.rules:
         raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
     searcher = open_searcher(gallery, bundle, device, engine, threads, templates or prompts.forms)
     with searcher.gallery:
         unwanted = [searcher.gallery.id_of(path) for path in exclude]
-        found = searcher.search(list(queries.values()), k, where=where, exclude=unwanted, min_score=min_score)
+        if rerank.steps:
+            rows, among = searcher.embed(list(queries.values())), searcher.among(where, unwanted)
+            found = searcher.hits(*open_reranker(searcher, rerank, reference).rank(rows, k, among=among))
+        else:
+            found = searcher.search(list(queries.values()), k, where=where, exclude=unwanted, min_score=min_score)
         results = list(zip(queries, found, strict=True))
         if html is not None:
             sections = [Section(name, [_card(hit) for hit in hits]) for name, hits in results]

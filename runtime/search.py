@@ -131,7 +131,10 @@ class Searcher:
         min_score: float | None = None,
     ) -> list[list[Hit]]:
         """The same for queries that are embedded already, [Q,D]."""
-        scores, positions = self.ranker.rank(queries, k, among=self._among(where, exclude), min_score=min_score)
+        return self.hits(*self.ranker.rank(queries, k, among=self.among(where, exclude), min_score=min_score))
+
+    def hits(self, scores: Floats, positions: npt.NDArray[np.int64]) -> list[list[Hit]]:
+        """What a ranking, [Q,K] each as `Ranker.rank` returns them, found."""
         used = np.unique(positions[positions >= 0])
         names = dict(zip(used.tolist(), self.gallery.paths(self.stored.ids[used]), strict=True))
         return [
@@ -142,6 +145,15 @@ class Searcher:
             ]
             for row, row_scores in zip(positions.tolist(), scores.tolist(), strict=True)
         ]
+
+    def among(self, where: str | None = None, exclude: Collection[int] = ()) -> npt.NDArray[np.bool_] | None:
+        """Which rows may be found, bool [N]; None for all. Raises ClipretError for a wrong expression."""
+        if where is None and not len(exclude):
+            return None
+        ids = self.stored.ids
+        among = np.ones(len(ids), bool) if where is None else np.isin(ids, self.gallery.select(where))
+        among &= ~np.isin(ids, np.fromiter(exclude, np.int64, len(exclude)))
+        return among
 
     def embed(self, queries: Sequence[str | Query]) -> Floats:
         """Unit rows float64 [Q,D]. Raises ClipretError as `search` does, and where the parts of a query cancel out."""
@@ -192,15 +204,6 @@ class Searcher:
                 raise ClipretError(f"{_shown(content)} cannot be a query: {reason}")
             rows.extend(batch.rows.astype(np.float64))
         return rows
-
-    def _among(self, where: str | None, exclude: Collection[int]) -> npt.NDArray[np.bool_] | None:
-        """Which rows may be found, bool [N]; None for all."""
-        if where is None and not len(exclude):
-            return None
-        ids = self.stored.ids
-        among = np.ones(len(ids), bool) if where is None else np.isin(ids, self.gallery.select(where))
-        among &= ~np.isin(ids, np.fromiter(exclude, np.int64, len(exclude)))
-        return among
 
 
 def _shown(content: str | Picture) -> str:

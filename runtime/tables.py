@@ -77,7 +77,8 @@ def pick_column(table: Table, given: str | None, kind: Literal["image", "title"]
 
 def _read_separated(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
     header, _, _ = text.partition("\n")
-    separator = max("\t,;|", key=header.count)
+    # Of a single column the header says nothing: a .csv is then what its name says.
+    separator = max(",\t;|" if path.suffix.lower() == ".csv" else "\t,;|", key=header.count)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     lines: Iterator[list[str]] = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
     rows: list[dict[str, str]] = []

@@ -87,3 +87,9 @@ def test_columns_are_detected_or_named(tmp_path: Path) -> None:
         pick_column(table, "colour", "title")
     with pytest.raises(ClipretError, match="looked for path, filepath"):
         pick_column(read_table(write(tmp_path, "u.csv", "a,b\n1,2\n")), None, "image")
+
+
+def test_a_single_column_is_read_as_its_name_says(tmp_path: Path) -> None:
+    for name, expected in (("q.csv", "red, bright"), ("q.tsv", '"red, bright"')):
+        (tmp_path / name).write_text('title\n"red, bright"\n')
+        assert read_table(tmp_path / name).rows == [{"title": expected}]

@@ -1,0 +1,89 @@
+"""Result files: what queries found, as JSON that `clipret-search query --json` and `merge` write and others read.
+
+    [{"query": "a red sedan", "hits": [{"rank": 1, "score": 0.31, "path": "0017.jpg", …}, …]}, …]
+
+An answer to the traffic challenge, {"results": [{"text": …, "image_names": […]}]}, is read as well. It has no scores.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipret.errors import ClipretError
+
+__all__ = ["Found", "as_results", "read_results"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pictures that one query found, best first; `scores` is None where the file has none."""
+
+    paths: tuple[str, ...]
+    scores: tuple[float, ...] | None
+
+
+def as_results(queries: Iterable[str], found: Iterable[Found]) -> list[dict[str, object]]:
+    """What a result file holds."""
+    return [
+        {
+            "query": query,
+            "hits": [
+                {"rank": rank, "score": score, "path": path}
+                for rank, (path, score) in enumerate(zip(one.paths, one.scores or (), strict=True), 1)
+            ],
+        }
+        for query, one in zip(queries, found, strict=True)
+    ]
+
+
+def read_results(path: Path) -> dict[str, Found]:
+    """What each query of a file found.
+
+    Raises ClipretError for what is no result file and, naming the query, for a picture that is listed twice, scores
+    that rise, and a query that is there twice with different pictures.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ClipretError(f"{path} is not JSON ({error}): name a result file or a gallery") from None
+    results: dict[str, Found] = {}
+    try:
+        pairs = [_pair(entry) for entry in (value["results"] if isinstance(value, dict) else value)]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ClipretError(
+            f"{path} is no result file: make one with  clipret-search query --json  or  clipret-search merge"
+        ) from None
+    for query, found in pairs:
+        where = f"{path}: the query {query!r}"
+        if len(set(found.paths)) < len(found.paths):
+            double = next(name for name in found.paths if found.paths.count(name) > 1)
+            raise ClipretError(f"{where} lists {double} twice: mend the file")
+        if found.scores is not None and not _falls(found.scores):
+            raise ClipretError(f"{where} has scores that rise or are no numbers: mend the file")
+        if results.setdefault(query, found) != found:
+            raise ClipretError(f"{where} is there twice with different pictures: remove one")
+    if not results:
+        raise ClipretError(f"{path} holds no queries: make it again")
+    return results
+
+
+def _pair(entry: Any) -> tuple[str, Found]:
+    if "image_names" in entry:
+        query, found = entry["text"], Found(tuple(entry["image_names"]), None)
+    else:
+        hits = sorted(entry["hits"], key=lambda hit: int(hit["rank"]))
+        query = entry["query"]
+        found = Found(tuple(hit["path"] for hit in hits), tuple(float(hit["score"]) for hit in hits))
+    if not all(isinstance(text, str) for text in (query, *found.paths)):
+        raise TypeError("a query and its pictures are texts")
+    return query.strip(), found
+
+
+def _falls(scores: Sequence[float]) -> bool:
+    return all(map(math.isfinite, scores)) and all(a >= b for a, b in itertools.pairwise(scores))
