@@ -25,6 +25,8 @@ class Group(click.Group):
 
         with warnings.catch_warnings():
             warnings.showwarning = show  # type: ignore[assignment]
+            # Pillow warns of oddities of single pictures; those that matter are errors (see clipret.images).
+            warnings.filterwarnings("ignore", module=r"PIL\.")
             try:
                 return super().main(*args, **kwargs)
             except ClipretError as error:

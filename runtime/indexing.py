@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -211,7 +211,13 @@ class _Run:
             path, reason = report.skipped[0]
             raise ClipretError(f"none of the {len(report.skipped)} pictures could be used; the first: {path}: {reason}")
         if prune:
-            vanished = [number for number, path in self.gallery.database.live_paths() if not self._named(path)]
+            # A folder that could not be read is one skipped path: what lies below it has not vanished.
+            unread = {path for path, _ in report.skipped}
+            vanished = [
+                number
+                for number, path in self.gallery.database.live_paths()
+                if not self._named(path) and not unread.intersection(map(str, PurePosixPath(path).parents))
+            ]
             report.removed = self.gallery.remove(vanished)
 
     def _stored(self, item: Item) -> str:

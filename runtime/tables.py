@@ -104,7 +104,7 @@ def _read_separated(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[s
 
 def _read_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
     objects: list[dict[str, object]] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut strings at U+2028
         if not line.strip():
             continue
         try:

@@ -26,6 +26,11 @@ def test_tabs_are_read_without_quoting(tmp_path: Path) -> None:
     assert table.rows == [{"path": "a.jpg", "title": '"Go" says the sign, twice'}]
 
 
+def test_json_strings_may_hold_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "t.jsonl", '{"path": "a\u2028b.jpg"}\r\n{"path": "c.jpg"}\r\n'))
+    assert [row["path"] for row in table.rows] == ["a\u2028b.jpg", "c.jpg"]
+
+
 def test_semicolons_and_windows_line_ends(tmp_path: Path) -> None:
     assert read_table(write(tmp_path, "t.csv", "path;title\r\na;b, c\r\n\r\n")).rows == [{"path": "a", "title": "b, c"}]
 
