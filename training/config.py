@@ -51,6 +51,10 @@ class FitConfig:
     crop_size: int | None = None  # pixels a side that the image tower sees in training; None: the model's own
     crop_area: float = 0.7  # the least share of a picture that a crop keeps
     jitter: float = 0.3  # how far brightness, contrast and saturation may move from 1
+    flip: float | None = None  # share of the pictures that is mirrored; left out: half, and none without augmentation
+    rotation: float | None = None  # degrees at most; left out: 3 for surveillance, else 0
+    random_ops: int = 0  # changes a picture as in RandAugment, for pictures whose colours do not matter
+    magnitude: float = 0.5  # how strong they are
     captions: int = 1  # titles of a picture that take part in a step
     # What is trained: everything, or adapters beside frozen weights, or what is not locked
     adapter: Literal["none", "lora", "dora"] = "none"
@@ -86,6 +90,7 @@ class FitConfig:
     beta2: float = 0.98  # as in CLIP
     epsilon: float = 1e-6
     clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    ema: float = 0.0  # decay of a moving average of the weights, which is then measured and kept as the best; 0: none
     # How a step is computed
     precision: Precision = "fp32"
     checkpoint_gradients: bool = False  # less memory, a third more time: activations are computed twice
@@ -188,6 +193,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "beta2": (0, 1 - 1e-9),
     "epsilon": (0, 1),
     "clip": (0, _INFINITE),
+    "ema": (0, 1 - 1e-9),
+    "flip": (0, 1),
+    "rotation": (0, 45),
+    "random_ops": (0, _INFINITE),
+    "magnitude": (0, 1),
     "patch_dropout": (0, 1 - 1e-9),
     "threads": (1, _INFINITE),
     "cache_limit": (0, _INFINITE),

@@ -19,6 +19,7 @@ from clipret.images import PictureError, load
 from clipret.text import Tokenizer
 from clipret.training.listing import Listing
 from clipret.training.loaded import LoadedModel
+from clipret.training.schedule import generator
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -50,7 +51,7 @@ class Texts:
     `of_picture[i]` holds the positions of picture i's titles, int64.
     """
 
-    def __init__(self, loaded: LoadedModel, listing: Listing) -> None:
+    def __init__(self, loaded: LoadedModel, listing: Listing, seed: int = 0) -> None:
         pairs = listing.pairs
         self._ids = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(pairs.titles))  # [N,L]
         used = self._ids != loaded.text.pad_id
@@ -58,6 +59,8 @@ class Texts:
         trimmed = loaded.text.pad_to == "longest"
         self._lengths = (used * torch.arange(1, used.shape[1] + 1)).amax(dim=1) if trimmed else None
         self.of_picture = [torch.tensor(titles) for titles in pairs.of_picture]
+        draw = generator(seed, "captions")
+        self._shuffled = [titles[torch.randperm(len(titles), generator=draw)] for titles in self.of_picture]
         self._groups = [torch.tensor(groups, dtype=torch.int64) + len(pairs.titles) for groups in listing.groups]
 
     def ids(self, titles: Tensor) -> Tensor:
@@ -74,14 +77,17 @@ class Texts:
         parts = tuple(self.ids(titles[part]) for part in places.tensor_split(groups))
         return TextBatch(titles, parts, places)
 
-    def sample(self, pictures: Sequence[int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Positions, int64 [T], of up to `count` titles of each picture, drawn without replacement; and for each of
-        them its picture's place in `pictures`, int64 [T]."""
+    def sample(self, pictures: Sequence[int], count: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Positions, int64 [T], of up to `count` titles of each picture; and for each of them its picture's place in
+        `pictures`, int64 [T]. Epoch by epoch, from 1, a picture's titles come in turn, in an order of its own:
+        none comes again before all have."""
         drawn, owners = [], []
         for place, picture in enumerate(pictures):
-            titles = self.of_picture[picture]
-            drawn.append(titles[torch.randperm(len(titles), generator=generator)[:count]])
-            owners += [place] * len(drawn[-1])
+            titles = self._shuffled[picture]
+            if count < len(titles):
+                titles = titles.roll(-count * (epoch - 1))[:count]
+            drawn.append(titles)
+            owners += [place] * len(titles)
         return torch.cat(drawn), torch.tensor(owners)
 
     def keys(self, pictures: Sequence[int], titles: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,6 @@ from clipret.training.validation import normalise, quality, recall
 
 __all__ = ["FitResult", "fit"]
 
-_MAX_LOGIT_SCALE = math.log(100)  # as in CLIP: a larger one makes training unstable
 _MACHINE = ("cache_limit", "device", "save_every", "tensorboard", "threads")  # may differ when a run is resumed
 
 
@@ -104,11 +103,21 @@ class _Training:
             raise ClipretError(f"{config.data} is not what it was when this run began: put the old list back")
         self.learner = Learner(config, self.train_list.pairs.titles, world, self.checkpoints.last if saved else None)
         self.loaded = self.learner.loaded
-        self.texts, self.val_texts = Texts(self.loaded, self.train_list), Texts(self.loaded, self.val_list)
+        self.texts = Texts(self.loaded, self.train_list, config.seed)
+        self.val_texts = Texts(self.loaded, self.val_list)
         self.mine = range(world.rank, len(self.train_list.pairs.paths), world.size)  # the share of this process
         self.pictures, self.val_pictures = self._open_pictures()
+        image = self.loaded.image
         self.augment = Augmenter(
-            config.augment, config.crop_size or self.loaded.image.size, config.crop_area, config.jitter
+            config.augment,
+            config.crop_size or image.size,
+            config.crop_area,
+            config.jitter,
+            flip=config.flip,
+            rotation=config.rotation,
+            random_ops=config.random_ops,
+            magnitude=config.magnitude,
+            fill=image.fill if image.resize == "longest" else None,
         )
         self.gradients = GradientStep(
             self.learner.model,
@@ -252,7 +261,7 @@ class _Training:
         config, at, learner = self.config, self.at, self.learner
         draw = generator(config.seed, "step", at.step, self.world.rank)
         pictures = [self.mine[position] for position in chosen]  # as the texts number them
-        titles, owners = self.texts.sample(pictures, config.captions, draw)  # [T]
+        titles, owners = self.texts.sample(pictures, config.captions, at.epoch)  # [T]
         images = normalise(self.loaded, self.augment(pixels.to(self.device), draw))  # [B,3,S,S]
         texts = self.texts.batch(titles, max(4, config.accumulate))
         batch = Batch(images, texts, *self.texts.keys(pictures, titles, owners))
@@ -267,9 +276,9 @@ class _Training:
         before = self.scaler.get_scale()
         self.scaler.step(learner.optimizer)
         self.scaler.update()
-        at.overflows += self.scaler.get_scale() < before
-        with torch.no_grad():
-            learner.model.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
+        overflow = self.scaler.get_scale() < before
+        at.overflows += overflow
+        learner.after_step(changed=not overflow)
         return result
 
     def _stop(self, result: StepResult, pictures: list[int]) -> None:
@@ -298,11 +307,12 @@ class _Training:
             metrics["overflows"] = at.overflows
         if at.epoch % config.validate_every == 0 or at.epoch == config.epochs:
             pairs = self.val_list.pairs
-            metrics |= recall(self.loaded, pairs, self.val_pictures, self.val_texts, self.device, self.world)
-            self.folder.scalars(at.step, {f"recall_at_10/{way}": metrics[way]["recall_at_10"] for way in _WAYS})
-            if not at.best or quality(metrics) > quality(at.best):
-                at.best = metrics
-                self.learner.save_best(self.checkpoints, at.step)
+            with self.learner.averaged():
+                metrics |= recall(self.loaded, pairs, self.val_pictures, self.val_texts, self.device, self.world)
+                self.folder.scalars(at.step, {f"recall_at_10/{way}": metrics[way]["recall_at_10"] for way in _WAYS})
+                if not at.best or quality(metrics) > quality(at.best):
+                    at.best = metrics
+                    self.learner.save_best(self.checkpoints, at.step)
         metrics["cpu_seconds"] = at.cpu_seconds + time.process_time()  # user and system, of all threads
         at.metrics.append(metrics)
         self.folder.log(f"epoch {at.epoch} of {config.epochs}, loss {metrics['loss']:.4f}")

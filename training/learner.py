@@ -1,6 +1,8 @@
 """The model of a training with its optimiser: what a step changes and a checkpoint holds."""
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from clipret.errors import ClipretError
 from clipret.training.adapters import add_adapters, base_state, write_adapter
+from clipret.training.averaging import MovingAverage
 from clipret.training.checkpoint import Checkpoints
 from clipret.training.config import FitConfig
 from clipret.training.distributed import World, average_gradients
@@ -21,6 +24,8 @@ from clipret.training.schedule import seed_of
 from clipret.training.techniques import checkpoint_gradients, drop_patches
 
 __all__ = ["Learner"]
+
+_MAX_LOGIT_SCALE = math.log(100)  # as in CLIP: a larger one makes training unstable
 
 
 class Learner:
@@ -55,6 +60,19 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
         )
+        self.average = MovingAverage(model, config.ema) if config.ema else None
+
+    def after_step(self, *, changed: bool) -> None:
+        """Bound the logit scale and let the moving average move, if the optimiser has `changed` anything."""
+        if changed:
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
+            if self.average is not None:
+                self.average.update(self.model)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the model has the weights that are measured and kept, the moving average if there is one."""
+        return self.average.applied(self.model) if self.average is not None else contextlib.nullcontext()
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -94,6 +112,8 @@ class Learner:
             learner: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
             if self.config.adapter != "none":
                 learner["trained"] = self._trained_state()
+            if self.average is not None:
+                learner["average"] = self.average.state_dict()
             checkpoints.save_last(self.weights(), {**state, "learner": learner}, step)
 
     def _trained_state(self) -> dict[str, Tensor]:
@@ -106,6 +126,8 @@ class Learner:
             if self.config.adapter != "none":
                 self.model.load_state_dict(state["trained"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
         except (KeyError, ValueError) as error:
             raise ClipretError(f"the checkpoint's optimiser is of another model: {error}") from None
 

@@ -20,7 +20,11 @@ def checkpoint_gradients(model: nn.Module) -> None:
     for module in model.modules():
         whole: Any = module
         if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5 renamed it
+            enable: Any = (
+                getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
             asked = True
         elif hasattr(module, "set_grad_checkpointing") and module is not model:
             whole.set_grad_checkpointing(True)
@@ -41,4 +45,4 @@ def drop_patches(model: Any, share: float) -> None:
         raise ClipretError(
             f"patch_dropout needs a vision transformer of open_clip, the image tower is a {type(model.visual).__name__}"
         )
-    model.visual.patch_dropout = PatchDropout(share)
+    model.visual.patch_dropout = PatchDropout(share).train(model.training)

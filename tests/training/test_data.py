@@ -82,6 +82,18 @@ def test_rows_of_a_group_are_positives_of_each_other() -> None:
     assert torch.equal(positive_mask(images, titles), expected)
 
 
+def test_captions_come_in_turn() -> None:
+    pairs = PairSet((Path("a"), Path("b")), ("u", "v", "w", "x", "y", "z"), ((0, 1, 2, 3, 4), (5,)))
+    texts = texts_of(pairs, ((), ()))
+    epochs = [texts.sample([1, 0], 2, epoch) for epoch in range(1, 6)]
+    assert [titles[0].item() for titles, _ in epochs] == [5] * 5
+    assert [owners.tolist() for _, owners in epochs] == [[0, 1, 1]] * 5
+    seen = torch.cat([titles[1:] for titles, _ in epochs])
+    assert seen[:5].sort().values.tolist() == [0, 1, 2, 3, 4]  # all of them before the first comes again
+    assert torch.equal(seen[:5], seen[5:])
+    assert len(texts.sample([0], 9, 1)[0]) == 5
+
+
 def test_titles_in_groups_by_length_come_back_in_order() -> None:
     titles = tuple(" ".join(["red", "car", "dog", "sea"][: 1 + n % 4]) + f" {n}" for n in range(40))
     texts = texts_of(PairSet((Path("a"),), titles, (tuple(range(40)),)), ((),))
