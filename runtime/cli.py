@@ -3,6 +3,7 @@
 import click
 
 from clipret.cli_answer import merge_command, submit
+from clipret.cli_complete import complete
 from clipret.cli_gallery import compact, index, info, remove
 from clipret.cli_search import eval_command, query
 from clipret.cli_transfer import export_command, import_command
@@ -31,6 +32,7 @@ for command in (
     eval_command,
     merge_command,
     submit,
+    complete,
     info,
     remove,
     compact,

@@ -37,6 +37,9 @@ MARKS = {
 }
 
 
+FOOTER = "Best match first. The score is the cosine similarity of text and picture; a picture links to its file."
+
+
 @dataclass(frozen=True)
 class Card:
     """One picture found.
@@ -61,7 +64,14 @@ class Section:
     note: str = ""
 
 
-def write_page(out: Path, *, title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> None:
+def write_page(
+    out: Path,
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
+    footer: str = FOOTER,
+) -> None:
     """Write the page, whole or not at all.
 
     `facts` are the headline figures, name and value. Pictures are embedded as thumbnails and link to their files,
@@ -77,6 +87,7 @@ def write_page(out: Path, *, title: str, facts: Sequence[tuple[str, str]], secti
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts),
         navigation=_navigation(sections) if len(sections) >= NAVIGATION_FROM else "",
         sections="\n".join(_section(number, section, preview) for number, section in enumerate(sections, 1)),
+        footer=escape(footer),
     )
     # File names that are not UTF-8 reach us with surrogates, which no page can hold.
     write_file(out, page.encode("utf-8", "replace"))
@@ -216,7 +227,7 @@ $navigation
 <main id="found">
 $sections
 </main>
-<footer>Best match first. The score is the cosine similarity of text and picture; a picture links to its file.</footer>
+<footer>$footer</footer>
 </body>
 </html>
 """)
