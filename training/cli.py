@@ -10,6 +10,7 @@ import click
 from clipret.console import Group, show_table
 from clipret.errors import ClipretError, require
 from clipret.training.cli_soup import soup
+from clipret.training.cli_traffic import traffic
 
 if TYPE_CHECKING:
     from clipret.training.config import FitConfig
@@ -205,7 +206,10 @@ def _report(metrics: dict[str, Any]) -> None:
 
 @main.group()
 def data() -> None:
-    """Make data to try a training on."""
+    """Make data to train on: from a challenge's files, or drawn."""
+
+
+data.add_command(traffic)
 
 
 @data.command(epilog="Example:  clipret-train data scenes scenes --count 2000 --style surveillance --seed 1")
