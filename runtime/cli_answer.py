@@ -90,7 +90,7 @@ def merge_command(
             raise ClipretError(
                 f"--prompts has no rule {rule!r}: use all, other{''.join(f', {name}' for name in rules)}"
             )
-    fitting = {text: rule.name if (rule := prompts.rule(text)) is not None else "other" for text in queries}
+    fitting = {text: fits.name if (fits := prompts.rule(text)) is not None else "other" for text in queries}
     opened = []
     for number, path in enumerate(sources):
         searcher, results = _open(path, prompts, None, device, engine, threads)

@@ -99,8 +99,8 @@ def query(
     with searcher.gallery:
         unwanted = [searcher.gallery.id_of(path) for path in exclude]
         if rerank.steps:
-            rows, among = searcher.embed(list(queries.values())), searcher.among(where, unwanted)
-            found = searcher.hits(*open_reranker(searcher, rerank, reference).rank(rows, k, among=among))
+            embedded, among = searcher.embed(list(queries.values())), searcher.among(where, unwanted)
+            found = searcher.hits(*open_reranker(searcher, rerank, reference).rank(embedded, k, among=among))
         else:
             found = searcher.search(list(queries.values()), k, where=where, exclude=unwanted, min_score=min_score)
         results = list(zip(queries, found, strict=True))

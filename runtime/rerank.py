@@ -248,7 +248,8 @@ def reciprocal_order(scores: Floats, rows: Floats, *, k1: int = 20, k2: int = 6,
     def widened_by(own: Mask, half: npt.NDArray[Any]) -> Mask:
         shared = own.astype(np.float64) @ half.T  # [m,n]: how many of each one's half are in it already
         joins = own & (shared >= 2 / 3 * half.sum(axis=1))
-        return own | (joins.astype(np.float64) @ half > 0)
+        wider: Mask = own | (joins.astype(np.float64) @ half > 0)
+        return wider
 
     half = mutual(max(k1 // 2, 1)).astype(np.float64)
     asked = np.arange(n)[None] < k1

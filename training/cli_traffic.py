@@ -89,6 +89,7 @@ def traffic(
     click.echo(show_table(["count", "value"], [*rows, ["lines left out", f"{len(problems)}"]]))
     for name in ("unclear persons", "brands spelt in several ways"):
         value = counts[name]
-        odd = {group: n for group, n in value.items() if n} if isinstance(value, dict) else value
-        if odd:
-            click.echo(f"{name}: {odd}", err=True)
+        if isinstance(value, dict):
+            value = {group: n for group, n in value.items() if n}
+        if value:
+            click.echo(f"{name}: {value}", err=True)
