@@ -199,6 +199,8 @@ class Searcher:
 
     def _embed_pictures(self, pictures: Sequence[Picture]) -> list[Floats]:
         rows = list[Floats]()
+        if not pictures:
+            return rows  # the image tower of a large model takes longer to open than a query by text
         for batch in self.encoder.encode_images(pictures):
             for content, reason in batch.skipped:
                 raise ClipretError(f"{_shown(content)} cannot be a query: {reason}")

@@ -1,5 +1,6 @@
 """The searcher: what a query may be made of, and which rows it may find."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,13 @@ def test_a_text_is_embedded_once(searcher: Searcher, monkeypatch: pytest.MonkeyP
     assert asked == ["red", "green", "blue"]
     assert first[0] == first[2]
     assert first[1] == again[0]
+
+
+def test_a_text_needs_no_image_tower(gallery: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    (bundle / "image.onnx").unlink()
+    searcher = Searcher(Gallery.open(gallery), Encoder(Bundle.open(bundle), device="cpu"))
+    assert len(searcher.search(["red"], 3)[0]) == 3
 
 
 def test_filters_ids_and_scores_narrow_what_is_found(searcher: Searcher) -> None:
