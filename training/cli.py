@@ -10,7 +10,7 @@ import click
 from clipret.console import Group, show_table
 from clipret.errors import ClipretError, require
 from clipret.training.cli_soup import soup
-from clipret.training.cli_traffic import traffic
+from clipret.training.cli_traffic import challenge, traffic
 
 if TYPE_CHECKING:
     from clipret.training.config import FitConfig
@@ -210,6 +210,7 @@ def data() -> None:
 
 
 data.add_command(traffic)
+data.add_command(challenge)
 
 
 @data.command(epilog="Example:  clipret-train data scenes scenes --count 2000 --style surveillance --seed 1")

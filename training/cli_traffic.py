@@ -1,4 +1,4 @@
-"""clipret-train data traffic: the traffic retrieval challenge's label file as a list to train with."""
+"""clipret-train data traffic and challenge: the traffic retrieval challenge's files, read and drawn."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from clipret.errors import ClipretError
 from clipret.files import new_folder, write_file
 from clipret.training.traffic import COLORS, COLUMNS, TYPES, parse_labels, rows_of, statistics, vocabulary_of
 
-__all__ = ["traffic"]
+__all__ = ["challenge", "traffic"]
 
 FILE = click.Path(path_type=Path)
 _NAMED = 20  # lines with a fault that are named on the terminal
@@ -88,8 +88,33 @@ def traffic(
         rows.append([f"different words of {name}", f"{len(words)}"])
     click.echo(show_table(["count", "value"], [*rows, ["lines left out", f"{len(problems)}"]]))
     for name in ("unclear persons", "brands spelt in several ways"):
-        value = counts[name]
-        if isinstance(value, dict):
-            value = {group: n for group, n in value.items() if n}
-        if value:
-            click.echo(f"{name}: {value}", err=True)
+        slips = counts[name]
+        if isinstance(slips, dict):
+            slips = {group: n for group, n in slips.items() if n}
+        if slips:
+            click.echo(f"{name}: {slips}", err=True)
+
+
+@click.command(epilog="Example:  clipret-train data challenge drawn --train 2640 --test 1320 --seed 1")
+@click.argument("out", type=FILE)
+@click.option("--train", type=click.IntRange(1), default=2640, show_default=True, help="Pictures to train with.")
+@click.option("--test", type=click.IntRange(1), default=1320, show_default=True, help="Pictures to search.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same pictures.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
+def challenge(out: Path, train: int, test: int, seed: int, workers: int) -> None:
+    """Draw the files of the traffic retrieval challenge into the folder OUT, with the truth.
+
+    \b
+    train_label.txt, train_images/    clean pictures; a line names colour and brand, or the type
+    test_text.txt, test_images/       a camera's pictures; a line names colour, brand and type, or a person
+    test_pictures.csv                 what each test picture shows, to index them with
+    test_queries.csv                  what each line of test_text.txt asks for, to evaluate with
+
+    \b
+    clipret-search index bundle OUT/test_pictures.csv gallery --image-root OUT/test_images
+    clipret-search eval gallery OUT/test_queries.csv --equal color --equal type --includes attributes
+    """
+    from clipret.training.scenes.challenge import write_challenge
+
+    write_challenge(out, train=train, test=test, seed=seed, workers=workers)
+    click.echo(f"{train} pictures to train with and {test} to search in {out}")

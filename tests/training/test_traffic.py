@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from click.testing import CliRunner, Result
 
 from clipret.completion import Vocabulary
 from clipret.training.cli import main
-from clipret.training.traffic import PERSON_ATTRIBUTES, Label, parse_labels, rows_of
+from clipret.training.scenes.challenge import attributes_of, write_challenge
+from clipret.training.scenes.scene import Person
+from clipret.training.traffic import COLORS, PERSON_ATTRIBUTES, TYPES, Label, parse_labels, rows_of
 
 WOMAN = "1,0,1,0,1,0,0,0,1,0,0,1,0,1,0,0,0,0,0,0,1"
 MAN = "0,1,0,0,1,1,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0"
@@ -161,3 +164,50 @@ def test_held_out_pictures_stay_so_when_others_are_added() -> None:
     assert first == {path: then[path] for path in first}
     assert 340 < list(then.values()).count("val") < 460
     assert first != {row["path"]: row["split"] for row in rows_of(labels[:1000], 0.2, 1)}
+
+
+def test_what_a_drawn_person_s_label_says() -> None:
+    girl = Person(
+        True, "child", "back", "red", "blue", bag="backpack", sleeves="short", pattern="plaid", garment="skirt"
+    )
+    assert attributes_of(girl) == (
+        "female", "age under 18", "back", "backpack", "short sleeve", "upper plaid", "skirt or dress",
+    )  # fmt: skip
+    man = Person(False, "elder", "front", "red", "blue", hat=True, glasses=True, garment="coat")
+    assert attributes_of(man) == ("age over 60", "front", "hat", "glasses", "long sleeve", "long coat")
+
+
+def test_drawn_files_are_the_challenge_s(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main, ["data", "challenge", str(tmp_path / "a"), "--train", "90", "--test", "40", "--seed", "3"]
+    )
+    assert result.exit_code == 0, result.output
+    labels, problems = parse_labels(tmp_path / "a/train_label.txt", images=tmp_path / "a/train_images")
+    assert problems == []
+    assert len(labels) == 90
+    vehicles = [label for label in labels if label.kind == "vehicle"]
+    assert len(vehicles) == 72
+    # A line says one half, and its text no more than that; which half changes from one round of pairs to the next.
+    assert {bool(label.color) for label in vehicles} == {True, False}
+    for label in vehicles:
+        assert bool(label.color) != bool(label.type)
+        assert bool(label.color) == bool(set(re.findall(r"\w+", label.text.lower())) & set(COLORS))
+        assert bool(label.type) == bool(set(re.findall(r"\w+", label.text)) & set(TYPES))
+    with (tmp_path / "a/test_pictures.csv").open(newline="") as file:
+        pictures = list(csv.DictReader(file))
+    with (tmp_path / "a/test_queries.csv").open(newline="") as file:
+        queries = list(csv.DictReader(file))
+    assert [query["title"] for query in queries] == (tmp_path / "a/test_text.txt").read_text().splitlines()
+    assert len(pictures) == len(list((tmp_path / "a/test_images").iterdir())) == 40
+    for query in queries:
+        if query["kind"] == "vehicle":
+            assert query["color"] in query["title"].lower()
+            assert query["type"] in query["title"]
+            assert any((one["color"], one["type"]) == (query["color"], query["type"]) for one in pictures)
+        else:
+            asked = set(query["attributes"].split("; "))
+            assert asked <= set(PERSON_ATTRIBUTES)
+            assert any(asked <= set(one["attributes"].split("; ")) for one in pictures)
+    write_challenge(tmp_path / "b", train=90, test=40, seed=3, workers=2)
+    for file in sorted((tmp_path / "a").rglob("*.*")):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
