@@ -6,6 +6,7 @@ from clipret.cli_answer import merge_command, submit
 from clipret.cli_complete import complete
 from clipret.cli_gallery import compact, index, info, remove
 from clipret.cli_search import eval_command, query
+from clipret.cli_serve import serve_command
 from clipret.cli_transfer import export_command, import_command
 from clipret.console import Group
 
@@ -38,6 +39,7 @@ for command in (
     compact,
     export_command,
     import_command,
+    serve_command,
 ):
     main.add_command(command)
 

@@ -1,0 +1,60 @@
+"""uvicorn's HTTP/1.1 with two limits that it lacks: time for a request's header, and open connections."""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from clipret.serve_limits import Limits
+
+__all__ = ["protocol"]
+
+_LINGER = 1.0  # seconds in which a client may notice that it was refused, before it is cut off
+
+
+def protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """A protocol class that closes connections whose next header is not there after `limits.header_seconds` (a client
+    that sends a byte a minute would otherwise keep its connection for ever), and those beyond `limits.connections`."""
+
+    class Limited(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.close()
+            else:
+                self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            """Start the clock where a header is awaited and it does not run yet; stop it where none is."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget()
+            elif self._late is None:
+                self._late = self.loop.call_later(limits.header_seconds, self._close)
+
+        def _forget(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _close(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+        def on_response_complete(self) -> Any:
+            self._forget()  # uvicorn's own keep-alive time runs from here to the next byte
+            if self.conn.their_state is h11.SEND_BODY:  # refused before it was read: time to see that, no more
+                self._late = self.loop.call_later(_LINGER, self._close)
+            return super().on_response_complete()
+
+    return Limited

@@ -1,0 +1,115 @@
+"""The service as a process: galleries opened, threads started, uvicorn run until it is told to stop."""
+
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+
+from clipret.encoder import Encoder
+from clipret.errors import ClipretError
+from clipret.gallery import Gallery
+from clipret.processor import cpu_count
+from clipret.serve_app import Service, create_app
+from clipret.serve_desk import Desk, Threads
+from clipret.serve_limits import Limits
+from clipret.serve_metrics import Metrics
+from clipret.serve_protocol import protocol
+
+__all__ = ["listen", "make_server", "open_service", "serve"]
+
+_BACKLOG = 2048
+_FILES = 256  # that the process needs besides its connections
+
+
+@contextlib.contextmanager
+def open_service(
+    galleries: Sequence[tuple[Path, Encoder]],
+    *,
+    limits: Limits | None = None,
+    token: str | None = None,
+    hosts: Collection[str] | None = None,
+    templates: Sequence[str] = ("{}",),
+) -> Iterator[Service]:
+    """Galleries ready to be searched, each with the encoder of its bundle. Raises ClipretError.
+
+    A gallery goes by the name of its folder, with a number where two are called the same. `token`: what changes to
+    galleries need, None where there shall be none; `hosts`: see `Guard`.
+    """
+    limits = limits or Limits()
+    metrics = Metrics()
+    with contextlib.ExitStack() as stack:
+
+        def pool(threads: int, name: str) -> ThreadPoolExecutor:
+            return stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix=name))
+
+        decoders = max(2, cpu_count())
+        threads = Threads(pool(1, "engine"), pool(decoders, "pictures"), pool(4, "filters"), pool(1, "files"))
+        desks = dict[str, Desk]()
+        for path, encoder in galleries:
+            folder = Gallery.open(path).path
+            names = (folder.name if number == 1 else f"{folder.name}-{number}" for number in range(1, 1 << 30))
+            name = next(name for name in names if name not in desks)
+
+            def note(size: int, name: str = name) -> None:
+                metrics.observe("clipret_batch_size", size, gallery=name)
+
+            desks[name] = Desk(name, folder, encoder, limits, threads, templates, note)
+            desks[name].load()
+        yield Service(desks, threads, limits, metrics, token, hosts)
+
+
+def serve(service: Service, host: str, port: int, started: Callable[[str], None]) -> None:
+    """Answer at http://HOST:PORT/ until SIGINT or SIGTERM, then finish what is under way; port 0 takes a free one.
+
+    `started` is given the address. Raises ClipretError when it cannot be had.
+    """
+    listening = listen(host, port)
+    _allow_files(service.limits.connections + _FILES)
+    # uvicorn raises the signal again once it has finished: that must end Python, not kill it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    name = f"[{host}]" if ":" in host else host
+    with listening, contextlib.suppress(KeyboardInterrupt):
+        started(f"http://{name}:{listening.getsockname()[1]}/")
+        make_server(service).run([listening])
+
+
+def make_server(service: Service) -> uvicorn.Server:
+    """A server for sockets that listen; `run` ends once its `should_exit` is set and no request is under way."""
+    config = uvicorn.Config(
+        create_app(service),
+        http=protocol(service.limits),
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=int(service.limits.seconds) + 1,
+    )
+    return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ClipretError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ClipretError(f"{host} port {port} cannot be listened on: {reason}; choose another with --port") from None
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have so many files and connections open, as far as it may."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < count:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))

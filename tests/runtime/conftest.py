@@ -1,0 +1,103 @@
+"""Fixtures of the service: a gallery, and real servers on loopback that answer it."""
+
+import contextlib
+import http.client
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from clipret import Bundle, Encoder, Gallery, index_pictures, open_source
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        """The reason of a refusal, which is one line of JSON and nothing of the server."""
+        assert self.status >= 400, self.body
+        value = self.json
+        assert list(value) == ["error"]
+        assert len(value["error"].splitlines()) == 1
+        assert "Traceback" not in value["error"]
+        return str(value["error"])
+
+
+@dataclass(frozen=True)
+class Client:
+    port: int
+    server: Any
+    thread: threading.Thread
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None, timeout: float = 60
+    ) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, dict(headers or {}))
+            response = connection.getresponse()
+            return Reply(response.status, dict(response.getheaders()), response.read())
+
+    def get(self, path: str, **parameters: Any) -> Reply:
+        return self.ask("GET", path + ("?" + urlencode(parameters, doseq=True) if parameters else ""))
+
+    def post(self, path: str, value: Any) -> Reply:
+        return self.ask("POST", path, json.dumps(value), {"Content-Type": "application/json"})
+
+    def upload(
+        self, path: str, pictures: list[bytes], fields: Mapping[str, str] | None = None, **headers: str
+    ) -> Reply:
+        named = (fields or {}).items()
+        parts = [f'Content-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode() for name, value in named]
+        head = b'Content-Disposition: form-data; name="picture"; filename="x.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+        parts += [head + picture for picture in pictures]
+        body = b"".join(b"--limit\r\n" + part + b"\r\n" for part in parts) + b"--limit--\r\n"
+        return self.ask("POST", path, body, {"Content-Type": "multipart/form-data; boundary=limit", **headers})
+
+
+@pytest.fixture
+def listed_gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
+    """Twelve pictures, with a colour and a number each as metadata."""
+    files = [file.relative_to(colour_folder) for file in sorted(colour_folder.rglob("*.*"))]
+    lines = [f"{file.as_posix()},{file.parent},{file.stem}" for file in files]
+    (colour_folder / "list.csv").write_text("\n".join(["path,colour,number", *lines]) + "\n")
+    source = open_source(colour_folder / "list.csv")
+    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
+    with Gallery.create(tmp_path / "gallery", encoder.bundle, source.root) as made:
+        index_pictures(made, encoder, source)
+    return tmp_path / "gallery"
+
+
+@pytest.fixture
+def serving(tiny_bundle: Path) -> Iterator[Callable[..., Client]]:
+    """serving(gallery, …) starts a server for these galleries and gives a client; keywords are `open_service`'s."""
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    from clipret.server import listen, make_server, open_service
+
+    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
+    with contextlib.ExitStack() as stack:
+
+        def start(*galleries: Path, **options: Any) -> Client:
+            service = stack.enter_context(open_service([(gallery, encoder) for gallery in galleries], **options))
+            server, listening = make_server(service), listen("127.0.0.1", 0)
+            thread = threading.Thread(target=server.run, args=([listening],))
+
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(setattr, server, "should_exit", True)
+            return Client(listening.getsockname()[1], server, thread)
+
+        yield start

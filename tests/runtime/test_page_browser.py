@@ -1,0 +1,351 @@
+"""The page in a real browser, as a person uses it."""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipret import Bundle, Encoder, Gallery, index_pictures, open_source
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+api = pytest.importorskip("playwright.sync_api", reason="needs the extra dev")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, serving: Callable[..., Any], listed_gallery: Path) -> Iterator[Any]:
+    """The page of a gallery of twelve pictures. No error of the script, no blocked file, no address elsewhere."""
+    client = serving(listed_gallery)
+    with opened(browser, client) as page:
+        yield page
+
+
+class opened:  # noqa: N801 (used as a function)
+    def __init__(self, browser: Any, client: Any, path: str = "", **options: Any) -> None:
+        self.home = f"http://127.0.0.1:{client.port}/"
+        self.context = browser.new_context(locale="en-US", **options)
+        self.context.set_default_timeout(15_000)
+        self.path = path
+        self.trouble: list[str] = []
+
+    def __enter__(self) -> Any:
+        page = self.page = self.context.new_page()
+        page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        page.on("console", lambda line: "Content Security" in line.text and self.trouble.append(line.text))
+        page.on(
+            "request",
+            lambda one: self.trouble.append(one.url) if not one.url.startswith((self.home, "blob:")) else None,
+        )
+        page.goto(self.home + self.path)
+        settled(page, "document.querySelector('#status').textContent || !document.querySelector('#error').hidden")
+        return page
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+        assert not self.trouble
+
+
+def colours(page: Any, count: int = 3) -> set[str]:
+    """Folders of the first pictures shown."""
+    labels = page.locator("#found li > button").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
+    return {label.partition("/")[0] for label in labels[:count]}
+
+
+def found(page: Any, text: str) -> None:
+    """Wait until the status says so and nothing is under way."""
+    api.expect(page.locator("#status")).to_contain_text(text)
+    api.expect(page.locator("#found")).not_to_have_attribute("aria-busy", "true")
+
+
+def settled(page: Any, expression: str) -> None:
+    """Wait until an expression holds. (Playwright's own way needs eval(), which the page's policy forbids.)"""
+    deadline = time.monotonic() + 15
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(30)
+
+
+def test_answers_come_as_one_types(page: Any) -> None:
+    assert "12 pictures are waiting" in page.locator("#status").inner_text()
+    page.keyboard.type("blue")  # the box has the focus
+    found(page, "12 of 12 pictures")
+    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('blue/')")
+    assert colours(page) == {"blue"}
+    page.locator("#q").fill("red")
+    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('red/')")
+    assert page.url.endswith("?q=red")
+    settled(page, "[...document.images].every((one) => one.complete)")
+    shapes = page.locator("#found img").evaluate_all("all => all.map((one) => [one.naturalWidth, one.clientHeight])")
+    assert all(width and height for width, height in shapes)
+    page.locator("#q").fill("")
+    found(page, "are waiting")
+    assert page.locator("#found li").count() == 0
+
+
+def test_chinese(page: Any) -> None:
+    page.locator("#language").select_option("zh")
+    found(page, "共有 12 张图片")
+    assert page.locator("html").get_attribute("lang") == "zh-CN"
+    api.expect(page.get_by_role("button", name="选项")).to_be_visible()
+    page.get_by_label("图片内容").fill("红色")
+    found(page, "12 张中的 12 张")
+    assert colours(page) == {"red"}
+    # While characters are composed nothing is searched for.
+    page.evaluate("""() => {
+        const box = document.querySelector('#q');
+        box.value = 'h';
+        box.dispatchEvent(new InputEvent('input', { isComposing: true, bubbles: true }));
+    }""")
+    page.wait_for_timeout(400)
+    assert colours(page) == {"red"}
+    page.evaluate("""() => {
+        const box = document.querySelector('#q');
+        box.value = '灰色 grey';
+        box.dispatchEvent(new CompositionEvent('compositionend', { bubbles: true }));
+    }""")
+    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('grey/')")
+    page.reload()
+    found(page, "12 张中的 12 张")  # the language is remembered
+
+
+def test_a_picture_of_one_s_own(page: Any, colour_folder: Path) -> None:
+    page.locator("#file").set_input_files(colour_folder / "grey/1.jpeg")
+    found(page, "12 of 12 pictures")
+    assert colours(page) == {"grey"}
+    assert "1.jpeg" in page.locator("#chips").inner_text()
+    # Dragged in, another takes its place.
+    page.evaluate(
+        """async (bytes) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], 'mine.jpg', { type: 'image/jpeg' }));
+            for (const kind of ['dragenter', 'dragover', 'drop']) {
+                document.querySelector('#found').dispatchEvent(
+                    new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+            }
+        }""",
+        list((colour_folder / "blue/0.jpg").read_bytes()),
+    )
+    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('blue/')")
+    assert page.locator("#chips li").count() == 1
+    assert page.locator("#drop").is_hidden()
+    page.get_by_role("button", name="Remove mine.jpg from the query").click()
+    found(page, "are waiting")
+
+
+def test_more_like_this_and_less(page: Any) -> None:
+    page.locator("#q").fill("green")
+    found(page, "12 of 12")
+    page.locator("#found li > button").first.click()
+    viewer = page.get_by_role("dialog")
+    api.expect(viewer).to_be_visible()
+    assert viewer.get_by_role("heading").inner_text().startswith("green/")
+    assert "colour" in viewer.locator("dl").inner_text()
+    settled(page, "document.querySelector('#large').naturalWidth > 0")
+    viewer.get_by_role("button", name="More like this").click()
+    found(page, "11 of 12")  # not itself
+    assert colours(page, 2) == {"green"}
+    assert re.search(r"\?like=\d+$", page.url)
+    api.expect(page.locator("#q")).to_have_value("")
+    page.locator("#found li > button").first.click()
+    viewer.get_by_role("button", name="Less like this").click()
+    found(page, "10 of 12")
+    assert re.search(r"\?like=\d+&unlike=\d+$", page.url)
+    page.go_back()
+    found(page, "11 of 12")
+
+
+def test_filters_and_negative_words(page: Any) -> None:
+    page.get_by_role("button", name="Options").click()
+    page.locator("#q").fill("red")
+    page.locator("select[data-column=colour]").select_option(label="blue (3)")
+    found(page, "3 of 12")
+    assert colours(page) == {"blue"}
+    page.get_by_label("Filter (SQL)").fill("number >= 1")
+    found(page, "2 of 12")
+    assert "is.colour=" in page.url
+    page.reload()
+    found(page, "2 of 12")
+    api.expect(page.locator("select[data-column=colour]")).to_have_value('"blue"')
+    page.locator("select[data-column=colour]").select_option("")
+    page.get_by_label("Filter (SQL)").fill("")
+    found(page, "12 of 12")
+    page.locator("#q").fill("red blue")
+    page.get_by_label("Not showing").fill("red")
+    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('blue/')")
+
+
+def test_nothing_found_and_errors_are_said(page: Any) -> None:
+    page.goto(page.url + "?q=red&where=number+%3E+99")
+    found(page, "No picture fits")
+    api.expect(page.get_by_text("No picture fits").last).to_be_visible()
+    page.get_by_label("Filter (SQL)").fill("numbr > 1")
+    alert = page.get_by_role("alert")
+    api.expect(alert).to_contain_text("no such column: numbr; its columns are id, path")
+    page.get_by_label("Filter (SQL)").fill("number > 1")
+    found(page, "4 of 12")
+    api.expect(alert).to_be_hidden()
+    page.locator("#file").set_input_files({"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+    api.expect(alert).to_have_text("“notes.txt” is not a picture.")
+    page.locator("#file").set_input_files({"name": "half.jpg", "mimeType": "image/jpeg", "buffer": b"\xff\xd8\xff"})
+    api.expect(alert).to_contain_text("the picture cannot be used")
+    page.route("**/search", lambda route: route.abort())
+    page.locator("#q").fill("blue")
+    api.expect(alert).to_have_text("The service does not answer. Is it still running?")
+
+
+def test_with_the_keyboard_alone(page: Any) -> None:
+    page.keyboard.type("grey")
+    found(page, "12 of 12")
+
+    def focused() -> str:
+        return str(page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"))
+
+    page.keyboard.press("ArrowDown")
+    assert focused().startswith("grey/")
+    first = focused()
+    page.keyboard.press("ArrowRight")
+    assert focused() != first
+    page.keyboard.press("Home")
+    assert focused() == first
+    page.keyboard.press("ArrowDown")
+    lower = focused()
+    assert lower != first
+    page.keyboard.press("ArrowUp")
+    assert focused() == first
+    page.keyboard.press("Enter")
+    api.expect(page.get_by_role("dialog")).to_be_visible()
+    name = page.locator("#viewerName").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#viewerName").inner_text() != name
+    page.keyboard.press("Escape")
+    api.expect(page.get_by_role("dialog")).to_be_hidden()
+    assert focused() != first  # at the picture that was last looked at
+    page.keyboard.press("m")
+    found(page, "11 of 12")
+    page.keyboard.press("Escape")
+    assert focused() == "q"
+    page.keyboard.type("blue")
+    found(page, "11 of 12")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("/")
+    page.keyboard.type("grey")  # in the place of what was there
+    settled(page, "document.querySelector('#q').value === 'grey'")
+    # Everything that can be reached by Tab shows where it is.
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        hidden = page.evaluate(
+            "document.activeElement.classList.contains('hidden') || document.activeElement === document.body"
+        )
+        assert outline != "none" or hidden
+
+
+def test_two_galleries_side_by_side(
+    browser: Any,
+    serving: Callable[..., Any],
+    listed_gallery: Path,
+    colour_folder: Path,
+    tmp_path: Path,
+    tiny_bundle: Path,
+) -> None:
+    (colour_folder / "red/0.jpg").rename(colour_folder / "red/new.jpg")
+    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
+    with Gallery.create(tmp_path / "other", encoder.bundle, colour_folder) as other:
+        index_pictures(other, encoder, open_source(colour_folder))
+    client = serving(listed_gallery, tmp_path / "other")
+    with opened(browser, client, "?q=red&compare=other") as page:
+        found(page, "gallery and other: 11 of the first 12 in both")
+        assert page.locator("#found h2").all_inner_texts() == ["gallery", "other"]
+        assert page.locator("#found ol").count() == 2
+        assert page.locator("#found li.only").count() == 2
+        # More like a picture of the one: the other, which knows no such id, is shown the picture itself.
+        page.locator("#found ol").first.locator("li > button").last.click()
+        page.get_by_role("button", name="More like this").click()
+        found(page, "of the first 11 in both")
+        assert page.locator("#found ol").nth(1).locator("li").count() == 12
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read(browser: Any, serving: Callable[..., Any], listed_gallery: Path, scheme: str) -> None:
+    """Contrast of at least 4.5 to 1 for all text, 3 to 1 for the borders of what can be used (WCAG 2.2, AA); every
+    control has a name; nothing is wider than a phone."""
+    with opened(browser, serving(listed_gallery), "?q=red&where=x", color_scheme=scheme) as page:
+        api.expect(page.get_by_role("alert")).to_be_visible()
+        page.get_by_label("Filter (SQL)").fill("")
+        found(page, "12 of 12")
+        poor = page.evaluate(CONTRAST)
+        assert poor == []
+        names = page.locator("input:not([type=file]), select, button, a").evaluate_all(
+            "all => all.filter((one) => one.checkVisibility() && !(one.labels?.[0]?.textContent || one.ariaLabel || "
+            "one.textContent)).map((one) => one.id)"
+        )
+        assert names == []
+        for width, height in ((360, 700), (3840, 2160)):
+            page.set_viewport_size({"width": width, "height": height})
+            page.wait_for_timeout(200)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            rows = page.evaluate(ROWS)
+            assert all(right <= wide + 1 for right, wide in rows)
+            assert sum(wide - right < 12 for right, wide in rows) >= len(rows) - 1  # full rows, but for the last
+
+
+# The right edge of the last picture of each row, and the width of the list.
+ROWS = """() => {
+  const list = document.querySelector('#found ol');
+  const rows = new Map();
+  for (const item of list.children) {
+    rows.set(item.offsetTop, item.offsetLeft + item.offsetWidth - list.offsetLeft);
+  }
+  return [...rows.values()].map((right) => [right, list.clientWidth]);
+}"""
+CONTRAST = """() => {
+  const light = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).map((one) => {
+      const part = one / 255;
+      return part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (let one = node; one; one = one.parentElement) {
+      const colour = getComputedStyle(one).backgroundColor;
+      if (!/, 0(\\.\\d+)?\\)|\\/ 0/.test(colour) && colour !== 'transparent') return colour;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const ratio = (one, other) => {
+    const [low, high] = [light(one), light(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const poor = [];
+  for (const node of document.querySelectorAll('body *')) {
+    if (!node.checkVisibility() || node.tagName === 'OPTION') continue;
+    const style = getComputedStyle(node);
+    const own = [...node.childNodes].some((one) => one.nodeType === 3 && one.textContent.trim());
+    const text = own ? ratio(style.color, behind(node)) : 99;
+    const edge = ['INPUT', 'BUTTON', 'SELECT'].includes(node.tagName) && style.borderTopWidth !== '0px'
+      && node.id && !node.closest('.quiet') ? ratio(style.borderTopColor, behind(node)) : 99;
+    if (text < 4.5 || edge < 3) poor.push([node.tagName, node.id, node.className, text, edge]);
+  }
+  return poor;
+}"""
+
+
+def test_the_description_of_the_api(page: Any) -> None:
+    page.goto(page.url + "docs")
+    api.expect(page.get_by_role("heading", name="POST /search", exact=True)).to_be_visible()
+    api.expect(page.get_by_role("heading", name="SearchRequest")).to_be_visible()
