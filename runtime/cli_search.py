@@ -22,12 +22,20 @@ from clipret.cli_rerank import open_reranker, prompts_option, read_texts, rerank
 from clipret.console import show_table
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
-from clipret.evaluation import GroundTruth, evaluate_search, measure, read_attribute_truth, read_ground_truth
+from clipret.evaluation import (
+    GroundTruth,
+    evaluate_search,
+    measure,
+    measure_lists,
+    read_attribute_truth,
+    read_ground_truth,
+)
 from clipret.gallery import Gallery
 from clipret.metrics import Metric, Metrics
 from clipret.page import Card, Section, write_page
 from clipret.prompts import Prompts
 from clipret.rerank import Rerank
+from clipret.results import read_results
 from clipret.search import Hit, Part, Query, Searcher
 from clipret.towers import EngineChoice
 
@@ -153,6 +161,7 @@ def _queries(
     multiple=True,
     help="mAP, mAP@K, recall@K, challenge: these in place of the usual.",
 )
+@click.option("--results", type=FILE, help="Measure this result file, of merge or query --json, not a ranking of now.")
 @prompts_option
 @rerank_options
 @click.option("--html", type=FILE, help="Also write a page: queries, what they found, right or wrong.")
@@ -172,6 +181,7 @@ def eval_command(
     equal: tuple[str, ...],
     includes: tuple[str, ...],
     metrics: tuple[str, ...],
+    results: Path | None,
     prompts: Prompts,
     rerank: Rerank,
     reference: Path | None,
@@ -199,9 +209,11 @@ def eval_command(
     Re-ranking is measured with --metric, which says how deep the ranking goes; default: mAP@10 and recall@1/5/10.
     """
     chosen = [Metric.parse(name) for name in metrics]
-    if rerank.steps and html is not None:
-        raise ClipretError("--html shows the plain ranking: leave it out with re-ranking")
-    if rerank.steps and not chosen:
+    if (rerank.steps or results is not None) and html is not None:
+        raise ClipretError("--html shows the plain ranking: leave it out with re-ranking and --results")
+    if results is not None and (rerank.steps or prompts.rules):
+        raise ClipretError("--results are ranked already: re-rank and prompt where they are made")
+    if (rerank.steps or results is not None) and not chosen:
         chosen = [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
     searcher = open_searcher(gallery, bundle, device, engine, threads, prompts.forms)
     with searcher.gallery:
@@ -220,7 +232,11 @@ def eval_command(
             )
         if chosen:
             find = open_reranker(searcher, rerank, reference).rank if rerank.steps else None
-            values = measure(searcher, truth, chosen, find)
+            if results is None:
+                values = measure(searcher, truth, chosen, find)
+            else:
+                listed = {text: found.paths for text, found in read_results(results).items()}
+                values = measure_lists(truth, listed, chosen, str(results))
             facts = [("queries", f"{len(truth.relevant)}"), *((name, f"{value:.4f}") for name, value in values.items())]
             report: dict[str, float] = {"queries": len(truth.relevant), **values}
         else:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,15 @@ from clipret.metrics import Metric, Metrics, evaluate
 from clipret.search import Searcher
 from clipret.tables import pick_column, read_table
 
-__all__ = ["Evaluation", "GroundTruth", "evaluate_search", "measure", "read_attribute_truth", "read_ground_truth"]
+__all__ = [
+    "Evaluation",
+    "GroundTruth",
+    "evaluate_search",
+    "measure",
+    "measure_lists",
+    "read_attribute_truth",
+    "read_ground_truth",
+]
 
 Find = Callable[[npt.NDArray[np.float64], int], tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]
 
@@ -165,6 +173,22 @@ def measure(
             for metric in metrics:
                 values[str(metric)].append(metric.of(order, answers))
     return {name: float(np.mean(one)) for name, one in values.items()}
+
+
+def measure_lists(
+    truth: GroundTruth, found: Mapping[str, Sequence[str]], metrics: Sequence[Metric], origin: str
+) -> dict[str, float]:
+    """The same of what each text has found already, by stored paths; `origin` is for messages.
+
+    A list that ends before the metric's depth misses what it leaves out. Raises ClipretError for a text without one.
+    """
+    lost = next((text for text in truth.relevant if text not in found), None)
+    if lost is not None:
+        raise ClipretError(f"{origin} has no results for {lost!r}: make it with the same texts")
+    return {
+        str(metric): float(np.mean([metric.of(found[text], set(right)) for text, right in truth.relevant.items()]))
+        for metric in metrics
+    }
 
 
 def _embedded(searcher: Searcher, truth: GroundTruth) -> tuple[npt.NDArray[np.float64], list[list[int]]]:

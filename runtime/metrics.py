@@ -93,7 +93,8 @@ class Metric:
     def of(self, found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
         """Of one query: what it found, best first, and what it should have found."""
         if self.kind == "mAP":
-            return average_precision(found, relevant, self.k)
+            # Of the whole order every relevant picture counts, be the list as short as it may.
+            return average_precision(found, relevant, self.k or max(len(found), len(relevant)))
         if self.kind == "challenge":
             return challenge_precision(found[: self.k], relevant)
         return float(not relevant.isdisjoint(found[: self.k]))

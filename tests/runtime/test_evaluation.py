@@ -122,6 +122,19 @@ def test_eval_measures_re_ranking_and_prompts(gallery: Path, tmp_path: Path) -> 
     assert "--html shows the plain ranking" in run(*plain, *steps, "--html", tmp_path / "p.html", code=1).stderr
 
 
+def test_eval_measures_a_result_file(gallery: Path, tmp_path: Path) -> None:
+    queries = write(tmp_path / "q.csv", "title,colour\nred blue,red\nblue,blue\n")
+    plain = ("eval", gallery, queries, "--equal", "colour", "--json", "--metric", "mAP", "--metric", "mAP@5")
+    found = write(tmp_path / "r.json", run("query", gallery, "--texts", queries, "-k", 12, "--json").stdout)
+    assert json.loads(run(*plain, "--results", found).stdout) == json.loads(run(*plain).stdout)
+    few = write(tmp_path / "f.json", run("query", gallery, "--texts", queries, "-k", 2, "--json").stdout)
+    short = json.loads(run(*plain, "--results", few).stdout)
+    assert short["mAP"] < json.loads(run(*plain).stdout)["mAP"]
+    one = write(tmp_path / "o.json", run("query", gallery, "blue", "--json").stdout)
+    assert "has no results for 'red blue'" in run(*plain, "--results", one, code=1).stderr
+    assert "ranked already" in run(*plain, "--results", few, "--adapt", 3, code=1).stderr
+
+
 def test_query_takes_prompts(gallery: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "p.toml", '[[rule]]\nname = "all"\nwords = ["azure"]\ntemplates = ["{} blue"]\n')
     found = json.loads(run("query", gallery, "azure", "-k", 3, "--prompts", prompts, "--json").stdout)

@@ -60,6 +60,7 @@ def test_metrics_by_name() -> None:
         metric = Metric.parse(name)
         assert str(metric) == shown
         assert metric.of(found, right) == pytest.approx(value)
+    assert Metric.parse("mAP").of([0], {0, 1, 2, 3}) == 1 / 4
     for name in ("recall", "mAP@0", "precision@1", "map@"):
         with pytest.raises(ClipretError, match="there is no metric"):
             Metric.parse(name)
