@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from clipret.errors import ClipretError
 
@@ -104,9 +105,22 @@ class AttributeSwap:
                 return swapped
         return None
 
-    def attributes(self, caption: str) -> set[tuple[str, int]]:
-        """Which attributes a caption names, as group and entry; what the overlap of soft labels can be made of."""
-        return {(found.group, found.entry) for found in self._find(caption)}
+    def attributes(self, captions: Sequence[str]) -> Tensor:
+        """bool [N,A]: which of the A entries of all groups each caption names, however it calls them.
+
+        What `soft` of clipret.training.loss wants of texts; of a picture it is `.any(dim=0)` over its captions.
+        """
+        column = {
+            (group, entry): number
+            for number, (group, entry) in enumerate(
+                (group, entry) for group, entries in self._groups.items() for entry in range(len(entries))
+            )
+        }
+        table = torch.zeros(len(captions), len(column), dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            for found in self._find(caption):
+                table[row, column[found.group, found.entry]] = True
+        return table
 
     def _find_uncached(self, caption: str) -> Sequence[_Found]:
         return tuple(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from clipret.errors import ClipretError
+from clipret.training.loss import attribute_overlap
 from clipret.training.negatives import AttributeSwap
 
 
@@ -68,9 +69,13 @@ def test_the_generator_decides(swap: AttributeSwap) -> None:
 
 
 def test_attributes_are_what_soft_labels_need(swap: AttributeSwap) -> None:
-    assert swap.attributes("a grey car") == swap.attributes("Silver CARS")
-    assert swap.attributes("a grey car") & swap.attributes("a grey bus")
-    assert not swap.attributes("nothing of the kind")
+    table = swap.attributes(["a grey car", "Silver CARS", "a grey bus", "nothing of the kind", "一辆灰色的轿车"])
+    assert table.sum(dim=1).tolist() == [2, 2, 2, 0, 2]
+    assert torch.equal(table[0], table[1])
+    assert (table[0] & table[2]).sum() == 1
+    assert not (table[0] & table[4]).any()  # the languages have groups of their own
+    overlap = attribute_overlap(table[:1], table)
+    assert overlap[0].tolist() == pytest.approx([1, 1, 1 / 3, 0, 0])
 
 
 def test_a_file_adds_words(tmp_path: Path) -> None:
