@@ -15,7 +15,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse
 
 from clipret.images import PictureError
-from clipret.serve_asked import checked, metadata_of, read_form, read_search
+from clipret.serve_asked import Bodies, checked, kind_of, metadata_of, search_of
 from clipret.serve_desk import Answer, Desk, Threads
 from clipret.serve_guard import Guard
 from clipret.serve_limits import DeniedError, Limits, NotFoundError, RequestError
@@ -56,9 +56,11 @@ class Service:
     token: str | None = None
     hosts: Collection[str] | None = None
     thumbnails: Thumbnails = field(init=False)
+    bodies: Bodies = field(init=False)
 
     def __post_init__(self) -> None:
         self.thumbnails = Thumbnails(self.limits.thumbnails)
+        self.bodies = Bodies(self.limits)
 
     def desk(self, name: str | None) -> Desk:
         if name is None:
@@ -141,9 +143,14 @@ def _add_search(app: FastAPI, service: Service) -> None:
     )
     async def search_by_body(request: Request) -> Response:
         """JSON, or multipart with uploads that the JSON in its field `search` refers to."""
-        asked, uploads = await read_search(request, limits)
-        desk = service.desk(asked.gallery)
-        return await answered(desk, asked, [await desk.pixels(content) for content in uploads])
+        if kind_of(request) == "application/json":
+            asked = SearchRequest.model_validate_json(await service.bodies.json(request))
+            return await answered(service.desk(asked.gallery), asked, [])
+        async with service.bodies.form(request) as (fields, files):
+            asked = search_of(fields, len(files))
+            desk = service.desk(asked.gallery)
+            pixels = await service.bodies.each(files, desk.pixels)
+        return await answered(desk, asked, pixels)
 
 
 def _shown(desk: Desk, answer: Answer, seconds: float) -> dict[str, Any]:
@@ -226,8 +233,9 @@ def _add_writing(app: FastAPI, service: Service) -> None:
     async def add(request: Request, name: str) -> Response:
         """All pictures of the request or none; those whose bytes the gallery got this way before stay as they are."""
         desk = service.desk(name)
-        fields, uploads = await read_form(request, service.limits)
-        added = await desk.add(uploads, metadata_of(fields.get("metadata")))
+        async with service.bodies.form(request) as (fields, files):
+            metadata = metadata_of(fields.get("metadata"))
+            added = await desk.add(await service.bodies.each(files, desk.read), metadata)
         pictures = [{"id": number, "new": new} for number, new in added]
         return JSONResponse({"pictures": pictures, "state": desk.state.number})
 

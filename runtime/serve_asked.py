@@ -1,70 +1,113 @@
-"""What clients send in bodies: JSON and multipart, read within limits and turned into queries."""
+"""What clients send in bodies: JSON and multipart, few of them at a time, within limits, turned into queries."""
 
+import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from clipret.items import Value, is_plain, scalar
 from clipret.serve_desk import Content
-from clipret.serve_limits import Limits, RequestError, UnreadableError, UnsupportedError
+from clipret.serve_limits import MIB, BusyError, Limits, RequestError, TooLargeError, UnreadableError, UnsupportedError
 from clipret.serve_models import PartAsked, SearchRequest
 
-__all__ = ["checked", "metadata_of", "read_form", "read_search"]
+__all__ = ["Bodies", "checked", "kind_of", "metadata_of", "search_of"]
+
+T = TypeVar("T")
 
 _COLUMNS = 64  # of one addition
-_FIELD = 1 << 20  # bytes of a field that is no file
+_FIELD = MIB  # bytes of JSON: what is in memory at once, whatever a picture may have
+_OPEN = 64  # uploads that may be under way: so many times `Limits.body` may lie on the disk
+_WHOLE = 4  # of them whole in memory, to be decoded
 
 
-async def read_search(request: Request, limits: Limits) -> tuple[SearchRequest, list[bytes]]:
-    """The request and the uploads of a POST /search. Raises RequestError and pydantic's ValidationError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        return SearchRequest.model_validate_json(await request.body()), []
-    fields, uploads = await read_form(request, limits)
-    if "search" in fields:
-        return SearchRequest.model_validate_json(fields["search"]), uploads
-    queries = [{"parts": [{"picture": number}]} for number in range(len(uploads))]
-    return SearchRequest.model_validate({"queries": queries}), uploads
+class Bodies:
+    """Reads the bodies of requests. Raises RequestError where one is not what it says or too much."""
 
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._open = 0
+        self._whole = asyncio.Semaphore(_WHOLE)
 
-async def read_form(request: Request, limits: Limits) -> tuple[dict[str, str], list[bytes]]:
-    """The text fields and the files named `picture` of a multipart body. Raises RequestError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        raise UnsupportedError("send JSON, or pictures as multipart/form-data")
-    fields, uploads = dict[str, str](), list[bytes]()
-    try:
-        async with request.form(max_files=limits.files, max_fields=limits.files, max_part_size=_FIELD) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    if name != "picture":
+    async def json(self, request: Request) -> bytes:
+        """The body of a request that says it is JSON."""
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > _FIELD:
+                raise TooLargeError(f"a JSON body takes {_FIELD} bytes at most")
+        return body
+
+    @asynccontextmanager
+    async def form(self, request: Request) -> AsyncIterator[tuple[dict[str, str], list[UploadFile]]]:
+        """The text fields and the files named `picture` of a multipart body, open within the block."""
+        if kind_of(request) != "multipart/form-data":
+            raise UnsupportedError("send JSON, or pictures as multipart/form-data")
+        if self._open >= _OPEN:
+            raise BusyError(f"{self._open} uploads are under way: try again in a moment")
+        self._open += 1
+        most = self._limits.files
+        try:
+            try:
+                form = await request.form(max_files=most, max_fields=most, max_part_size=_FIELD)
+            except (ValueError, KeyError, TypeError):  # of headers of parts that are no text
+                raise UnreadableError("the multipart body cannot be read") from None
+            try:
+                fields, files = dict[str, str](), list[UploadFile]()
+                for name, value in form.multi_items():
+                    if isinstance(value, str):
+                        fields[name] = value
+                    elif name == "picture":
+                        files.append(value)
+                    else:
                         raise RequestError(f"the file field {name[:100]!r} is unknown: send pictures as  picture")
-                    uploads.append(await value.read())
-                else:
-                    fields[name] = value
-    except (ValueError, KeyError, TypeError):  # of headers of parts that are no text
-        raise UnreadableError("the multipart body cannot be read") from None
-    if not uploads:
-        raise RequestError("there is no picture: send at least one file as  picture")
-    return fields, uploads
+                if not files:
+                    raise RequestError("there is no picture: send at least one file as  picture")
+                yield fields, files
+            finally:
+                await form.close()
+        finally:
+            self._open -= 1
+
+    async def each(self, files: Sequence[UploadFile], take: Callable[[bytes], Awaitable[T]]) -> list[T]:
+        """What `take` makes of each file's bytes."""
+        made = list[T]()
+        for file in files:
+            async with self._whole:
+                made.append(await take(await file.read()))
+        return made
+
+
+def kind_of(request: Request) -> str:
+    """What a request says its body is."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def search_of(fields: Mapping[str, str], files: int) -> SearchRequest:
+    """The search that a form asks for: what its field `search` says, else one query for each picture.
+
+    Raises pydantic's ValidationError.
+    """
+    if "search" in fields:
+        return SearchRequest.model_validate_json(fields["search"])
+    return SearchRequest.model_validate({"queries": [{"parts": [{"picture": number}]} for number in range(files)]})
 
 
 def checked(request: SearchRequest, pixels: Sequence[Content], limits: Limits) -> list[list[tuple[Content, float]]]:
     """The queries of a request, each a list of parts and weights. Raises RequestError where it asks for too much."""
     if request.k > limits.k:
         raise RequestError(f"k is {request.k}: ask for {limits.k} pictures at most")
-    if len(request.queries) > limits.queries:
-        raise RequestError(f"{len(request.queries)} queries: ask for {limits.queries} at once at most")
     if request.where is not None:
         _check_text("where", request.where, limits.where)
     queries = list[list[tuple[Content, float]]]()
     for query in request.queries:
         parts = [PartAsked(text=query)] if isinstance(query, str) else query.parts
-        if len(parts) > limits.parts:
-            raise RequestError(f"a query of {len(parts)} parts: use {limits.parts} at most")
         queries.append([(_content(part, pixels, limits), part.weight) for part in parts])
+    if (total := sum(map(len, queries))) > limits.parts:
+        raise RequestError(f"{total} texts and pictures: ask for {limits.parts} at once at most")
     return queries
 
 

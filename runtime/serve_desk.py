@@ -124,7 +124,7 @@ class Desk:
             most=self.limits.batch,
             gather=self.limits.gather,
             waiting=self.limits.waiting,
-            size=lambda ask: len(ask.queries),
+            size=lambda ask: sum(map(len, ask.queries)),
             note=self.note,
         )
 
@@ -263,16 +263,22 @@ class Desk:
         rows = self._embedder.embed([*texts, *(Query((Part(picture),)) for picture in pixels)])
         return dict(zip([*texts, *map(id, pixels)], rows, strict=True))
 
-    async def add(self, contents: Sequence[bytes], metadata: Mapping[str, Value]) -> list[tuple[int, bool]]:
+    async def read(self, content: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
+        """A picture that is to be added: its bytes, and the tower's input. Raises RequestError."""
+        return content, await self.pixels(content)
+
+    async def add(
+        self, pictures: Sequence[tuple[bytes, npt.NDArray[np.uint8]]], metadata: Mapping[str, Value]
+    ) -> list[tuple[int, bool]]:
         """Take pictures into the gallery, with the same metadata each: id of each, and whether it is new.
 
         Their files are kept in the gallery's folder `added`, under names made from their bytes, so that nothing that a
         client says can name a place. All of them or, with the reason, none. Raises RequestError.
         """
-        squares = [await self.pixels(content) for content in contents]
+        contents = [content for content, _ in pictures]
         rows = list[Floats]()
-        for low in range(0, len(squares), _CHUNK):
-            part = [Query((Part(square),)) for square in squares[low : low + _CHUNK]]
+        for low in range(0, len(pictures), _CHUNK):
+            part = [Query((Part(square),)) for _, square in pictures[low : low + _CHUNK]]
             rows.extend(await self._in(self.threads.engine, partial(self._embedder.embed, part)))
         unique = {picture_file(content, 0).digest: (content, row) for content, row in zip(contents, rows, strict=True)}
         ids = await self._in(self.threads.files, lambda: self._write(unique, metadata))

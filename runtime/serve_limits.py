@@ -22,19 +22,19 @@ MIB = 1 << 20
 class Limits:
     """Sizes are in bytes or characters, times in seconds.
 
-    `body`: of a request. `text`, `where`: of one text and of one filter. `k`, `queries`, `parts`, `files`: of one
-    request. `waiting`: searches that may wait for the engine; more are answered 503. `connections`: open at once.
-    `seconds`: of a whole request; `header_seconds`: until its header is complete; `where_seconds`: of one filter.
-    `batch`: queries the engine is given at once; `gather`: how long at most it waits for the queries that are expected.
-    `reload`: between two looks at whether the gallery has changed. `thumbnails`: kept in memory.
+    `body`: of a request. `text`, `where`: of one text and of one filter. `k`: of a query. `parts`: texts and pictures
+    of all queries of a request; `files`: uploads among them. `waiting`: searches that may wait for the engine; more are
+    answered 503. `connections`: open at once. `seconds`: of a whole request; `header_seconds`: until its header is
+    complete; `where_seconds`: of one filter. `batch`: texts and pictures that the engine is given at once; `gather`:
+    how long at most it waits for those that are expected. `reload`: between two looks at whether the gallery has
+    changed. `thumbnails`: kept in memory.
     """
 
     body: int = 32 * MIB
     text: int = 1000
     where: int = 2000
     k: int = 1000
-    queries: int = 64
-    parts: int = 16
+    parts: int = 64
     files: int = 16
     waiting: int = 256
     connections: int = 1000

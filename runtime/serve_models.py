@@ -53,7 +53,7 @@ class QueryAsked(_Strict):
 class SearchRequest(_Strict):
     """One search: several queries are answered from the same state of the gallery."""
 
-    queries: Annotated[list[str | QueryAsked], Field(min_length=1, max_length=1024)]
+    queries: Annotated[list[str | QueryAsked], Field(min_length=1, max_length=64)]
     k: Annotated[int, Field(ge=1)] = 20
     gallery: str | None = None
     where: str | None = None

@@ -173,14 +173,16 @@ class State:
     def choices(self) -> dict[str, list[tuple[Value, int]]]:
         """For each metadata column with few distinct values those values and how many pictures have each."""
         found = dict[str, list[tuple[Value, int]]]()
-        with self._lock:
-            for column in self.columns:
-                rows = self.gallery.database.query(
-                    f"SELECT m.{quoted(column)}, count(*) FROM rows r JOIN metadata m ON m.id = r.id "
-                    f"WHERE r.deleted = 0 AND m.{quoted(column)} IS NOT NULL GROUP BY 1 ORDER BY 1 LIMIT {_VALUES + 1}"
-                )
-                if 1 < len(rows) <= _VALUES:
-                    found[column] = [(scalar(value), int(count)) for value, count in rows]
+        database = Database(self.gallery.folder)  # of its own: searches do not wait for it
+        live = "FROM rows r JOIN metadata m ON m.id = r.id WHERE r.deleted = 0 AND"
+        for name in self.columns:
+            column = f"m.{quoted(name)}"
+            # Most columns with many values are left after few rows.
+            some = database.query(f"SELECT DISTINCT {column} {live} {column} IS NOT NULL LIMIT {_VALUES + 1}")
+            if 1 < len(some) <= _VALUES:
+                rows = database.query(f"SELECT {column}, count(*) {live} {column} IS NOT NULL GROUP BY 1 ORDER BY 1")
+                found[name] = [(scalar(value), int(count)) for value, count in rows]
+        database.close()
         return found
 
     @property

@@ -9,7 +9,7 @@ function kind(schema, all) {
   if (schema.$ref) return schema.$ref.split("/").pop();
   if (schema.anyOf) return schema.anyOf.map((one) => kind(one, all)).filter((one) => one !== "null").join(" or ");
   if (schema.type === "array") return `list of ${kind(schema.items, all)}`;
-  const limits = [schema.minimum, schema.maximum].filter((one) => one !== undefined);
+  const limits = [schema.minimum, schema.maximum].filter((one) => Number.isSafeInteger(one));
   return schema.type + (limits.length === 2 ? ` ${limits.join(" to ")}` : "");
 }
 
