@@ -30,7 +30,7 @@ class Checkpoints:
     """The folder `checkpoints` of a run. `identity` is the run's own: weights of another run are refused."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self._identity = folder, identity
+        self.folder, self.identity = folder, identity
         self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
 
     def save_last(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], step: int) -> None:
@@ -38,7 +38,7 @@ class Checkpoints:
         with self._intact():
             new_weights = self._write_aside(self.last, lambda path: self._save_weights(weights, path, step))
             file = self._state_file(step)
-            new_state = self._write_aside(file, lambda path: torch.save({**state, "identity": self._identity}, path))
+            new_state = self._write_aside(file, lambda path: torch.save({**state, "identity": self.identity}, path))
             new_state.replace(file)
             sync_folder(self.folder)
             new_weights.replace(self.last)
@@ -69,14 +69,14 @@ class Checkpoints:
         except (OSError, safetensors.SafetensorError) as error:
             raise ClipretError(f"checkpoint {self.last} cannot be read: {error}; start the run anew") from None
         file = self._state_file(metadata.get("step", "none"))
-        if metadata.get("identity") != self._identity or not file.is_file():
-            missing = f" ({file.name} is missing)" if metadata.get("identity") == self._identity else ""
+        if metadata.get("identity") != self.identity or not file.is_file():
+            missing = f" ({file.name} is missing)" if metadata.get("identity") == self.identity else ""
             raise ClipretError(
                 f"checkpoint {self.last} is of another run or model{missing}: put back the file that this training "
                 "wrote, or train into a new folder"
             )
         state = read_state(file)
-        if state["identity"] != self._identity:
+        if state["identity"] != self.identity:
             raise ClipretError(f"{file} is of another run: put back the file that this training wrote")
         return state
 
@@ -90,7 +90,7 @@ class Checkpoints:
 
     def _save_weights(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(on_cpu, path, metadata={"step": str(step), "identity": self._identity})
+        save_file(on_cpu, path, metadata={"step": str(step), "identity": self.identity})
 
     def _write_aside(self, path: Path, write: Callable[[Path], object]) -> Path:
         """A temporary file beside `path`, whole and on the disk."""

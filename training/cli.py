@@ -9,6 +9,7 @@ import click
 
 from clipret.console import Group, show_table
 from clipret.errors import ClipretError, require
+from clipret.training.cli_run import run
 from clipret.training.cli_soup import soup
 from clipret.training.cli_traffic import challenge, traffic
 
@@ -31,7 +32,7 @@ Examples
     clipret-train fit captions.csv --model ViT-B-32-quickgelu:weights.safetensors --out run --set patch_dropout=0.5
   A recipe, some of it overridden, on eight GPUs:
     torchrun --nproc-per-node 8 --no-python clipret-train fit shards/{000..127}.tar --out run \\
-        --recipe vit-bigg-14-traffic --device cuda --epochs 3
+        --recipe vit-bigg-14-traffic --epochs 3
   Go on from an earlier run's model, or repeat a run:
     clipret-train fit more.csv --model run --out run2 --lr 2e-4
     clipret-train fit --recipe run/params.toml --out run2
@@ -166,6 +167,7 @@ def options() -> None:
 
 
 main.add_command(soup)
+main.add_command(run)
 
 
 def _require_packages() -> None:

@@ -122,6 +122,8 @@ class FitConfig:
         self.loss_config, self.adapter_config  # noqa: B018 (their own checks)
         if self.fsdp and self.adapter != "none":
             raise ClipretError("fsdp spreads weights that are trained, an adapter's are few: leave one of them out")
+        if self.fsdp and self.ema:
+            raise ClipretError("ema keeps a copy of the weights, which fsdp has spread: leave one of them out")
         if self.fsdp and self.precision == "fp16":
             raise ClipretError("precision fp16 scales the loss, which fsdp does not support: use bf16")
 

@@ -23,6 +23,7 @@ from clipret.training.learner import Learner
 from clipret.training.listing import read_listings
 from clipret.training.run import RunFolder
 from clipret.training.schedule import generator, learning_rate, seed_of
+from clipret.training.sharded import latest_shards
 from clipret.training.step import Batch, GradientStep, StepResult
 from clipret.training.validation import normalise, quality, recall
 
@@ -95,6 +96,7 @@ class _Training:
                 f"batch_size {config.batch_size} does not split over {world.size} processes with {config.accumulate} "
                 "parts each"
             )
+        self.shards: Path | None = None
         saved = self._claim(resume)
         torch.set_num_threads(config.threads)
 
@@ -154,6 +156,7 @@ class _Training:
                 self._train_epoch(bar, total)
                 self._finish_epoch()
         self.folder.close()
+        self.learner.consolidate(self.checkpoints, at.step)
         skipped = gather_objects(len(self.pictures.skipped) + len(self.val_pictures.skipped), self.world)
         return FitResult(self.folder.path, at.best, at.metrics[-1], sum(skipped), self.world.writes)
 
@@ -179,7 +182,12 @@ class _Training:
             )
         if self.world.writes:
             self.checkpoints.sweep()
-        return self.checkpoints.load_state()
+        if not self.config.fsdp:
+            return self.checkpoints.load_state()
+        if (found := latest_shards(self.checkpoints.folder, self.checkpoints.identity)) is None:
+            return None
+        self.shards, state = found
+        return state
 
     def _open_pictures(self) -> tuple[Pictures, Pictures]:
         """Those of this process, to train on and held out."""
@@ -202,7 +210,7 @@ class _Training:
         positions: list[dict[str, Any]] = saved["positions"]
         self.at = _Position(**positions[self.world.rank])
         self.pictures.skipped |= saved["skipped"][self.world.rank]
-        self.learner.load_state(saved["learner"])
+        self.learner.load_state(saved["learner"], self.shards)
         self.scaler.load_state_dict(saved["scaler"])
         self.folder.record(self.at.metrics)
         self.folder.log(f"goes on after step {self.at.step}")
@@ -333,7 +341,7 @@ class _Training:
             "scaler": self.scaler.state_dict(),
             "config": self.config.to_dict(),
         }
-        self.learner.save_last(self.checkpoints, state, self.at.step)
+        self.learner.save_last(self.checkpoints, state, self.at.step, self.at.epoch)
 
 
 _WAYS = ("text_to_image", "image_to_text")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from clipret.errors import ClipretError
 from clipret.training.adapters import add_adapters, base_state, write_adapter
@@ -21,6 +22,14 @@ from clipret.training.loaded import LoadedModel
 from clipret.training.models import load_model
 from clipret.training.pooled import pool_early
 from clipret.training.schedule import seed_of
+from clipret.training.sharded import (
+    clip_gradients,
+    load_shards,
+    save_shards,
+    shard_model,
+    split_groups,
+    whole_weights,
+)
 from clipret.training.techniques import checkpoint_gradients, drop_patches
 
 __all__ = ["Learner"]
@@ -37,9 +46,11 @@ class Learner:
     def __init__(self, config: FitConfig, titles: Sequence[str], world: World, last: Path | None) -> None:
         self.config, self.world, self.lr = config, world, 0.0
         # Merged weights say nothing of the adapter that is in them.
-        source = config.model if last is None or config.adapter != "none" else str(last)
+        source = config.model if last is None or config.adapter != "none" or config.fsdp else str(last)
         self.loaded = _as_wanted(load_model(source, seed=config.seed, captions=titles), config)
-        model: Any = self.loaded.model.to(world.device).to(memory_format=torch.channels_last)
+        model: Any = self.loaded.model.to(world.device)
+        if not config.fsdp:  # which wants its weights contiguous
+            model.to(memory_format=torch.channels_last)
         self.model = model
         if config.patch_dropout:
             drop_patches(model, config.patch_dropout)
@@ -48,6 +59,8 @@ class Learner:
         else:
             pool_early(model)
         _choose_trained(model, config)
+        if config.fsdp:
+            shard_model(model, world)
         groups = parameter_groups(
             model,
             lr=config.lr,
@@ -56,6 +69,8 @@ class Learner:
             image_lr_scale=config.image_lr_scale,
             text_lr_scale=config.text_lr_scale,
         )
+        if config.fsdp:
+            groups = split_groups(groups)
         # The fused kernel is six times faster on a CPU.
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
@@ -90,25 +105,40 @@ class Learner:
         train_mode(self.model)
 
     def average_gradients(self) -> None:
-        average_gradients(self.trained(), self.world)
+        # FSDP has averaged what it spreads.
+        average_gradients([p for p in self.trained() if not isinstance(p, DTensor)], self.world)
 
     def clip(self, limit: float) -> None:
         """Scale the gradients down to a norm of `limit`; 0 is no limit."""
-        if limit:
+        if limit and self.config.fsdp:
+            clip_gradients(self.trained(), limit)
+        elif limit:
             nn.utils.clip_grad_norm_(self.trained(), limit)
 
     def weights(self) -> dict[str, Tensor]:
-        """What the run's model is made of, adapters merged."""
-        return base_state(self.model)
+        """What the run's model is made of, adapters merged. With fsdp every process must call it and rank 0 has it."""
+        return whole_weights(self.model) if self.config.fsdp else base_state(self.model)
 
     def save_best(self, checkpoints: Checkpoints, step: int) -> None:
+        weights = self.weights() if self.world.writes or self.config.fsdp else {}
         if self.world.writes:
-            checkpoints.save_best(self.weights(), step)
+            checkpoints.save_best(weights, step)
             if self.config.adapter != "none":
                 write_adapter(checkpoints.folder.parent / "adapter", self.model, self.config.model)
 
-    def save_last(self, checkpoints: Checkpoints, state: Mapping[str, Any], step: int) -> None:
-        if self.world.writes:
+    def consolidate(self, checkpoints: Checkpoints, step: int) -> None:
+        """At the end, write what fsdp has spread as one file, which is loaded and exported like any other."""
+        if self.config.fsdp:
+            weights = self.weights()
+            if self.world.writes:
+                checkpoints.save_weights(checkpoints.last, weights, step)
+
+    def save_last(self, checkpoints: Checkpoints, state: Mapping[str, Any], step: int, epoch: int) -> None:
+        if self.config.fsdp:
+            name = f"shards-{step:08d}-{epoch:04d}"
+            whole = {**state, "identity": checkpoints.identity, "learner": {}}
+            save_shards(checkpoints.folder, self.model, self.optimizer, whole, name=name, world=self.world)
+        elif self.world.writes:
             learner: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
             if self.config.adapter != "none":
                 learner["trained"] = self._trained_state()
@@ -121,7 +151,10 @@ class Learner:
         trained |= {name for name, _ in self.model.named_buffers()}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], shards: Path | None) -> None:
+        if shards is not None:
+            load_shards(shards, self.model, self.optimizer)
+            return
         try:
             if self.config.adapter != "none":
                 self.model.load_state_dict(state["trained"], strict=False)

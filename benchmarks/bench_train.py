@@ -1,0 +1,323 @@
+"""Speed and quality of training beside open_clip's own trainer, `open_clip_train.main`: same model, data and batch.
+
+    pip install braceexpand webdataset pandas     # which open_clip's trainer wants and does not ask for
+    python benchmarks/bench_train.py DATA WORK
+
+DATA is a folder with captions.tsv (path, split, lang, title) and images/. The model is a vision transformer of 256 x 6
+at 96 px with a text tower of 256 x 4 and 32 tokens, the batch 128. CPU seconds on one core, whole steps, loading the
+pictures included. The speed is that of processes that run in turn, each after an epoch to warm up. The quality is
+recall@10 of English captions on the 1,000 validation photographs of Flickr8k; a training in WORK is used again.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import keep
+
+from clipret.tables import read_table
+
+BATCH, STEPS, EPOCHS = 128, 8, 3  # of which the first warms up
+MODEL_CFG = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 96, "layers": 6, "width": 256, "head_width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
+}
+# of both trainers, for 30,000 pairs: one epoch of open_clip's, five of one caption a picture here
+LR, WEIGHT_DECAY, WARMUP_STEPS = 1e-3, 0.1, 50
+VARIANTS = ("open_clip fp32", "open_clip bf16", "clipret fp32", "clipret bf16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each trainer and precision")
+    parser.add_argument("--skip-quality", action="store_true")
+    parser.add_argument("--worker", choices=(*VARIANTS, "parts fp32", "parts bf16"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    work = arguments.work.absolute()
+    if arguments.worker is not None:
+        worker(arguments.worker, work)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_inputs(arguments.data.absolute(), work)
+    result: dict[str, Any] = {"speed": speed(work, arguments.rounds), "parts": {}}
+    for precision in ("fp32", "bf16"):
+        result["parts"][precision] = run_worker(f"parts {precision}", work)[0]
+        print(f"where a step of clipret goes in {precision}, ms:", result["parts"][precision], file=sys.stderr)
+    if not arguments.skip_quality:
+        result["quality"] = quality(arguments.data.absolute(), work)
+        print(json.dumps(result["quality"], indent=2), file=sys.stderr)
+    keep("train", result)
+
+
+def write_inputs(data: Path, work: Path) -> None:
+    """The model with random weights, and the lists that both trainers read."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    (work / "vit").mkdir(exist_ok=True)
+    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": {"size": 96}}
+    (work / "vit" / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**MODEL_CFG).state_dict(), work / "vit" / "open_clip_model.safetensors")
+    rows = read_table(data / "captions.tsv", "split = 'train' and lang = 'en'").rows
+    first = list({row["path"]: row for row in reversed(rows)}.values())[: BATCH * STEPS]
+    val = read_table(data / "captions.tsv", "split = 'val' and lang = 'en'").rows
+    for name, chosen in (("whole", rows), ("part", first), ("val", val[:100])):
+        # pandas reads quotes, which captions hold
+        lines = [f"{data / 'images' / row['path']}\t" + row["title"].replace('"', "'") for row in chosen]
+        (work / f"{name}.tsv").write_text("path\ttitle\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def speed(work: Path, rounds: int) -> dict[str, Any]:
+    """Pictures a CPU second, in turn."""
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for number in range(rounds):
+        for variant in VARIANTS if number % 2 == 0 else VARIANTS[::-1]:
+            epochs = run_worker(variant, work)
+            seconds[variant] += epochs[1:]
+            print(f"{variant}: {[round(s / STEPS, 3) for s in epochs]} CPU s a step", file=sys.stderr)
+    median = {variant: statistics.median(values) / STEPS for variant, values in seconds.items()}
+    table = {
+        variant: {
+            "cpu_seconds_a_step": round(median[variant], 4),
+            "pictures_a_cpu_second": round(BATCH / median[variant], 1),
+            "times_open_clip_fp32": round(median["open_clip fp32"] / median[variant], 3),
+            "steps": STEPS * len(seconds[variant]),
+        }
+        for variant in VARIANTS
+    }
+    for variant, line in table.items():
+        print(variant, line, file=sys.stderr)
+    return table
+
+
+def run_worker(variant: str, work: Path) -> Any:
+    """What a process of this script, on one core, prints in its last line."""
+    command = [sys.executable, __file__, "-", str(work), "--worker", variant]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{variant}: exit status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def worker(variant: str, work: Path) -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    what, precision = variant.split()
+    if what == "open_clip":
+        times = time_open_clip(work, precision)
+    elif what == "clipret":
+        times = time_clipret(work, precision)
+    else:
+        times = [parts_of_a_step(work, precision)]
+    print(json.dumps(times))
+
+
+def time_open_clip(work: Path, precision: str) -> list[float]:
+    """CPU seconds of each epoch of `open_clip_train.main`, validation and checkpoints left out."""
+    import open_clip_train.main as trainer
+
+    seconds: list[float] = []
+    trainer.train_one_epoch = timed(trainer.train_one_epoch, seconds)
+    trainer.main(open_clip_arguments(work / "part.tsv", work, EPOCHS, precision, f"speed-{time.time_ns()}"))
+    return seconds
+
+
+def open_clip_arguments(rows: Path, work: Path, epochs: int, precision: str, name: str) -> list[str]:
+    given = {
+        "train-data": rows,
+        "dataset-type": "csv",
+        "csv-separator": "\t",
+        "csv-img-key": "path",
+        "csv-caption-key": "title",
+        "model": f"local-dir:{work / 'vit'}",
+        "batch-size": BATCH,
+        "epochs": epochs,
+        "lr": LR,
+        "wd": WEIGHT_DECAY,
+        "warmup": WARMUP_STEPS,
+        "workers": 0,
+        "precision": {"fp32": "fp32", "bf16": "amp_bf16"}[precision],
+        "device": "cpu",
+        "logs": work / "logs",
+        "name": name,
+        "save-frequency": epochs,
+    }
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+
+
+def time_clipret(work: Path, precision: str) -> list[float]:
+    """The same of `clipret.training.fit`."""
+    import clipret.training.fit as trainer
+
+    seconds: list[float] = []
+    trainer._Training._train_epoch = timed(trainer._Training._train_epoch, seconds)  # type: ignore[method-assign]
+    trainer.fit(speed_config(work, precision), work / "logs" / f"clipret-{time.time_ns()}")
+    return seconds
+
+
+def speed_config(work: Path, precision: str) -> Any:
+    from clipret.training.config import FitConfig
+
+    return FitConfig.for_model(
+        str(work / "part.tsv"),
+        str(work / "vit"),
+        val=str(work / "val.tsv"),
+        precision=precision,
+        threads=1,
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        validate_every=EPOCHS,
+    )
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def run(*given: Any, **named: Any) -> Any:
+        began = time.process_time()
+        result = function(*given, **named)
+        seconds.append(time.process_time() - began)
+        return result
+
+    return run
+
+
+def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
+    """CPU ms of each part of a step of clipret, the median of several; and what the processor does at its best."""
+    import clipret.training.fit as trainer
+    from clipret.training.distributed import World
+    from clipret.training.precision import autocast
+    from clipret.training.validation import normalise
+
+    out = work / "logs" / f"parts-{time.time_ns()}"
+    world = World(0, 1, torch.device("cpu"))
+    training = trainer._Training(speed_config(work, precision), out, world, None, resume=False)
+    model, learner = training.learner.model.train(), training.learner
+    chosen, pixels = next(training.pictures.batches(range(BATCH * STEPS), BATCH))
+    draw = torch.Generator().manual_seed(0)
+    training._step(chosen, pixels, LR)  # makes the optimiser's moments
+    titles, owners = training.texts.sample(chosen, 1, 1)
+    texts = training.texts.batch(titles)
+    images = normalise(training.loaded, training.augment(pixels, draw))
+    gradient = torch.randn(BATCH, MODEL_CFG["embed_dim"])
+
+    def pass_through(encode: Callable[[Any], Any], *inputs: torch.Tensor) -> None:
+        with autocast(training.config.precision, world.device):
+            rows = torch.cat([encode(part) for part in inputs])
+        rows.float().backward(gradient)
+
+    rows = [torch.nn.functional.normalize(torch.randn(BATCH, 256), dim=1).requires_grad_() for _ in range(2)]
+    keys = training.texts.keys(chosen, titles, owners)
+    together = trainer.Batch(images, texts, *keys)
+    parts: dict[str, Callable[[], Any]] = {
+        "pictures, captions, augmentation": lambda: (
+            next(training.pictures.batches(range(BATCH * STEPS), BATCH)),
+            training.texts.batch(training.texts.sample(chosen, 1, 1)[0]),
+            normalise(training.loaded, training.augment(pixels, draw)),
+        ),
+        "image tower, both ways": lambda: pass_through(model.encode_image, images),
+        "text tower, both ways": lambda: pass_through(model.encode_text, *texts.groups),
+        "loss, both ways": lambda: training.gradients._compute_loss(together, *rows).backward(),
+        "clipping": lambda: learner.clip(1.0),
+        "AdamW": learner.optimizer.step,
+        "whole step": lambda: training._step(chosen, pixels, LR),
+    }
+    taken = {name: [] for name in parts}
+    for _ in range(7):
+        for name, part in parts.items():
+            began = time.process_time()
+            part()
+            taken[name].append(1000 * (time.process_time() - began))
+    result = {name: round(statistics.median(times), 1) for name, times in taken.items()}
+    return result | {"peak_gflops": peak(torch.bfloat16 if precision == "bf16" else torch.float32)}
+
+
+def peak(dtype: torch.dtype) -> float:
+    """GFLOP a CPU second of a large matrix product."""
+    a, b = (torch.randn(1536, 1536, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(12):
+        began = time.process_time()
+        a @ b
+        best = max(best, 2 * 1536**3 / (time.process_time() - began) / 1e9)
+    return round(best, 1)
+
+
+def quality(data: Path, work: Path) -> dict[str, Any]:
+    """Recall after the same number of pairs, and of the small recipe."""
+    result: dict[str, Any] = {}
+    folder = work / "logs" / "quality"
+    seconds = work / "open_clip-seconds.json"
+    if not seconds.exists():
+        arguments = open_clip_arguments(work / "whole.tsv", work, 1, "fp32", "quality")
+        code = "import sys; from open_clip_train.main import main; main(sys.argv[1:])"
+        seconds.write_text(json.dumps(cpu_seconds(sys.executable, "-c", code, *arguments)))
+    state = torch.load(folder / "checkpoints" / "epoch_1.pt", map_location="cpu", weights_only=False)["state_dict"]
+    result["open_clip's trainer, fp32, 1 epoch of 30,000 pairs"] = {
+        "cpu_seconds": json.loads(seconds.read_text()),
+        **measure(data, work, {name.removeprefix("module."): tensor for name, tensor in state.items()}),
+    }
+    captions = ("fit", data / "captions.tsv", "--image-root", data / "images", "--threads", "1")
+    split = ("--where", "lang = 'en' and split = 'train'", "--val-where", "lang = 'en' and split = 'val'")
+    alike = ("--epochs", 5, "--captions", 1, "--batch-size", BATCH, "--lr", LR, "--weight-decay", WEIGHT_DECAY)
+    alike += ("--warmup", WARMUP_STEPS / 230, "--crop-area", 0.9, "--set", "jitter=0", "--set", "flip=0")
+    trainings: dict[str, tuple[str, tuple[Any, ...]]] = {
+        "clipret, bf16, 5 epochs of 6,000 pairs": ("equal", ("--model", work / "vit", *alike, "--validate-every", 5)),
+        "clipret, recipe small": ("small", ("--model", "clipret-small")),
+    }
+    for title, (name, options) in trainings.items():
+        if not (work / name / "metrics.jsonl").exists():
+            command = ("-m", "clipret.training", *captions, *split, *options, "--out", work / name)
+            cpu_seconds(sys.executable, *command)
+        lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
+        measured = [line for line in lines if "text_to_image" in line]
+        best = max(measured, key=lambda line: line["text_to_image"]["recall_at_10"])
+        result[title] = {
+            "cpu_seconds": round(lines[-1]["cpu_seconds"]),
+            "recall_at_10": best["text_to_image"]["recall_at_10"],
+            "course": [[round(m["cpu_seconds"]), round(m["text_to_image"]["recall_at_10"], 4)] for m in measured],
+        }
+    return result
+
+
+def measure(data: Path, work: Path, state: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Recall of weights of the vision transformer, by the validation of clipret's trainings."""
+    from clipret.training.config import FitConfig
+    from clipret.training.data import Pictures, Texts
+    from clipret.training.listing import read_listing
+    from clipret.training.models import load_model
+    from clipret.training.validation import recall
+
+    loaded = load_model(str(work / "vit"))
+    loaded.model.load_state_dict(state)
+    config = FitConfig(data=str(data / "captions.tsv"), model="", image_root=str(data / "images"))
+    val = read_listing(config, config.data, "lang = 'en' and split = 'val'")
+    pictures = Pictures(val, loaded.image, threads=1, cache_limit=2**32)
+    found = recall(loaded, val.pairs, pictures, Texts(loaded, val), torch.device("cpu"))["text_to_image"]
+    return {"recall_at_10": found["recall_at_10"]}
+
+
+def cpu_seconds(*command: object) -> float:
+    """User and system seconds of a command on one core."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    pinned = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *map(str, command)]
+    subprocess.run(pinned, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
+
+
+if __name__ == "__main__":
+    main()
