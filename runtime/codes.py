@@ -15,7 +15,7 @@ import numpy.typing as npt
 __all__ = ["ZERO", "Codes", "mean", "quantise"]
 
 ZERO = 128  # the byte that stands for nothing
-_BLOCK = 4096  # rows a block: 8 MiB of float32 at 512 dimensions
+_BLOCK = 1024  # rows a block: 2 MiB of float32 at 512 dimensions
 
 Rows = npt.NDArray[np.float16]
 

@@ -45,7 +45,7 @@ CREATE TABLE metadata (id INTEGER PRIMARY KEY);  -- a column for each that an in
 _MANY = 500  # values a statement: old builds of sqlite take 999
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A picture of the gallery as its database knows it. `path` is relative to the root or absolute."""
 

@@ -306,14 +306,14 @@ class Gallery:
                 entry = ShardEntry(number, ids, codes.center, codes.scale, codes.residual, codes.reach)
                 name_shard(transaction, entry)
                 transaction.executemany(
-                    "UPDATE rows SET deleted = 1 WHERE path = ? AND deleted = 0", [(p.path,) for p in pictures]
+                    "UPDATE rows SET deleted = 1 WHERE path = ? AND deleted = 0", ((p.path,) for p in pictures)
                 )
                 transaction.executemany(
                     "INSERT INTO rows (id, shard, path, size, mtime_ns, hash) VALUES (?, ?, ?, ?, ?, ?)",
-                    [
+                    (
                         (row, number, p.path, p.size, p.mtime_ns, p.hash)
                         for row, p in zip(ids.tolist(), pictures, strict=True)
-                    ],
+                    ),
                 )
                 if metadata is not None:
                     write_metadata(transaction, ids.tolist(), metadata)

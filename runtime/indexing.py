@@ -61,7 +61,16 @@ class IndexReport:
         return "write" if self.write_seconds > slowest else self.stages.limit
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A picture whose row waits for its commit, and nothing more: there are up to 8,192 of them."""
+
+    picture: Picture
+    metadata: Mapping[str, Value]
+    replaces: bool
+
+
+@dataclass(eq=False, slots=True)
 class _Job:
     """A picture on its way through the encoder; the decode thread that reads the file fills in the rest."""
 
@@ -111,7 +120,7 @@ class _Run:
         self.report = IndexReport()
         self._rows = np.empty((_SHARD_ROWS, gallery.info.embedding_dim), np.float16)
         self._held: Stored | None = None
-        self._waiting: list[_Job] = []
+        self._waiting: list[_Waiting] = []
         self._updates: dict[int, tuple[Picture, Mapping[str, Value]]] = {}
         # Decode threads look for twins through a connection of their own, which sees committed rows only.
         self._twins, self._lock = Gallery.open(gallery.path), threading.Lock()
@@ -175,7 +184,7 @@ class _Run:
                 self.report.copied += 1
         for job, row in sorted(made, key=lambda one: one[0].number):
             self._rows[len(self._waiting)] = row
-            self._waiting.append(job)
+            self._waiting.append(_Waiting(_record(job), job.item.metadata, job.replaces is not None))
             if len(self._waiting) == len(self._rows):
                 self.commit()
 
@@ -189,15 +198,15 @@ class _Run:
     def commit(self) -> None:
         """Write what waits. Ctrl-C can come between any two steps: nothing is written twice."""
         began = time.perf_counter()
-        jobs, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, []
         updates, self._updates = self._updates, {}
-        records = [_record(job) for job in jobs]
-        metadata = [job.item.metadata for job in jobs]
-        self.gallery.append(records, self._rows[: len(jobs)], metadata if any(metadata) else None)
+        metadata = [one.metadata for one in waiting]
+        rows = self._rows[: len(waiting)]
+        self.gallery.append([one.picture for one in waiting], rows, metadata if any(metadata) else None)
         self.gallery.update(updates)
-        changed = sum(job.replaces is not None for job in jobs)
+        changed = sum(one.replaces for one in waiting)
         self.report.changed += changed
-        self.report.added += len(jobs) - changed
+        self.report.added += len(waiting) - changed
         self.report.write_seconds += time.perf_counter() - began
 
     def finish(self, prune: bool) -> None:
