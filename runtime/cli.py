@@ -5,6 +5,7 @@ import click
 from clipret.cli_answer import merge_command, submit
 from clipret.cli_complete import complete
 from clipret.cli_gallery import compact, index, info, remove
+from clipret.cli_mirror import mirror
 from clipret.cli_search import eval_command, query
 from clipret.cli_serve import serve_command
 from clipret.cli_transfer import export_command, import_command
@@ -34,6 +35,7 @@ for command in (
     merge_command,
     submit,
     complete,
+    mirror,
     info,
     remove,
     compact,
