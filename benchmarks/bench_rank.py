@@ -236,7 +236,7 @@ def compare(folder: Path, kind: str, rows: int, dim: int, rounds: int, exact: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="0: the large gallery only")
     parser.add_argument("--large", type=int, default=4_000_000, help="rows of the large gallery; 0: none")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
@@ -247,17 +247,19 @@ def main() -> None:
     if arguments.inside:
         inside(Path(arguments.inside[0]), arguments.inside[1])
         return
-    result: dict[str, Any] = {"dim": arguments.dim, "k": K, "clock": "CPU time, one core"}
-    for kind in ("isotropic", "cone"):
+    about: dict[str, Any] = {"dim": arguments.dim, "k": K, "clock": "CPU time, one core"}
+    result = dict(about)
+    for kind in ("isotropic", "cone") if arguments.rows else ():
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             result[kind] = compare(folder, kind, arguments.rows, arguments.dim, arguments.rounds, exact=True)
             if kind == "cone":
                 result["memory"] = memory(folder, arguments.rows * arguments.dim * 3)
+    if arguments.rows:
+        keep("rank", result)
     if arguments.large:
         with tempfile.TemporaryDirectory() as name:
-            result["large"] = compare(Path(name), "cone", arguments.large, arguments.dim, 3, exact=False)
-    keep("rank", result)
+            keep("rank-large", about | compare(Path(name), "cone", arguments.large, arguments.dim, 3, exact=False))
 
 
 def memory(folder: Path, size: int) -> dict[str, Any]:
