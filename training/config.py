@@ -75,6 +75,8 @@ class FitConfig:
     drop_worst: float = 0.0  # share of the rows with the largest losses that a step passes over: noisy captions
     soft_weight: float = 0.5
     soft_temperature: float = 0.1
+    negatives: bool = False  # each caption once more with one attribute swapped: a red car, a blue car
+    attributes: str | None = None  # a JSON file of more attributes, for negatives and for the loss "soft"
     # Optimisation
     epochs: int = 5
     batch_size: int = 64  # pictures that are compared with each other in a step, of all processes together

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipret.errors import ClipretError
+from clipret.training.attributes import Attributes
 from clipret.training.augment import Augmenter
 from clipret.training.checkpoint import Checkpoints
 from clipret.training.config import FitConfig
@@ -107,6 +108,8 @@ class _Training:
         self.loaded = self.learner.loaded
         self.texts = Texts(self.loaded, self.train_list, config.seed)
         self.val_texts = Texts(self.loaded, self.val_list)
+        more = Path(config.attributes) if config.attributes is not None else None
+        self.attributes = Attributes(self.loaded, self.train_list, more)
         self.mine = range(world.rank, len(self.train_list.pairs.paths), world.size)  # the share of this process
         self.pictures, self.val_pictures = self._open_pictures()
         image = self.loaded.image
@@ -272,7 +275,14 @@ class _Training:
         titles, owners = self.texts.sample(pictures, config.captions, at.epoch)  # [T]
         images = normalise(self.loaded, self.augment(pixels.to(self.device), draw))  # [B,3,S,S]
         texts = self.texts.batch(titles, max(4, config.accumulate))
-        batch = Batch(images, texts, *self.texts.keys(pictures, titles, owners))
+        extra: dict[str, Tensor] = {}
+        if config.negatives:
+            swapped = self.attributes.negatives(pictures, titles, owners, draw)
+            extra |= dict(zip(("negatives", "negative_keys"), swapped, strict=True))
+        if config.loss == "soft":
+            named = self.attributes.named(pictures, titles)
+            extra |= dict(zip(("image_attributes", "text_attributes"), named, strict=True))
+        batch = Batch(images, texts, *self.texts.keys(pictures, titles, owners), **extra)
         learner.optimizer.zero_grad(set_to_none=True)
         result = self.gradients(batch, at.step, self.scaler.scale)
         if not math.isfinite(result.loss):

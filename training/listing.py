@@ -1,5 +1,6 @@
 """What a training learns from: pictures with their titles and groups, from a list or from webdataset's archives."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ def read_listings(config: FitConfig) -> tuple[Listing, Listing]:
     listing = read_listing(config, config.data, config.where)
     if config.val is None and config.val_where is None:
         return split_pairs(listing, config.val_split, config.seed)
-    val = read_listing(config, config.val or config.data, config.val_where)
+    alone = dataclasses.replace(config, group_column=None)  # what is measured are the pairs that are listed
+    val = read_listing(alone, config.val or config.data, config.val_where)
     held_out = set(val.pairs.paths)
     keep = [position for position, path in enumerate(listing.pairs.paths) if path not in held_out]
     if not keep:

@@ -20,12 +20,17 @@ __all__ = ["Batch", "GradientStep", "StepResult"]
 @dataclass(frozen=True)
 class Batch:
     """What one process adds to a step. images: float32 [B,3,S,S], mean and deviation taken out, on the device.
-    image_keys int64 [B,K] and text_keys int64 [T,L]: which belong together, see `LossBatch`."""
+    image_keys int64 [B,K] and text_keys int64 [T,L]: which belong together, see `LossBatch`; so are the attributes.
+    negatives: token ids int64 [N,L] of texts that are no picture's."""
 
     images: Tensor
     texts: TextBatch
     image_keys: Tensor
     text_keys: Tensor
+    image_attributes: Tensor | None = None
+    text_attributes: Tensor | None = None
+    negatives: Tensor | None = None
+    negative_keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,12 @@ class GradientStep:
 
     def __call__(self, batch: Batch, step: int, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> StepResult:
         """Every process of a training must call it at once. Where the loss is no number, no gradient is made."""
-        images, texts = list(batch.images.tensor_split(self._parts)), batch.texts
+        images, texts = batch.images.tensor_split(self._parts), list(batch.texts.groups)
+        if batch.negatives is not None and len(batch.negatives):
+            texts += batch.negatives.tensor_split(min(self._parts, len(batch.negatives)))
         encoders = [self._part(self._encode_image, part, step, "image", n) for n, part in enumerate(images)]
         encoders += [
-            self._part(self._encode_text, part.to(self._device), step, "text", n) for n, part in enumerate(texts.groups)
+            self._part(self._encode_text, part.to(self._device), step, "text", n) for n, part in enumerate(texts)
         ]
         if self._parts == 1:
             rows = [encode() for encode in encoders]
@@ -80,8 +87,10 @@ class GradientStep:
             with torch.no_grad(), _frozen_statistics(self._model):
                 rows = [encode() for encode in encoders]
             rows = [part.requires_grad_() for part in rows]
-        image_rows, text_rows = torch.cat(rows[: len(images)]), texts.ordered(rows[len(images) :])
-        loss = self._compute_loss(batch, image_rows, text_rows)
+        first, behind = len(images), len(images) + len(batch.texts.groups)
+        image_rows, text_rows = torch.cat(rows[:first]), batch.texts.ordered(rows[first:behind])
+        negative_rows = torch.cat(rows[behind:]) if len(rows) > behind else text_rows[:0]
+        loss = self.compute_loss(batch, image_rows, text_rows, negative_rows)
         result = self._result(batch, loss, image_rows, text_rows)
         if not result.broken and torch.isfinite(loss):
             scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -104,9 +113,11 @@ class GradientStep:
 
         return run
 
-    def _compute_loss(self, batch: Batch, image_rows: Tensor, text_rows: Tensor) -> Tensor:
-        keys = batch.image_keys.to(self._device), batch.text_keys.to(self._device)
-        together = LossBatch(image_rows, text_rows, *keys)
+    def compute_loss(self, batch: Batch, image_rows: Tensor, text_rows: Tensor, negative_rows: Tensor) -> Tensor:
+        names = ("image_keys", "text_keys", "image_attributes", "text_attributes", "negative_keys")
+        rest = {name: value.to(self._device) for name in names if (value := getattr(batch, name)) is not None}
+        negatives = negative_rows if batch.negatives is not None else None
+        together = LossBatch(image_rows, text_rows, negative_rows=negatives, **rest)
         return compute_loss(self._loss, together, self._model.logit_scale.exp(), self._bias())
 
     def _bias(self) -> Tensor | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from clipret.training.cli import AUGMENTS, main
+from clipret.training.cli import AUGMENTS, PRECISIONS, main
 
 
 @pytest.fixture
@@ -77,3 +77,58 @@ def test_the_choices_of_augment_are_those_there_are() -> None:
     from clipret.training import augment
 
     assert AUGMENTS == augment.AUGMENTS
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    listed = CliRunner().invoke(main, ["recipes"])
+    assert "vit-bigg-14-traffic" in listed.stdout
+    printed = CliRunner().invoke(main, ["recipes", "small"])
+    assert "crop_size = 64" in printed.stdout
+    unknown = CliRunner().invoke(main, ["recipes", "big"])
+    assert unknown.exit_code == 1
+    assert "there is no recipe 'big'" in unknown.stderr
+
+
+def test_options_without_a_flag_go_through_set(captions: Path, tmp_path: Path) -> None:
+    given = fit(captions, tmp_path / "run", "--set", "resize=squash", "--set", "jitter=0", "--recipe", "small")
+    result = CliRunner().invoke(main, [*given, "--captions", "2"])
+    assert result.exit_code == 0, result.output
+    params = (tmp_path / "run" / "params.toml").read_text()
+    assert 'resize = "squash"' in params
+    assert "captions = 2" in params
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["image"]["resize"] == "squash"
+    for wrong, message in (
+        ("jiter=0", "no option 'jiter': did you mean jitter"),
+        ("jitter=wild", "jitter is 'wild'"),
+        ("jitter", "is no NAME=VALUE"),
+    ):
+        refused = CliRunner().invoke(main, fit(captions, tmp_path / "other", "--set", wrong))
+        assert refused.exit_code == 1
+        assert message in refused.stderr
+
+
+def test_a_run_is_gone_on_with_by_its_folder(captions: Path, tmp_path: Path) -> None:
+    first = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--resume"))
+    assert first.exit_code == 0, first.output
+    again = CliRunner().invoke(main, ["resume", str(tmp_path / "run"), "--json"])
+    assert json.loads(again.stdout)["last"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    refused = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
+    assert refused.exit_code == 1
+    assert "pass --resume to go on" in refused.stderr
+
+
+def test_a_list_with_only_missing_pictures_is_refused(captions: Path, tmp_path: Path) -> None:
+    captions.write_text(captions.read_text().replace("/", "/gone-"))
+    result = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "No such file" in result.stderr
+    assert "check --image-root" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_choices_of_precision_are_those_there_are() -> None:
+    from typing import get_args
+
+    from clipret.training.precision import Precision
+
+    assert get_args(Precision) == PRECISIONS

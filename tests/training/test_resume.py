@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clipret.errors import ClipretError
+from clipret.training.augment import Augmenter
 from clipret.training.checkpoint import Checkpoints
 from clipret.training.config import FitConfig
 from clipret.training.fit import fit
@@ -171,7 +172,7 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"adapter": "lora", "adapter_targets": ["projection"], "adapter_dropout": 0.2},
+        {"adapter": "lora", "adapter_targets": ["projection"], "adapter_dropout": 0.2, "ema": 0.9},
         {"precision": "fp16", "epochs": 2},
     ],
     ids=["adapter", "fp16"],
@@ -189,6 +190,36 @@ def test_what_else_a_training_keeps_is_resumed(
     monkeypatch.undo()
     fit(wanted, tmp_path / "run", resume=True)
     assert_same_weights(whole, tmp_path / "run")
+
+
+def test_a_batch_without_a_number_is_named(
+    toy: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the step before is whole: the run can go on from it."""
+    original = Augmenter.__call__
+    seen = 0
+
+    def spoil(self: Augmenter, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        images = original(self, pixels, generator)
+        if seen == 6:
+            images[2] = float("nan")
+        return images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Augmenter, "__call__", spoil)
+        with pytest.raises(ClipretError, match=r"the loss is nan at step 6 of epoch 2 with .*\.png") as caught:
+            fit(config(toy), tmp_path / "run")
+    # Batch normalisation spreads it over the batch, but not over the other eight pictures.
+    assert f"the last checkpoint is intact: {tmp_path / 'run' / 'checkpoints' / 'last.safetensors'}" in str(
+        caught.value
+    )
+    named = (tmp_path / "run" / "log.txt").read_text().partition("its pictures: ")[2].splitlines()[0].split(", ")
+    assert 1 <= len(named) <= 4
+    assert all(Path(name).parent == toy for name in named)
+    fit(config(toy), tmp_path / "run", resume=True)
+    assert_same_weights(tmp_path / "run", undisturbed)
 
 
 def test_a_run_that_is_done_stays_as_it_is(toy: Path, undisturbed: Path) -> None:

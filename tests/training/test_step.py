@@ -1,6 +1,7 @@
 """The gradients of a step: in parts as at once, with early pooling as without, in three precisions."""
 
 import copy
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -220,3 +221,23 @@ def test_seeds_differ_by_every_part_of_their_place() -> None:
     assert len({seed_of(*place) for place in places}) == len(places)
     assert seed_of(*places[0]) == seed_of(*places[0])
     assert all(0 <= seed_of(*place) < 2**63 for place in places)
+
+
+def test_hard_negatives_and_soft_labels_go_in_parts_too(clip: Any) -> None:
+    plain = gradients(clip, batch())[0].loss
+    ids = batch().texts.groups[0]
+    draw = torch.Generator().manual_seed(1)
+    given = {
+        "negatives": ids[:5].roll(3, 1).clamp(min=1),
+        "negative_keys": torch.full((5, 1), -1),
+        "image_attributes": torch.rand(B, 4, generator=draw) < 0.5,
+        "text_attributes": torch.rand(2 * B, 4, generator=draw) < 0.5,
+    }
+    loss = LossConfig(kind="soft")
+    whole, expected = gradients(clip, dataclasses.replace(batch(), **given), loss=loss)
+    result, ours = gradients(clip, dataclasses.replace(batch(groups=2), **given), loss=loss, parts=2)
+    assert result.loss == pytest.approx(whole.loss, abs=1e-5)
+    assert abs(whole.loss - plain) > 0.01
+    assert_alike(ours, expected)
+    none = {"negatives": torch.empty(0, 1, dtype=torch.int64), "negative_keys": torch.empty(0, 1, dtype=torch.int64)}
+    assert gradients(clip, dataclasses.replace(batch(), **none))[0].loss == pytest.approx(plain, abs=1e-6)

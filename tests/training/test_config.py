@@ -1,0 +1,114 @@
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from clipret.errors import ClipretError
+from clipret.training.config import FitConfig, option_table, parse_value
+from clipret.training.recipe import read_recipe, recipe_names
+
+
+def make(**given: Any) -> FitConfig:
+    return FitConfig.for_model("list.csv", "clipret-small", **given)
+
+
+def test_defaults_of_the_family_below_the_recipe_below_what_is_given(tmp_path: Path) -> None:
+    assert (make().epochs, make().captions, make().weight_decay) == (60, 5, 0.1)
+    assert FitConfig.for_model("list.csv", "ViT-B-32").lr == 5e-4
+    assert FitConfig.for_model("list.csv", "ViT-B-32:openai").lr == 1e-5
+    (tmp_path / "mine.toml").write_text('model = "clipret-small"\nepochs = 7\nlr = 1\n')
+    mixed = FitConfig.for_model("list.csv", None, recipe=str(tmp_path / "mine.toml"), epochs=9, seed=None)
+    assert (mixed.epochs, mixed.lr, mixed.captions, mixed.seed) == (9, 1, 5, 0)
+
+
+@pytest.mark.parametrize("name", list(recipe_names()))
+def test_every_recipe_is_a_configuration(name: str) -> None:
+    values = read_recipe(name)
+    config = FitConfig.for_model("list.csv", values.get("model", "ViT-B-32"), recipe=name, device="cpu")
+    assert {key: list(v) if isinstance(v := getattr(config, key), tuple) else v for key in values} == {
+        **values,
+        **({"device": "cpu"} if "device" in values else {}),
+    }
+
+
+def test_recipes_say_what_was_published() -> None:
+    lora = read_recipe("chinese-clip-vit-h-14-lora")
+    assert (lora["adapter_rank"], lora["adapter_alpha"], lora["lr"], lora["context_length"]) == (64, 96, 4e-5, 52)
+    assert lora["adapter_targets"] == ["q", "k", "v"]
+    full = read_recipe("chinese-clip")
+    assert (full["lr"], full["epochs"], full["batch_size"]) == (5e-5, 3, 1024)
+    traffic = read_recipe("vit-bigg-14-traffic")
+    assert (traffic["lr"], traffic["epochs"], traffic["resize"], traffic["fill"]) == (4e-7, 5, "longest", 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epoch": 3}, "no option 'epoch': did you mean epochs"),
+        ({"xyz": 3}, "no option 'xyz': see clipret-train options"),
+        ({"epochs": 3.0}, "epochs is 3.0: it must be a whole number"),
+        ({"epochs": True}, "epochs is True: it must be a whole number"),
+        ({"epochs": 0}, "epochs is 0: it lies between 1 and inf"),
+        ({"lr": "fast"}, "lr is 'fast': it must be a number"),
+        ({"compile": "yes"}, "compile is 'yes': it must be true or false"),
+        ({"precision": "bf61"}, r"precision is 'bf61' \(did you mean bf16\?\): it must be one of fp32, bf16, fp16"),
+        ({"crop_size": "large"}, "it must be a whole number or left out"),
+        ({"adapter_targets": "q"}, "it must be a list of texts"),
+        ({"batch_size": 10, "accumulate": 4}, "10 does not split into 4 equal parts"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"adapter": "lora", "lock_image": True}, "an adapter locks both towers"),
+        ({"fsdp": True, "adapter": "dora"}, "leave one of them out"),
+        ({"recipe": "smal"}, "no recipe 'smal': did you mean small"),
+        ({"recipe": "/nowhere/x.toml"}, "x.toml cannot be read: No such file"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_is_near(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ClipretError, match=message) as caught:
+        make(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_in_a_recipe_names_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("learning_rate = 1e-3\n")
+    with pytest.raises(ClipretError, match=r"no option 'learning_rate' in .*mine\.toml"):
+        make(recipe=str(file))
+    file.write_text("epochs = = 3\n")
+    with pytest.raises(ClipretError, match=r"mine\.toml is not TOML"):
+        make(recipe=str(file))
+    with pytest.raises(ClipretError, match="there is no model: pass --model"):
+        FitConfig.for_model("list.csv", None)
+
+
+def test_toml_and_back(tmp_path: Path) -> None:
+    config = make(adapter="lora", adapter_targets=("q", "image:v"), crop_size=48, where="lang = 'en'")
+    text = tomli_w.dumps(config.to_dict())
+    assert "val_where" not in tomllib.loads(text)  # TOML knows no null
+    (tmp_path / "params.toml").write_text(text)
+    assert FitConfig.read(tmp_path / "params.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("lr", "1e-4", 1e-4),
+        ("compile", "true", True),
+        ("where", "lang = 'en'", "lang = 'en'"),
+        ("title_column", "2024", "2024"),
+        ("resize", "longest", "longest"),
+        ("adapter_targets", '["q", "v"]', ["q", "v"]),
+        ("lr", "fast", "fast"),  # which FitConfig refuses
+    ],
+)
+def test_assignments_on_the_command_line(name: str, text: str, value: object) -> None:
+    assert parse_value(name, text) == value
+
+
+def test_the_table_of_options_has_all_of_them() -> None:
+    rows = {name: (kind, default) for name, kind, default in option_table()}
+    assert rows["precision"] == ("one of fp32, bf16, fp16", "fp32")
+    assert rows["crop_size"] == ("a whole number or left out", "")
+    assert len(rows) == len(FitConfig.__dataclass_fields__)

@@ -1,0 +1,91 @@
+"""Lists with groups, and webdataset's archives."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipret.errors import ClipretError
+from clipret.images import load
+from clipret.training.config import FitConfig
+from clipret.training.data import Pictures
+from clipret.training.fit import fit
+from clipret.training.listing import read_listing, read_listings
+
+
+def config(data: Path, **given: object) -> FitConfig:
+    values: dict[str, object] = {"epochs": 1, "batch_size": 4, "threads": 1, "precision": "fp32", **given}
+    return FitConfig.for_model(str(data), "clipret-small", **values)
+
+
+def test_groups_are_read_by_picture(tmp_path: Path) -> None:
+    rows = ["path,title,shop", "a.jpg,one,x", "b.jpg,two,", "a.jpg,three,y", "c.jpg,two,y"]
+    (tmp_path / "list.csv").write_text("\n".join(rows) + "\n")
+    listing = read_listing(config(tmp_path / "list.csv", group_column="shop"), str(tmp_path / "list.csv"), None)
+    assert listing.groups == ((0, 1), (), (1,))
+    assert listing.subset([2, 0]).groups == ((1,), (0, 1))
+    assert listing.fingerprint() != listing.subset([0, 1]).fingerprint()
+    with pytest.raises(ClipretError, match="no column 'shap': its columns are path, title, shop"):
+        read_listing(config(tmp_path / "list.csv", group_column="shap"), str(tmp_path / "list.csv"), None)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two archives of six pictures: titles in .txt files in the first and in .json files in the second."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:03}.tar", "w") as tar:
+            for number in range(6):
+                content = io.BytesIO()
+                pixels = np.full((30, 40, 3), rng.integers(0, 256, 3), np.uint8)
+                Image.fromarray(pixels).save(content, "PNG")
+                title = f"a picture {number % 4}"
+                meta = json.dumps({"caption": title, "shop": number % 2}) if shard else title
+                members = {"png": content.getvalue(), "json" if shard else "txt": meta.encode()}
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"{number:04}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def test_archives_are_read_without_unpacking(shards: Path) -> None:
+    listing = read_listing(config(shards), str(shards / "{000..000}.tar"), None)
+    assert len(listing.pairs.paths) == 6
+    assert listing.pairs.titles == ("a picture 0", "a picture 1", "a picture 2", "a picture 3")
+    assert listing.pairs.of_picture[4] == (0,)
+    pictures = Pictures(listing, config_spec(), threads=1, cache_limit=0)
+    (_, pixels), *_ = pictures.batches([5, 0], 2)
+    with tarfile.open(shards / "000.tar") as tar:
+        member = tar.extractfile("0005.png")
+        assert member is not None
+        assert np.array_equal(pixels[0].numpy(), load(member.read(), config_spec()))
+
+
+def config_spec():  # type: ignore[no-untyped-def]
+    from clipret.training.small import IMAGE
+
+    return IMAGE
+
+
+def test_a_training_on_archives(shards: Path, tmp_path: Path) -> None:
+    given = {"val": str(shards / "000.tar"), "captions": 1, "title_column": None}
+    result = fit(config(shards / "001.tar", **given), tmp_path / "run")
+    assert result.last["text_to_image"]["queries"] == 4
+    grouped = config(shards / "001.tar", val=str(shards / "000.tar"), group_column="shop")
+    train, _ = read_listings(grouped)
+    assert train.groups == ((0,), (1,)) * 3
+
+
+def test_a_picture_without_a_title_is_named(tmp_path: Path, shards: Path) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar, tarfile.open(shards / "000.tar") as old:
+        for name in ("0000.png", "0000.txt", "0001.png"):
+            tar.addfile(old.getmember(name), old.extractfile(name))
+    with pytest.raises(ClipretError, match=r"odd\.tar/0001\.png in .* has no text"):
+        read_listing(config(shards), str(tmp_path / "odd.tar"), None)
