@@ -158,7 +158,7 @@ class Desk:
             try:
                 await self._in(self.threads.files, self._renew)
                 self.trouble = None
-            except ClipretError as error:
+            except Exception as error:  # whatever it is, the old state answers and the next look may succeed
                 self.trouble = str(error)
 
     async def _follow(self) -> None:

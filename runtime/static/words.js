@@ -39,7 +39,6 @@ export const WORDS = {
     empty: "No picture fits. Ask for less, or take a filter away.",
     start: "Type what the pictures show, or drag a picture here. {total} pictures are waiting.",
     startFilter: "The filter waits for a text or a picture to search with.",
-    searching: "Searching…",
     offline: "The service does not answer. Is it still running?",
     failed: "The service said {status}.",
     notPicture: "“{name}” is not a picture.",
@@ -49,8 +48,6 @@ export const WORDS = {
     score: "Score {score} · place {rank}",
     other: "place {rank} in {name}",
     nowhere: "not among the first {count} in {name}",
-    shared: "The address of this page leads back to this search.",
-    sharedNot: "Your own picture is not part of the page's address.",
   },
   zh: {
     skip: "跳到图片",
@@ -90,7 +87,6 @@ export const WORDS = {
     empty: "没有符合的图片。请放宽条件或去掉筛选。",
     start: "输入图片内容，或把图片拖到这里。共有 {total} 张图片。",
     startFilter: "请再输入文字或添加图片，筛选才会生效。",
-    searching: "搜索中…",
     offline: "服务没有响应。它还在运行吗？",
     failed: "服务返回 {status}。",
     notPicture: "“{name}”不是图片。",
@@ -100,7 +96,5 @@ export const WORDS = {
     score: "分数 {score} · 第 {rank} 名",
     other: "在 {name} 中第 {rank} 名",
     nowhere: "不在 {name} 的前 {count} 名中",
-    shared: "本页地址可重现这次搜索。",
-    sharedNot: "你自己的图片不在本页地址中。",
   },
 };

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,3 +330,33 @@ def test_without_the_extra_the_command_says_what_to_install(listed_gallery: Path
     assert result.returncode == 1
     assert "fastapi is not installed: run  pip install 'clipret[serve]'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_examples_of_the_guide(serving: Callable[..., Any], listed_gallery: Path, tmp_path: Path) -> None:
+    client = serving(listed_gallery, token="secret")
+    for name in ("car.jpg", "a.jpg", "b.jpg"):
+        Image.new("RGB", (20, 20), (200, 0, ord(name[0]))).save(tmp_path / name)
+    guide = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
+    commands = [one for block in blocks for one in re.split(r"\n(?=\S)", block) if one.startswith("curl")]
+    assert len(commands) == 8
+    # The guide speaks of a gallery with other columns and more pictures.
+    for old, new in (
+        (":8000", f":{client.port}"),
+        ("camera = 'A3' and hour", "colour = 'red' and number"),
+        ("17", "7"),
+    ):
+        commands = [command.replace(old, new) for command in commands]
+    for command in commands:
+        result = subprocess.run(
+            ["sh", "-c", command.replace("curl", "curl --silent --show-error --fail-with-body", 1)],
+            cwd=tmp_path,
+            env={**os.environ, "TOKEN": "secret"},
+            capture_output=True,
+            check=False,
+        )
+        assert result.returncode == 0, (command, result.stdout, result.stderr)
+        value = json.loads(result.stdout)
+        assert "error" not in value
+        assert all(one["hits"] for one in value.get("results", [])), command
