@@ -85,7 +85,8 @@ def write_challenge(out: Path, *, train: int, test: int, seed: int, workers: int
     """
     with new_folder(out) as folder:
         parts: dict[str, list[Seen]] = {}
-        for part, count, style in (("train", train, "web"), ("test", test, "surveillance")):
+        styles: dict[str, tuple[int, Style]] = {"train": (train, "web"), "test": (test, "surveillance")}
+        for part, (count, style) in styles.items():
             (folder / f"{part}_images").mkdir()
             # The parts draw from different streams: no scene is in both.
             seeds = np.random.SeedSequence([seed, int(part == "test")]).spawn(count)
