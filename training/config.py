@@ -105,7 +105,7 @@ class FitConfig:
     threads: int = 1
     cache_limit: float = 4.0  # GiB of decoded pictures
     save_every: int = 0  # steps; 0: after each epoch only
-    tensorboard: bool = False
+    tensorboard: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

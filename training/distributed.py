@@ -84,8 +84,10 @@ def _average(gradients: list[Tensor], size: int) -> None:
     joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(joined)
     joined /= size
-    for gradient, part in zip(gradients, joined.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(joined[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
 
 
 def smallest(value: int, world: World) -> int:

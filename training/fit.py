@@ -242,15 +242,7 @@ class _Training:
             bar.update(size * world.size)
             if at.step % 10 == 0 or at.step == 1:
                 bar.set_postfix_str(f"epoch {at.epoch}, loss {result.loss:.3f}, accuracy {100 * result.accuracy:.0f}%")
-            self.folder.scalars(
-                at.step,
-                {
-                    "loss": result.loss,
-                    "accuracy": result.accuracy,
-                    "learning_rate": lr,
-                    "logit_scale": self.learner.logit_scale(),
-                },
-            )
+            self.folder.scalars(at.step, {"loss": result.loss, "accuracy": result.accuracy, "learning_rate": lr})
             if config.save_every and at.step % config.save_every == 0:
                 self._save()
         if not at.losses:
@@ -328,6 +320,7 @@ class _Training:
             with self.learner.averaged():
                 metrics |= recall(self.loaded, pairs, self.val_pictures, self.val_texts, self.device, self.world)
                 self.folder.scalars(at.step, {f"recall_at_10/{way}": metrics[way]["recall_at_10"] for way in _WAYS})
+                self.folder.scalars(at.step, {"logit_scale": metrics["logit_scale"]})
                 if not at.best or quality(metrics) > quality(at.best):
                     at.best = metrics
                     self.learner.save_best(self.checkpoints, at.step)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -97,7 +98,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the whole model on the CPU of the process with rank 0; {} on the others, which must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     return weights
 
 
@@ -117,7 +118,7 @@ def save_shards(
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
     try:
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+        save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if world.writes:
             torch.save(dict(state), temporary / "state.pt")
             for file in temporary.iterdir():
@@ -153,7 +154,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     try:
-        dcp.load(state, checkpoint_id=folder)
+        load(state, checkpoint_id=folder)
     except Exception as error:
         raise ClipretError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

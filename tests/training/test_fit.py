@@ -175,3 +175,13 @@ def test_what_cannot_be_trained_is_said_in_one_line(
     with pytest.raises(ClipretError, match=message) as caught:
         fit(config(toy, **given), tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_the_course_of_the_steps_is_there_for_tensorboard(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 25))
+    assert board.Scalars("loss")[-1].value < board.Scalars("loss")[0].value
+    assert [event.step for event in board.Scalars("recall_at_10/text_to_image")] == [15, 24]
