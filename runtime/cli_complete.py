@@ -100,7 +100,9 @@ def complete(
     not known. A missing word is chosen among the vocabulary by the model that made the gallery. Pictures
     whose word is known are predicted too, as if it were not: from them comes the threshold of confidence that
     reaches --precision, and how unlike the known ones a picture may be (a silver car where no caption says silver).
-    The table reports what was reached, on rows that the model was trained on unless --calibrate names others.
+    The table reports what was reached, on rows that the model was trained on unless --calibrate names others, and of
+    how many pictures. Templates that name one slot alone ask about every picture in the same words, whatever else is
+    known of it; such as  --template "a {color} vehicle" --template "a {type}".
 
     OUT has all rows of CAPTIONS and, for each picture of which something was filled, one more with the full title; its
     column "filled" says which slots were. Indexing can be interrupted and goes on; this takes seconds a
@@ -160,7 +162,7 @@ def complete(
 
 
 _HEADER = (
-    "slot", "known", "accuracy", "threshold", "precision", "coverage",
+    "slot", "known", "accuracy", "threshold", "precision", "of", "coverage",
     "missing", "filled", "unsure", "unfamiliar", "other",
 )  # fmt: skip
 
@@ -168,7 +170,8 @@ _HEADER = (
 def _line(report: SlotReport) -> list[str]:
     shares = [f"{100 * value:.1f}%" for value in (report.accuracy, report.precision, report.coverage)]
     counts = [report.missing, report.filled, report.unsure, report.unfamiliar, report.other]
-    return [report.slot, f"{report.known}", shares[0], f"{report.threshold:.4f}", *shares[1:], *map(str, counts)]
+    figures = [f"{report.known}", shares[0], f"{report.threshold:.4f}", shares[1], f"{report.sure}", shares[2]]
+    return [report.slot, *figures, *map(str, counts)]
 
 
 def _finite(report: dict[str, object]) -> dict[str, object]:

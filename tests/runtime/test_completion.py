@@ -65,6 +65,7 @@ def test_missing_words_are_filled_and_strangers_are_not(cars: Path) -> None:
     new = after[len(before) :]
     assert report["known"] == 60
     assert report["accuracy"] == report["precision"] == 1.0
+    assert report["sure"] == round(report["coverage"] * 60)
     assert report["missing"] == 3 * 19 + 39  # four persons are none of them
     assert report["filled"] == len(new)
     assert report["rare"] == ["grey"]
