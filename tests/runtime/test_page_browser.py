@@ -345,6 +345,28 @@ CONTRAST = """() => {
 }"""
 
 
+def test_what_a_gallery_says_is_text_and_nothing_else(
+    browser: Any, serving: Callable[..., Any], colour_folder: Path, tmp_path: Path, tiny_bundle: Path
+) -> None:
+    bad = "<img src=x onerror=document.title='taken'>"
+    (colour_folder / "red/0.jpg").rename(colour_folder / f"{bad}.jpg")
+    (colour_folder / "list.csv").write_text(f'path,"{bad}"\n"{bad}.jpg","{bad}"\ngreen/0.jpg,other\n')
+    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
+    with Gallery.create(tmp_path / bad, encoder.bundle, colour_folder) as made:
+        index_pictures(made, encoder, open_source(colour_folder / "list.csv"))
+    with opened(browser, serving(tmp_path / bad), "?q=red&where=" + bad) as page:
+        api.expect(page.get_by_role("alert")).to_contain_text(bad)
+        page.get_by_label("Filter (SQL)").fill("")
+        found(page, "2 of 2")
+        assert bad in page.locator("#found li").first.inner_text()
+        page.locator("#found li > button").first.click()
+        assert page.locator("#viewerFacts").inner_text().count(bad) == 2
+        page.keyboard.press("m")
+        found(page, "1 of 2")
+        assert bad in page.locator("#chips").inner_text()
+        assert "taken" not in page.title()
+
+
 def test_the_description_of_the_api(page: Any) -> None:
     page.goto(page.url + "docs")
     api.expect(page.get_by_role("heading", name="POST /search", exact=True)).to_be_visible()
