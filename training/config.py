@@ -49,6 +49,7 @@ class FitConfig:
     # Augmentation
     augment: Augment = "photo"
     crop_size: int | None = None  # pixels a side that the image tower sees in training; None: the model's own
+    decode_scale: float = 1.0  # pictures are kept that many times larger than the model's size, for crops to be sharp
     crop_area: float = 0.7  # the least share of a picture that a crop keeps
     jitter: float = 0.3  # how far brightness, contrast and saturation may move from 1
     flip: float | None = None  # share of the pictures that is mirrored; left out: half, and none without augmentation
@@ -184,6 +185,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "fill": (0, 255),
     "context_length": (3, _INFINITE),
     "crop_size": (8, _INFINITE),
+    "decode_scale": (1, 8),
     "crop_area": (1e-6, 1),
     "jitter": (0, 1),
     "captions": (1, _INFINITE),

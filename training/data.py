@@ -68,11 +68,12 @@ class Texts:
         width = self._ids.shape[1] if self._lengths is None else int(self._lengths[titles].max())
         return self._ids[titles, :width]
 
-    def batch(self, titles: Tensor, groups: int = 4) -> TextBatch:
-        """The titles at these positions, int64 [T], sorted into `groups` groups by length where they may be trimmed:
-        a long caption makes a tower compute padding for all that it shares a group with."""
+    def batch(self, titles: Tensor, parts: int = 1) -> TextBatch:
+        """The titles at these positions, int64 [T], in `parts` groups at least; sorted by length into four or more if
+        they may be trimmed: a long caption makes a tower compute padding for all that it shares a group with."""
+        groups = max(parts, 4)
         if self._lengths is None or len(titles) < 8 * groups:
-            return TextBatch(titles, (self.ids(titles),), torch.arange(len(titles)))
+            return TextBatch(titles, self.ids(titles).tensor_split(parts), torch.arange(len(titles)))
         places = self._lengths[titles].argsort(stable=True)
         parts = tuple(self.ids(titles[part]) for part in places.tensor_split(groups))
         return TextBatch(titles, parts, places)

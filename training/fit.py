@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,10 @@ class _Training:
         """Those of this process, to train on and held out."""
         config, world, spec = self.config, self.world, self.loaded.image
         limit = int(config.cache_limit * 2**30) // world.size
-        train = Pictures(self.train_list.subset(self.mine), spec, threads=config.threads, cache_limit=limit, fast=True)
+        larger = dataclasses.replace(spec, size=round(spec.size * config.decode_scale))
+        train = Pictures(
+            self.train_list.subset(self.mine), larger, threads=config.threads, cache_limit=limit, fast=True
+        )
         held_out = range(world.rank, len(self.val_list.pairs.paths), world.size)
         left = max(limit - train.cached, 0)
         return train, Pictures(self.val_list.subset(held_out), spec, threads=config.threads, cache_limit=left)
@@ -207,6 +211,7 @@ class _Training:
         self.at.steps_an_epoch = max(readable // min(self.local_batch, max(readable, 1)), 1)
         count, titles = len(self.train_list.pairs.paths), len(self.train_list.pairs.titles)
         held_out = len(self.val_list.pairs.paths)
+        self.folder.log(f"clipret {version('clipret')}, torch {torch.__version__}, {self.world.size} processes")
         self.folder.log(f"{count} pictures with {titles} titles to train on, {held_out} held out")
 
     def _go_on(self, saved: dict[str, Any]) -> None:
@@ -266,7 +271,7 @@ class _Training:
         pictures = [self.mine[position] for position in chosen]  # as the texts number them
         titles, owners = self.texts.sample(pictures, config.captions, at.epoch)  # [T]
         images = normalise(self.loaded, self.augment(pixels.to(self.device), draw))  # [B,3,S,S]
-        texts = self.texts.batch(titles, max(4, config.accumulate))
+        texts = self.texts.batch(titles, config.accumulate)
         extra: dict[str, Tensor] = {}
         if config.negatives:
             swapped = self.attributes.negatives(pictures, titles, owners, draw)

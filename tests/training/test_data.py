@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,27 @@ def test_crops_keep_channels_and_differ_between_pictures() -> None:
     red_on_the_left = x[:, 0, :, :3].mean(dim=(1, 2)) > x[:, 0, :, -3:].mean(dim=(1, 2))
     assert 10 < int(red_on_the_left.sum()) < 54  # half of them are mirrored
     assert len({round(float(v), 4) for v in x.mean(dim=(1, 2, 3))}) > 32
+
+
+def test_titles_of_a_fixed_length_go_in_parts_where_a_batch_does() -> None:
+    pairs = PairSet((Path("a"),), ("red", "blue", "a red car"), ((0, 1, 2),))
+    loaded = load_model("clipret-small", captions=pairs.titles * 20)
+    fixed = dataclasses.replace(loaded, text=dataclasses.replace(loaded.text, pad_to="context"))
+    texts = Texts(fixed, Listing(pairs, ((),)))
+    batch = texts.batch(torch.tensor([2, 0, 1]), 2)
+    assert [len(part) for part in batch.groups] == [2, 1]
+    assert torch.equal(batch.ordered(batch.groups), texts.ids(torch.tensor([2, 0, 1])))
+
+
+def test_larger_pictures_make_sharper_crops(tmp_path: Path) -> None:
+    """A crop out of a picture of the model's own size has fewer details than the model will see."""
+    checks = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    Image.fromarray(np.repeat(checks[:, :, None], 3, axis=2).astype(np.uint8)).save(tmp_path / "checks.png")
+    contrast = []
+    for scale in (1, 2):
+        pictures = Pictures(
+            listed(tmp_path / "checks.png"), ImageSpec(32 * scale), threads=1, cache_limit=1 << 20, fast=True
+        )
+        (_, pixels), *_ = pictures.batches([0], 1)
+        contrast.append(float(Augmenter("photo", 32, 0.25, 0.0)(pixels, generator(3)).std()))
+    assert contrast[1] > 2 * contrast[0]
