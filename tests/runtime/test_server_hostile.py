@@ -386,6 +386,14 @@ def test_the_openapi_document_holds(client: Any, tmp_path: Path) -> None:
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{client.port}/openapi.json"]
     command += ["--checks", checks, "--max-examples", "8", "--seed", "1", "-H", "Authorization: Bearer secret"]
-    command += ["--exclude-path-regex", "/add$|/pictures/.*$", "--no-color", "--generation-database", "none"]
+    command += [
+        "--exclude-path-regex",
+        "/add$",
+        "--exclude-method",
+        "DELETE",
+        "--no-color",
+        "--generation-database",
+        "none",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
