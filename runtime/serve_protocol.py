@@ -14,18 +14,22 @@ _LINGER = 1.0  # seconds in which a client may notice that it was refused, befor
 
 
 def protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """A protocol class that closes connections whose next header is not there after `limits.header_seconds` (a client
-    that sends a byte a minute would otherwise keep its connection for ever), and those beyond `limits.connections`."""
+    """A protocol class that closes connections whose next header is not there after `limits.header_seconds`: a client
+    that sends a byte a minute would otherwise keep its connection for ever. Where there are more than
+    `limits.connections`, the one that has kept us waiting longest gives way to the new one, so that clients which say
+    nothing cannot keep out those which do."""
+    waiting = dict["Limited", None]()  # those whose header is not complete, in the order of their waiting
 
     class Limited(H11Protocol):
         _late: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._wait()
             if len(self.connections) > limits.connections:
-                transport.close()
-            else:
-                self._wait()
+                oldest = next(iter(waiting))
+                oldest._forget()
+                oldest.transport.close()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -41,8 +45,10 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
                 self._forget()
             elif self._late is None:
                 self._late = self.loop.call_later(limits.header_seconds, self._close)
+                waiting[self] = None
 
         def _forget(self) -> None:
+            waiting.pop(self, None)
             if self._late is not None:
                 self._late.cancel()
                 self._late = None
