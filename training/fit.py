@@ -103,14 +103,16 @@ class _Training:
         torch.set_num_threads(config.threads)
 
         self.train_list, self.val_list = read_listings(config)
-        if saved is not None and saved["listing"] != self.train_list.fingerprint():
+        self.fingerprint = self.train_list.fingerprint()
+        if saved is not None and saved["listing"] != self.fingerprint:
             raise ClipretError(f"{config.data} is not what it was when this run began: put the old list back")
         self.learner = Learner(config, self.train_list.pairs.titles, world, self.checkpoints.last if saved else None)
         self.loaded = self.learner.loaded
         self.texts = Texts(self.loaded, self.train_list, config.seed)
         self.val_texts = Texts(self.loaded, self.val_list)
         more = Path(config.attributes) if config.attributes is not None else None
-        self.attributes = Attributes(self.loaded, self.train_list, more)
+        wanted = config.negatives or config.loss == "soft"
+        self.attributes = Attributes(self.loaded, self.train_list, more) if wanted else None
         self.mine = range(world.rank, len(self.train_list.pairs.paths), world.size)  # the share of this process
         self.pictures, self.val_pictures = self._open_pictures()
         image = self.loaded.image
@@ -273,10 +275,10 @@ class _Training:
         images = normalise(self.loaded, self.augment(pixels.to(self.device), draw))  # [B,3,S,S]
         texts = self.texts.batch(titles, config.accumulate)
         extra: dict[str, Tensor] = {}
-        if config.negatives:
+        if config.negatives and self.attributes is not None:
             swapped = self.attributes.negatives(pictures, titles, owners, draw)
             extra |= dict(zip(("negatives", "negative_keys"), swapped, strict=True))
-        if config.loss == "soft":
+        if config.loss == "soft" and self.attributes is not None:
             named = self.attributes.named(pictures, titles)
             extra |= dict(zip(("image_attributes", "text_attributes"), named, strict=True))
         batch = Batch(images, texts, *self.texts.keys(pictures, titles, owners), **extra)
@@ -345,7 +347,7 @@ class _Training:
         state = {
             "positions": gather_objects(dataclasses.asdict(position), self.world),
             "skipped": gather_objects(self.pictures.skipped, self.world),
-            "listing": self.train_list.fingerprint(),
+            "listing": self.fingerprint,
             "scaler": self.scaler.state_dict(),
             "config": self.config.to_dict(),
         }

@@ -19,6 +19,7 @@ from clipret.training.config import FitConfig
 from clipret.training.distributed import World, average_gradients
 from clipret.training.freezing import freeze_unused, lock_tower, parameter_groups, train_mode
 from clipret.training.loaded import LoadedModel
+from clipret.training.loss import SIGLIP_BIAS
 from clipret.training.models import load_model
 from clipret.training.pooled import pool_early
 from clipret.training.schedule import seed_of
@@ -48,6 +49,8 @@ class Learner:
         # Merged weights say nothing of the adapter that is in them.
         source = config.model if last is None or config.adapter != "none" or config.fsdp else str(last)
         self.loaded = _as_wanted(load_model(source, seed=config.seed, captions=titles), config)
+        if config.loss == "siglip":
+            self.loaded = _with_bias(self.loaded)
         model: Any = self.loaded.model.to(world.device)
         if not config.fsdp:  # which wants its weights contiguous
             model.to(memory_format=torch.channels_last)
@@ -193,6 +196,16 @@ def _as_wanted(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
         preprocess = kept["preprocess_cfg"] | {"resize_mode": image.resize, "fill_color": image.fill}
         kept = kept | {"preprocess_cfg": preprocess}
     return dataclasses.replace(loaded, image=image, text=text, config=kept)
+
+
+def _with_bias(loaded: LoadedModel) -> LoadedModel:
+    """A model of open_clip with a logit bias, which the siglip loss needs; others have one or go without that loss."""
+    model: Any = loaded.model
+    if getattr(model, "logit_bias", None) is not None or "model_cfg" not in loaded.config:
+        return loaded
+    model.logit_bias = nn.Parameter(torch.tensor(SIGLIP_BIAS))
+    model_cfg = loaded.config["model_cfg"] | {"init_logit_bias": SIGLIP_BIAS}
+    return dataclasses.replace(loaded, config=loaded.config | {"model_cfg": model_cfg})
 
 
 @torch.inference_mode()

@@ -144,6 +144,9 @@ def test_open_clip_models_go_through_the_same_loop(toy: Path, tmp_path: Path) ->
     reference = open_clip.create_model(f"local-dir:{result.run}", load_weights=False)
     open_clip.load_checkpoint(reference, str(result.run / "checkpoints" / "best.safetensors"))
     assert torch.equal(reference.visual.proj, trained.model.visual.proj)
+    # The sigmoid loss gives the model a bias, which stays with it.
+    biased = fit(config(toy, model=str(folder), epochs=1, lr=1e-3, loss="siglip"), tmp_path / "siglip").run
+    assert -10.1 < float(load_model(str(biased)).model.logit_bias) < -9.9
 
 
 def test_held_out_pictures_are_not_trained_on(toy: Path, tmp_path: Path) -> None:
@@ -185,3 +188,16 @@ def test_the_course_of_the_steps_is_there_for_tensorboard(run: Path) -> None:
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 25))
     assert board.Scalars("loss")[-1].value < board.Scalars("loss")[0].value
     assert [event.step for event in board.Scalars("recall_at_10/text_to_image")] == [15, 24]
+
+
+def test_losses_and_negatives_by_name(toy: Path, tmp_path: Path) -> None:
+    plain = fit(config(toy, epochs=1, augment="none"), tmp_path / "plain").last["loss"]
+    for name, given in (
+        ("soft", {"loss": "soft"}),
+        ("negatives", {"negatives": True}),
+        ("smooth", {"label_smoothing": 0.3, "drop_worst": 0.2}),
+    ):
+        result = fit(config(toy, epochs=1, augment="none", **given), tmp_path / name)
+        assert abs(result.last["loss"] - plain) > 0.02, name
+    with pytest.raises(ClipretError, match="siglip loss needs a logit bias and this model has none"):
+        fit(config(toy, epochs=1, loss="siglip"), tmp_path / "siglip")
