@@ -146,7 +146,7 @@ def test_open_clip_models_go_through_the_same_loop(toy: Path, tmp_path: Path) ->
     assert torch.equal(reference.visual.proj, trained.model.visual.proj)
     # The sigmoid loss gives the model a bias, which stays with it.
     biased = fit(config(toy, model=str(folder), epochs=1, lr=1e-3, loss="siglip"), tmp_path / "siglip").run
-    assert -10.1 < float(load_model(str(biased)).model.logit_bias) < -9.9
+    assert -10.1 < load_model(str(biased)).model.logit_bias.item() < -9.9
 
 
 def test_held_out_pictures_are_not_trained_on(toy: Path, tmp_path: Path) -> None:
