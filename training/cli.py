@@ -57,6 +57,8 @@ def main() -> None:
     clipret-train recipes                                              what there is to start from
     clipret-train soup run1 run2 --how uniform --out run               the mean of several trainings
     clipret-train data scenes OUT --count 2000                         drawn traffic scenes with titles
+    clipret-train data traffic train_label.txt OUT                     a competition's labels, checked
+    clipret-train run traffic --out work                               from raw files to the answer
     """
 
 
