@@ -12,6 +12,7 @@ all the same.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -69,11 +70,18 @@ class Step:
         return f"{self.model}, {what}{extra}, {self.weights}, batch {self.batch}"
 
 
+def config_of(model: str) -> dict[str, Any]:
+    """open_clip's own, without importing it: that takes as much memory as the smallest step measured here."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None
+    assert package.origin is not None
+    config: dict[str, Any] = json.loads((Path(package.origin).parent / "model_configs" / f"{model}.json").read_text())
+    return config
+
+
 def towers(model: str) -> tuple[Tower, Tower]:
     """The image and the text tower of an open_clip model with a vision transformer and its own text tower."""
-    import open_clip
-
-    config = open_clip.get_model_config(model)
+    config = config_of(model)
     vision, text, dim = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
     W, patch = vision["width"], vision["patch_size"]
     tokens = (vision["image_size"] // patch) ** 2 + 1
@@ -114,10 +122,8 @@ def activations(tower: Tower, step: Step, quick_gelu: bool) -> tuple[int, int]:
 
 def estimate(step: Step) -> dict[str, int]:
     """Bytes by what they are for."""
-    import open_clip
-
     pair = towers(step.model)
-    quick_gelu = bool(open_clip.get_model_config(step.model).get("quick_gelu"))
+    quick_gelu = bool(config_of(step.model).get("quick_gelu"))
     total = sum(tower.parameters for tower in pair) + 1
     trained = sum(8 * RANK * tower.width * tower.layers for tower in pair) if step.adapter == "lora" else total
     weight = 2 if step.weights == "bf16" else 4
@@ -207,7 +213,7 @@ def build(name: str, dtype: Any) -> Any:
     import open_clip
     import torch
 
-    config = open_clip.get_model_config(name)
+    config = config_of(name)
     with torch.device("meta"):
         model = open_clip.CLIP(**config)
     mask = torch.full((CONTEXT, CONTEXT), float("-inf")).triu(1).to(dtype)
