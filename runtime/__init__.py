@@ -1,5 +1,10 @@
 """clipret: exact text-to-image search on the bundles that `clipret-export` writes; never imports torch."""
 
+import os
+
+# Before anything imports onnxruntime, which otherwise writes a device id into the home folder and reports to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from clipret.bundle import Bundle, ImageSpec, Manifest, TextSpec
 from clipret.compaction import compact_gallery
 from clipret.embeddings import open_embeddings

@@ -168,11 +168,13 @@ def _groups(found: Iterator[_Member]) -> Iterator[list[_Member]]:
 
 def _sample(file: Path, prefix: str, mtime: int, group: list[_Member]) -> Iterator[Item]:
     pictures = [member for member in group if member.kind in EXTENSIONS]
-    metadata: dict[str, Value] = {}
+    said: dict[str, Value] = {}
     if pictures:
         for member in group:
             if member.kind in _SIDECARS and member.fault is None:
-                metadata |= _sidecar(member.kind, _bytes(file, member.offset, member.size))
+                said |= _sidecar(member.kind, _bytes(file, member.offset, member.size))
+    names = free_names(list(said))
+    metadata = {names[key]: value for key, value in said.items()}
     for member in pictures:
         path = f"{prefix}/{member.name}"
         if member.fault is not None:
@@ -195,9 +197,7 @@ def _sidecar(kind: str, content: bytes) -> dict[str, Value]:
         return {}
     if not isinstance(value, dict):
         return {}
-    plain = {key: scalar(one) for key, one in value.items() if is_plain(one)}
-    names = free_names(list(plain))
-    return {names[key]: one for key, one in plain.items()}
+    return {key: scalar(one) for key, one in value.items() if is_plain(one)}
 
 
 def _bytes(file: Path, offset: int, size: int) -> bytes:

@@ -79,7 +79,7 @@ def index(
     reason in GALLERY/skipped.tsv.
 
     --fast-decode reads large JPEGs two to four times faster; pixels then differ a little from those that the model
-    was trained on (docs of clipret.images have the figures).
+    was trained on (benchmarks/README.md has the figures).
     """
     encoder = Encoder(
         Bundle.open(bundle),
@@ -154,14 +154,20 @@ def remove(gallery: Path, pictures: tuple[str, ...], where: str | None) -> None:
         raise click.UsageError("name pictures by path or id, or choose them with --where")
     with Gallery.open(gallery) as opened:
         with opened.writing():
-            ids = [int(name) if name.isdigit() else opened.id_of(name) for name in pictures]
-            known = opened.database.pictures(ids)
-            if lost := next((number for number in ids if number not in known), None):
-                raise ClipretError(f"{opened.path} holds no picture {lost}: clipret-search query --json shows ids")
+            ids = [_id(opened, name) for name in pictures]
             if where is not None:
                 ids += opened.select(where).tolist()
             removed = opened.remove(ids)
         click.echo(f"{opened.path}: {removed} removed, {len(opened)} pictures left")
+
+
+def _id(gallery: Gallery, name: str) -> int:
+    """A picture may be called 17: a path goes before an id."""
+    if name in gallery.database.by_path([name]) or not (name.isascii() and name.isdecimal() and len(name) < 19):
+        return gallery.id_of(name)
+    if not len(gallery.select(f"id = {name}")):
+        raise ClipretError(f"{gallery.path} holds no picture {name}: clipret-search query --json shows ids")
+    return int(name)
 
 
 @click.command(epilog="Example:  clipret-search compact gallery/")
@@ -170,7 +176,7 @@ def compact(gallery: Path) -> None:
     """Write GALLERY anew without its deleted rows, in few large files.
 
     Worth it after many small additions or many deletions: searches get faster and the room of deleted rows comes back.
-    They find the same before and after, also while this runs. It needs room for the rows a second time.
+    They find the same before and after; a service goes on while this runs. It needs room for the rows a second time.
     """
     with Gallery.open(gallery) as opened:
         dropped = compact_gallery(opened, partial(progress, desc="compact", unit="shards"))
@@ -186,7 +192,7 @@ def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
     with Gallery.open(gallery) as opened:
         stored = opened.read()
         groups = opened.duplicates()
-        size = sum(file.stat().st_size for file in opened.path.iterdir() if file.is_file())
+        size = sum(_size(file) for file in opened.path.iterdir())
         facts = {
             "pictures": len(opened),
             "deleted rows": len(stored.ids) - len(opened),
@@ -206,3 +212,10 @@ def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
     click.echo(show_table(("of the gallery", ""), [(name, printable(value)) for name, value in lines]))
     for group in groups if duplicates else []:
         click.echo("\n" + "\n".join(map(printable, group)))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # a writer has just renamed it
+        return 0

@@ -1,12 +1,28 @@
 """Options that several subcommands of clipret-search have, and what they print in the same way."""
 
+import contextlib
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
 FILE = click.Path(path_type=Path)
 SHOWN = 10  # skipped pictures that are named on the terminal
+
+
+class Finite(click.ParamType):
+    """A number that is neither infinite nor none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(number := float(value)):
+                return number
+        return self.fail(f"{value!r} is not a finite number.", param, context)
+
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; with commas: several that share."
@@ -18,7 +34,9 @@ engine_option = click.option(
     show_default=True,
     help="What runs the towers; auto: a plan that fits the GPU, else onnxruntime; on CPUs OpenVINO for bf16 and int8.",
 )
-threads_option = click.option("--threads", type=click.IntRange(1), help="Processor threads; default: all there are.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Processor threads; default: all there are."
+)
 bundle_option = click.option("--bundle", type=FILE, help="The bundle, where it is no longer where it was at indexing.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 where_list_option = click.option(

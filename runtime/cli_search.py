@@ -7,6 +7,7 @@ import click
 
 from clipret.cli_options import (
     FILE,
+    Finite,
     bundle_option,
     device_option,
     engine_option,
@@ -48,13 +49,13 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with titles.")
 @click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
 @click.option("--minus", metavar="TEXT", multiple=True, help="What the pictures shall not show.")
-@click.option("--minus-weight", type=float, default=0.5, show_default=True, help="How strongly --minus counts.")
+@click.option("--minus-weight", type=Finite(), default=0.5, show_default=True, help="How strongly --minus counts.")
 @click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
 @prompts_option
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
 @where_option
 @click.option("--exclude", metavar="PATH", multiple=True, help="A picture of the gallery that is not wanted.")
-@click.option("--min-score", type=float, help="Only pictures with at least this score.")
+@click.option("--min-score", type=Finite(), help="Only pictures with at least this score.")
 @rerank_options
 @click.option("--html", type=FILE, help="Also write a page with the pictures.")
 @json_option
@@ -100,18 +101,18 @@ def query(
         raise click.UsageError("name at least one text, or a picture with --picture")
     if rerank.steps and min_score is not None:
         raise click.UsageError("--min-score is a cosine, which re-ranking changes: leave one of them out")
-    queries = _queries(texts, pictures, minus, minus_weight)
+    names, asked = zip(*_queries(texts, pictures, minus, minus_weight), strict=True)
     if templates and prompts.rules:
         raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
     searcher = open_searcher(gallery, bundle, device, engine, threads, templates or prompts.forms)
     with searcher.gallery:
         unwanted = [searcher.gallery.id_of(path) for path in exclude]
         if rerank.steps:
-            embedded, among = searcher.embed(list(queries.values())), searcher.among(where, unwanted)
+            embedded, among = searcher.embed(asked), searcher.among(where, unwanted)
             found = searcher.hits(*open_reranker(searcher, rerank, reference).rank(embedded, k, among=among))
         else:
-            found = searcher.search(list(queries.values()), k, where=where, exclude=unwanted, min_score=min_score)
-        results = list(zip(queries, found, strict=True))
+            found = searcher.search(asked, k, where=where, exclude=unwanted, min_score=min_score)
+        results = list(zip(names, found, strict=True))
         if html is not None:
             sections = [Section(name, [_card(hit) for hit in hits]) for name, hits in results]
             write_page(html, title=f"clipret: {gallery.name}", facts=_gallery_facts(searcher), sections=sections)
@@ -128,15 +129,15 @@ def query(
 
 def _queries(
     texts: Sequence[str], pictures: Sequence[Path], minus: Sequence[str], minus_weight: float
-) -> dict[str, Query]:
-    """The queries of a command line by the names under which they are shown."""
+) -> list[tuple[str, Query]]:
+    """The queries of a command line with the names under which they are shown."""
     against = tuple(Part(text, -minus_weight) for text in minus)
     without = "".join(f" − {text}" for text in minus)
     if not texts:
-        return {f"{picture}{without}": Query((Part(picture), *against)) for picture in pictures}
+        return [(f"{picture}{without}", Query((Part(picture), *against))) for picture in pictures]
     like = tuple(Part(picture) for picture in pictures)
     also = "".join(f" + {picture}" for picture in pictures)
-    return {f"{text}{also}{without}": Query((Part(text), *like, *against)) for text in texts}
+    return [(f"{text}{also}{without}", Query((Part(text), *like, *against))) for text in texts]
 
 
 @click.command(

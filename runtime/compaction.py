@@ -21,9 +21,9 @@ def compact_gallery(
 ) -> int:
     """Write the live rows anew, with codes around their own mean, and drop the deleted ones; return how many.
 
-    Ids and order stay, so that every search finds the same. Searches that are open go on with what they hold. Takes
-    room for the rows a second time while it runs. Raises ClipretError beside another writer, or when the disk
-    refuses; nothing is then changed.
+    Ids and order stay, so that every search finds the same. Searches that are open go on with what they hold; one
+    that finds a picture deleted since has to be opened again. Takes room for the rows a second time while it runs.
+    Raises ClipretError beside another writer, or when the disk refuses; nothing is then changed.
     """
     with gallery.writing():
         entries, deleted, shards, _ = gallery.consistent(lambda _: None)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,15 @@ import numpy.typing as npt
 
 from clipret.errors import ClipretError
 from clipret.items import RESERVED, Value
-from clipret.tables import quoted, reading_only
+from clipret.tables import check_quotes, quoted, reading_only
 
-__all__ = ["Database", "Picture", "ShardEntry", "name_shard", "write_metadata"]
+__all__ = ["Database", "Picture", "ShardEntry", "inherit_metadata", "name_shard", "write_metadata"]
 
 Ids = npt.NDArray[np.int64]
 
 _SCHEMA = """
 CREATE TABLE shards (
-    number INTEGER PRIMARY KEY,     -- rows-NUMBER.npy and codes-NUMBER.npy
+    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- rows-NUMBER.npy and codes-NUMBER.npy; never used again
     ids BLOB NOT NULL,              -- int64, little-endian: the id of each row, ascending through all shards
     center BLOB NOT NULL,           -- float32 [D], little-endian; this and the rest are those of the codes
     scale REAL NOT NULL,
@@ -75,9 +76,10 @@ class Database:
         # Never mode=rwc, with which sqlite would make an empty database of a missing one.
         uri = self._file.as_uri() + ("?mode=rw" if os.access(self._file, os.W_OK) else "?mode=ro")
         try:
-            self._connection = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False, isolation_level=None)
+            self._connection = sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False, isolation_level=None)
         except sqlite3.Error as error:
             raise ClipretError(f"{self._file} cannot be opened ({error}): restore it or index again") from None
+        self._lock = threading.RLock()  # threads may share a gallery, a statement and its authorizer may not be shared
         # Also the end of a transaction, which is the deletion of the journal, survives a power cut.
         self.query("PRAGMA synchronous = EXTRA")
 
@@ -93,30 +95,33 @@ class Database:
 
     def query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         try:
-            return self._connection.execute(statement, values).fetchall()
+            with self._lock:
+                return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise ClipretError(f"{self._file} is damaged ({error}): restore it or index again") from None
+            raise ClipretError(f"{self._file} {_told(error)}") from None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All of the statements in the block or none of them. Raises sqlite3.Error as they do."""
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._connection
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
 
     def snapshot(self) -> tuple[list[ShardEntry], Ids]:
         """The shards and the ids of deleted rows, ascending, both of the same moment."""
-        self.query("BEGIN")
-        try:
-            table = self.query("SELECT number, ids, center, scale, residual, reach FROM shards ORDER BY number")
-            deleted = self.query("SELECT id FROM rows WHERE deleted = 1 ORDER BY id")
-        finally:
-            self.query("ROLLBACK")
+        with self._lock:
+            self.query("BEGIN")
+            try:
+                table = self.query("SELECT number, ids, center, scale, residual, reach FROM shards ORDER BY number")
+                deleted = self.query("SELECT id FROM rows WHERE deleted = 1 ORDER BY id")
+            finally:
+                self.query("ROLLBACK")
         shards = [
             ShardEntry(number, np.frombuffer(ids, "<i8"), np.frombuffer(center, "<f4"), *rest)
             for number, ids, center, *rest in table
@@ -124,10 +129,14 @@ class Database:
         return shards, np.array(deleted, dtype=np.int64).reshape(-1)
 
     def next_id(self) -> int:
-        return int((self.query("SELECT seq FROM sqlite_sequence WHERE name = 'rows'") or [(0,)])[0][0]) + 1
+        return self._next("rows")
 
     def next_shard(self) -> int:
-        return int(self.query("SELECT coalesce(max(number), 0) FROM shards")[0][0]) + 1
+        return self._next("shards")
+
+    def _next(self, table: str) -> int:
+        """One more than was ever used: what a reader has just looked up must not become something else."""
+        return int((self.query("SELECT seq FROM sqlite_sequence WHERE name = ?", table) or [(0,)])[0][0]) + 1
 
     def count(self) -> int:
         """Live pictures."""
@@ -145,8 +154,9 @@ class Database:
             f"SELECT r.id AS id, r.path AS path, r.size AS size, r.mtime_ns AS mtime_ns, r.hash AS hash{shown} "
             "FROM rows r LEFT JOIN metadata m ON m.id = r.id WHERE r.deleted = 0"
         )
+        check_quotes(where, (*RESERVED, *columns))
         try:
-            with reading_only(self._connection):
+            with self._lock, reading_only(self._connection):
                 found = self._connection.execute(f"SELECT id FROM ({source}) WHERE ({where}\n) ORDER BY id").fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ClipretError(
@@ -200,19 +210,50 @@ def name_shard(transaction: sqlite3.Connection, entry: ShardEntry) -> None:
 def write_metadata(
     transaction: sqlite3.Connection, ids: Sequence[int], metadata: Sequence[Mapping[str, Value]]
 ) -> None:
-    """Keep each picture's metadata in the place of what there was, with new columns where there are new names.
+    """Keep the columns that each record names, in the place of what they held; new names become new columns.
 
-    A column compares as a number where its values look like one (sqlite's NUMERIC), in a gallery as in a list.
+    A column compares as a number where its values look like one (sqlite's NUMERIC), in a gallery as in a list: 0012
+    becomes 12, and integers of more than 18 digits are rounded.
     """
-    held = {name.lower() for _, name, *_ in transaction.execute("PRAGMA table_info(metadata)")}
-    for name in dict.fromkeys(name for record in metadata for name in record):
-        if name.lower() not in held:
+    held = {_fold(name) for _, name, *_ in transaction.execute("PRAGMA table_info(metadata)")}
+    cleaned = [{_clean(name) or "_": _clean(value) for name, value in record.items()} for record in metadata]
+    for name in dict.fromkeys(name for record in cleaned for name in record):
+        if _fold(name) not in held:
             transaction.execute(f"ALTER TABLE metadata ADD COLUMN {quoted(name)} NUMERIC")
-            held.add(name.lower())
-    for number, record in zip(ids, metadata, strict=True):
+            held.add(_fold(name))
+    for number, record in zip(ids, cleaned, strict=True):
         if record:
-            names = "".join(f", {quoted(name)}" for name in record)
-            places = ", ?" * len(record)
+            names, places = "".join(f", {quoted(name)}" for name in record), ", ?" * len(record)
+            kept = ", ".join(f"{quoted(name)} = excluded.{quoted(name)}" for name in record)
             transaction.execute(
-                f"INSERT OR REPLACE INTO metadata (id{names}) VALUES (?{places})", (number, *record.values())
+                f"INSERT INTO metadata (id{names}) VALUES (?{places}) ON CONFLICT (id) DO UPDATE SET {kept}",
+                (number, *record.values()),
             )
+
+
+def inherit_metadata(transaction: sqlite3.Connection, heirs: Mapping[int, int]) -> None:
+    """Give new pictures, the keys, the metadata of those that they replace."""
+    columns = [quoted(name) for _, name, *_ in transaction.execute("PRAGMA table_info(metadata)") if name != "id"]
+    if columns:
+        names = ", ".join(columns)
+        statement = f"INSERT INTO metadata (id, {names}) SELECT ?, {names} FROM metadata WHERE id = ?"
+        transaction.executemany(statement, heirs.items())
+
+
+def _clean(value: Any) -> Any:
+    """What sqlite takes of a name or value: lone surrogates and NUL are none of UTF-8's and of a name's characters."""
+    return value.encode("utf-8", "replace").decode().replace("\0", "?") or None if isinstance(value, str) else value
+
+
+def _fold(name: str) -> str:
+    """As sqlite compares names of columns: it folds ASCII only."""
+    return "".join(c.lower() if c.isascii() else c for c in name)
+
+
+def _told(error: sqlite3.Error) -> str:
+    """What an error of sqlite means for the user."""
+    if "locked" in str(error) or "busy" in str(error):
+        return f"is in use by another process ({error}): try again when that has ended"
+    if "readonly" in str(error):
+        return f"may not be written ({error}): run any command that may write there, to finish an interrupted one"
+    return f"is damaged ({error}): restore it or index again"

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from clipret.bundle import Bundle
 from clipret.codes import Codes, mean, quantise
-from clipret.database import Database, Picture, ShardEntry, name_shard, write_metadata
+from clipret.database import Database, Picture, ShardEntry, inherit_metadata, name_shard, write_metadata
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.items import Value
@@ -86,7 +86,7 @@ class Gallery:
             format=FORMAT,
             fingerprint=bundle.fingerprint,
             embedding_dim=bundle.manifest.embedding_dim,
-            root=str(root.absolute()),
+            root=os.path.abspath(root),  # noqa: PTH100 (without .., by which nothing would be found again)
             bundle=str(bundle.path),
             bundle_relative=os.path.relpath(bundle.path, folder),
         )
@@ -110,6 +110,8 @@ class Gallery:
             raise ClipretError(
                 f"{folder} is no gallery (no gallery.json): make one with clipret-search index"
             ) from None
+        except OSError as error:
+            raise ClipretError(f"{file} cannot be read: {error.strerror}; mend its permissions") from None
         except (ValueError, TypeError, KeyError) as error:
             raise ClipretError(f"{file} is damaged ({error}): restore it or index again") from None
         return cls(folder, info)
@@ -238,7 +240,8 @@ class Gallery:
 
     def stored_path(self, file: Path) -> str:
         """How the database names a file: relative to the root where it lies below it, else absolute."""
-        absolute = Path(os.path.abspath(file))  # noqa: PTH100 (Path.resolve would follow links out of the root)
+        # abspath takes .. out of it; Path.resolve would follow links out of the root.
+        absolute = Path(os.path.abspath(file))  # noqa: PTH100
         root = Path(self.info.root)
         return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.as_posix()
 
@@ -249,6 +252,8 @@ class Gallery:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the one writer, after sweeping what an interrupted one left. Raises ClipretError beside another."""
+        if not (os.access(self.path, os.W_OK) and os.access(self.path / "gallery.db", os.W_OK)):
+            raise ClipretError(f"{self.path} cannot be written: mend its permissions, or work on a copy")
         try:
             # sqlite's own lock, on a database of nothing: the same on every system, and it ends with its process.
             with contextlib.closing(sqlite3.connect(self.path / "gallery.lock", timeout=0)) as lock:
@@ -275,8 +280,10 @@ class Gallery:
         try:
             yield
         except (OSError, sqlite3.Error) as error:
+            locked = "locked" in str(error)
+            advice = "close what reads it for so long" if locked else "free space, or change what it names"
             raise ClipretError(
-                f"{self.path} cannot be written ({error}): free space; what was committed before is kept"
+                f"{self.path} cannot be written ({error}): {advice}; what was committed before is kept"
             ) from None
 
     def append(
@@ -299,6 +306,7 @@ class Gallery:
             raise ClipretError("an embedding is not finite: the image tower overflowed; export the model again")
         number, first = self.database.next_shard(), self.database.next_id()
         codes = self._quantised(stored)
+        replaced = self.database.by_path([picture.path for picture in pictures])
         ids = np.arange(first, first + len(stored), dtype=np.int64)
         with self.refusable():
             write_shard(self.path, number, stored, codes)
@@ -315,6 +323,8 @@ class Gallery:
                         for row, p in zip(ids.tolist(), pictures, strict=True)
                     ),
                 )
+                places = zip(ids.tolist(), pictures, strict=True)
+                inherit_metadata(transaction, {new: replaced[p.path][0] for new, p in places if p.path in replaced})
                 if metadata is not None:
                     write_metadata(transaction, ids.tolist(), metadata)
 

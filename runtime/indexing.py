@@ -1,12 +1,12 @@
 """Indexing: pictures from a source into a gallery, resumable at every commit, in memory that does not grow."""
 
 import contextlib
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -120,6 +120,10 @@ class _Run:
         self.report = IndexReport()
         self._rows = np.empty((_SHARD_ROWS, gallery.info.embedding_dim), np.float16)
         self._held: Stored | None = None
+        root = self.gallery.info.root
+        self._same_root = os.path.abspath(source.root) == root  # noqa: PTH100
+        with contextlib.suppress(OSError):  # another name of the same folder
+            self._same_root = self._same_root or os.path.samefile(source.root, root)  # noqa: PTH121
         self._waiting: list[_Waiting] = []
         self._updates: dict[int, tuple[Picture, Mapping[str, Value]]] = {}
         # Decode threads look for twins through a connection of their own, which sees committed rows only.
@@ -139,8 +143,8 @@ class _Run:
 
     def jobs(self, items: Iterable[Item]) -> Iterator[_Job]:
         """What is new or changed, each path once; all else is noted."""
-        rest, number = iter(items), 0
-        while chunk := list(islice(rest, _LOOKUP)):
+        number = 0
+        for chunk in _chunks(items):
             named = [(self._stored(item), item) for item in chunk if self._usable(item)]
             fresh = [(stored, item) for stored, item in named if self._first(stored)]
             known = self.gallery.database.by_path([stored for stored, _ in fresh])
@@ -230,8 +234,7 @@ class _Run:
             report.removed = self.gallery.remove(vanished)
 
     def _stored(self, item: Item) -> str:
-        plain = not any(part in ("", ".", "..") for part in item.path.split("/"))
-        if plain and str(self.source.root.absolute()) == self.gallery.info.root:
+        if self._same_root and not any(part in ("", ".", "..") for part in item.path.split("/")):
             return item.path
         return self.gallery.stored_path(self.source.root / item.path)
 
@@ -251,6 +254,21 @@ class _Run:
         return self._seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (stored,)).rowcount == 1
 
 
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """A few at a time; where the source fails, what it gave before comes first."""
+    chunk: list[Item] = []
+    try:
+        for item in items:
+            chunk.append(item)
+            if len(chunk) == _LOOKUP:
+                yield chunk
+                chunk = []
+    except Exception:
+        yield chunk
+        raise
+    yield chunk
+
+
 def _record(job: _Job) -> Picture:
     assert job.picture is not None  # the encoder gives back what was read
     return job.picture
@@ -264,10 +282,10 @@ def _differs(given: Mapping[str, Value], held: Mapping[str, Value]) -> bool:
 
 def _number(value: Value) -> Value:
     """As the database compares it: what looks like a number is one."""
-    try:
-        return value if value is None else float(value)
-    except ValueError:
-        return value
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return kind(value)  # type: ignore[arg-type]
+    return value
 
 
 def _write_skipped(gallery: Gallery, skipped: list[tuple[str, str]]) -> None:

@@ -14,7 +14,9 @@ from clipret.device import has_device
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError
 from clipret.gallery import Gallery, Stored
+from clipret.images import PictureFile
 from clipret.ranker import Ranker
+from clipret.sources import read_stored
 
 __all__ = ["Hit", "Part", "Query", "Searcher"]
 
@@ -201,11 +203,16 @@ class Searcher:
         rows = list[Floats]()
         if not pictures:
             return rows  # the image tower of a large model takes longer to open than a query by text
-        for batch in self.encoder.encode_images(pictures):
+        for batch in self.encoder.encode_images(pictures, _read):
             for content, reason in batch.skipped:
                 raise ClipretError(f"{_shown(content)} cannot be a query: {reason}")
             rows.extend(batch.rows.astype(np.float64))
         return rows
+
+
+def _read(picture: Picture) -> Picture | PictureFile:
+    """A path may lead into an archive, as those of hits do."""
+    return read_stored(picture.parent, picture.name) if isinstance(picture, Path) else picture
 
 
 def _shown(content: str | Picture) -> str:

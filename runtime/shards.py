@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from clipret.errors import ClipretError
 from clipret.files import sync_folder
 
 __all__ = ["ids_and_live", "open_codes", "open_rows", "sweep", "write_shard"]
+
+
+_OURS = re.compile(r"(rows|codes)-\d{6,}\.npy|((rows|codes)|\..+)\.[0-9a-f]{8}\.tmp")
 
 
 def write_shard(folder: Path, number: int, rows: npt.NDArray[np.float16], codes: Codes) -> None:
@@ -81,7 +85,8 @@ def sweep(folder: Path, named: Collection[int]) -> None:
     """Remove the shards that no transaction named and what an interrupted writer left half done. Raises OSError."""
     wanted = {_name(kind, number) for kind in ("rows", "codes") for number in named}
     for file in folder.iterdir():
-        if file.suffix == ".tmp" or (file.name.startswith(("rows-", "codes-")) and file.name not in wanted):
+        # Only what this module or clipret.files writes: a user may keep other things here.
+        if _OURS.fullmatch(file.name) and file.name not in wanted:
             with contextlib.suppress(PermissionError):  # Windows, where a search still has it open
                 file.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ open_source("pictures.zip"), open_source("data.parquet"), open_source("one.jpg")
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,11 @@ def open_source(
     if path.is_dir():
         if next(walk_pictures(path), None) is None and (inside := _archives_in(path)):
             return _archived(inside, image_root or path, image_column)
+        if inside := _archives_in(path):
+            warnings.warn(
+                f"{path} holds archives beside its pictures ({len(inside)}): they are left out; index them by name",
+                stacklevel=2,
+            )
         return _folder(path)
     files = expand(path)
     if suffix in _ARCHIVES:

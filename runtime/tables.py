@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Literal
 
 from clipret.errors import ClipretError
 
-__all__ = ["Table", "pick_column", "quoted", "read_table", "reading_only"]
+__all__ = ["Table", "check_quotes", "pick_column", "quoted", "read_table", "reading_only"]
 
 _NAMES = {
     "image": ("path", "filepath", "file_path", "image", "image_path", "filename", "file_name", "file", "img"),
@@ -134,6 +135,7 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
             f"INSERT INTO t VALUES ({','.join('?' * len(columns))})", (tuple(r.values()) for r in rows)
         )
         database.commit()
+        check_quotes(where, columns)
         try:
             with reading_only(database):
                 chosen = [row[0] for row in database.execute(f"SELECT rowid FROM t WHERE ({where}\n) ORDER BY rowid")]
@@ -148,6 +150,17 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
 def quoted(name: str) -> str:
     """A column's name as SQL takes it, whatever is in it."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def check_quotes(where: str, columns: Sequence[str]) -> None:
+    """Raise ClipretError for a double-quoted name that is no column: sqlite would silently take it for a text."""
+    known = {column.lower() for column in columns}
+    for name in re.findall(r'"((?:[^"]|"")*)"', re.sub(r"'(?:[^']|'')*'", "", where)):
+        if name.replace('""', '"').lower() not in known:
+            raise ClipretError(
+                f'--where {where!r} names a column "{name}" that is none of {", ".join(columns)}: put texts in single '
+                "quotes"
+            )
 
 
 @contextlib.contextmanager

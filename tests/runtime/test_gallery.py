@@ -1,6 +1,7 @@
 import json
 import shutil
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_what_no_transaction_names_never_happened(gallery: Gallery) -> None:
     with gallery.writing():
         gallery.append([picture("a")], unit_rows(1))
     np.save(gallery.path / "rows-000002.npy", unit_rows(9).astype(np.float16))
-    (gallery.path / "rows.dead.tmp").write_bytes(b"half")
+    (gallery.path / "rows.deadbeef.tmp").write_bytes(b"half")
     assert len(Gallery.open(gallery.path).read().shards) == 1
     with gallery.writing():
         assert not list(gallery.path.glob("*.tmp"))
@@ -262,7 +263,72 @@ def test_metadata_columns_grow_and_values_are_replaced(gallery: Gallery) -> None
     assert gallery.columns() == ["camera", "Hour", 'odd "name"', "plate"]
     assert gallery.metadata([second, first]) == [
         {"camera": "A1", "Hour": 1, 'odd "name"': None, "plate": None},
-        {"camera": None, "Hour": 7, 'odd "name"': None, "plate": "粤B12345"},
+        {"camera": "A0", "Hour": 7, 'odd "name"': None, "plate": "粤B12345"},
     ]
     assert gallery.select("hour between 5 and 9 and plate like '粤%'").tolist() == [first]
     assert gallery.paths([first]) == ["moved.jpg"]
+
+
+def test_a_new_version_of_a_picture_keeps_what_was_known_of_it(gallery: Gallery) -> None:
+    fill(gallery, [2])
+    with gallery.writing():
+        gallery.append([picture("1.jpg")], unit_rows(1, 1), [{"colour": "red\ud800"}])
+    number = gallery.ids_by_path()["1.jpg"]
+    assert gallery.metadata([number]) == [{"camera": "A1", "Hour": 1, "colour": "red?"}]
+
+
+def test_what_a_user_keeps_in_the_folder_stays(gallery: Gallery) -> None:
+    fill(gallery, [1])
+    for name in ("rows-all.npy", "codes-2026.npy.jsonl", "notes.tmp"):
+        (gallery.path / name).touch()
+    with gallery.writing():
+        pass
+    assert {"rows-all.npy", "codes-2026.npy.jsonl", "notes.tmp"} <= {file.name for file in gallery.path.iterdir()}
+
+
+def test_the_number_of_a_shard_is_never_used_again(gallery: Gallery) -> None:
+    fill(gallery, [2])
+    with gallery.writing():
+        gallery.remove(gallery.read().ids)
+    compact_gallery(gallery)
+    with gallery.writing():
+        gallery.append([picture("new")], unit_rows(1))
+    assert not (gallery.path / "rows-000001.npy").exists()
+    assert len(gallery.read().shards) == 1
+
+
+def test_a_root_is_found_again_by_any_of_its_names(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "a/pictures").mkdir(parents=True)
+    gallery = Gallery.create(tmp_path / "g", Bundle.open(tiny_bundle), tmp_path / "a/../a/pictures")
+    assert gallery.stored_path(tmp_path / "a/pictures/x.jpg") == "x.jpg"
+
+
+def test_a_double_quoted_name_is_no_text(gallery: Gallery) -> None:
+    fill(gallery, [4])
+    assert len(gallery.select("\"camera\" = 'A0' and path <> 'a \"b\" c'")) == 2
+    with pytest.raises(ClipretError, match=r"none of id, path, .*put texts in single quotes"):
+        gallery.select("\"camrea\" <> 'A0'")
+
+
+def test_a_database_in_use_is_not_called_damaged(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(gallery, [1])
+    gallery.close()
+    connect = sqlite3.connect
+    monkeypatch.setattr("clipret.database.sqlite3.connect", lambda *a, **k: connect(*a, **k | {"timeout": 0}))
+    other = connect(gallery.path / "gallery.db", isolation_level=None)
+    assert len(gallery) == 1
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ClipretError, match="is in use by another process"):
+        len(gallery)
+    other.close()
+    assert len(gallery) == 1
+
+
+def test_threads_may_share_a_gallery(gallery: Gallery) -> None:
+    fill(gallery, [50])
+
+    def work(_: int) -> int:
+        return len(gallery.select("camera = 'A1'")) + len(gallery.read().ids) + len(gallery.paths([1, 2]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(work, range(200))) == {25 + 50 + 2}

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from clipret import Bundle, ClipretError, Encoder, Gallery, IndexReport, index_pictures
 from clipret.compaction import compact_gallery
 from clipret.images import find_pictures
-from clipret.items import broken_item
+from clipret.items import Item, broken_item
 from clipret.sources import Source, open_source
 
 # Small shards, so that every run has many commits.
@@ -294,3 +295,30 @@ def test_a_caller_that_stops_early_leaves_no_threads(pictures: Path, tiny_bundle
     for thread in decoders:
         thread.join(timeout=10)
     assert not any(thread.is_alive() for thread in decoders)
+
+
+def test_pictures_before_the_damage_are_kept(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    def damaged() -> Iterator[Item]:
+        yield from list(open_source(colour_folder))[:5]
+        raise ClipretError("the rest is damaged")
+
+    encoder, source = Encoder(Bundle.open(tiny_bundle), device="cpu"), Source(colour_folder, (), None, damaged)
+    with Gallery.create(tmp_path / "g", encoder.bundle, colour_folder) as gallery:
+        with pytest.raises(ClipretError, match="the rest is damaged"):
+            index_pictures(gallery, encoder, source)
+        assert len(gallery) == 5
+
+
+def test_a_folder_under_another_name_is_the_same(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, colour_folder)
+    (tmp_path / "link").symlink_to(colour_folder)
+    report = index(tmp_path / "g", tiny_bundle, tmp_path / "link")
+    assert (report.added, report.unchanged) == (0, 12)
+
+
+def test_a_second_list_adds_its_columns(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, pictures / "list.csv")
+    (pictures / "more.csv").write_text("path,colour\n003.jpg,red\n")
+    index(tmp_path / "g", tiny_bundle, pictures / "more.csv")
+    with Gallery.open(tmp_path / "g") as gallery:
+        assert gallery.paths(gallery.select("colour = 'red' and camera = 'A0' and hour = 3")) == ["003.jpg"]

@@ -160,6 +160,8 @@ def test_query_by_picture_with_filters(gallery: Path, colour_folder: Path) -> No
     assert found("red", "--min-score", 2) == []
     assert found("red", "--template", "a {} car", "--template", "{}", "-k", 3) == found("red", "-k", 3)
     assert "has no {}" in fails("query", gallery, "red", "--template", "a car")
+    assert len(json.loads(run("query", gallery, "red", "red", "--json").stdout)) == 2
+    assert "not a finite number" in run("query", gallery, "red", "--min-score", "nan", code=2).stderr
     assert "its columns are id, path" in fails("query", gallery, "red", "--where", "camera = 1")
 
 
@@ -174,6 +176,8 @@ def test_remove_compact_info(gallery: Path, colour_folder: Path, tiny_bundle: Pa
     facts = json.loads(run("info", gallery, "--json").stdout)
     assert (facts["pictures"], facts["deleted rows"], facts["shards"]) == (7, 5, 1)
     assert facts["columns"] == ["id", "path", "size", "mtime_ns", "hash"]
+    for unknown in ("²", "0", "9" * 30, ids["red/0.jpg"]):  # the last one is deleted already
+        assert "holds no picture" in fails("remove", gallery, unknown)
     expected = run("query", gallery, "blue", "-k", 12).stdout
     assert "5 deleted rows dropped" in run("compact", gallery).stdout
     assert run("query", gallery, "blue", "-k", 12).stdout == expected
@@ -233,6 +237,25 @@ def test_another_bundle_is_refused(gallery: Path, tiny_bundle: Path, colour_fold
 def test_usage_errors_exit_2(gallery: Path) -> None:
     assert "name at least one text" in run("query", gallery, code=2).stderr
     assert "0 is not in the range" in run("query", gallery, "red", "-k", 0, code=2).stderr
+
+
+def test_a_path_goes_before_an_id(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    for name, colour in (("2", "red"), ("1", "blue")):
+        shutil.copy(colour_folder / colour / "0.jpg", tmp_path / name)
+    (tmp_path / "list.csv").write_text("path\n2\n1\n")
+    run("index", tiny_bundle, tmp_path / "list.csv", tmp_path / "g")
+    run("remove", tmp_path / "g", "1")
+    assert list(Gallery.open(tmp_path / "g").ids_by_path()) == ["2"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="HOME decides on other systems")
+def test_nothing_is_written_to_the_home_folder(gallery: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    command = [sys.executable, "-m", "clipret.cli", "query", str(gallery), "red"]
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(command, check=True, capture_output=True, env=environment | {"HOME": str(home)})
+    assert not list(home.rglob("*onnxruntime*"))
 
 
 def test_help_has_an_example_for_every_command() -> None:
