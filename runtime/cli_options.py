@@ -1,10 +1,8 @@
 """Options that several subcommands of clipret-search have, and what they print in the same way."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -12,16 +10,11 @@ FILE = click.Path(path_type=Path)
 SHOWN = 10  # skipped pictures that are named on the terminal
 
 
-class Finite(click.ParamType):
-    """A number that is neither infinite nor none."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
-        with contextlib.suppress(TypeError, ValueError):
-            if math.isfinite(number := float(value)):
-                return number
-        return self.fail(f"{value!r} is not a finite number.", param, context)
+def finite(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    """Callback of an option that takes a number: neither infinite nor none."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 device_option = click.option(

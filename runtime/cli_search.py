@@ -7,10 +7,10 @@ import click
 
 from clipret.cli_options import (
     FILE,
-    Finite,
     bundle_option,
     device_option,
     engine_option,
+    finite,
     image_column_option,
     image_root_option,
     json_option,
@@ -49,13 +49,15 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with titles.")
 @click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
 @click.option("--minus", metavar="TEXT", multiple=True, help="What the pictures shall not show.")
-@click.option("--minus-weight", type=Finite(), default=0.5, show_default=True, help="How strongly --minus counts.")
+@click.option(
+    "--minus-weight", type=float, callback=finite, default=0.5, show_default=True, help="How strongly --minus counts."
+)
 @click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
 @prompts_option
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
 @where_option
 @click.option("--exclude", metavar="PATH", multiple=True, help="A picture of the gallery that is not wanted.")
-@click.option("--min-score", type=Finite(), help="Only pictures with at least this score.")
+@click.option("--min-score", type=float, callback=finite, help="Only pictures with at least this score.")
 @rerank_options
 @click.option("--html", type=FILE, help="Also write a page with the pictures.")
 @json_option
