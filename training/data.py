@@ -75,8 +75,8 @@ class Texts:
         if self._lengths is None or len(titles) < 8 * groups:
             return TextBatch(titles, self.ids(titles).tensor_split(parts), torch.arange(len(titles)))
         places = self._lengths[titles].argsort(stable=True)
-        parts = tuple(self.ids(titles[part]) for part in places.tensor_split(groups))
-        return TextBatch(titles, parts, places)
+        sorted_ids = tuple(self.ids(titles[part]) for part in places.tensor_split(groups))
+        return TextBatch(titles, sorted_ids, places)
 
     def sample(self, pictures: Sequence[int], count: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Positions, int64 [T], of up to `count` titles of each picture; and for each of them its picture's place in
