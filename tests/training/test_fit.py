@@ -1,3 +1,4 @@
+import functools
 import json
 import tomllib
 from pathlib import Path
@@ -201,3 +202,18 @@ def test_losses_and_negatives_by_name(toy: Path, tmp_path: Path) -> None:
         assert abs(result.last["loss"] - plain) > 0.02, name
     with pytest.raises(ClipretError, match="siglip loss needs a logit bias and this model has none"):
         fit(config(toy, epochs=1, loss="siglip"), tmp_path / "siglip")
+
+
+def test_an_overflow_of_half_precision_is_skipped_and_counted(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is scaled by 2^26 at first: its gradients are infinite until that has been halved often enough."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**26))
+    result = fit(config(toy, precision="fp16", epochs=4, validate_every=4, crop_size=32, captions=1), tmp_path / "run")
+    lines = lines_of(result.run)
+    counts = [line["overflows"] for line in lines]
+    assert counts == sorted(counts)
+    assert counts[0] == 3  # every step of the first epoch
+    assert 3 < counts[-1] < 12
+    assert lines[-1]["loss"] != lines[0]["loss"]
+    assert all(torch.isfinite(tensor).all() for tensor in load_model(str(result.run)).model.state_dict().values())
