@@ -177,7 +177,7 @@ def main() -> None:
         {
             "seeds": seeds,
             "epochs": epochs,
-            "cpu_seconds": round(cpu.ru_utime + cpu.ru_stime, 1),
+            "cpu_seconds_of_this_call": round(cpu.ru_utime + cpu.ru_stime, 1),
             "mean_and_deviation": summary,
             "runs": runs,
         },

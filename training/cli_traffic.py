@@ -51,7 +51,7 @@ def traffic(
 
     \b
     clipret-train fit OUT/captions.csv --image-root IMAGES --model M --out run \\
-        --where "split = 'train'" --val-where "split = 'val'" --set resize=longest --set fill=0
+        --where "split = 'train'" --val-where "split = 'val'" --set resize=longest --set fill=116
     """
     given = None if vocabulary is None else Vocabulary.read(vocabulary)
     slots = {} if given is None else given.slots
