@@ -100,7 +100,8 @@ def main() -> None:
             print(f"{name:24} {metric:8} {np.mean(values):.4f} ± {np.std(values):.4f}", file=sys.stderr)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = round(used.ru_utime + used.ru_stime, 1)
-    keep("traffic", {"seeds": seeds, "epochs": epochs, "cpu_seconds_of_this_call": cpu, "mean_and_deviation": table, "runs": runs})
+    facts = {"seeds": seeds, "epochs": epochs, "cpu_seconds_of_this_call": cpu}
+    keep("traffic", {**facts, "mean_and_deviation": table, "runs": runs})
 
 
 if __name__ == "__main__":
