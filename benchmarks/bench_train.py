@@ -201,6 +201,8 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
     """CPU ms of each part of a step of clipret, the median of several; and what the processor does at its best."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     import clipret.training.fit as trainer
     from clipret.training.distributed import World
     from clipret.training.precision import autocast
@@ -246,7 +248,15 @@ def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
             part()
             taken[name].append(1000 * (time.process_time() - began))
     result = {name: round(statistics.median(times), 1) for name, times in taken.items()}
-    return result | {"peak_gflops": peak(torch.bfloat16 if precision == "bf16" else torch.float32)}
+    with FlopCounterMode(display=False) as counter:
+        training._step(chosen, pixels, LR)
+    best = peak(torch.bfloat16 if precision == "bf16" else torch.float32)
+    done = counter.get_total_flops() / 1e9  # GFLOP of matrix products, forwards and backwards
+    return result | {
+        "gflop": round(done, 1),
+        "peak_gflops": best,
+        "share_of_peak": round(done / best / (result["whole step"] / 1000), 3),
+    }
 
 
 def peak(dtype: torch.dtype) -> float:
