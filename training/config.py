@@ -52,6 +52,7 @@ class FitConfig:
     decode_scale: float = 1.0  # pictures are kept that many times larger than the model's size, for crops to be sharp
     crop_area: float = 0.7  # the least share of a picture that a crop keeps
     jitter: float = 0.3  # how far brightness, contrast and saturation may move from 1
+    repad: bool = False  # bars of padded pictures are made anew around each crop; worse when training from scratch
     flip: float | None = None  # share of the pictures that is mirrored; left out: half, and none without augmentation
     rotation: float | None = None  # degrees at most; left out: 3 for surveillance, else 0
     random_ops: int = 0  # changes a picture as in RandAugment, for pictures whose colours do not matter

@@ -125,7 +125,7 @@ class _Training:
             rotation=config.rotation,
             random_ops=config.random_ops,
             magnitude=config.magnitude,
-            fill=image.fill if image.resize == "longest" else None,
+            fill=image.fill if config.repad and image.resize == "longest" else None,
         )
         self.gradients = GradientStep(
             self.learner.model,
