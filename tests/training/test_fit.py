@@ -123,7 +123,9 @@ def test_going_on_from_a_run(run: Path, toy: Path, tmp_path: Path) -> None:
     assert (result.run / "tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
 
 
-def test_open_clip_models_go_through_the_same_loop(toy: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def tiny_clip(tmp_path: Path) -> Path:
+    """A folder with a model of open_clip, of one layer a tower."""
     model_cfg = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
@@ -134,6 +136,25 @@ def test_open_clip_models_go_through_the_same_loop(toy: Path, tmp_path: Path) ->
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     torch.manual_seed(0)
     save_file(open_clip.CLIP(**model_cfg).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_an_adapter_is_trained_saved_and_merged(toy: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": str(tiny_clip), "adapter": "lora", "adapter_rank": 4, "epochs": 2, "lr": 1e-2}
+    run = fit(config(toy, **given, adapter_targets=["q", "v"]), tmp_path / "run").run
+    start, merged, again = (load_model(str(place)) for place in (tiny_clip, run, run / "adapter"))
+    assert list(merged.model.state_dict()) == list(start.model.state_dict())
+    pixels = torch.rand(2, 3, 32, 32)
+    rows = [loaded.model.encode_image(pixels, normalize=True) for loaded in (start, merged, again)]
+    assert (rows[1] - rows[0]).abs().max() > 1e-3
+    torch.testing.assert_close(rows[1], rows[2], rtol=0, atol=1e-5)
+    with pytest.raises(ClipretError, match="target 'qq' matches no layer of the image tower"):
+        fit(config(toy, **given, adapter_targets=["qq"]), tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_open_clip_models_go_through_the_same_loop(toy: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    folder = tiny_clip
     start = load_model(str(folder))
     result = fit(config(toy, model=str(folder), epochs=3, lr=1e-3, precision="bf16"), tmp_path / "run")
     losses = [line["loss"] for line in lines_of(result.run)]
@@ -217,3 +238,14 @@ def test_an_overflow_of_half_precision_is_skipped_and_counted(
     assert 3 < counts[-1] < 12
     assert lines[-1]["loss"] != lines[0]["loss"]
     assert all(torch.isfinite(tensor).all() for tensor in load_model(str(result.run)).model.state_dict().values())
+
+
+def test_the_length_of_texts_is_the_run_s(toy: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": str(tiny_clip), "epochs": 1, "resize": "longest", "fill": 0}
+    run = fit(config(toy, **given, context_length=20), tmp_path / "run").run
+    loaded = load_model(str(run))
+    assert (loaded.text.context_length, loaded.image.resize, loaded.image.fill) == (20, "longest", 0)
+    kept = json.loads((run / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert (kept["resize_mode"], kept["fill_color"]) == ("longest", 0)
+    with pytest.raises(ClipretError, match="context_length is 90: the text tower of tiny-clip was made for 77 tokens"):
+        fit(config(toy, **given, context_length=90), tmp_path / "long")
