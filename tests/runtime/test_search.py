@@ -7,22 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, Searcher, index_pictures
+from clipret import Bundle, ClipretError, Encoder, Gallery, Searcher
 from clipret.search import Part, Query
-from clipret.sources import open_source
 
 
 @pytest.fixture
-def gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
-    """Twelve pictures, with a colour and a number each as metadata."""
-    files = [file.relative_to(colour_folder) for file in sorted(colour_folder.rglob("*.*"))]
-    lines = [f"{file.as_posix()},{file.parent},{file.stem}" for file in files]
-    (colour_folder / "list.csv").write_text("\n".join(["path,colour,number", *lines]) + "\n")
-    source = open_source(colour_folder / "list.csv")
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
-    with Gallery.create(tmp_path / "gallery", encoder.bundle, source.root) as made:
-        index_pictures(made, encoder, source)
-    return tmp_path / "gallery"
+def gallery(listed_gallery: Path) -> Path:
+    return listed_gallery
 
 
 @pytest.fixture
