@@ -6,7 +6,8 @@
 DATA is a folder with captions.tsv (path, split, lang, title) and images/. The model is a vision transformer of 256 x 6
 at 96 px with a text tower of 256 x 4 and 32 tokens, the batch 128. CPU seconds of one thread, whole steps, loading the
 pictures included. The speed is that of processes that run in turn, each after an epoch to warm up. The quality is
-recall@10 of English captions on the 1,000 validation photographs of Flickr8k; a training in WORK is used again.
+recall@10 of English captions on the 1,000 validation photographs of Flickr8k, from the same first weights in each of
+several seeds; a training in WORK is used again.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each trainer and precision")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind whose recall is averaged")
     parser.add_argument("--only", choices=("speed", "quality"), help="the other part stays as it was in results/")
     parser.add_argument("--worker", choices=(*VARIANTS, "parts fp32", "parts bf16"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,21 +63,14 @@ def main() -> None:
             result["parts"][precision] = run_worker(f"parts {precision}", work)[0]
             print(f"a step of clipret in {precision}, CPU ms:", result["parts"][precision], file=sys.stderr)
     if arguments.only != "speed":
-        result["quality"] = quality(arguments.data.absolute(), work)
+        result["quality"] = quality(arguments.data.absolute(), work, arguments.seeds)
         print(json.dumps(result["quality"], indent=2), file=sys.stderr)
     keep("train", {name: result[name] for name in ("speed", "parts", "quality") if name in result})
 
 
 def write_inputs(data: Path, work: Path) -> None:
     """The model with random weights, and the lists that both trainers read."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    (work / "vit").mkdir(exist_ok=True)
-    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": {"size": 96}}
-    (work / "vit" / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**MODEL_CFG).state_dict(), work / "vit" / "open_clip_model.safetensors")
+    write_model(work / "vit", seed=0)
     rows = read_table(data / "captions.tsv", "split = 'train' and lang = 'en'").rows
     first = list({row["path"]: row for row in reversed(rows)}.values())[: BATCH * STEPS]
     val = read_table(data / "captions.tsv", "split = 'val' and lang = 'en'").rows
@@ -83,6 +78,18 @@ def write_inputs(data: Path, work: Path) -> None:
         # pandas reads quotes, which captions hold
         lines = [f"{data / 'images' / row['path']}\t" + row["title"].replace('"', "'") for row in chosen]
         (work / f"{name}.tsv").write_text("path\ttitle\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """Random weights, in a folder that both trainers load."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": {"size": 96}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    save_file(open_clip.CLIP(**MODEL_CFG).state_dict(), folder / "open_clip_model.safetensors")
 
 
 def speed(work: Path, rounds: int) -> dict[str, Any]:
@@ -139,14 +146,17 @@ def time_open_clip(work: Path, precision: str) -> list[float]:
     return seconds
 
 
-def open_clip_arguments(rows: Path, work: Path, epochs: int, precision: str, name: str) -> list[str]:
+def open_clip_arguments(
+    rows: Path, work: Path, epochs: int, precision: str, name: str, model: Path | None = None, seed: int = 0
+) -> list[str]:
     given = {
         "train-data": rows,
         "dataset-type": "csv",
         "csv-separator": "\t",
         "csv-img-key": "path",
         "csv-caption-key": "title",
-        "model": f"local-dir:{work / 'vit'}",
+        "model": f"local-dir:{model or work / 'vit'}",
+        "seed": seed,
         "batch-size": BATCH,
         "epochs": epochs,
         "lr": LR,
@@ -270,50 +280,69 @@ def peak(dtype: torch.dtype) -> float:
     return round(best, 1)
 
 
-def quality(data: Path, work: Path) -> dict[str, Any]:
-    """Recall after as many passes over the pictures, and of the small recipe."""
-    result: dict[str, Any] = {}
-    folder = work / "logs" / "quality"
-    seconds = work / "open_clip-seconds.json"
-    if not seconds.exists():
-        arguments = open_clip_arguments(work / "whole.tsv", work, 1, "fp32", "quality")
-        code = "import sys; from open_clip_train.main import main; main(sys.argv[1:])"
-        seconds.write_text(json.dumps(cpu_seconds(sys.executable, "-c", code, *arguments)))
-    state = torch.load(folder / "checkpoints" / "epoch_1.pt", map_location="cpu", weights_only=False)["state_dict"]
-    result["open_clip's trainer, fp32, 1 epoch of 30,000 pairs"] = {
-        "cpu_seconds": json.loads(seconds.read_text()),
-        **measure(data, work, {name.removeprefix("module."): tensor for name, tensor in state.items()}),
-    }
+def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
+    """Recall after as many passes over the pictures, from the same first weights in each seed; and of the small
+    recipe."""
     captions = ("fit", data / "captions.tsv", "--image-root", data / "images", "--threads", "1")
     split = ("--where", "lang = 'en' and split = 'train'", "--val-where", "lang = 'en' and split = 'val'")
     alike: tuple[Any, ...] = ("--epochs", 5, "--batch-size", BATCH, "--lr", LR, "--weight-decay", WEIGHT_DECAY)
     alike += ("--warmup", WARMUP_STEPS / 230, "--crop-area", 0.9, "--set", "jitter=0", "--set", "flip=0")
-    alike += ("--set", "decode_scale=1.33", "--set", "clip=0", "--validate-every", 5)
-    trainings: dict[str, tuple[str, tuple[Any, ...]]] = {
-        "clipret, bf16, 5 epochs of 6,000 pictures, a caption each": (
-            "equal",
-            ("--model", work / "vit", *alike, "--captions", 1),
-        ),
-        "clipret, bf16, 5 epochs of 6,000 pictures, all five captions": (
-            "equal-all",
-            ("--model", work / "vit", *alike, "--captions", 5),
-        ),
-        "clipret, recipe small": ("small", ("--model", "clipret-small")),
-    }
-    for title, (name, options) in trainings.items():
+    alike += ("--set", "decode_scale=1.33", "--set", "clip=0", "--validate-every", 5, "--precision", "bf16")
+
+    def clipret(name: str, *options: Any) -> dict[str, Any]:
         if not (work / name / "metrics.jsonl").exists():
-            command = ("-m", "clipret.training", *captions, *split, *options, "--out", work / name)
-            cpu_seconds(sys.executable, *command)
+            cpu_seconds(sys.executable, "-m", "clipret.training", *captions, *split, *options, "--out", work / name)
         lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
         measured = [line for line in lines if "text_to_image" in line]
         best = max(measured, key=lambda line: line["text_to_image"]["recall_at_10"])
-        result[title] = {
+        return {
             "cpu_seconds": round(lines[-1]["cpu_seconds"]),
             "recall_at_10": best["text_to_image"]["recall_at_10"],
             "mean_recall": best["mean_recall"],
             "course": [[round(m["cpu_seconds"]), round(m["text_to_image"]["recall_at_10"], 4)] for m in measured],
         }
-    return result
+
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(seeds):
+        write_model(work / f"vit-{seed}", seed)
+        model = ("--model", work / f"vit-{seed}", *alike, "--set", f"seed={seed}")
+        for title, run in (
+            ("open_clip's trainer, fp32, 1 epoch of 30,000 pairs", lambda: open_clip(data, work, seed)),  # noqa: B023
+            (
+                "clipret, bf16, 5 epochs of 6,000 pictures, a caption each",
+                lambda: clipret(f"equal-{seed}", *model, "--captions", 1),  # noqa: B023
+            ),
+            (
+                "clipret, bf16, 5 epochs of 6,000 pictures, all five captions",
+                lambda: clipret(f"equal-all-{seed}", *model, "--captions", 5),  # noqa: B023
+            ),
+        ):
+            runs.setdefault(title, []).append(run())
+            print(f"seed {seed}: {title}: {runs[title][-1]}", file=sys.stderr)
+    result: dict[str, Any] = {
+        title: {
+            **{key: round(statistics.fmean(run[key] for run in each), 5) for key in each[0] if key != "course"},
+            "recall_at_10_of_seeds": [round(run["recall_at_10"], 5) for run in each],
+            "mean_recall_of_seeds": [round(run["mean_recall"], 5) for run in each],
+        }
+        for title, each in runs.items()
+    }
+    return result | {"clipret, recipe small": clipret("small", "--model", "clipret-small")}
+
+
+def open_clip(data: Path, work: Path, seed: int) -> dict[str, Any]:
+    """CPU seconds of a whole training by `open_clip_train.main`, and the recall of its weights."""
+    name = f"quality-{seed}"
+    seconds = work / f"open_clip-{seed}.json"
+    if not seconds.exists():
+        model = work / f"vit-{seed}"
+        arguments = open_clip_arguments(work / "whole.tsv", work, 1, "fp32", name, model, seed)
+        code = "import sys; from open_clip_train.main import main; main(sys.argv[1:])"
+        seconds.write_text(json.dumps(cpu_seconds(sys.executable, "-c", code, *arguments)))
+    saved = work / "logs" / name / "checkpoints" / "epoch_1.pt"
+    state = torch.load(saved, map_location="cpu", weights_only=False)["state_dict"]
+    found = measure(data, work, {name.removeprefix("module."): tensor for name, tensor in state.items()})
+    return {"cpu_seconds": json.loads(seconds.read_text()), **found}
 
 
 def measure(data: Path, work: Path, state: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The page in a real browser, as a person uses it."""
 
+import json
 import re
 import shutil
 import time
@@ -209,35 +210,37 @@ def test_nothing_found_and_errors_are_said(page: Any) -> None:
 
 def test_with_the_keyboard_alone(page: Any) -> None:
     page.keyboard.type("grey")
+    settled(page, "location.search === '?q=grey'")  # the last key's search, not an earlier one's
     found(page, "12 of 12")
 
-    def focused() -> str:
-        return str(page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"))
+    def focus_goes(condition: str) -> str:
+        """Wait until the focus is where it should be: a browser moves it some time after a key."""
+        name = "(document.activeElement.ariaLabel ?? document.activeElement.id)"
+        settled(page, f"(name => {condition}){name}")
+        return str(page.evaluate(name))
 
     page.keyboard.press("ArrowDown")
-    assert focused().startswith("grey/")
-    first = focused()
+    first = json.dumps(focus_goes("name.startsWith('grey/')"))
     page.keyboard.press("ArrowRight")
-    assert focused() != first
+    focus_goes(f"name.startsWith('grey/') && name !== {first}")
     page.keyboard.press("Home")
-    assert focused() == first
+    focus_goes(f"name === {first}")
     page.keyboard.press("ArrowDown")
-    lower = focused()
-    assert lower != first
+    focus_goes(f"/, place \\d+, /.test(name) && name !== {first}")
     page.keyboard.press("ArrowUp")
-    assert focused() == first
+    focus_goes(f"name === {first}")
     page.keyboard.press("Enter")
     api.expect(page.get_by_role("dialog")).to_be_visible()
     name = page.locator("#viewerName").inner_text()
     page.keyboard.press("ArrowRight")
-    assert page.locator("#viewerName").inner_text() != name
+    api.expect(page.locator("#viewerName")).not_to_have_text(name)
     page.keyboard.press("Escape")
     api.expect(page.get_by_role("dialog")).to_be_hidden()
-    assert focused() != first  # at the picture that was last looked at
+    focus_goes(f"/, place \\d+, /.test(name) && name !== {first}")  # at the picture that was last looked at
     page.keyboard.press("m")
     found(page, "11 of 12")
     page.keyboard.press("Escape")
-    assert focused() == "q"
+    focus_goes("name === 'q'")
     page.keyboard.type("blue")
     found(page, "11 of 12")
     page.keyboard.press("ArrowDown")
