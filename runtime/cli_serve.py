@@ -7,9 +7,12 @@ from pathlib import Path
 import click
 
 from clipret.cli_options import FILE, device_option, engine_option, threads_option
+from clipret.cli_rerank import prompts_option, read_texts, rerank_options
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, require
 from clipret.gallery import Gallery
+from clipret.prompts import Prompts
+from clipret.rerank import Rerank
 from clipret.serve_limits import MIB, Limits
 from clipret.towers import EngineChoice
 
@@ -25,6 +28,8 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 @click.option("--allow-host", "hosts", metavar="NAME", multiple=True, help="A name that this machine is asked by.")
 @click.option("--token-file", type=FILE, help="File with the token for adding and deleting; else they are off.")
 @click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
+@prompts_option
+@rerank_options
 @click.option("--max-upload", type=click.IntRange(1), default=32, show_default=True, help="MiB of a request.")
 @click.option("--timeout", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds of a request.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Queries answered at once.")
@@ -39,6 +44,9 @@ def serve_command(
     hosts: tuple[str, ...],
     token_file: Path | None,
     templates: tuple[str, ...],
+    prompts: Prompts,
+    rerank: Rerank,
+    reference: Path | None,
     max_upload: int,
     timeout: float,
     batch: int,
@@ -57,12 +65,20 @@ def serve_command(
     Galleries that other processes change are read anew within a second, while searches go on. With several galleries
     the page compares what they find side by side. Anybody who reaches the address may search: by default that is this
     machine alone. With --token-file (or the token in CLIPRET_TOKEN) pictures can be added and deleted through the API.
+
+    --prompts and re-ranking hold for every search and give what  clipret-search query  gives with them. Queries come
+    one at a time here: --adapt and --reciprocal look at no other, and --hubness needs --reference.
     """
     require("fastapi", "serve")
     require("uvicorn", "serve")
     require("python_multipart", "serve")
+    from clipret.serve_state import Manner
     from clipret.server import open_service, serve
 
+    if templates and prompts.rules:
+        raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
+    texts = () if reference is None else tuple(read_texts(reference))
+    manner = Manner(templates or prompts.forms, rerank, texts)
     if bundles and len(bundles) != len(galleries):
         raise click.UsageError(f"{len(bundles)} times --bundle for {len(galleries)} galleries: give one for each")
     encoders = dict[str, Encoder]()
@@ -76,8 +92,7 @@ def serve_command(
         opened.append((path, encoder))
     known = None if host in ("0.0.0.0", "::") and not hosts else {*_LOCAL, host, *hosts}
     limits = replace(Limits(), body=max_upload * MIB, seconds=timeout, batch=batch)
-    forms = templates or ("{}",)
-    with open_service(opened, limits=limits, token=_token(token_file), hosts=known, templates=forms) as it:
+    with open_service(opened, limits=limits, token=_token(token_file), hosts=known, manner=manner) as it:
         serve(it, host, port, lambda address: click.echo(f"serving {', '.join(it.desks)} at {address}"))
 
 

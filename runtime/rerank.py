@@ -90,7 +90,7 @@ class Rerank:
 class Reranker:
     """Ranks as `Ranker` does, with the steps of `how` taken.
 
-    `reference` [R,D]: queries that hubness is measured with; without them those that are ranked, all together.
+    `reference` [R,D]: queries that hubness is measured with, once; without them those that are ranked, all together.
     """
 
     def __init__(self, stored: Stored, ranker: Ranker, how: Rerank, reference: npt.ArrayLike | None = None) -> None:
@@ -98,7 +98,7 @@ class Reranker:
         self._ranker = ranker
         self._rows = StoredRows(ranker.shards)
         self._live = stored.live
-        self._reference = None if reference is None else snap(reference)
+        self._hub = None if reference is None or how.hubness == "none" else self._measured(snap(reference))
 
     def rank(self, queries: npt.ArrayLike, k: int, *, among: Mask | None = None) -> tuple[Floats, Ids]:
         """The k best rows of each query, best first, ties by position: scores float64 [Q,K] and positions int64 [Q,K].
@@ -135,6 +135,8 @@ class Reranker:
 
     def _adapt(self, query: Floats, scores: Floats, positions: Ids) -> Floats:
         found = positions >= 0
+        if not found.any():
+            return query
         return adapted(query, self._take(positions[found]), scores[found], self.how.adapt_weight)
 
     def _reorder(self, scores: Floats, positions: Ids) -> tuple[Ids, Floats]:
@@ -150,9 +152,8 @@ class Reranker:
             positions = np.arange(start, min(start + step, self._ranker.count))
             yield start, widened(self._rows.take(positions)).astype(np.float64)
 
-    def _adjustment(self, queries: Floats) -> Callable[[Floats, int], Floats]:
-        """What turns exact scores [Q,n] of the rows from a position on into those that count."""
-        reference = queries if self._reference is None else self._reference
+    def _measured(self, reference: Floats) -> Floats:
+        """What hubness takes from each row's scores, float64 [N]; see `_adjustment`."""
         if not len(reference):
             raise ClipretError("there are no queries to measure hubness with: name some")
         hub = np.empty(self._ranker.count)
@@ -167,8 +168,13 @@ class Reranker:
                 top = heat.max(axis=0)
                 values = top + np.log(np.exp(heat - top).sum(axis=0))
             hub[start : start + len(rows)] = values
+        # Of nnn: on the grid of the scores a difference has no rounding either, so that equal rows still tie.
+        return snap(hub) if self.how.hubness == "nnn" else hub
+
+    def _adjustment(self, queries: Floats) -> Callable[[Floats, int], Floats]:
+        """What turns exact scores [Q,n] of the rows from a position on into those that count."""
+        hub = self._measured(queries) if self._hub is None else self._hub
         if self.how.hubness == "nnn":
-            hub = snap(hub)  # on the grid of the scores a difference has no rounding either: equal rows still tie
             return lambda scores, start: scores - hub[start : start + scores.shape[1]]
 
         def multiplied(scores: Floats, start: int) -> Floats:

@@ -18,10 +18,12 @@ from clipret.images import PictureFile
 from clipret.ranker import Ranker
 from clipret.sources import read_stored
 
-__all__ = ["Hit", "Part", "Query", "Searcher"]
+__all__ = ["Forms", "Hit", "Part", "Query", "Searcher"]
 
 Floats = npt.NDArray[np.float64]
 Picture = Path | bytes | Image.Image | npt.NDArray[np.uint8]
+Forms = Sequence[str] | Callable[[str], Sequence[str]]
+"""Templates with a {}, or what gives each text the forms that are embedded in its place."""
 
 _REMEMBERED = 16384  # embedded texts that a searcher keeps: 64 MiB at 512 dimensions
 
@@ -74,7 +76,7 @@ class Searcher:
         gallery: Gallery,
         encoder: Encoder,
         *,
-        templates: Sequence[str] | Callable[[str], Sequence[str]] = ("{}",),
+        templates: Forms = ("{}",),
         resident: bool = False,
     ) -> None:
         gallery.check(encoder.bundle)

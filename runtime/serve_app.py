@@ -123,7 +123,8 @@ def _add_search(app: FastAPI, service: Service) -> None:
         min_score: Annotated[Score | None, Query()] = None,
         gallery: GalleryName = None,
     ) -> Response:
-        """The k best pictures of each query, best first. A score is the cosine of picture and query."""
+        """The k best pictures of each query, best first. A score is the cosine of picture and query, or what re-ranking
+        makes of it: see GET /galleries."""
         also = [{"id": number} for number in like]
         against = [{"text": text, "weight": -minus_weight} for text in minus]
         bases = [[{"text": text}] for text in q] or ([[]] if like else [])
@@ -256,6 +257,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
                 "state": desk.state.number,
                 "model": desk.encoder.bundle.manifest.model,
                 "columns": desk.state.filterable,
+                "rerank": desk.manner.rerank.steps,
                 "writable": service.token is not None,
                 "reload_failing": desk.trouble is not None,
             }

@@ -23,7 +23,7 @@ from clipret.items import Value, free_names, picture_file
 from clipret.search import Part, Query, Searcher
 from clipret.serve_batch import Batcher
 from clipret.serve_limits import ConflictError, Limits, NotFoundError, RequestError
-from clipret.serve_state import State, Watch
+from clipret.serve_state import Manner, State, Watch
 
 __all__ = ["FORMATS", "Answer", "Ask", "Content", "Desk", "Found", "Threads"]
 
@@ -106,16 +106,17 @@ class Desk:
     encoder: Encoder
     limits: Limits
     threads: Threads
-    templates: Sequence[str] = ("{}",)
+    manner: Manner = field(default_factory=Manner)
     note: Callable[[int], None] = lambda _: None
     reloads: int = 0
     trouble: str | None = None
     _watch: Watch = field(init=False)
     _state: State | None = None
+    _reference: Floats | None = None
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.path)
-        self._embedder = Searcher(Gallery.open(self.path), self.encoder, templates=self.templates)
+        self._embedder = Searcher(Gallery.open(self.path), self.encoder, templates=self.manner.templates)
         self._refreshing = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
         self.batcher = Batcher[Ask, Answer](
@@ -135,6 +136,8 @@ class Desk:
 
     def load(self) -> None:
         """Read the gallery and open the towers, before anybody asks. Raises ClipretError."""
+        if self.manner.reference:
+            self._reference = self._embedder.embed(list(dict.fromkeys(self.manner.reference)))
         self._renew()
         self.encoder.encode_texts(["a picture"])
         size = self.encoder.bundle.manifest.image.size
@@ -173,7 +176,7 @@ class Desk:
         if not self._watch.changed():
             return
         try:
-            self._state = State(self.path, self.reloads + 1, self.encoder, self.templates)
+            self._state = State(self.path, self.reloads + 1, self.encoder, self.manner.rerank, self._reference)
         except BaseException:
             self._watch.close()  # what was not read is still news
             raise
@@ -188,7 +191,12 @@ class Desk:
         exclude: Sequence[int] = (),
         min_score: float | None = None,
     ) -> Answer:
-        """The k best of each query, as `Searcher.search` finds them in the present state. Raises RequestError."""
+        """The k best of each query in the present state, as `Searcher.search` or a `Reranker` finds them.
+
+        Raises RequestError.
+        """
+        if min_score is not None and self.manner.rerank.steps:
+            raise RequestError("min_score is a cosine, which this service re-ranks: leave it out")
         state = self.state
         mask = None
         if where is not None:
@@ -240,12 +248,8 @@ class Desk:
         if first.exclude:
             unwanted = np.isin(state.ids, np.fromiter(first.exclude, np.int64))
             mask = ~unwanted if mask is None else mask & ~unwanted
-        scores, positions = state.searcher.ranker.rank(
-            np.concatenate([rows for _, rows in group]),
-            max(asks[at].k for at, _ in group),
-            among=mask,
-            min_score=first.min_score,
-        )
+        together = np.concatenate([rows for _, rows in group])
+        scores, positions = state.rank(together, max(asks[at].k for at, _ in group), mask, first.min_score)
         known = state.known(state.ids[np.unique(positions[positions >= 0])].tolist())
         lines = zip(positions, scores, strict=True)
         for at, rows in group:

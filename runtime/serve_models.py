@@ -88,11 +88,14 @@ class SearchResponse(BaseModel):
 
 
 class GalleryFacts(BaseModel):
+    """`rerank`: the steps after which a score is no cosine any more; mostly none."""
+
     name: str
     pictures: int
     state: int
     model: str
     columns: list[str]
+    rerank: list[str]
     writable: bool
     reload_failing: bool
 

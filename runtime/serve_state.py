@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,12 +28,13 @@ from clipret.encoder import Encoder
 from clipret.errors import ClipretError
 from clipret.gallery import Gallery, GalleryInfo
 from clipret.items import RESERVED, Value, scalar
+from clipret.rerank import Rerank, Reranker
 from clipret.rows import StoredRows
-from clipret.search import Searcher
+from clipret.search import Forms, Searcher
 from clipret.serve_limits import NotFoundError, RequestError
 from clipret.tables import quoted
 
-__all__ = ["State", "Watch"]
+__all__ = ["Manner", "State", "Watch"]
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -43,6 +45,26 @@ _MASKS = 64  # filters remembered: a byte a row each
 _LONGEST = 1 << 16  # bytes of a value inside a filter: what a single function does to it cannot be interrupted
 _PATTERN = 200  # bytes of a pattern for LIKE and GLOB, for the same reason
 _VALUES = 40  # distinct values of a column that are offered as a choice; columns with more are not
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How every search of a service is made: `templates` as `Searcher` takes them, and the steps of re-ranking.
+
+    A request must not depend on those that come at the same time, so hubness needs texts of its own, `reference`.
+    Raises ClipretError where there are none.
+    """
+
+    templates: Forms = ("{}",)
+    rerank: Rerank = field(default_factory=Rerank)
+    reference: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rerank.hubness != "none" and not self.reference:
+            raise ClipretError(
+                "hubness is measured on the other queries, and those of a service come one at a time: "
+                "name fixed texts with --reference"
+            )
 
 
 class _Copy(Gallery):
@@ -95,29 +117,40 @@ class _Filters(Database):
 class State:
     """One state of a gallery: its rows, a ranker over them, and what is known of its pictures.
 
-    `number` counts the states of a service from 1. Methods may be called from any thread; `searcher.ranker` belongs to
-    the engine's. Raises ClipretError as `Gallery.read` does.
+    `number` counts the states of a service from 1; `reference` [R,D] are the rows of `Manner.reference`. Methods may be
+    called from any thread, but `rank` belongs to the engine's. Raises ClipretError as `Gallery.read` does.
     """
 
-    def __init__(self, path: Path, number: int, encoder: Encoder, templates: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, number: int, encoder: Encoder, rerank: Rerank | None = None, reference: Floats | None = None
+    ) -> None:
         self.number = number
         for attempt in range(_RETRIES):
             self.gallery = _Copy(path, Gallery.open(path).info)
-            self.searcher = Searcher(self.gallery, encoder, templates=templates, resident=True)
+            searcher = Searcher(self.gallery, encoder, resident=True)
             try:
-                self.stored = self.searcher.stored
+                self.stored = searcher.stored
                 break
             except ClipretError:
                 self.gallery.close()
                 if attempt == _RETRIES - 1:
                     raise
-        self.searcher.ranker  # noqa: B018 (made now, not at the first query)
+        # Made now, with whatever is measured once, and not at the first query.
+        self._ranker = searcher.ranker
+        steps = rerank is not None and rerank.steps
+        self._reranker = Reranker(self.stored, self._ranker, rerank, reference) if rerank and steps else None
         self.rows = StoredRows(self.stored.shards)
         self.ids = self.stored.ids
         self.count = len(self.gallery)
         self.columns = self.gallery.columns()
         self._lock = threading.Lock()  # of the copy's one connection
         self._masks = OrderedDict[str, Mask]()
+
+    def rank(self, rows: Floats, k: int, mask: Mask | None, min_score: float | None) -> tuple[Floats, Ids]:
+        """As `Ranker.rank`, or as `Reranker.rank`, which knows no least score."""
+        if self._reranker is not None:
+            return self._reranker.rank(rows, k, among=mask)
+        return self._ranker.rank(rows, k, among=mask, min_score=min_score)
 
     def known(self, ids: Sequence[int]) -> dict[int, tuple[Picture, dict[str, Value]]]:
         """Record and metadata of each of these pictures, by its id."""

@@ -19,6 +19,7 @@ from clipret.serve_desk import Desk, Threads
 from clipret.serve_limits import Limits
 from clipret.serve_metrics import Metrics
 from clipret.serve_protocol import protocol
+from clipret.serve_state import Manner
 
 __all__ = ["listen", "make_server", "open_service", "serve"]
 
@@ -33,12 +34,12 @@ def open_service(
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Collection[str] | None = None,
-    templates: Sequence[str] = ("{}",),
+    manner: Manner | None = None,
 ) -> Iterator[Service]:
     """Galleries ready to be searched, each with the encoder of its bundle. Raises ClipretError.
 
     A gallery goes by the name of its folder, with a number where two are called the same. `token`: what changes to
-    galleries need, None where there shall be none; `hosts`: see `Guard`.
+    galleries need, None where there shall be none; `hosts`: see `Guard`; `manner`: of every search.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -58,7 +59,7 @@ def open_service(
             def note(size: int, name: str = name) -> None:
                 metrics.observe("clipret_batch_size", size, gallery=name)
 
-            desks[name] = Desk(name, folder, encoder, limits, threads, templates, note)
+            desks[name] = Desk(name, folder, encoder, limits, threads, manner or Manner(), note)
             desks[name].load()
         yield Service(desks, threads, limits, metrics, token, hosts)
 
