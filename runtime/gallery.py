@@ -41,7 +41,8 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GalleryInfo:
-    """gallery.json. `bundle` is where the bundle was at indexing time: the fingerprint decides, not the place."""
+    """gallery.json. `bundle` is where the bundle was at indexing time: the fingerprint decides, not the place.
+    `mirrored`: each row is the mean of a picture and its mirror image, and `clipret.mirror` alone adds to them."""
 
     format: int
     fingerprint: str
@@ -49,6 +50,7 @@ class GalleryInfo:
     root: str
     bundle: str
     bundle_relative: str
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Gallery:
         self.info = info
 
     @classmethod
-    def create(cls, path: str | Path, bundle: Bundle, root: Path) -> Self:
+    def create(cls, path: str | Path, bundle: Bundle, root: Path, mirrored: bool = False) -> Self:
         """Make an empty gallery in a folder that is new or empty. Raises ClipretError."""
         folder = Path(path).absolute()
         try:
@@ -89,6 +91,7 @@ class Gallery:
             root=os.path.abspath(root),  # noqa: PTH100 (without .., by which nothing would be found again)
             bundle=str(bundle.path),
             bundle_relative=os.path.relpath(bundle.path, folder),
+            mirrored=mirrored,
         )
         # Last: a folder without gallery.json is no gallery yet, and making one may start over.
         write_file(folder / "gallery.json", json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n")

@@ -36,14 +36,18 @@ def mirror_gallery(
     or `out` is a gallery of other pictures.
     """
     gallery.check(encoder.bundle)
+    if gallery.info.mirrored:
+        raise ClipretError(f"{gallery.path} is mirrored already: name the gallery that it was made from")
     root = Path(gallery.info.root)
     if (out / "gallery.json").is_file():
         made = Gallery.open(out)
         made.check(encoder.bundle)
+        if not made.info.mirrored:
+            raise ClipretError(f"{out} holds pictures as they are, without their mirror images: choose a new folder")
         if made.info.root != gallery.info.root:
             raise ClipretError(f"{out} holds pictures of {made.info.root}, not of {root}: choose a new folder")
     else:
-        made = Gallery.create(out, encoder.bundle, root)
+        made = Gallery.create(out, encoder.bundle, root, mirrored=True)
     stored = gallery.read()
     positions = np.arange(len(stored.ids)) if stored.live is None else np.flatnonzero(stored.live)
     rows, spec = StoredRows(stored.shards), encoder.bundle.manifest.image

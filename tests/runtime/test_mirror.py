@@ -93,11 +93,18 @@ def test_it_goes_on_and_follows_the_gallery(
 
 
 def test_what_cannot_be_mirrored(gallery: Path, tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
-    colours = colour_folder / "red"
-    run("index", tiny_bundle, colours, tmp_path / "elsewhere")
     encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
+    Gallery.create(tmp_path / "elsewhere", encoder.bundle, colour_folder, mirrored=True).close()
     with Gallery.open(gallery) as opened, pytest.raises(ClipretError, match="holds pictures of"):
         mirror_gallery(opened, tmp_path / "elsewhere", encoder)
+    plain = tmp_path / "plain"
+    run("index", tiny_bundle, tmp_path / "pictures/list.csv", plain)
+    assert "without their mirror images" in run("mirror", gallery, plain, code=1).stderr
+    # Rows of two kinds in one gallery would be compared with each other.
+    run("mirror", gallery, tmp_path / "mirrored")
+    refused = run("index", tiny_bundle, tmp_path / "pictures/list.csv", tmp_path / "mirrored", code=1)
+    assert "index the gallery that it was made from" in refused.stderr
+    assert "is mirrored already" in run("mirror", tmp_path / "mirrored", tmp_path / "twice", code=1).stderr
     for file in (tmp_path / "pictures").glob("*.png"):
         file.unlink()
     assert "none of the 3 pictures" in run("mirror", gallery, tmp_path / "new", code=1).stderr
