@@ -92,9 +92,9 @@ def test_it_goes_on_and_follows_the_gallery(
     np.testing.assert_allclose(rows(out)["1.png"], rows(gallery)["1.png"], atol=1e-3)
 
 
-def test_what_cannot_be_mirrored(gallery: Path, tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_mirrored(gallery: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
-    Gallery.create(tmp_path / "elsewhere", encoder.bundle, colour_folder, mirrored=True).close()
+    Gallery.create(tmp_path / "elsewhere", encoder.bundle, tmp_path, mirrored=True).close()
     with Gallery.open(gallery) as opened, pytest.raises(ClipretError, match="holds pictures of"):
         mirror_gallery(opened, tmp_path / "elsewhere", encoder)
     plain = tmp_path / "plain"
