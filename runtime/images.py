@@ -17,7 +17,18 @@ from PIL import ExifTags, GifImagePlugin, Image, UnidentifiedImageError
 from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError
 
-__all__ = ["PictureError", "PictureFile", "decode", "find_pictures", "fit", "load", "read_picture", "walk_pictures"]
+__all__ = [
+    "PictureError",
+    "PictureFile",
+    "decode",
+    "find_pictures",
+    "fit",
+    "jpeg",
+    "load",
+    "read_picture",
+    "thumbnail",
+    "walk_pictures",
+]
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
@@ -196,6 +207,25 @@ def decode(source: bytes | Image.Image | Pixels, *, exif: bool = False) -> Image
         image = _open(source)
         turn = _orientation(image) if exif else 1
         return _turned(_to_rgb(image), turn)
+
+
+def thumbnail(content: bytes, side: int) -> Image.Image:
+    """The picture of a file's bytes for people to look at: RGB, upright, at most `side` pixels high and wide, never
+    enlarged, and without its metadata. Raises PictureError as `decode` does."""
+    with _reasons():
+        image = _open(content)
+        image.draft(None, (2 * side, 2 * side))  # a JPEG of 12 megapixels need not be decoded whole
+        turn = _orientation(image)
+        small = _turned(_to_rgb(image), turn)
+        small.thumbnail((side, side))
+        return small
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """A thumbnail as the file that pages show."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82, comment=b"")
+    return buffer.getvalue()
 
 
 @contextmanager

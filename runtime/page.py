@@ -1,9 +1,7 @@
 """The page that shows what a search found: one HTML file, no network, no script, pictures inside."""
 
 import base64
-import contextlib
 import functools
-import io
 import math
 import os
 from collections import defaultdict
@@ -15,11 +13,9 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
-from PIL import Image
-
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.images import PictureError, decode
+from clipret.images import PictureError, jpeg, thumbnail
 from clipret.sources import read_stored
 
 __all__ = ["Card", "Section", "write_page"]
@@ -143,18 +139,10 @@ def _preview(path: Path, label: str, *, folder: Path) -> tuple[str, float]:
     """
     alt = escape(label)
     try:
-        content = read_stored(path.parent, path.name).content
-        source: bytes | Image.Image = content
-        with contextlib.suppress(Exception):  # whatever is wrong, decode() finds it too and can name it
-            source = Image.open(io.BytesIO(content))
-            source.draft(None, (2 * SIDE, 2 * SIDE))  # a JPEG of 12 megapixels need not be decoded whole
-        image = decode(source, exif=True)
+        image = thumbnail(read_stored(path.parent, path.name).content, SIDE)
     except PictureError as error:
         return f'<div class="tile" role="img" aria-label="{alt}">{NO_PICTURE}{escape(str(error))}</div>', 1.0
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82, comment=b"")
-    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    uri = "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode()
     attributes = f'width="{image.width}" height="{image.height}" loading="lazy" decoding="async"'
     picture = f'<img class="tile" src="{uri}" alt="{alt}" {attributes}>'
     # Panoramas and pillars get bars beside them rather than a row of their own.

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from clipret.gallery import Picture
-from clipret.images import PictureError, decode
+from clipret.images import PictureError, decode, jpeg, thumbnail
 from clipret.serve_desk import FORMATS
 from clipret.sources import read_stored
 
@@ -42,7 +42,7 @@ class Thumbnails:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        made = _thumbnail(read_stored(root, picture.path).content, side)
+        made = jpeg(thumbnail(read_stored(root, picture.path).content, side))
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made
@@ -64,17 +64,3 @@ def _open(content: bytes) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise PictureError("too many pixels")
     return image
-
-
-def _thumbnail(content: bytes, side: int) -> bytes:
-    try:
-        image = _open(content)
-        image.draft(None, (2 * side, 2 * side))  # a JPEG of 12 megapixels need not be decoded whole
-        source: bytes | Image.Image = image
-    except PictureError:
-        source = content  # other formats that galleries hold become JPEGs here
-    small = decode(source, exif=True)
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=82, comment=b"")
-    return buffer.getvalue()
