@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope
 from torch import Tensor, nn
 
+from clipret.errors import ClipretError
+
 __all__ = ["PARTS", "pack_attention", "packed_state", "split_attention", "splittable"]
 
 PARTS = ("q_proj", "k_proj", "v_proj")
@@ -108,7 +110,10 @@ class _SplitAttention(_Split):
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         if need_weights or key_padding_mask is not None:
-            raise NotImplementedError("attention taken apart gives no weights and takes no padding mask")
+            raise ClipretError(
+                "this model asks its attention for weights or hides padding from it, which adapters on q, k and v cannot"
+                " follow: choose other targets: --set 'adapter_targets=[\"mlp\"]'"
+            )
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = (

@@ -252,6 +252,8 @@ def test_attention_taken_apart_is_the_same(same_width: bool, bias: bool, batch_f
     for mask, expected in zip(masks, before, strict=True):
         ours = apart(query, key, value, attn_mask=mask, **call)[0]
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ClipretError, match="choose other targets"):
+        apart(query, key, value, need_weights=True)
     for again in (packed_state(model, model.state_dict()), (pack_attention(model), model.state_dict())[1]):
         assert again.keys() == state.keys()
         assert all(torch.equal(again[name], state[name]) for name in state)
