@@ -111,8 +111,8 @@ class _SplitAttention(_Split):
     ) -> tuple[Tensor, None]:
         if need_weights or key_padding_mask is not None:
             raise ClipretError(
-                "this model asks its attention for weights or hides padding from it, which adapters on q, k and v cannot"
-                " follow: choose other targets: --set 'adapter_targets=[\"mlp\"]'"
+                "this model asks its attention for weights or hides padding from it, which adapters on q, k and v"
+                " cannot follow: choose other targets: --set 'adapter_targets=[\"mlp\"]'"
             )
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
