@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from clipret.errors import printable
 from clipret.serve_limits import RequestError
@@ -96,6 +97,10 @@ def handle_failures(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         return failure(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, __: ClientDisconnect) -> JSONResponse:
+        return failure(499, "the client has gone")  # for the metrics: no fault, and nobody reads it
 
     @app.exception_handler(Exception)
     async def fault(_: Request, __: Exception) -> JSONResponse:

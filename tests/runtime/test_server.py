@@ -5,11 +5,11 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -253,6 +253,50 @@ def test_a_gallery_that_changes_while_64_clients_search(serving: Callable[..., A
     assert client.get("/galleries").json[0]["pictures"] == 11
 
 
+def test_additions_and_deletions_while_64_clients_search(
+    serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path
+) -> None:
+    """By the service itself: all pictures of a request appear at once, or none, and a deleted one goes everywhere."""
+    client = serving(listed_gallery, token="secret", limits=Limits(reload=0.02))
+    files = [(colour_folder / colour / "0.jpg").read_bytes() for colour in ("red", "green", "blue")]
+    ended = threading.Event()
+
+    def ask(number: int) -> list[int]:
+        seen = []
+        while not ended.is_set() or not seen:
+            reply = client.get("/search", q=TEXTS[number % 16], k=200)
+            assert reply.status == 200, reply.body
+            found = reply.json["results"][0]["hits"]
+            assert len({hit["id"] for hit in found}) == len(found) == reply.json["pictures"]
+            groups = Counter(hit["metadata"].get("added") for hit in found)
+            indexed = groups.pop(None)
+            assert 12 - indexed <= len(groups)  # one of the first is deleted after each addition
+            assert set(groups.values()) <= {3}
+            assert sorted(groups) == list(range(len(groups)))
+            seen.append(reply.json["state"])
+        return seen
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(ask, number) for number in range(64)]
+        try:
+            for number in range(8):
+                uploads = [
+                    content + bytes([number]) for content in files
+                ]  # what comes after a JPEG's end is no picture
+                reply = client.upload(
+                    "/galleries/gallery/add", uploads, {"metadata": json.dumps({"added": number})}, **TOKEN
+                )
+                assert reply.status == 200, reply.body
+                assert [one["new"] for one in reply.json["pictures"]] == [True] * 3
+                gone = client.ask("DELETE", f"/galleries/gallery/pictures/{number + 1}", headers=TOKEN)
+                assert gone.status == 200, gone.body
+        finally:
+            ended.set()
+        for answer in answers:
+            assert answer.result() == sorted(answer.result())
+    assert client.get("/galleries").json[0]["pictures"] == 12 + 8 * 3 - 8
+
+
 def test_a_change_that_cannot_be_read_leaves_the_old_state(serving: Callable[..., Any], listed_gallery: Path) -> None:
     client = serving(listed_gallery, limits=Limits(reload=0.02))
     before = hits(client.get("/search", q="red"))
@@ -285,51 +329,6 @@ def test_two_galleries(serving: Callable[..., Any], listed_gallery: Path, tmp_pa
     choices = client.get("/galleries/gallery/choices").json
     assert choices["colour"] == [{"value": name, "pictures": 3} for name in ("blue", "green", "grey", "red")]
     assert choices["number"][0] == {"value": 0, "pictures": 4}
-
-
-def test_what_is_under_way_is_answered_before_the_end(serving: Callable[..., Any], listed_gallery: Path) -> None:
-    client = serving(listed_gallery, limits=Limits(where_seconds=1))
-    slow = "(select count(*) from rows a, rows b, rows c, rows d, rows e, rows f, rows g, rows h) > 0"
-    with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(client.get, "/search", q="red", where=slow) for _ in range(4)]
-        time.sleep(0.3)
-        assert not any(answer.done() for answer in answers)
-        client.server.should_exit = True
-        assert {answer.result().error for answer in answers} == {
-            "where takes longer than 1 s: ask for something simpler"
-        }
-    client.thread.join()
-    with pytest.raises(ConnectionRefusedError):
-        client.get("/healthz")
-
-
-def test_the_command_ends_well_when_it_is_told_to(listed_gallery: Path, tmp_path: Path) -> None:
-    (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "clipret.cli", "serve", str(listed_gallery), "--port", "0", "--threads", "1"]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as it:
-            assert it.stdout is not None
-            assert it.stderr is not None
-            line = it.stdout.readline()
-            found = re.fullmatch(r"serving gallery at http://127\.0\.0\.1:(\d+)/\n", line)
-            assert found, line + it.stderr.read()
-            assert list((tmp_path / "tmp").glob("clipret-*"))
-            it.send_signal(number)
-            assert it.wait(30) == 0
-            assert it.stderr.read() == ""
-        assert not list((tmp_path / "tmp").glob("clipret-*"))
-
-
-def test_without_the_extra_the_command_says_what_to_install(listed_gallery: Path) -> None:
-    code = "import sys; sys.modules['fastapi'] = None; from clipret.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(listed_gallery)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "fastapi is not installed: run  pip install 'clipret[serve]'" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
