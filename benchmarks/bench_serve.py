@@ -3,16 +3,18 @@
     python benchmarks/bench_serve.py --bundle work/ViT-B-32 [--rows 100000] [--rounds 3] [--requests 20000]
 
 A gallery of random unit rows, every query a text that was never asked before, the server on one core and the clients on
-another. Three servers take turns, A B C A B C: `clipret-search serve`, the same with --batch 1, and the plain server
-that one writes first: a FastAPI handler that encodes and ranks its one query with an open Searcher. Rates and latencies
-are wall time, hence medians over rounds; what the server's CPU spent on a query is not disturbed by others.
-Then memory: resident size of the server after half of --requests, after all of them, and after as many again (it
-remembers 16,384 texts, so that it grows until then by design). Loopback only.
+another. Three servers take turns, A B C, C B A: `clipret-search serve`, the same with --batch 1, and the plain server
+that one writes first: a FastAPI handler that encodes and ranks its one query with an open Searcher. Rates are medians
+over rounds, percentiles those of the latencies of all rounds together. Both are wall time, which others on the machine
+disturb (`load` says how many there were); what the server's CPU spent on a query is not disturbed.
+Then memory: the server remembers 16,384 texts, so it is first asked for more than those, 64 a request; what counts is
+its resident size after each quarter of --requests single searches that follow. Loopback only. Some eight minutes.
 """
 
 import argparse
 import asyncio
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -33,7 +35,8 @@ from machine import keep
 
 from clipret import Bundle, Encoder, Gallery, Searcher
 
-CLIENTS = {1: 150, 8: 480, 64: 1280}  # and requests of each round
+CLIENTS = {1: 200, 8: 480, 64: 960}  # and requests of each round
+REMEMBERED = 17_000  # texts: more than a searcher keeps
 SERVERS = ("batched", "one at a time", "plain")
 
 
@@ -128,36 +131,36 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def measure(port: int, process: int, clients: int, asked: list[str]) -> dict[str, float]:
+def measure(port: int, process: int, clients: int, asked: list[str]) -> tuple[dict[str, float], list[float]]:
+    """Rate and CPU time, and each request's latency in milliseconds."""
     before = cpu_seconds(process)
     seconds, times = asyncio.run(load(port, clients, asked))
-    return {
-        "queries_a_second": len(asked) / seconds,
-        "p50_ms": percentile(times, 0.5),
-        "p95_ms": percentile(times, 0.95),
-        "p99_ms": percentile(times, 0.99),
-        "server_cpu_ms_a_query": 1000 * (cpu_seconds(process) - before) / len(asked),
-    }
+    spent = 1000 * (cpu_seconds(process) - before) / len(asked)
+    return {"queries_a_second": len(asked) / seconds, "server_cpu_ms_a_query": spent}, times
 
 
 def compare(gallery: Path, bundle: Path, rounds: int, cores: list[int], fresh: Iterator[str]) -> dict[str, Any]:
     samples: dict[tuple[str, int], list[dict[str, float]]] = {}
+    latencies: dict[tuple[str, int], list[float]] = {}
     with contextlib.ExitStack() as stack:
         running = {kind: stack.enter_context(server(kind, gallery, bundle, cores[0])) for kind in SERVERS}
         for kind in SERVERS:
             asyncio.run(load(running[kind][0], 8, list(itertools.islice(fresh, 64))))
         for number in range(rounds):
             for clients, count in CLIENTS.items():
-                for kind in SERVERS:
+                for kind in SERVERS if number % 2 == 0 else reversed(SERVERS):
                     asked = list(itertools.islice(fresh, count))
-                    found = measure(*running[kind], clients, asked)
+                    found, times = measure(*running[kind], clients, asked)
                     samples.setdefault((kind, clients), []).append(found)
+                    latencies.setdefault((kind, clients), []).extend(times)
                     print(f"{number} {kind} {clients}: {json.dumps(found)}", file=sys.stderr)
     result: dict[str, Any] = {}
     for (kind, clients), found in samples.items():
-        names = found[0]
-        medians = {name: round(statistics.median(one[name] for one in found), 2) for name in names}
-        result.setdefault(kind, {})[f"{clients} clients"] = medians
+        values = {name: statistics.median(one[name] for one in found) for name in found[0]}
+        times = latencies[kind, clients]
+        values |= {f"p{share}_ms": percentile(times, share / 100) for share in (50, 95, 99)} | {"requests": len(times)}
+        rounded = {name: round(value, 2) for name, value in values.items()}
+        result.setdefault(kind, {})[f"{clients} clients"] = rounded
     for clients in CLIENTS:
         pairs = zip(samples["batched", clients], samples["plain", clients], strict=True)
         ratio = statistics.median(ours["queries_a_second"] / peer["queries_a_second"] for ours, peer in pairs)
@@ -167,12 +170,26 @@ def compare(gallery: Path, bundle: Path, rounds: int, cores: list[int], fresh: I
 
 def memory(gallery: Path, bundle: Path, requests: int, core: int, fresh: Iterator[str]) -> dict[str, float]:
     with server("batched", gallery, bundle, core) as (port, process):
-        sizes = [resident_mib(process)]
-        for _ in range(4):
-            asyncio.run(load(port, 64, list(itertools.islice(fresh, requests // 2))))
-            sizes.append(resident_mib(process))
+        sizes = {"MiB_at_start": resident_mib(process)}
+        fill(port, fresh)
+        asyncio.run(load(port, 64, list(itertools.islice(fresh, 640))))  # connections and metrics come into being
+        sizes["MiB_after_0"] = resident_mib(process)
+        for quarter in range(1, 5):
+            asyncio.run(load(port, 64, list(itertools.islice(fresh, requests // 4))))
+            sizes[f"MiB_after_{quarter * requests // 4}"] = resident_mib(process)
             print(f"memory: {sizes}", file=sys.stderr)
-    return {f"MiB_after_{step * requests // 2}": round(size, 1) for step, size in enumerate(sizes)}
+    return {name: round(size, 1) for name, size in sizes.items()}
+
+
+def fill(port: int, fresh: Iterator[str]) -> None:
+    """Have the server remember as many texts as it ever does."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        for _ in range(0, REMEMBERED, 64):
+            body = json.dumps({"queries": list(itertools.islice(fresh, 64)), "k": 1})
+            connection.request("POST", "/search", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
+            answer.read()
 
 
 def main() -> None:
@@ -197,6 +214,7 @@ def main() -> None:
             "model": f"{bundle.manifest.model} {bundle.manifest.precision}",
             "rows": arguments.rows,
             "dim": bundle.manifest.embedding_dim,
+            "load": round(os.getloadavg()[0], 1),
             **compare(gallery, arguments.bundle, arguments.rounds, cores, fresh),
             "memory": memory(gallery, arguments.bundle, arguments.requests, cores[0], fresh),
         }

@@ -1,6 +1,7 @@
 """The service against clients that hold on to it: endless bodies, thousands that are slow, too many at once."""
 
 import contextlib
+import http.client
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -171,3 +172,14 @@ def test_clients_that_leave_are_no_faults(
         time.sleep(0.05)
     assert client.get("/search", q="red").status == 200
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_answers_do_not_wait_for_acknowledgements(serving: Callable[..., Any], listed_gallery: Path) -> None:
+    """A header and its body are two packets: with Nagle's algorithm the second is 40 ms late."""
+    client = serving(listed_gallery)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)) as connection:
+        connection.request("GET", "/healthz")
+        connection.getresponse().read()
+        [held] = client.server.server_state.connections
+        accepted = held.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
