@@ -104,8 +104,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ClipretError(f"{host} port {port} cannot be listened on: {reason}; choose another with --port") from None
-    # Connections inherit it. asyncio sets it itself, but not where the socket comes from create_server, and an answer's body
-    # would wait 40 ms for the client to acknowledge its header (Nagle's algorithm).
+    # Connections inherit it. asyncio sets it itself, but not where the socket comes from create_server, and an answer's
+    # body would wait 40 ms for the client to acknowledge its header (Nagle's algorithm).
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
