@@ -13,14 +13,16 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def learning_rate(step: int, steps: int, *, lr: float, warmup: float, schedule: Schedule) -> float:
-    """A linear rise to `lr` over the share `warmup` of all steps, times a half cosine to zero or times 1.
+    """A linear rise to `lr` over the share `warmup` of all steps; then `lr`, or half a cosine from it towards zero.
 
-    `step` counts from 1 to `steps`.
+    `step` counts from 1 to `steps`. The cosine begins behind the rise, as in open_clip's trainer.
     """
-    rise = min(1.0, step / max(1.0, warmup * steps))
+    rise = warmup * steps
+    if step <= rise:
+        return lr * step / rise
     if schedule == "constant":
-        return lr * rise
-    return lr * rise * (0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - 1) / steps)))
+        return lr
+    return lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - 1 - rise) / (steps - rise))))
 
 
 def seed_of(*parts: int | str) -> int:
