@@ -22,7 +22,7 @@ def learning_rate(step: int, steps: int, *, lr: float, warmup: float, schedule: 
         return lr * step / rise
     if schedule == "constant":
         return lr
-    return lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - 1 - rise) / (steps - rise))))
+    return lr * (0.5 + 0.5 * math.cos(math.pi * max(0.0, step - 1 - rise) / (steps - rise)))
 
 
 def seed_of(*parts: int | str) -> int:
