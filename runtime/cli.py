@@ -4,10 +4,11 @@ import click
 
 from clipret.cli_answer import merge_command, submit
 from clipret.cli_complete import complete
-from clipret.cli_gallery import compact, index, info, remove
+from clipret.cli_gallery import add, compact, index, info, remove
 from clipret.cli_mirror import mirror
 from clipret.cli_search import eval_command, query
 from clipret.cli_serve import serve_command
+from clipret.cli_shell import completion
 from clipret.cli_transfer import export_command, import_command
 from clipret.console import Group
 
@@ -24,12 +25,14 @@ def main() -> None:
     clipret-search query GALLERY "a red sedan"         find the best ten
     clipret-search eval GALLERY queries.csv            recall@k, mAP@10
 
-    A bundle is a model ready to search with; clipret-export makes one.
+    A bundle is a model ready to search with; clipret-export makes one. The tab key completes all this once
+    clipret-search completion  has told your shell how.
     """
 
 
 for command in (
     index,
+    add,
     query,
     eval_command,
     merge_command,
@@ -42,6 +45,7 @@ for command in (
     export_command,
     import_command,
     serve_command,
+    completion,
 ):
     main.add_command(command)
 

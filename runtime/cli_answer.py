@@ -13,8 +13,10 @@ from clipret.cli_options import (
     device_option,
     engine_option,
     image_root_option,
+    json_option,
     print_json,
     threads_option,
+    title_column_option,
     where_option,
 )
 from clipret.cli_rerank import open_reranker, prompts_option, read_texts, rerank_options
@@ -31,8 +33,6 @@ from clipret.tables import pick_column, read_table
 from clipret.towers import EngineChoice
 
 __all__ = ["merge_command", "submit"]
-
-title_column_option = click.option("--title-column", metavar="NAME", help="Column of the texts; default: detected.")
 
 
 @click.command(
@@ -124,6 +124,7 @@ def merge_command(
 @device_option
 @engine_option
 @threads_option
+@json_option
 def submit(
     source: Path,
     texts: Path,
@@ -144,6 +145,7 @@ def submit(
     device: str,
     engine: EngineChoice,
     threads: int | None,
+    as_json: bool,
 ) -> None:
     """Answer TEXTS from SOURCE, a gallery or a result file, in a competition's format.
 
@@ -186,7 +188,10 @@ def submit(
         content = traffic_answer(queries, lines, allowed, k)
     write_file(answer, content)
     pictures = len({path for line in found for path in line})
-    click.echo(f"{answer}: {len(queries)} texts, {pictures} different pictures")
+    if as_json:
+        print_json({"answer": str(answer), "texts": len(queries), "pictures": pictures})
+    else:
+        click.echo(f"{answer}: {len(queries)} texts, {pictures} different pictures")
 
 
 def _open(

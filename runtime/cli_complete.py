@@ -11,6 +11,7 @@ import numpy as np
 
 from clipret.cli_options import (
     FILE,
+    GALLERY,
     bundle_option,
     device_option,
     engine_option,
@@ -42,7 +43,7 @@ FILLED = "filled"  # the column that says which words were filled in
     epilog="Example:  clipret-search complete gallery/ captions.csv completed.csv --vocabulary vocabulary.json "
     "--where \"kind = 'vehicle'\" --html review.html"
 )
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.argument("captions", type=FILE)
 @click.argument("out", type=FILE)
 @click.option("--vocabulary", type=FILE, required=True, help="JSON: the words of each slot, and others to reject.")

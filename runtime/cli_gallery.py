@@ -1,14 +1,21 @@
-"""clipret-search index, remove, compact, info: what a gallery holds."""
+"""clipret-search index, add, remove, compact, info: what a gallery holds."""
 
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from clipret.bundle import Bundle
 from clipret.cli_options import (
+    BUNDLE,
     FILE,
+    GALLERY,
     SHOWN,
+    bundle_option,
     device_option,
     engine_option,
     image_column_option,
@@ -20,33 +27,64 @@ from clipret.cli_options import (
     where_option,
 )
 from clipret.compaction import compact_gallery
-from clipret.console import progress, show_table
+from clipret.console import headed, progress, show_table
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
 from clipret.gallery import Gallery
 from clipret.indexing import IndexReport, index_pictures
-from clipret.sources import open_source
-from clipret.towers import EngineChoice
+from clipret.sources import Item, Source, open_source
 
-__all__ = ["compact", "index", "info", "remove"]
+__all__ = ["add", "compact", "index", "info", "remove"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ENCODING = (
+    click.option("--fast-decode", is_flag=True, help="Let JPEGs be shrunk while they are decoded; see above."),
+    click.option(
+        "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pictures an engine call."
+    ),
+    click.option(
+        "--picture-timeout",
+        type=click.FloatRange(0.1),
+        default=60.0,
+        show_default=True,
+        help="Seconds a picture may take.",
+    ),
+    device_option,
+    engine_option,
+    threads_option,
+)
+
+
+def _encoding_options(function: F) -> F:
+    """Adds the options of an encoder of pictures; the command gets them as `open_encoder`, which takes a bundle."""
+    names = ("fast_decode", "batch_size", "picture_timeout", "device", "engine", "threads")
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **given: Any) -> Any:
+        options = {name: given.pop(name) for name in names}
+        return function(*arguments, open_encoder=partial(_open_encoder, **options), **given)
+
+    for option in reversed(_ENCODING):
+        call = option(call)
+    return call  # type: ignore[return-value]
+
+
+def _open_encoder(bundle: Bundle, **options: Any) -> Encoder:
+    encoder = Encoder(bundle, **options)
+    encoder.image_tower  # noqa: B018 (a bundle that cannot encode must fail before a gallery is made)
+    return encoder
 
 
 @click.command(epilog="Example:  clipret-search index bundle/ list.csv gallery/ --where \"split = 'val'\"")
-@click.argument("bundle", type=FILE)
+@click.argument("bundle", type=BUNDLE)
 @click.argument("source", type=FILE)
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @image_column_option
 @image_root_option
 @where_list_option
 @click.option("--prune", is_flag=True, help="Also delete pictures that SOURCE no longer names.")
-@click.option("--fast-decode", is_flag=True, help="Let JPEGs be shrunk while they are decoded; see above.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pictures an engine call.")
-@click.option(
-    "--picture-timeout", type=click.FloatRange(0.1), default=60.0, show_default=True, help="Seconds a picture may take."
-)
-@device_option
-@engine_option
-@threads_option
+@_encoding_options
 @json_option
 def index(
     bundle: Path,
@@ -56,12 +94,7 @@ def index(
     image_root: Path | None,
     where: str | None,
     prune: bool,
-    fast_decode: bool,
-    batch_size: int,
-    picture_timeout: float,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    open_encoder: Callable[[Bundle], Encoder],
     as_json: bool,
 ) -> None:
     """Encode the pictures of SOURCE with BUNDLE into GALLERY.
@@ -81,23 +114,69 @@ def index(
     --fast-decode reads large JPEGs two to four times faster; pixels then differ a little from those that the model
     was trained on (benchmarks/README.md has the figures).
     """
-    encoder = Encoder(
-        Bundle.open(bundle),
-        device=device,
-        engine=engine,
-        threads=threads,
-        batch_size=batch_size,
-        fast_decode=fast_decode,
-        picture_timeout=picture_timeout,
-    )
+    encoder = open_encoder(Bundle.open(bundle))
     opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
-    encoder.image_tower  # noqa: B018 (a bundle that cannot encode must fail before a gallery is made)
     exists = (gallery / "gallery.json").exists()
-    target = Gallery.open(gallery) if exists else Gallery.create(gallery, encoder.bundle, opened.root)
-    shown = partial(progress, total=opened.count, desc="index", unit="pictures")
-    with target:
-        report = index_pictures(target, encoder, opened, shown, prune=prune)
-        total = len(target)
+    with Gallery.open(gallery) if exists else Gallery.create(gallery, encoder.bundle, opened.root) as target:
+        _fill(target, encoder, opened, as_json, prune=prune)
+
+
+@click.command(epilog="Example:  clipret-search add gallery/ more/ holiday.zip list.csv")
+@click.argument("gallery", type=GALLERY)
+@click.argument("sources", type=FILE, nargs=-1, required=True, metavar="SOURCE...")
+@image_column_option
+@image_root_option
+@where_list_option
+@bundle_option
+@_encoding_options
+@json_option
+def add(
+    gallery: Path,
+    sources: tuple[Path, ...],
+    image_column: str | None,
+    image_root: Path | None,
+    where: str | None,
+    bundle: Path | None,
+    open_encoder: Callable[[Bundle], Encoder],
+    as_json: bool,
+) -> None:
+    """Encode the pictures of each SOURCE into GALLERY, beside those that it holds.
+
+    A SOURCE is whatever index takes: a folder, a picture, a list, archives. The bundle is the one that GALLERY was made
+    with; --bundle says where it lies now, if it was moved. What no SOURCE names stays in GALLERY. New and changed
+    pictures are encoded and others are not, so that it can be run again after an interruption.
+
+    Pictures below GALLERY's root (clipret-search info) are named relative to it, others by their whole path.
+
+    --fast-decode reads large JPEGs faster, see clipret-search index; use it where it was used for the others.
+    """
+    with Gallery.open(gallery) as target:
+        encoder = open_encoder(target.bundle(bundle))
+        opened = [open_source(one, image_column=image_column, image_root=image_root, where=where) for one in sources]
+        _fill(target, encoder, _joined(opened), as_json)
+
+
+def _joined(sources: Sequence[Source]) -> Source:
+    """Several sources as one, in their order; the paths of its items are absolute, or addresses."""
+    if len(sources) == 1:
+        return sources[0]
+    columns = dict.fromkeys(column for source in sources for column in source.columns)
+    counts = [source.count for source in sources if source.count is not None]
+
+    def items() -> Iterator[Item]:
+        for source in sources:
+            top = source.root.absolute()
+            for item in source:
+                yield item if "://" in item.path else replace(item, path=(top / item.path).as_posix())
+
+    return Source(Path("/"), tuple(columns), sum(counts) if len(counts) == len(sources) else None, items)
+
+
+def _fill(target: Gallery, encoder: Encoder, source: Source, as_json: bool, *, prune: bool = False) -> None:
+    """Index into a gallery, and say what was done."""
+    shown = partial(progress, total=source.count, desc="index", unit="pictures")
+    report = index_pictures(target, encoder, source, shown, prune=prune)
+    total = len(target)
     for path, reason in report.skipped[:SHOWN]:
         click.echo(printable(f"skipped {path}: {reason}"), err=True)
     if len(report.skipped) > SHOWN:
@@ -141,10 +220,11 @@ def _as_dict(report: IndexReport, total: int) -> dict[str, object]:
 
 
 @click.command(epilog='Example:  clipret-search remove gallery/ red/0.jpg 17 --where "hour < 6"')
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.argument("pictures", nargs=-1)
 @where_option
-def remove(gallery: Path, pictures: tuple[str, ...], where: str | None) -> None:
+@json_option
+def remove(gallery: Path, pictures: tuple[str, ...], where: str | None, as_json: bool) -> None:
     """Delete pictures from GALLERY: by path, by id, or all for which --where holds.
 
     The picture files are not touched. Nothing finds the pictures any more at once; clipret-search compact gives the
@@ -158,7 +238,10 @@ def remove(gallery: Path, pictures: tuple[str, ...], where: str | None) -> None:
             if where is not None:
                 ids += opened.select(where).tolist()
             removed = opened.remove(ids)
-        click.echo(f"{opened.path}: {removed} removed, {len(opened)} pictures left")
+        if as_json:
+            print_json({"removed": removed, "total": len(opened)})
+        else:
+            click.echo(f"{opened.path}: {removed} removed, {len(opened)} pictures left")
 
 
 def _id(gallery: Gallery, name: str) -> int:
@@ -171,8 +254,9 @@ def _id(gallery: Gallery, name: str) -> int:
 
 
 @click.command(epilog="Example:  clipret-search compact gallery/")
-@click.argument("gallery", type=FILE)
-def compact(gallery: Path) -> None:
+@click.argument("gallery", type=GALLERY)
+@json_option
+def compact(gallery: Path, as_json: bool) -> None:
     """Write GALLERY anew without its deleted rows, in few large files.
 
     Worth it after many small additions or many deletions: searches get faster and the room of deleted rows comes back.
@@ -180,11 +264,14 @@ def compact(gallery: Path) -> None:
     """
     with Gallery.open(gallery) as opened:
         dropped = compact_gallery(opened, partial(progress, desc="compact", unit="shards"))
-        click.echo(f"{opened.path}: {len(opened)} pictures, {dropped} deleted rows dropped")
+        if as_json:
+            print_json({"dropped": dropped, "total": len(opened)})
+        else:
+            click.echo(f"{opened.path}: {len(opened)} pictures, {dropped} deleted rows dropped")
 
 
 @click.command(epilog="Example:  clipret-search info gallery/ --duplicates")
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.option("--duplicates", is_flag=True, help="Also list the pictures whose files are equal byte for byte.")
 @json_option
 def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
@@ -209,7 +296,7 @@ def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
         print_json(facts | ({"duplicate_groups": groups} if duplicates else {}))
         return
     lines = [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in facts.items()]
-    click.echo(show_table(("of the gallery", ""), [(name, printable(value)) for name, value in lines]))
+    click.echo(headed(show_table(("of the gallery", ""), [(name, printable(value)) for name, value in lines])))
     for group in groups if duplicates else []:
         click.echo("\n" + "\n".join(map(printable, group)))
 

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import click
 
-from clipret.cli_options import FILE, SHOWN, bundle_option, device_option, engine_option, threads_option
+from clipret.cli_options import (
+    FILE,
+    GALLERY,
+    SHOWN,
+    bundle_option,
+    device_option,
+    engine_option,
+    json_option,
+    print_json,
+    threads_option,
+)
 from clipret.console import progress
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
@@ -16,14 +26,21 @@ __all__ = ["mirror"]
 
 
 @click.command(epilog="Example:  clipret-search mirror gallery/ mirrored/")
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.argument("out", type=FILE)
 @bundle_option
 @device_option
 @engine_option
 @threads_option
+@json_option
 def mirror(
-    gallery: Path, out: Path, bundle: Path | None, device: str, engine: EngineChoice, threads: int | None
+    gallery: Path,
+    out: Path,
+    bundle: Path | None,
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Make the gallery OUT, whose rows are the mean of each picture of GALLERY and its mirror image.
 
@@ -39,4 +56,7 @@ def mirror(
         click.echo(f"skipped: {printable(path)}: {reason}", err=True)
     if skipped and not added:
         raise ClipretError(f"none of the {len(skipped)} pictures could be mirrored; the first: {skipped[0][1]}")
+    if as_json:
+        print_json({"added": added, "skipped": [{"path": path, "reason": reason} for path, reason in skipped]})
+        return
     click.echo(f"{out}: {added} pictures added, {len(skipped)} skipped")

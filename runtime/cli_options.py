@@ -6,7 +6,11 @@ from pathlib import Path
 
 import click
 
+from clipret.cli_shell import MarkedFolder, gallery_columns, list_columns
+
 FILE = click.Path(path_type=Path)
+GALLERY = MarkedFolder("gallery.json")
+BUNDLE = MarkedFolder("bundle.json")
 SHOWN = 10  # skipped pictures that are named on the terminal
 
 
@@ -30,16 +34,30 @@ engine_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Processor threads; default: all there are."
 )
-bundle_option = click.option("--bundle", type=FILE, help="The bundle, where it is no longer where it was at indexing.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+bundle_option = click.option(
+    "--bundle", type=BUNDLE, help="The bundle, where it is no longer where it was at indexing."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 where_list_option = click.option(
-    "--where", metavar="SQL", help="Only rows of the list for which this holds, e.g. \"split = 'val'\"."
+    "--where",
+    metavar="SQL",
+    shell_complete=list_columns,
+    help="Only rows of the list for which this holds, e.g. \"split = 'val'\".",
 )
 where_option = click.option(
-    "--where", metavar="SQL", help="Only pictures for which this holds; columns: clipret-search info GALLERY."
+    "--where",
+    metavar="SQL",
+    shell_complete=gallery_columns,
+    help="Only pictures for which this holds; columns: clipret-search info GALLERY.",
 )
 image_column_option = click.option(
-    "--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected."
+    "--image-column",
+    metavar="NAME",
+    shell_complete=list_columns,
+    help="Column of the pictures' paths; default: detected.",
+)
+title_column_option = click.option(
+    "--title-column", metavar="NAME", shell_complete=list_columns, help="Column of the texts; default: detected."
 )
 image_root_option = click.option(
     "--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."

@@ -19,8 +19,8 @@ __all__ = ["open_reranker", "prompts_option", "read_texts", "rerank_options"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _read_prompts(_context: click.Context, _parameter: click.Parameter, value: Path | None) -> Prompts:
-    return Prompts() if value is None else Prompts.read(value)
+def _read_prompts(context: click.Context, _parameter: click.Parameter, value: Path | None) -> Prompts:
+    return Prompts() if value is None or context.resilient_parsing else Prompts.read(value)
 
 
 prompts_option = click.option(

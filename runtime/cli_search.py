@@ -7,6 +7,7 @@ import click
 
 from clipret.cli_options import (
     FILE,
+    GALLERY,
     bundle_option,
     device_option,
     engine_option,
@@ -16,10 +17,12 @@ from clipret.cli_options import (
     json_option,
     print_json,
     threads_option,
+    title_column_option,
     where_list_option,
     where_option,
 )
 from clipret.cli_rerank import open_reranker, prompts_option, read_texts, rerank_options
+from clipret.cli_shell import gallery_columns
 from clipret.console import show_table
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
@@ -44,7 +47,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 
 
 @click.command(epilog='Example:  clipret-search query gallery/ "a red sedan" "一辆红色的轿车" -k 20 --html found.html')
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.argument("texts", nargs=-1)
 @click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with titles.")
 @click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
@@ -145,17 +148,25 @@ def _queries(
 @click.command(
     "eval", epilog="Example:  clipret-search eval gallery/ captions.tsv --where \"split = 'val' and lang = 'en'\""
 )
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.argument("queries", type=FILE)
-@click.option("--title-column", metavar="NAME", help="Column of the query texts; default: detected.")
+@title_column_option
 @image_column_option
 @image_root_option
 @where_list_option
 @click.option(
-    "--equal", metavar="COLUMN", multiple=True, help="Right is a picture with the query's value in this column."
+    "--equal",
+    metavar="COLUMN",
+    multiple=True,
+    shell_complete=gallery_columns,
+    help="Right is a picture with the query's value in this column.",
 )
 @click.option(
-    "--includes", metavar="COLUMN", multiple=True, help="Right is one that holds all names that the query's holds."
+    "--includes",
+    metavar="COLUMN",
+    multiple=True,
+    shell_complete=gallery_columns,
+    help="Right is one that holds all names that the query's holds.",
 )
 @click.option(
     "--metric",

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from clipret.bundle import Bundle
-from clipret.cli_options import FILE, SHOWN, print_json
+from clipret.cli_options import BUNDLE, FILE, GALLERY, SHOWN, json_option, print_json, where_option
 from clipret.console import progress
 from clipret.embeddings import BLOCK, open_embeddings
 from clipret.errors import ClipretError, printable
@@ -18,10 +18,11 @@ from clipret.transfer import ImportReport, export_gallery, import_embeddings
 
 
 @click.command("export", epilog="Example:  clipret-search export gallery/ embeddings.parquet --where \"camera = 'A3'\"")
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.argument("target", type=FILE)
-@click.option("--where", metavar="SQL", help="Only pictures for which this holds; see above.")
-def export_command(gallery: Path, target: Path, where: str | None) -> None:
+@where_option
+@json_option
+def export_command(gallery: Path, target: Path, where: str | None, as_json: bool) -> None:
     """Write the embeddings of GALLERY to TARGET, for other tools.
 
     \b
@@ -35,18 +36,21 @@ def export_command(gallery: Path, target: Path, where: str | None) -> None:
     """
     with Gallery.open(gallery) as opened:
         rows = export_gallery(opened, target, where=where, progress=partial(progress, desc="export", unit="blocks"))
-    click.echo(f"{target.absolute()}: {rows} embeddings")
+    if as_json:
+        print_json({"target": str(target.absolute()), "embeddings": rows})
+    else:
+        click.echo(f"{target.absolute()}: {rows} embeddings")
 
 
 @click.command("import", epilog="Example:  clipret-search import bundle/ embeddings.npy gallery/ --paths pictures.csv")
-@click.argument("bundle", type=FILE)
+@click.argument("bundle", type=BUNDLE)
 @click.argument("embeddings", type=FILE)
-@click.argument("gallery", type=FILE)
+@click.argument("gallery", type=GALLERY)
 @click.option("--paths", type=FILE, help="List of the pictures that the rows belong to, in their order; see above.")
 @click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected.")
 @click.option("--embedding-column", metavar="NAME", help="Column of the embeddings; needed where there are several.")
 @click.option("--image-root", type=FILE, help="What paths are relative to; default: GALLERY's pictures, else the list.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a sentence.")
+@json_option
 def import_command(
     bundle: Path,
     embeddings: Path,

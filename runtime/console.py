@@ -1,5 +1,6 @@
 """What the three commands share: errors as one line, progress bars, small tables."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,18 +11,24 @@ import click
 
 from clipret.errors import ClipretError, printable
 
-__all__ = ["DefaultGroup", "Group", "progress", "show_table", "stages"]
+__all__ = ["DefaultGroup", "Group", "headed", "progress", "show_table", "stages"]
 
 T = TypeVar("T")
 
 
 class Group(click.Group):
     """A command with subcommands. A ClipretError becomes one line on stderr and exit status 1, a warning one line;
-    usage errors stay click's, with status 2."""
+    usage errors stay click's, with status 2; Ctrl-C is one line and status 130, as of a process that SIGINT ends.
+
+    Colours go to terminals alone, and not where NO_COLOR is set.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         def show(message: Warning | str, *_: Any) -> None:
-            click.echo(f"{self.name}: {printable(str(message))}", err=True)
+            click.echo(f"{click.style(self.name, fg='yellow')}: {printable(str(message))}", err=True)
+
+        if os.environ.get("NO_COLOR"):
+            kwargs.setdefault("color", False)
 
         with warnings.catch_warnings():
             warnings.showwarning = show  # type: ignore[assignment]
@@ -30,8 +37,16 @@ class Group(click.Group):
             try:
                 return super().main(*args, **kwargs)
             except ClipretError as error:
-                click.echo(f"{self.name}: {printable(str(error))}", err=True)
+                name = click.style(self.name, fg="red", bold=True)
+                click.echo(f"{name}: {printable(str(error))}", err=True, color=kwargs.get("color"))
                 sys.exit(1)
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo(f"{self.name}: interrupted", err=True)
+            context.exit(130)
 
 
 class DefaultGroup(Group):
@@ -80,6 +95,12 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             cells.append(pad + value if right else value + pad)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def headed(text: str) -> str:
+    """`text` with its first line in bold, for click.echo, which leaves that out where it writes to no terminal."""
+    head, end, rest = text.partition("\n")
+    return f"{click.style(head, bold=True)}{end}{rest}"
 
 
 def _width(text: str) -> int:
