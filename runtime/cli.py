@@ -4,6 +4,7 @@ import click
 
 from clipret.cli_answer import merge_command, submit
 from clipret.cli_complete import complete
+from clipret.cli_doctor import doctor
 from clipret.cli_gallery import add, compact, index, info, remove
 from clipret.cli_mirror import mirror
 from clipret.cli_search import eval_command, query
@@ -45,6 +46,7 @@ for command in (
     export_command,
     import_command,
     serve_command,
+    doctor,
     completion,
 ):
     main.add_command(command)
