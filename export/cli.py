@@ -93,6 +93,7 @@ def _plans(command: Any) -> Any:
 @click.option("--fp16", is_flag=True, help="Matrix products in half, the residual stream in float32.")
 @click.option("--bf16", is_flag=True, help="The same in bfloat16: OpenVINO, CUDA and TensorRT.")
 @click.option("--int8", is_flag=True, help="int8 weights and fixed input ranges, for CPUs.")
+@click.option("--fused", is_flag=True, help="onnxruntime's own fused operators; runs in onnxruntime alone.")
 @click.option("--calibration-data", type=FILE, help="Where int8 takes its ranges; default: half of --verify-data.")
 @click.option("--calibration-where", metavar="SQL", help="Only rows of the list for which this holds.")
 @_data
@@ -106,6 +107,7 @@ def export(
     calibration_data: Path | None,
     calibration_where: str | None,
     image_root: Path | None,
+    fused: bool,
     overwrite: bool,
     as_json: bool,
     **given: Any,
@@ -150,6 +152,7 @@ def export(
         verify_data=_sample(image_root, given),
         calibration_data=calibration,
         plans=_plan_requests(given),
+        fused=fused,
     )
     manifest, report = made.manifest, json.loads(made.file("verify.json").read_text(encoding="utf-8"))
     seconds = time.monotonic() - began

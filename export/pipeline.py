@@ -15,6 +15,7 @@ from clipret.bundle import FORMAT, Bundle, Manifest, file_entry
 from clipret.console import stages
 from clipret.errors import ClipretError
 from clipret.export.calibration import observe, overflows
+from clipret.export.fusion import fuse
 from clipret.export.gate import LIMITS, Limits, Reference, Report, data_sha256, run_gate
 from clipret.export.graph import write_onnx
 from clipret.export.plans import PlanRequest, gate_plans
@@ -60,12 +61,14 @@ def export_bundle(
     verify_data: Sample | None = None,
     calibration_data: Sample | None = None,
     plans: Sequence[PlanRequest] = (),
+    fused: bool = False,
 ) -> Bundle:
     """Export `source` (see `load_model`) to the bundle folder `out`.
 
     `verify_data`: pictures, with titles for a recall, that the towers are checked with beside the built-in ones.
     `calibration_data`: what int8 takes its ranges from; half of `verify_data` unless given, which then is not checked
-    with. `plans`: TensorRT plans to build, which are checked as well where a GPU here can run them.
+    with. `plans`: TensorRT plans to build, which are checked as well where a GPU here can run them. `fused`: the towers
+    in onnxruntime's own operators (see `clipret.export.fusion`), which no other engine reads; fp32 and fp16 only.
 
     Raises ClipretError when the source cannot be loaded, `out` is not empty (unless `overwrite`), the disk is too
     full, int8 has nothing to calibrate with, or a tower disagrees with torch even with its worst layers in float32;
@@ -74,6 +77,10 @@ def export_bundle(
     limits = limits or LIMITS[precision]
     for request in plans:
         request.check(precision)
+    if fused and (plans or precision not in ("fp32", "fp16")):
+        raise ClipretError(
+            "fused operators are onnxruntime's own and for fp32 and fp16: no TensorRT plans, bf16 or int8 beside them"
+        )
     checked = verify_data.read() if verify_data is not None else None
     calibration = calibration_data.read() if calibration_data is not None else None
     if precision == "int8" and calibration is None:
@@ -99,7 +106,7 @@ def export_bundle(
                 loaded = load_model(source)
             missed = tuple(plan.problems) if attempt else ("image", "text")
             plan.problems = {}
-            _write_towers(loaded, precision, folder, plan, limits, expected, calibration, missed, stage)
+            _write_towers(loaded, precision, folder, plan, limits, expected, calibration, missed, stage, fused)
             manifest = _manifest(loaded, precision, expected, plan)
             del loaded  # the engine needs the memory
             gc.collect()
@@ -158,6 +165,7 @@ def _write_towers(
     calibration: PairSet | None,
     missed: tuple[str, ...],
     stage: Callable[[str], None],
+    fused: bool,
 ) -> None:
     """Write the towers among `missed`; what was kept in float32 is noted in `plan`."""
     rewrite(loaded.model)
@@ -193,6 +201,8 @@ def _write_towers(
         for old in (folder / f"{kind}.onnx", folder / f"{kind}.onnx.data"):
             old.unlink(missing_ok=True)
         plan.nodes[kind] = write_onnx(tower, examples[kind], folder / f"{kind}.onnx", input_name=name, dynamic=dynamic)
+        if fused:
+            plan.nodes[kind] = fuse(folder / f"{kind}.onnx").total()
 
 
 def _lower(
