@@ -71,7 +71,8 @@ class Encoder:
 
     `device`: "auto", "cpu", "cuda", "cuda:N", or several with commas between them, which share the pictures of one
     stream. `engine`: see `open_tower`. `threads`: decode threads and engine threads, default the processors there are.
-    `fast_decode`: see `images.load`. `picture_timeout`: seconds after which a picture is skipped.
+    `fast_decode`: see `images.load`. `cuda_graphs`: see `OnnxTower`. `picture_timeout`: seconds after which a picture
+    is skipped.
     Raises ClipretError as `open_tower` does.
     """
 
@@ -85,6 +86,7 @@ class Encoder:
         batch_size: int = 32,
         fast_decode: bool = False,
         picture_timeout: float = 60.0,
+        cuda_graphs: bool = False,
     ) -> None:
         self.bundle = bundle
         self.device = device
@@ -93,6 +95,7 @@ class Encoder:
         self.batch_size = batch_size
         self.fast_decode = fast_decode
         self.picture_timeout = picture_timeout
+        self.cuda_graphs = cuda_graphs
         self.stats = EncodeStats()
 
     @cached_property
@@ -104,7 +107,8 @@ class Encoder:
     @cached_property
     def image_towers(self) -> list[Tower]:
         share = max(self.threads // len(self.devices), 1)
-        return [open_tower(self.bundle, "image", device, share, self.engine) for device in self.devices]
+        graphs = self.cuda_graphs
+        return [open_tower(self.bundle, "image", device, share, self.engine, graphs) for device in self.devices]
 
     @property
     def image_tower(self) -> Tower:
@@ -112,7 +116,7 @@ class Encoder:
 
     @cached_property
     def text_tower(self) -> Tower:
-        return open_tower(self.bundle, "text", self.devices[0], self.threads, self.engine)
+        return open_tower(self.bundle, "text", self.devices[0], self.threads, self.engine, self.cuda_graphs)
 
     def engine_name(self, tower: str) -> str:
         """What runs a tower ("image" or "text"), for reports; opens it where that has not happened."""

@@ -4,12 +4,14 @@ import importlib.util
 import queue
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from clipret.bound import BoundSession
 from clipret.bundle import Bundle
 from clipret.engines import (
     NAMES,
@@ -64,12 +66,18 @@ def pick_device(bundle: Bundle, engine: EngineChoice = "auto") -> str:
 
 
 def open_tower(
-    bundle: Bundle, name: str, device: str = "cpu", threads: int | None = None, engine: EngineChoice = "auto"
+    bundle: Bundle,
+    name: str,
+    device: str = "cpu",
+    threads: int | None = None,
+    engine: EngineChoice = "auto",
+    graphs: bool = False,
 ) -> Tower:
     """The tower `name` ("image" or "text") of a bundle on `device` ("cpu", "cuda" or "cuda:N").
 
     `threads`: of the engine on a CPU, default all processors. `engine`: "auto" takes a TensorRT plan of the bundle
     where one fits the GPU and the installed library, else onnxruntime; plans that cannot be used are an EngineWarning.
+    `graphs`: see `OnnxTower`.
     On a CPU it takes onnxruntime, OpenVINO for bf16, which onnxruntime does not have there, and for int8 if installed.
     Raises ClipretError for changed bytes, a missing engine, a device that the engine cannot use, or a plan that was
     asked for by its library and does not fit.
@@ -93,7 +101,7 @@ def open_tower(
     path, threads = bundle.file(f"{name}.onnx"), threads or cpu_count()
     if engine == "openvino" or (engine == "auto" and gpu is None and _openvino_is_best(precision)):
         return OpenVinoTower(path, threads, precision == "bf16")
-    return OnnxTower(path, device, threads)
+    return OnnxTower(path, device, threads, graphs) if graphs else OnnxTower(path, device, threads)
 
 
 def _openvino_is_best(precision: str) -> bool:
@@ -138,11 +146,12 @@ def _required(module: str, extra: str) -> Any:
 
 class OnnxTower:
     """A tower in onnxruntime, on its CPU or CUDA execution provider. On CUDA two batches may be under way at once, so
-    that one is copied while the other is computed."""
+    that one is copied while the other is computed. `graphs`: record CUDA graphs of the shapes that come often; where
+    onnxruntime cannot, that is an EngineWarning and the tower runs without."""
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, device: str, threads: int) -> None:
+    def __init__(self, path: Path, device: str, threads: int, graphs: bool = False) -> None:
         ort = _required("onnxruntime", "gpu" if device.startswith("cuda") else "cpu")
         provider, provider_options = _provider(device)
         available = ort.get_available_providers()
@@ -158,10 +167,22 @@ class OnnxTower:
         # Threads that spin between two batches take the cores away from the decode threads.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
+
+        def opened(more: dict[str, str]) -> Any:
+            return ort.InferenceSession(str(path), options, providers=[(provider, provider_options | more)])
+
+        gpu = _gpu_number(device)
+        graphs, self._session = graphs and gpu is not None, None
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
+            if graphs:
+                try:
+                    self._session = opened({"enable_cuda_graph": "1"})
+                except Exception as error:  # a node that only the CPU has
+                    graphs = False
+                    warnings.warn(f"no CUDA graphs: {_first_line(error)}", EngineWarning, stacklevel=2)
+            self._session = self._session or opened({})
         except Exception as error:  # onnxruntime raises a dozen types of its own, all unexported
-            reason = str(error).strip().splitlines()[0]
+            reason = _first_line(error)
             raise ClipretError(f"{path} cannot be opened on {device}: {reason}; export the model again") from None
         # onnxruntime falls back to the CPU without a word when a provider's libraries do not load.
         if provider not in self._session.get_providers():
@@ -169,9 +190,12 @@ class OnnxTower:
         self._input = self._session.get_inputs()[0].name
         self.lanes = 1 if provider == "CPUExecutionProvider" else 2
         self._bound = queue.SimpleQueue[BoundSession]()
-        if (gpu := _gpu_number(device)) is not None:
+        if gpu is not None:
+            # Graphs belong to the thread that recorded them, and a run beside a recording would end up in it.
+            runner = ThreadPoolExecutor(1, "graphs") if graphs else None
+            submit = None if runner is None else lambda run: runner.submit(run).result()
             for _ in range(self.lanes):
-                self._bound.put(BoundSession(self._session, "cuda", gpu))
+                self._bound.put(BoundSession(self._session, "cuda", gpu, graphs=graphs, submit=submit))
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
         rows: Rows
@@ -183,30 +207,6 @@ class OnnxTower:
             return bound.run(batch)
         finally:
             self._bound.put(bound)
-
-
-class BoundSession:
-    """A session with its input in memory of a device ("cuda", or "cpu" where there is none) that is taken once for
-    batches of the same shape, and its output left there until it is whole. One thread at a time."""
-
-    def __init__(self, session: Any, kind: str, number: int) -> None:
-        self._session, self._device = session, (kind, number)
-        self._binding = session.io_binding()
-        self._input = session.get_inputs()[0].name
-        self._output = session.get_outputs()[0].name
-        self._held: Any = None
-
-    def run(self, batch: npt.NDArray[Any]) -> Rows:
-        """As `Tower.run`."""
-        if self._held is None or tuple(self._held.shape()) != batch.shape:
-            ort = require("onnxruntime", "gpu")
-            self._held = ort.OrtValue.ortvalue_from_shape_and_type(list(batch.shape), batch.dtype.type, *self._device)
-            self._binding.bind_ortvalue_input(self._input, self._held)
-        self._held.update_inplace(np.ascontiguousarray(batch))
-        self._binding.bind_output(self._output, *self._device)  # anew: it would hold the last rows, of another shape
-        self._session.run_with_iobinding(self._binding)
-        rows: Rows = self._binding.copy_outputs_to_cpu()[0]
-        return rows
 
 
 class OpenVinoTower:
@@ -236,6 +236,10 @@ class OpenVinoTower:
             # The input is read where it lies. The output is copied: the request writes its next rows to the same place.
             rows: Rows = self._request.infer([batch], share_inputs=True, share_outputs=False)[0]
         return rows
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _provider(device: str) -> tuple[str, dict[str, str]]:

@@ -1,0 +1,125 @@
+"""CUDA's driver, called directly: pinned memory, copies in a stream of their own, free memory. Needs no package.
+
+Names and numbers are those of the CUDA driver API. onnxruntime and every other user of the CUDA runtime work in a
+device's primary context, which is the one taken here, so that addresses mean the same to all of them.
+"""
+
+import ctypes
+import sys
+import weakref
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.errors import ClipretError
+
+__all__ = ["Copies", "HostCopies", "device_name", "free_memory"]
+
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream, nor it for this
+Bytes = npt.NDArray[np.uint8]
+
+
+@cache
+def _driver() -> Any:
+    """The library. Raises ClipretError where there is none."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        raise ClipretError(f"there is no NVIDIA driver here ({error}): use --device cpu") from None
+    return library
+
+
+def _call(name: str, *given: Any) -> None:
+    error = getattr(_driver(), name)(*given)
+    if error:
+        raise ClipretError(f"CUDA's {name} failed with error {error}: see what nvidia-smi says, or use the CPU")
+
+
+@cache
+def _context(number: int) -> tuple[ctypes.c_int, ctypes.c_void_p]:
+    """The device and its primary context, kept until the process ends."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuInit", ctypes.c_uint(0))
+    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    return device, context
+
+
+def _enter(number: int) -> None:
+    """Make the device's context that of the calling thread; it costs nothing where it is."""
+    _call("cuCtxSetCurrent", _context(number)[1])
+
+
+def free_memory(number: int) -> int:
+    """Bytes of GPU `number` that nobody has taken. Raises ClipretError where there is no such GPU."""
+    _enter(number)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
+def device_name(number: int) -> str:
+    """As nvidia-smi calls it."""
+    name = ctypes.create_string_buffer(256)
+    _call("cuDeviceGetName", name, ctypes.c_int(len(name)), _context(number)[0])
+    return name.value.decode()
+
+
+class HostCopies:
+    """What `Copies` does, where the device is the CPU itself."""
+
+    def host(self, size: int) -> Bytes:
+        """Memory to copy from and to, uint8 [size]."""
+        return np.empty(size, np.uint8)
+
+    def to_device(self, address: int, source: Bytes) -> None:
+        """Copy a contiguous array to an address of the device, and return when that is done."""
+        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+
+    def to_host(self, target: Bytes, address: int) -> None:
+        """The other way."""
+        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+
+class Copies(HostCopies):
+    """Copies between pinned memory and GPU `number` in a stream of their own, beside whatever the GPU computes.
+
+    One thread at a time; others wait on the GPU, not in Python: ctypes gives Python's lock back.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        _enter(number)
+        self._stream = ctypes.c_void_p()
+        _call("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
+        weakref.finalize(self, _forget, "cuStreamDestroy_v2", number, self._stream)
+
+    def host(self, size: int) -> Bytes:
+        """Pinned memory: the GPU reads and writes it directly, at twice the rate of other memory and asynchronously."""
+        _enter(self._number)
+        address = ctypes.c_void_p()
+        _call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        buffer = (ctypes.c_uint8 * size).from_address(address.value or 0)
+        weakref.finalize(buffer, _forget, "cuMemFreeHost", self._number, address)  # an array of it keeps `buffer`
+        return np.frombuffer(buffer, np.uint8)
+
+    def to_device(self, address: int, source: Bytes) -> None:
+        _enter(self._number)
+        given = ctypes.c_uint64(address), ctypes.c_void_p(source.ctypes.data), ctypes.c_size_t(source.nbytes)
+        _call("cuMemcpyHtoDAsync_v2", *given, self._stream)
+        _call("cuStreamSynchronize", self._stream)
+
+    def to_host(self, target: Bytes, address: int) -> None:
+        _enter(self._number)
+        given = ctypes.c_void_p(target.ctypes.data), ctypes.c_uint64(address), ctypes.c_size_t(target.nbytes)
+        _call("cuMemcpyDtoHAsync_v2", *given, self._stream)
+        _call("cuStreamSynchronize", self._stream)
+
+
+def _forget(name: str, number: int, handle: ctypes.c_void_p) -> None:
+    """Free something; at the end of the process the driver may have gone before."""
+    driver = _driver()
+    driver.cuCtxSetCurrent(_context(number)[1])
+    getattr(driver, name)(handle)
