@@ -85,7 +85,7 @@ class Ranker:
             self._many = CodeScan(codes, threads or cpu_count())
         packed = resident and isinstance(self._many, CodeScan) and codes is not None
         self._few: Scan = PackedScan(codes, threads or cpu_count()) if packed and codes is not None else self._many
-        self._device = None if device == "cpu" else DeviceScan(self.shards, device)
+        self._device = None if device == "cpu" else DeviceScan(self.shards, device, codes=codes)
         # Of the longest row, where the first stage is coarser than float32; None where it is not.
         self._length = None if codes is None else max(map(longest, codes), default=0.0)
         if self._device is not None:
@@ -164,7 +164,7 @@ class Ranker:
         device = self._device
         assert device is not None
         lower = np.full(len(grid), least)
-        wide = min(2 * k, k + 64)  # most often no row beyond these could be among the k best
+        wide = device.width(k)  # most often no row beyond these could be among the k best
         limits = np.empty((len(device.parts), len(grid)))
         pool = Pool.joined([])
         for number in range(len(device.parts)):

@@ -19,7 +19,7 @@ from clipret.onnx_graph import Node, Value, model
 from clipret.processor import int8_saturates
 from clipret.rows import session, widened
 
-__all__ = ["Block", "CodeScan", "FloatScan", "PackedScan", "Scan", "check_lengths", "longest", "rounding"]
+__all__ = ["Block", "CodeScan", "FloatScan", "PackedScan", "QueryCodes", "Scan", "check_lengths", "longest", "rounding"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -92,7 +92,7 @@ def check_lengths(longest: float, norms: Floats) -> None:
 
 
 @dataclass(frozen=True)
-class _QueryCodes:
+class QueryCodes:
     """Queries as integers: query = step * values + rest, `rest` being the length of what is lost."""
 
     values: npt.NDArray[np.int8]  # [Q,D], within +-_limit()
@@ -101,7 +101,7 @@ class _QueryCodes:
     norms: Floats
 
     @classmethod
-    def of(cls, grid: Floats) -> "_QueryCodes":
+    def of(cls, grid: Floats) -> "QueryCodes":
         step = np.abs(grid).max(axis=1) / _limit()
         step[step == 0] = 1.0
         values = np.rint(grid / step[:, None])
@@ -132,7 +132,7 @@ class CodeScan:
         self._threads = threads
 
     def blocks(self, grid: Floats) -> Iterator[Block]:
-        queries = _QueryCodes.of(grid)
+        queries = QueryCodes.of(grid)
         session = _query_session(queries.values, self._threads)
         start = 0
         for codes in self._codes:
@@ -150,7 +150,7 @@ class PackedScan:
         self._groups = [(start, _limits(group), _packed_session(group, threads)) for start, group in _groups(codes)]
 
     def blocks(self, grid: Floats) -> Iterator[Block]:
-        queries = _QueryCodes.of(grid)
+        queries = QueryCodes.of(grid)
         shifted = (queries.values.astype(np.int16) + _limit()).astype(np.uint8)
         for start, codes, packed in self._groups:
             values = packed.run(None, {"queries": shifted})[0]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipret import ranker, scan
+from clipret import device, ranker, scan
 from clipret import rows as rows_module
 from clipret.codes import Codes, mean, quantise
 from clipret.device import DeviceScan
@@ -57,7 +57,8 @@ def cases(draw: st.DrawFn) -> Case:
     return rows.astype(np.float16), asked, live, draw(st.integers(1, 100)), cuts
 
 
-WAYS = ["float", "codes", "packed", "codes without VNNI", "packed without VNNI", "device", "all rows"]
+WAYS = ["float", "codes", "packed", "codes without VNNI", "packed without VNNI", "device", "device codes"]
+WAYS += ["device codes without VNNI", "all rows"]
 
 
 @pytest.fixture(params=WAYS)
@@ -73,6 +74,8 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(scan, "_FLOAT_ROWS", 16)
     monkeypatch.setattr(scan, "_CODE_ROWS", 16)
     monkeypatch.setattr(scan, "_PACKED_ROWS", 16)
+    monkeypatch.setattr(device, "_CHUNK", 4)
+    monkeypatch.setattr(device, "_SCORES", 24)
     monkeypatch.setattr(scan, "int8_saturates", lambda: "without VNNI" in way)
     return way
 
@@ -81,9 +84,10 @@ def make(way: str, rows: np.ndarray, cuts: Sequence[int], live: np.ndarray | Non
     shards = [shard for shard in np.split(rows, cuts) if len(shard)]
     if way.startswith(("float", "all")):
         return Ranker(shards, live)
-    if way == "device":  # the GPU's graph and logic on the CPU, one block resident and the others sent
-        made = Ranker(shards, live)
-        made._device = DeviceScan(shards, "cpu", block_rows=16, resident_rows=30)
+    if way.startswith("device"):  # the GPU's graph and logic on the CPU, one block resident and the others sent
+        codes = coded(shards) if "codes" in way else None
+        made = Ranker(shards, live, codes)
+        made._device = DeviceScan(shards, "cpu", codes=codes, coded=bool(codes), block_rows=16, resident_rows=30)
         made._length = made._device.longest
         return made
     return Ranker(shards, live, coded(shards), threads=1, resident=way.startswith("packed"))
@@ -139,7 +143,7 @@ def test_codes_lose_no_more_than_they_say(case: Case, offset: float) -> None:
 def test_no_two_products_overflow_16_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products that such processors add in pairs: bytes of rows by query codes, shifted queries by row codes."""
     monkeypatch.setattr(scan, "int8_saturates", lambda: True)
-    queries = scan._QueryCodes.of(snap(unit(np.random.default_rng(0).normal(size=(50, 64)))))
+    queries = scan.QueryCodes.of(snap(unit(np.random.default_rng(0).normal(size=(50, 64)))))
     largest = int(np.abs(queries.values.astype(int)).max())
     assert largest == scan._limit()
     assert 2 * 255 * largest < 2**15
@@ -244,6 +248,33 @@ def test_the_device_lists_more_where_its_own_order_is_too_coarse() -> None:
     scores, positions = made._best_by_device(queries, 3, None, -np.inf)
     np.testing.assert_array_equal(positions, expected[:, :3])
     np.testing.assert_array_equal(scores, expected_scores[:, :3])
+
+
+@pytest.mark.parametrize("form", ["rows", "codes"])
+def test_a_device_finds_what_the_cpu_finds(form: str) -> None:
+    """Chunks, blocks and limits at their real sizes."""
+    rng = np.random.default_rng(1)
+    rows = unit(rng.normal(size=(20_000, 48)) + 1.5 * rng.normal(size=48)).astype(np.float16)
+    rows[99::100] = rows[: len(rows[99::100])]
+    shards = np.split(rows, [7_000, 7_001, 15_000])
+    center = mean(shards[0])
+    codes = [quantise(shard, center, 1.2 * quantise(rows, center).scale) for shard in shards]
+    queries, live = unit(rng.normal(size=(40, 48))), rng.random(len(rows)) < 0.9
+    made = Ranker(shards, live, codes, threads=1)
+    expected = made.rank(queries, 10)
+    made._device = DeviceScan(shards, "cpu", codes=codes, coded=form == "codes")
+    assert len(made._device.parts) == 1
+    for got, wanted in zip(made.rank(queries, 10), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_codes_go_to_a_device_that_has_no_room_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [np.zeros((10, 8), np.float16)]
+    made = DeviceScan(shards, "cpu", codes=coded(shards))
+    assert not made.coded  # on the CPU this form is for tests alone
+    for free, room in ((6 * device._SCORES, False), (6 * device._SCORES + 1000, True)):
+        monkeypatch.setattr(device, "free_memory", lambda _, free=free: free)
+        assert made._has_room(shards) is room
 
 
 def test_a_device_that_onnxruntime_lacks_is_an_error() -> None:
