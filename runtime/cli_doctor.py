@@ -19,7 +19,7 @@ _SIGNS = {"works": ("✓", "green"), "idle": ("·", "yellow"), "absent": ("·", 
 _MOST = 100  # characters of a reason in the table; --json has all of it
 
 
-@click.command(epilog="Example:  clipret-search doctor")
+@click.command(epilog="Example:  clipret-search doctor --json > this-machine.json")
 @json_option
 def doctor(as_json: bool) -> None:
     """Tell what works on this machine, and what to install for the rest.

@@ -27,7 +27,6 @@ from clipret.console import show_table
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
 from clipret.evaluation import (
-    GroundTruth,
     evaluate_search,
     measure,
     measure_lists,
@@ -38,6 +37,7 @@ from clipret.gallery import Gallery
 from clipret.metrics import Metric, Metrics
 from clipret.page import Card, Section, write_page
 from clipret.prompts import Prompts
+from clipret.report import write_report
 from clipret.rerank import Rerank
 from clipret.results import read_results
 from clipret.search import Hit, Part, Query, Searcher
@@ -178,7 +178,7 @@ def _queries(
 @click.option("--results", type=FILE, help="Measure this result file, of merge or query --json, not a ranking of now.")
 @prompts_option
 @rerank_options
-@click.option("--html", type=FILE, help="Also write a page: queries, what they found, right or wrong.")
+@click.option("--html", type=FILE, help="Also write a page: charts, the worst queries, a sample of the others.")
 @click.option("--html-queries", type=click.IntRange(1), default=40, show_default=True, help="Queries it shows.")
 @json_option
 @bundle_option
@@ -220,6 +220,10 @@ def eval_command(
     With --equal and --includes the list has no pictures: a query's own columns say what it asks for (color, type),
     and the pictures' columns, from the list they were indexed from, say which answer it.
 
+    The page that --html writes has the recall at every k, the scores of right and wrong pictures, what was found for
+    what was wanted by each attribute (those of --equal and --includes, else columns of the gallery with few values),
+    and --html-queries queries with what they found and should have found: half of them the worst.
+
     Re-ranking is measured with --metric, which says how deep the ranking goes; default: mAP@10 and recall@1/5/10.
     """
     chosen = [Metric.parse(name) for name in metrics]
@@ -244,6 +248,7 @@ def eval_command(
                 image_root=image_root,
                 where=where,
             )
+        evaluated = evaluate_search(searcher, truth) if html is not None or not chosen else None
         if chosen:
             find = open_reranker(searcher, rerank, reference).rank if rerank.steps else None
             if results is None:
@@ -254,10 +259,12 @@ def eval_command(
             facts = [("queries", f"{len(truth.relevant)}"), *((name, f"{value:.4f}") for name, value in values.items())]
             report: dict[str, float] = {"queries": len(truth.relevant), **values}
         else:
-            usual = evaluate_search(searcher, truth).metrics
-            facts, report = _facts(usual), usual.to_dict()
-        if html is not None:
-            _write_eval_page(html, searcher, truth, facts, html_queries)
+            assert evaluated is not None
+            facts, report = _facts(evaluated.metrics), evaluated.metrics.to_dict()
+        if html is not None and evaluated is not None:
+            title = f"clipret: evaluation of {searcher.gallery.path.name}"
+            every = [*facts, *_gallery_facts(searcher)]
+            write_report(html, searcher, evaluated, facts=every, title=title, queries=html_queries)
             click.echo(f"page: {html.absolute()}", err=True)
     if truth.missing or truth.unanswerable:
         click.echo(
@@ -283,24 +290,6 @@ def open_searcher(
     return Searcher(opened, encoder, templates=templates)
 
 
-def _write_eval_page(
-    out: Path, searcher: Searcher, truth: GroundTruth, facts: Sequence[tuple[str, str]], count: int
-) -> None:
-    """The page shows an even sample of the queries, so that it is neither the best nor the worst of them."""
-    texts = list(truth.relevant)
-    count = min(count, len(texts))
-    sample = [texts[number * len(texts) // count] for number in range(count)]
-    sections = []
-    for text, hits in zip(sample, searcher.search(sample, 10), strict=True):
-        right = set(truth.relevant[text])
-        noun = "picture" if len(right) == 1 else "pictures"
-        cards = [_card(hit, hit.path in right) for hit in hits]
-        found = sum(hit.path in right for hit in hits)
-        sections.append(Section(text, cards, f"{found} of the first {len(hits)} right; {len(right)} {noun} to find"))
-    title = f"clipret: evaluation of {searcher.gallery.path.name}"
-    write_page(out, title=title, facts=[*facts, *_gallery_facts(searcher)], sections=sections)
-
-
 def _gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:
     manifest = searcher.encoder.bundle.manifest
     return (("pictures", f"{len(searcher.gallery):,}"), ("model", f"{manifest.model} {manifest.precision}"))
@@ -317,8 +306,8 @@ def _facts(metrics: Metrics) -> list[tuple[str, str]]:
     ]
 
 
-def _card(hit: Hit, relevant: bool | None = None) -> Card:
-    return Card(hit.file, hit.path, hit.score, relevant)
+def _card(hit: Hit) -> Card:
+    return Card(hit.file, hit.path, hit.score)
 
 
 def _as_dicts(searcher: Searcher, hits: Sequence[Hit]) -> list[dict[str, object]]:

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from clipret.errors import ClipretError
-from clipret.metrics import Metric, Metrics, evaluate
+from clipret.metrics import Metric, Metrics, summarise
 from clipret.search import Searcher
 from clipret.tables import pick_column, read_table
 
 __all__ = [
     "Evaluation",
     "GroundTruth",
+    "as_text",
     "evaluate_search",
     "measure",
     "measure_lists",
+    "names",
     "read_attribute_truth",
     "read_ground_truth",
 ]
@@ -37,12 +39,28 @@ class GroundTruth:
     relevant: dict[str, list[str]]
     missing: int  # pictures of the list that the gallery does not hold
     unanswerable: int  # texts left out because the gallery holds none of their pictures
+    # What each text asks for, by column, where attributes say which pictures answer; `includes`: the columns of those
+    # that name several things.
+    asked: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    includes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """What the queries of `truth`, in its order, found.
+
+    `rows` float64 [Q,D]; `relevant`: the positions of the rows that answer each; `scores` and `found` [Q,K], K = 10 or
+    what the gallery holds: the first ones as `Ranker.rank` gives them; `first` int64 [Q]: the rank, from 1, of the
+    first relevant row.
+    """
+
     metrics: Metrics
     truth: GroundTruth
+    rows: npt.NDArray[np.float64]
+    relevant: list[list[int]]
+    scores: npt.NDArray[np.float64]
+    found: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
 
 
 def read_ground_truth(
@@ -109,9 +127,9 @@ def read_attribute_truth(
         raise ClipretError("name at least one column to compare: there is nothing to tell which pictures answer")
     held = searcher.gallery.columns()
     for column in columns:
-        for owner, names in ((path, table.columns), (searcher.gallery.path, held)):
-            if column not in names:
-                raise ClipretError(f"{owner} has no column {column!r}: its columns are {', '.join(names)}")
+        for owner, there in ((path, table.columns), (searcher.gallery.path, held)):
+            if column not in there:
+                raise ClipretError(f"{owner} has no column {column!r}: its columns are {', '.join(there)}")
     asked: dict[str, tuple[str, ...]] = {}
     for row in table.rows:
         text, values = row[title].strip(), tuple(row[column].strip() for column in columns)
@@ -122,36 +140,43 @@ def read_attribute_truth(
     of_values = defaultdict[tuple[str, ...], list[str]](list)
     ids = searcher.gallery.ids_by_path()
     for name, metadata in zip(ids, searcher.gallery.metadata(list(ids.values())), strict=True):
-        of_values[tuple(_text(metadata[column]) for column in columns)].append(name)
+        of_values[tuple(as_text(metadata[column]) for column in columns)].append(name)
     relevant = {}
     for text, values in asked.items():
-        paths = [name for has, names in of_values.items() if _answers(values, has, len(equal)) for name in names]
+        paths = [name for has, some in of_values.items() if _answers(values, has, len(equal)) for name in some]
         if paths:
             relevant[text] = paths
     if not relevant:
         raise ClipretError(f"no picture of {searcher.gallery.path} answers any of {path}: check {', '.join(columns)}")
-    return GroundTruth(relevant, 0, len(asked) - len(relevant))
+    wanted = {
+        text: {column: value for column, value in zip(columns, asked[text], strict=True) if value} for text in relevant
+    }
+    return GroundTruth(relevant, 0, len(asked) - len(relevant), wanted, tuple(includes))
 
 
 def _answers(asked: Sequence[str], has: Sequence[str], equal: int) -> bool:
     """Whether a picture has what a query asks for: the first `equal` values alike, the others among its own."""
     if any(want and want != own for want, own in zip(asked[:equal], has[:equal], strict=True)):
         return False
-    return all(_names(want) <= _names(own) for want, own in zip(asked[equal:], has[equal:], strict=True))
+    return all(names(want) <= names(own) for want, own in zip(asked[equal:], has[equal:], strict=True))
 
 
-def _names(value: str) -> set[str]:
+def names(value: str) -> set[str]:
+    """The names in a value that holds several, between commas or semicolons."""
     return {name.strip() for name in re.split("[,;]", value) if name.strip()}
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value of a gallery's metadata as a list would hold it."""
     return "" if value is None else str(value).strip()
 
 
 def evaluate_search(searcher: Searcher, truth: GroundTruth) -> Evaluation:
     """Encode every text, rank the whole gallery, and measure."""
     rows, relevant = _embedded(searcher, truth)
-    return Evaluation(evaluate(searcher.ranker, rows, relevant), truth)
+    scores, found = searcher.ranker.rank(rows, 10)
+    first = searcher.ranker.first_ranks(rows, relevant)
+    return Evaluation(summarise(found, first, relevant), truth, rows, relevant, scores, found, first)
 
 
 def measure(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clipret.errors import ClipretError
 from clipret.ranker import Ranker
 
-__all__ = ["Metric", "Metrics", "average_precision", "challenge_precision", "evaluate"]
+__all__ = ["Metric", "Metrics", "average_precision", "challenge_precision", "evaluate", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ def evaluate(ranker: Ranker, queries: npt.ArrayLike, relevant: Sequence[Sequence
     if any(not len(rows) for rows in relevant):
         raise ClipretError("a query has no relevant row in the gallery: leave it out")
     _, found = ranker.rank(grid, 10)
-    first = ranker.first_ranks(grid, relevant)
+    return summarise(found, ranker.first_ranks(grid, relevant), relevant)
+
+
+def summarise(found: npt.NDArray[np.int64], first: npt.NDArray[np.int64], relevant: Sequence[Sequence[int]]) -> Metrics:
+    """Metrics of ranked queries: `found` [Q,10], their first ten rows, `first` [Q], the first relevant ones' ranks."""
     precisions = [average_precision(list(row), set(rows)) for row, rows in zip(found, relevant, strict=True)]
     return Metrics(
-        queries=len(grid),
+        queries=len(first),
         recall_at_1=float(np.mean(first <= 1)),
         recall_at_5=float(np.mean(first <= 5)),
         recall_at_10=float(np.mean(first <= 10)),

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+from clipret import charts
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.images import PictureError, jpeg, thumbnail
@@ -42,22 +43,25 @@ class Card:
 
     path: the file on disk, or that of its archive with its name in it; where it is missing or broken, a tile says so.
     label: what is written under it, usually the path relative to the gallery's root. score: cosine similarity.
-    relevant: whether the picture answers the query, None where nobody said.
+    relevant: whether the picture answers the query, None where nobody said. rank: default: the place among the cards.
     """
 
     path: Path
     label: str
     score: float
     relevant: bool | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
 class Section:
-    """One query and the pictures it found, best first. `note` stands beside the query."""
+    """One query and the pictures it found, best first. `note` stands beside the query; `missed`: pictures that should
+    have been among them."""
 
     query: str
     cards: Sequence[Card]
     note: str = ""
+    missed: Sequence[Card] = ()
 
 
 def write_page(
@@ -67,21 +71,24 @@ def write_page(
     facts: Sequence[tuple[str, str]],
     sections: Sequence[Section],
     footer: str = FOOTER,
+    above: str = "",
 ) -> None:
     """Write the page, whole or not at all.
 
-    `facts` are the headline figures, name and value. Pictures are embedded as thumbnails and link to their files,
-    relative to the page. Raises ClipretError when the page's folder does not exist or cannot be written.
+    `facts` are the headline figures, name and value; `above` is HTML that stands above the queries. Pictures are
+    embedded as thumbnails and link to their files, relative to the page. Raises ClipretError when the page's folder
+    does not exist or cannot be written.
     """
     if not out.parent.is_dir():  # before all those pictures are decoded
         raise ClipretError(f"{out.parent} is not a folder: make it first, or write the page somewhere else")
     # A search for many queries finds some pictures again and again.
     preview = functools.cache(functools.partial(_preview, folder=out.parent.absolute()))
     page = PAGE.substitute(
-        style=STYLE,
+        style=STYLE + (charts.STYLE if above else ""),
         title=escape(title),
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts),
         navigation=_navigation(sections) if len(sections) >= NAVIGATION_FROM else "",
+        above=above,
         sections="\n".join(_section(number, section, preview) for number, section in enumerate(sections, 1)),
         footer=escape(footer),
     )
@@ -102,17 +109,22 @@ def _navigation(sections: Sequence[Section]) -> str:
 
 
 def _section(number: int, section: Section, preview: Callable[[Path, str], tuple[str, float]]) -> str:
-    previews = [preview(card.path, card.label) for card in section.cards]
-    widths = [_justify([ratio for _, ratio in previews], row) for row in ROWS.values()]
-    cards = []
-    for at, (card, (tile, ratio)) in enumerate(zip(section.cards, previews, strict=True)):
-        style = "".join(f"--{name}:{width[at]};" for name, width in zip(ROWS, widths, strict=True))
-        cards.append(_card(at + 1, card, tile, f"{style}--ratio:{ratio:.4f}"))
-    found = "<ol>\n" + "\n".join(cards) + "\n</ol>" if cards else "<p>Nothing found.</p>"
+    found = _cards(section.cards, preview) if section.cards else "<p>Nothing found.</p>"
+    missed = f"<h3>should have been found</h3>\n{_cards(section.missed, preview)}" if section.missed else ""
     return (
         f'<section id="q{number}"{_hit(section)}><header><h2 lang="" dir="auto">{escape(section.query)}</h2>'
-        f"<p>{escape(section.note)}</p></header>\n{found}</section>"
+        f"<p>{escape(section.note)}</p></header>\n{found}{missed}</section>"
     )
+
+
+def _cards(cards: Sequence[Card], preview: Callable[[Path, str], tuple[str, float]]) -> str:
+    previews = [preview(card.path, card.label) for card in cards]
+    widths = [_justify([ratio for _, ratio in previews], row) for row in ROWS.values()]
+    shown = []
+    for at, (card, (tile, ratio)) in enumerate(zip(cards, previews, strict=True)):
+        style = "".join(f"--{name}:{width[at]};" for name, width in zip(ROWS, widths, strict=True))
+        shown.append(_card(card.rank or at + 1, card, tile, f"{style}--ratio:{ratio:.4f}"))
+    return "<ol>\n" + "\n".join(shown) + "\n</ol>"
 
 
 def _card(rank: int, card: Card, tile: str, style: str) -> str:
@@ -121,7 +133,7 @@ def _card(rank: int, card: Card, tile: str, style: str) -> str:
     right = ' class="right"' if card.relevant else ""
     return (
         f'<li style="{style}"{right}><figure>{tile}<figcaption>'
-        f'<span class="line"><b>{rank}</b> {sign}<data value="{card.score}">{card.score:z.3f}</data>{word}</span>'
+        f'<span class="line"><b>{rank:,}</b> {sign}<data value="{card.score}">{card.score:z.3f}</data>{word}</span>'
         f'<span class="label" lang="" title="{label}">{label}</span>'
         "</figcaption></figure></li>"
     )
@@ -213,6 +225,7 @@ PAGE = Template("""<!doctype html>
 <header class="top"><h1 lang="" dir="auto">$title</h1><dl>$facts</dl></header>
 $navigation
 <main id="found">
+$above
 $sections
 </main>
 <footer>$footer</footer>
@@ -269,6 +282,7 @@ main { container-type: inline-size; display: grid; grid-template-columns: minmax
 section { content-visibility: auto; contain-intrinsic-height: auto 450px; padding: 5px; margin: -5px; }
 section header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; padding-bottom: 9px; }
 section h2 { font-size: 1.08rem; font-weight: 600; line-height: 1.35; }
+section h3 { font-size: .82rem; font-weight: 600; color: var(--soft); padding: 12px 0 8px; }
 section ol { display: flex; flex-wrap: wrap; align-items: start; gap: 12px GAPpx; }
 section li { width: var(--s); }
 @container (min-width: 560px) { section li { width: var(--m); } }

@@ -82,6 +82,22 @@ def listed_gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Pa
 
 
 @pytest.fixture
+def query_list(colour_folder: Path) -> Path:
+    """Six queries; what two of them are said to look for is found late."""
+    right = {
+        "red": ["red/0.jpg", "red/1.jpeg"],
+        "a blue one": ["blue/2.png"],
+        "green": ["red/0.jpg"],
+        "grey": ["grey/0.jpg", "grey/1.jpeg", "grey/2.png"],
+        "blue 红色": ["green/1.jpeg", "red/1.jpeg"],
+        "white": ["blue/0.jpg"],
+    }
+    lines = [f"{title},{path}" for title, paths in right.items() for path in paths]
+    (colour_folder / "queries.csv").write_text("\n".join(["title,path", *lines]) + "\n")
+    return colour_folder / "queries.csv"
+
+
+@pytest.fixture
 def serving(tiny_bundle: Path) -> Iterator[Callable[..., Client]]:
     """serving(gallery, …) starts a server for these galleries and gives a client; keywords are `open_service`'s."""
     pytest.importorskip("fastapi", reason="needs the extra serve")

@@ -9,10 +9,16 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from clipret import Bundle, Encoder, Gallery, Searcher
+from clipret.charts import curve, histogram
+from clipret.cli import main
 from clipret.errors import ClipretError
+from clipret.evaluation import evaluate_search, read_ground_truth
 from clipret.page import GAP, ROWS, Card, Section, _justify, write_page
+from clipret.report import attributes, recall_curve, scores_of, worst
 
 HOSTILE = """<script>alert("1")</script>'&amp;"""
 
@@ -244,3 +250,121 @@ def test_a_page_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         write(tmp_path, title="new")
     assert Page.read(tmp_path / "page.html").texts("h1") == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="clipret-search")
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def cells(page: Page, caption: str) -> list[list[str]]:
+    """The rows of the table in the figure with this heading."""
+    start = next(at for at, one in enumerate(page.elements) if one.tag == "figure" and caption in one.text)
+    rows = list[list[str]]()
+    for one in page.elements[start + 1 :]:
+        if one.tag in ("figure", "section"):
+            break
+        if one.tag == "tr":
+            rows.append([])
+        elif one.tag in ("th", "td"):
+            rows[-1].append(one.text)
+    return rows
+
+
+def test_the_page_of_an_evaluation_shows_its_numbers(
+    listed_gallery: Path, query_list: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    run("eval", listed_gallery, query_list, "--html", tmp_path / "p.html")
+    page = Page.read(tmp_path / "p.html")
+    searcher = Searcher(Gallery.open(listed_gallery), Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1))
+    truth = read_ground_truth(searcher, query_list)
+    result = evaluate_search(searcher, truth)
+    facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
+    assert facts["recall@1"] == f"{100 * result.metrics.recall_at_1:.2f}%"
+    assert facts["mAP@10"] == f"{result.metrics.map_at_10:.4f}"
+    points = dict(recall_curve(result.first, 12))
+    assert cells(page, "Recall")[1:] == [[f"{k}", f"{points[k]:.2%}"] for k in (1, 5, 10)]
+    dots = page.all("circle")
+    assert [float(dot.attributes["cy"]) for dot in dots] == [
+        pytest.approx(230 - points[k] * 218, abs=0.1) for k in (1, 5, 10)
+    ]
+    assert cells(page, "Recall")[0] == ["k", "recall@k"]
+    scores = scores_of(searcher, result)
+    table = cells(page, "Scores")[1:]
+    assert [(int(right), int(wrong)) for _, right, wrong in table] == list(zip(scores.right, scores.wrong, strict=True))
+    assert f"in {scores.above:.1%}" in " ".join(page.texts("figcaption"))
+    colour = attributes(searcher, result)[0]
+    head, *lines = cells(page, "Confusion: colour")
+    assert head[1:-1] == colour.found
+    assert [line[0] for line in lines] == colour.wanted
+    shown = [[int(value.replace("·", "0")) for value in line[1:-1]] for line in lines]
+    assert shown == colour.counts
+    assert [line[-1] for line in lines] == [f"{share:.1%}" for share in colour.among]
+    for plot in page.all("svg", **{"class": "plot"}):
+        assert plot.attributes["role"] == "img"
+        assert plot.attributes["aria-label"]
+    assert len(page.all("details")) == 2
+    assert page.texts("h2")[-6:] == [list(truth.relevant)[at] for at in worst(result)]
+    assert not page.all("script")
+    assert not re.search(r"https?:", (tmp_path / "p.html").read_text(encoding="utf-8"))
+
+
+def test_what_should_have_been_found_stands_with_its_rank(listed_gallery: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("title,path\nred,blue/0.jpg\nred,green/0.jpg\nred,red/1.jpeg\ngrey,grey/0.jpg\n")
+    run(
+        "eval", listed_gallery, tmp_path / "q.csv", "--image-root", tmp_path / "pictures", "--html", tmp_path / "p.html"
+    )
+    page = Page.read(tmp_path / "p.html")
+    (heading,) = page.texts("h3")
+    assert heading == "should have been found"
+    order = run("query", listed_gallery, "red", "-k", 12).splitlines()[1:]
+    ranks = {line.split()[2]: line.split()[0] for line in order}
+    (red,) = [one for one in page.all("section") if heading in one.text]
+    shown = [line for line in red.text.partition(heading)[2].splitlines() if line.strip()]
+    late = sorted(
+        (path for path in ("blue/0.jpg", "green/0.jpg") if int(ranks[path]) > 10), key=lambda p: int(ranks[p])
+    )
+    assert late
+    assert [line.split()[0] for line in shown] == [ranks[path] for path in late]
+    assert all(path in line for path, line in zip(late, shown, strict=True))
+
+
+def test_a_page_of_thousands_of_queries_stays_small(listed_gallery: Path, tmp_path: Path) -> None:
+    lines = [f"red {number},red/0.jpg" if number % 2 else f"blue {number},red/1.jpeg" for number in range(3000)]
+    (tmp_path / "q.csv").write_text("\n".join(["title,path", *lines]))
+    options = ["--image-root", tmp_path / "pictures", "--html", tmp_path / "p.html", "--html-queries", 11]
+    run("eval", listed_gallery, tmp_path / "q.csv", *options)
+    page = Page.read(tmp_path / "p.html")
+    asked = [section.text.split()[0] for section in page.all("section")]
+    assert len(asked) == 11
+    assert asked[:6] == ["blue"] * 6
+    assert "red" in asked[6:]
+    assert "The 6 worst queries, by AP@10, then 5 of the other 2994, evenly drawn." in page.texts("p")
+    assert (tmp_path / "p.html").stat().st_size < 1 << 20
+
+
+def elements(svg: str) -> list[Element]:
+    page = Page()
+    page.feed(svg)
+    return page.elements
+
+
+def test_odd_numbers_make_sound_drawings() -> None:
+    for drawn in (
+        curve("R", "n", [(1, 1.0)], [1]),
+        curve("<b>", '"', [(1, 0.0), (2, 0.5)], [1, 2]),
+        histogram("S", "n", [0.5, 0.5], [1], [0], ("<i>", "b")),
+        histogram("S", "n", [0.0, 0.5, 1.0], [0, 0], [0, 0], ("a", "b")),
+    ):
+        assert "nan" not in drawn
+        assert "inf" not in drawn
+        assert not [one for one in elements(drawn) if one.tag in ("b", "i")]
+
+
+def test_what_is_listed_once_many_times(listed_gallery: Path, tmp_path: Path) -> None:
+    """An attribute of many values has a matrix of the most frequent ones and one of all others."""
+    lines = [f"red {number},colour {number}" for number in range(20)]
+    (tmp_path / "q.csv").write_text("\n".join(["title,colour", *lines, "red,red", "blue,blue"]))
+    run("eval", listed_gallery, tmp_path / "q.csv", "--equal", "colour", "--html", tmp_path / "p.html")
+    assert [line[0] for line in cells(Page.read(tmp_path / "p.html"), "Confusion: colour")[1:]] == ["blue", "red"]
