@@ -7,17 +7,18 @@ import re
 import tarfile
 import weakref
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from clipret.errors import ClipretError
 from clipret.images import EXTENSIONS, MOST_BYTES, PictureError, PictureFile
-from clipret.items import Item, Value, broken_item, free_names, is_plain, picture_file, scalar
+from clipret.items import Held, Item, Value, broken_item, free_names, is_plain, picture_file, scalar
+from clipret.remote import RemoteFile, open_remote
 
-__all__ = ["SUFFIXES", "expand", "members", "read_member"]
+__all__ = ["SUFFIXES", "expand", "expand_remote", "members", "modified", "prefix_of", "read_member"]
 
 SUFFIXES = (".tar", ".zip")
 _SIDECARS = frozenset({".json", ".txt", ".cls"})
@@ -31,20 +32,31 @@ def expand(pattern: Path) -> list[Path]:
 
     Raises ClipretError when one of them does not exist, or is compressed as a whole.
     """
-    text = str(pattern)
-    if _COMPRESSED.search(text):
-        raise ClipretError(f"{pattern} is compressed as a whole, which cannot be read from the middle: make it a .tar")
-    ranges = list(_RANGE.finditer(text))
-    if not ranges or pattern.exists():
-        pieces: Iterator[str] = iter([text])
-    else:
-        pieces = map("".join, itertools.product(*_alternatives(text, ranges)))
+    if _COMPRESSED.search(str(pattern)):
+        raise _compressed(str(pattern))
     found = []
-    for name in pieces:  # one by one: the range may have a digit too many
-        if not Path(name).is_file():
+    for name in iter([str(pattern)]) if pattern.exists() else _names(str(pattern)):
+        if not Path(name).is_file():  # one by one: the range may have a digit too many
+            ranges = _RANGE.search(str(pattern))
             raise ClipretError(f"{name} does not exist: check the name{' and the range' if ranges else ''}")
         found.append(Path(name))
     return found
+
+
+def expand_remote(pattern: str) -> list[RemoteFile]:
+    """The same of an address, such as s3://bucket/shards/{000..127}.tar. Whether the files exist is not asked."""
+    if _COMPRESSED.search(pattern):
+        raise _compressed(pattern)
+    return [open_remote(name) for name in _names(pattern)]
+
+
+def _compressed(pattern: str) -> ClipretError:
+    return ClipretError(f"{pattern} is compressed as a whole, which cannot be read from the middle: make it a .tar")
+
+
+def _names(text: str) -> Iterator[str]:
+    ranges = list(_RANGE.finditer(text))
+    return map("".join, itertools.product(*_alternatives(text, ranges))) if ranges else iter([text])
 
 
 def _alternatives(text: str, ranges: list[re.Match[str]]) -> Iterator[Iterator[str]]:
@@ -63,15 +75,32 @@ def _alternatives(text: str, ranges: list[re.Match[str]]) -> Iterator[Iterator[s
     yield iter([text[end:]])
 
 
-def members(file: Path, root: Path) -> Iterator[Item]:
+def prefix_of(file: Path | RemoteFile, root: Path) -> str:
+    """What the paths of an archive's pictures begin with: its own, relative to `root` where it lies below it."""
+    if isinstance(file, RemoteFile):
+        return file.uri
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.absolute().as_posix()
+
+
+def modified(file: Path | RemoteFile) -> tuple[int, int]:
+    """Size in bytes, time in nanoseconds. Raises OSError."""
+    if isinstance(file, RemoteFile):
+        return file.modified()
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def members(file: Path | RemoteFile, root: Path) -> Iterator[Item]:
     """The pictures of one archive, as items relative to `root`. A tar may hold one name twice: both come.
 
     Raises ClipretError where the archive is damaged, after the items before that place.
     """
-    prefix = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.absolute().as_posix()
+    prefix = prefix_of(file, root)
     try:
-        mtime = file.stat().st_mtime_ns
+        _, mtime = modified(file)
         if file.suffix.lower() == ".zip":
+            if isinstance(file, RemoteFile):
+                raise ClipretError(f"{file} is a .zip in a store, which cannot be streamed: make it a .tar")
             yield from _zip_items(file, prefix, mtime)
             return
         for group in _groups(_tar_members(file)):
@@ -80,17 +109,17 @@ def members(file: Path, root: Path) -> Iterator[Item]:
         _damaged(file, error)
 
 
-def _damaged(file: Path, error: Exception) -> NoReturn:
+def _damaged(file: Path | RemoteFile, error: Exception) -> NoReturn:
     raise ClipretError(
         f"{file} is damaged or no archive ({error}): the pictures before that place are done; make it anew"
     ) from None
 
 
-def read_member(file: Path, name: str) -> PictureFile:
+def read_member(file: Path | RemoteFile, name: str) -> PictureFile:
     """The bytes of one member again. Raises PictureError when there is no such member or the archive is gone."""
     try:
-        mtime = file.stat().st_mtime_ns
-        if file.suffix.lower() == ".zip":
+        _, mtime = modified(file)
+        if file.suffix.lower() == ".zip" and isinstance(file, Path):
             archive = _open_zip(file, mtime)
             return _read_zip(archive, _zip_names(archive)[name], mtime)
         member = _tar_names(file, mtime)[name]
@@ -116,25 +145,35 @@ def _kind(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Member:
-    """Bytes `offset` to `offset + size` of a tar, unless `fault` says why they are no picture."""
+    """Bytes `offset` to `offset + size` of a tar, unless `fault` says why they are no picture. `content` are those
+    bytes where the tar is read from one end to the other, since a store answers a second request slowly."""
 
     name: str
     kind: str
     offset: int
     size: int
     fault: str | None
+    content: bytes | None = None
 
 
-def _tar_members(file: Path) -> Iterator[_Member]:
+def _handle(file: Path | RemoteFile) -> BinaryIO:
+    return file.stream() if isinstance(file, RemoteFile) else file.open("rb")
+
+
+def _tar_members(file: Path | RemoteFile) -> Iterator[_Member]:
     """Pictures and their sidecars in the order of the file."""
-    with tarfile.open(file, "r:") as tar:
+    with _handle(file) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # would keep every header of a large shard
             name = _name(info.name)
             kind = _kind(name)
             if not info.isdir() and (kind in EXTENSIONS or kind in _SIDECARS):
                 fault = _LINK if not info.isreg() else _HOLES if info.issparse() else None
-                yield _Member(name, kind, info.offset_data, info.size, fault)
+                member = _Member(name, kind, info.offset_data, info.size, fault)
+                if isinstance(file, RemoteFile) and fault is None and info.size <= MOST_BYTES:
+                    handle.seek(info.offset_data)
+                    member = replace(member, content=handle.read(info.size))
+                yield member
         # Past the first one, tarfile takes a damaged header for the end.
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
@@ -166,13 +205,14 @@ def _groups(found: Iterator[_Member]) -> Iterator[list[_Member]]:
         raise failure
 
 
-def _sample(file: Path, prefix: str, mtime: int, group: list[_Member]) -> Iterator[Item]:
+def _sample(file: Path | RemoteFile, prefix: str, mtime: int, group: list[_Member]) -> Iterator[Item]:
     pictures = [member for member in group if member.kind in EXTENSIONS]
     said: dict[str, Value] = {}
     if pictures:
         for member in group:
             if member.kind in _SIDECARS and member.fault is None:
-                said |= _sidecar(member.kind, _bytes(file, member.offset, member.size))
+                content = member.content
+                said |= _sidecar(member.kind, _bytes(file, member.offset, member.size) if content is None else content)
     names = free_names(list(said))
     metadata = {names[key]: value for key, value in said.items()}
     for member in pictures:
@@ -180,7 +220,9 @@ def _sample(file: Path, prefix: str, mtime: int, group: list[_Member]) -> Iterat
         if member.fault is not None:
             yield broken_item(path, member.fault, metadata)
         else:
-            read = partial(_read_tar, file, member.offset, member.size, mtime)
+            read: Callable[[], PictureFile] = partial(_read_tar, file, member.offset, member.size, mtime)
+            if member.content is not None:
+                read = Held(member.content, mtime, read)
             yield Item(path, read, member.size, mtime, metadata)
 
 
@@ -200,13 +242,13 @@ def _sidecar(kind: str, content: bytes) -> dict[str, Value]:
     return {key: scalar(one) for key, one in value.items() if is_plain(one)}
 
 
-def _bytes(file: Path, offset: int, size: int) -> bytes:
-    with file.open("rb") as handle:
+def _bytes(file: Path | RemoteFile, offset: int, size: int) -> bytes:
+    with file.open() if isinstance(file, RemoteFile) else file.open("rb") as handle:
         handle.seek(offset)
-        return handle.read(size)
+        return bytes(handle.read(size))
 
 
-def _read_tar(file: Path, offset: int, size: int, mtime: int) -> PictureFile:
+def _read_tar(file: Path | RemoteFile, offset: int, size: int, mtime: int) -> PictureFile:
     """In any thread: each opens the file for itself, 15 microseconds beside the milliseconds of decoding."""
     if size > MOST_BYTES:
         raise PictureError(f"{size} bytes are too many for a picture")
@@ -220,8 +262,9 @@ def _read_tar(file: Path, offset: int, size: int, mtime: int) -> PictureFile:
 
 
 @lru_cache(maxsize=8)
-def _tar_names(file: Path, mtime: int) -> dict[str, _Member]:  # noqa: ARG001 (the time tells archives apart)
-    return {member.name: member for member in _tar_members(file) if member.kind in EXTENSIONS and not member.fault}
+def _tar_names(file: Path | RemoteFile, mtime: int) -> dict[str, _Member]:  # noqa: ARG001 (tells archives apart)
+    pictures = (one for one in _tar_members(file) if one.kind in EXTENSIONS and not one.fault)
+    return {one.name: replace(one, content=None) for one in pictures}
 
 
 def _zip_items(file: Path, prefix: str, mtime: int) -> Iterator[Item]:

@@ -14,6 +14,7 @@ from clipret.cli_options import (
     BUNDLE,
     FILE,
     GALLERY,
+    LOCATION,
     SHOWN,
     bundle_option,
     device_option,
@@ -78,23 +79,27 @@ def _open_encoder(bundle: Bundle, **options: Any) -> Encoder:
 
 @click.command(epilog="Example:  clipret-search index bundle/ list.csv gallery/ --where \"split = 'val'\"")
 @click.argument("bundle", type=BUNDLE)
-@click.argument("source", type=FILE)
+@click.argument("source", type=LOCATION)
 @click.argument("gallery", type=GALLERY)
 @image_column_option
 @image_root_option
 @where_list_option
 @click.option("--prune", is_flag=True, help="Also delete pictures that SOURCE no longer names.")
 @_encoding_options
+@click.option("--ray", metavar="auto|HOST:PORT", help="Spread the work over a Ray cluster; see above.")
+@click.option("--workers", type=click.IntRange(1), help="With --ray: encoders; default: one a GPU, or what fits.")
 @json_option
 def index(
     bundle: Path,
-    source: Path,
+    source: Path | str,
     gallery: Path,
     image_column: str | None,
     image_root: Path | None,
     where: str | None,
     prune: bool,
-    open_encoder: Callable[[Bundle], Encoder],
+    open_encoder: "partial[Encoder]",
+    ray: str | None,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     """Encode the pictures of SOURCE with BUNDLE into GALLERY.
@@ -106,6 +111,7 @@ def index(
       .tar shards (webdataset), as shards/{000..127}.tar or a folder of them; .json and .txt beside a picture are
         its metadata
       a .zip, or a .parquet with paths or with the pictures themselves
+      pictures, .tar or .parquet files of a store, as s3://bucket/shards/{000..999}.tar, gs://…, hdfs://…
 
     Run it again to add new and changed pictures, after an interruption too: what GALLERY holds already is not encoded
     twice, not even under another name. Pictures that cannot be read are skipped, counted, and named with the
@@ -113,12 +119,33 @@ def index(
 
     --fast-decode reads large JPEGs two to four times faster; pixels then differ a little from those that the model
     was trained on (benchmarks/README.md has the figures).
+
+    --ray auto spreads the work over the Ray cluster of this machine, or over this machine alone where there is none;
+    --ray HOST:PORT over another. Bundle and local sources lie at the same path on every machine of it; GALLERY is
+    written here. docs/cluster.md says more.
     """
-    encoder = open_encoder(Bundle.open(bundle))
+    if workers is not None and ray is None:
+        raise click.UsageError("--workers counts the encoders of a cluster: name it with --ray")
+    model = Bundle.open(bundle)
+
+    def target() -> Gallery:
+        exists = (gallery / "gallery.json").exists()
+        return Gallery.open(gallery) if exists else Gallery.create(gallery, model, opened.root)
+
+    if ray is None:
+        encoder = open_encoder(model)
+        opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
+        with target() as into:
+            _fill(into, opened, as_json, partial(index_pictures, into, encoder, opened, prune=prune), prune=prune)
+        return
+    from clipret.cluster import connect, index_on_cluster
+    from clipret.cluster_work import Settings
+
     opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
-    exists = (gallery / "gallery.json").exists()
-    with Gallery.open(gallery) if exists else Gallery.create(gallery, encoder.bundle, opened.root) as target:
-        _fill(target, encoder, opened, as_json, prune=prune)
+    settings = Settings(model.path.absolute(), model.fingerprint, **open_encoder.keywords)
+    with connect(ray, settings, workers) as pool, target() as into:
+        click.echo(f"{pool.workers} workers of {pool.settings.threads} threads", err=True)
+        _fill(into, opened, as_json, partial(index_on_cluster, into, pool, opened, prune=prune), prune=prune)
 
 
 @click.command(epilog="Example:  clipret-search add gallery/ more/ holiday.zip list.csv")
@@ -153,7 +180,8 @@ def add(
     with Gallery.open(gallery) as target:
         encoder = open_encoder(target.bundle(bundle))
         opened = [open_source(one, image_column=image_column, image_root=image_root, where=where) for one in sources]
-        _fill(target, encoder, _joined(opened), as_json)
+        joined = _joined(opened)
+        _fill(target, joined, as_json, partial(index_pictures, target, encoder, joined))
 
 
 def _joined(sources: Sequence[Source]) -> Source:
@@ -172,10 +200,11 @@ def _joined(sources: Sequence[Source]) -> Source:
     return Source(Path("/"), tuple(columns), sum(counts) if len(counts) == len(sources) else None, items)
 
 
-def _fill(target: Gallery, encoder: Encoder, source: Source, as_json: bool, *, prune: bool = False) -> None:
+def _fill(
+    target: Gallery, source: Source, as_json: bool, run: Callable[..., IndexReport], *, prune: bool = False
+) -> None:
     """Index into a gallery, and say what was done."""
-    shown = partial(progress, total=source.count, desc="index", unit="pictures")
-    report = index_pictures(target, encoder, source, shown, prune=prune)
+    report = run(partial(progress, total=source.count, desc="index", unit="pictures"))
     total = len(target)
     for path, reason in report.skipped[:SHOWN]:
         click.echo(printable(f"skipped {path}: {reason}"), err=True)

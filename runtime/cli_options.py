@@ -3,14 +3,26 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 
 from clipret.cli_shell import MarkedFolder, gallery_columns, list_columns
+from clipret.remote import is_remote
 
 FILE = click.Path(path_type=Path)
 GALLERY = MarkedFolder("gallery.json")
 BUNDLE = MarkedFolder("bundle.json")
+
+
+class _Location(click.Path):
+    """A path of this machine, or an address such as s3://bucket/key as it was given: a Path would lose a slash."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and is_remote(value) else super().convert(value, param, ctx)
+
+
+LOCATION = _Location(path_type=Path)
 SHOWN = 10  # skipped pictures that are named on the terminal
 
 

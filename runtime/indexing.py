@@ -18,10 +18,11 @@ from clipret.files import write_file
 from clipret.gallery import Gallery, Picture, Stored
 from clipret.images import PictureError
 from clipret.items import Item, Value
+from clipret.remote import is_remote
 from clipret.rows import StoredRows
 from clipret.sources import Source
 
-__all__ = ["IndexReport", "index_pictures"]
+__all__ = ["IndexReport", "Job", "Run", "index_pictures"]
 
 _SHARD_ROWS = 8192  # a commit each: what an interrupted run loses at most
 _LOOKUP = 64  # pictures looked up in the database at a time; those of a Parquet file hold their bytes meanwhile
@@ -71,7 +72,7 @@ class _Waiting:
 
 
 @dataclass(eq=False, slots=True)
-class _Job:
+class Job:
     """A picture on its way through the encoder; the decode thread that reads the file fills in the rest."""
 
     number: int
@@ -104,7 +105,7 @@ def index_pictures(
             f"{gallery.path} holds means with mirror images: index the gallery that it was made from, then mirror that"
         )
     began = time.perf_counter()
-    with gallery.writing(), _Run(gallery, source) as run:
+    with gallery.writing(), Run(gallery, source) as run:
         try:
             for batch in encoder.encode_images(run.jobs(progress(source)), run.read):
                 run.take(batch)
@@ -116,12 +117,16 @@ def index_pictures(
     return run.report
 
 
-class _Run:
-    """The state of one run: rows that wait for their commit, and what the source has named so far."""
+class Run:
+    """The state of one run: rows that wait for their commit, and what the source has named so far.
+
+    `changes` counts what was taken up, `kept` how much of that is committed.
+    """
 
     def __init__(self, gallery: Gallery, source: Source) -> None:
         self.gallery, self.source = gallery, source
         self.report = IndexReport()
+        self.changes = self.kept = 0
         self._rows = np.empty((_SHARD_ROWS, gallery.info.embedding_dim), np.float16)
         self._held: Stored | None = None
         root = self.gallery.info.root
@@ -137,7 +142,7 @@ class _Run:
         self._seen.execute("CREATE TABLE seen (path TEXT PRIMARY KEY) WITHOUT ROWID")
         self._seen.execute("BEGIN")
 
-    def __enter__(self) -> "_Run":
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,11 +150,11 @@ class _Run:
         with self._lock:
             self._twins.close()
 
-    def jobs(self, items: Iterable[Item]) -> Iterator[_Job]:
+    def jobs(self, items: Iterable[Item]) -> Iterator[Job]:
         """What is new or changed, each path once; all else is noted."""
         number = 0
         for chunk in _chunks(items):
-            named = [(self._stored(item), item) for item in chunk if self._usable(item)]
+            named = [(self.stored(item), item) for item in chunk if self._usable(item)]
             fresh = [(stored, item) for stored, item in named if self._first(stored)]
             known = self.gallery.database.by_path([stored for stored, _ in fresh])
             with_metadata = [known[stored][0] for stored, item in fresh if stored in known and item.metadata]
@@ -160,11 +165,12 @@ class _Run:
                     self.report.unchanged += 1
                     if _differs(item.metadata, metadata.get(held[0], {})):
                         self._updates[held[0]] = (held[1], item.metadata)
+                        self.changes += 1
                 else:
-                    yield _Job(number, item, stored, held)
+                    yield Job(number, item, stored, held)
                     number += 1
 
-    def read(self, job: _Job) -> bytes:
+    def read(self, job: Job) -> bytes:
         """The picture's bytes, in a decode thread. A PictureError where the gallery holds a row of the same bytes."""
         file = job.item.read()
         job.picture = Picture(job.stored, file.size, file.mtime_ns, file.digest)
@@ -177,7 +183,7 @@ class _Run:
             raise PictureError("the gallery holds its row")
         return file.content
 
-    def take(self, batch: EncodedBatch[_Job]) -> None:
+    def take(self, batch: EncodedBatch[Job]) -> None:
         """A batch of the encoder: its rows wait for their commit, in the order of the source."""
         rows = iter(batch.rows)
         made = [(job, next(rows)) for job in batch.items]
@@ -186,6 +192,7 @@ class _Run:
                 self.report.skipped.append((job.stored, reason))
             elif job.replaces is not None and job.twin == job.replaces[0]:  # touched: the record alone is new
                 self._updates[job.twin] = (_record(job), job.item.metadata)
+                self.changes += 1
                 self.report.unchanged += 1
             else:
                 made.append((job, self._row(job.twin)))
@@ -193,6 +200,7 @@ class _Run:
         for job, row in sorted(made, key=lambda one: one[0].number):
             self._rows[len(self._waiting)] = row
             self._waiting.append(_Waiting(_record(job), job.item.metadata, job.replaces is not None))
+            self.changes += 1
             if len(self._waiting) == len(self._rows):
                 self.commit()
 
@@ -215,6 +223,7 @@ class _Run:
         changed = sum(one.replaces for one in waiting)
         self.report.changed += changed
         self.report.added += len(waiting) - changed
+        self.kept = self.changes
         self.report.write_seconds += time.perf_counter() - began
 
     def finish(self, prune: bool) -> None:
@@ -237,7 +246,10 @@ class _Run:
             ]
             report.removed = self.gallery.remove(vanished)
 
-    def _stored(self, item: Item) -> str:
+    def stored(self, item: Item) -> str:
+        """The path under which the gallery keeps a picture of the source."""
+        if is_remote(item.path):
+            return item.path
         if self._same_root and not any(part in ("", ".", "..") for part in item.path.split("/")):
             return item.path
         return self.gallery.stored_path(self.source.root / item.path)
@@ -249,6 +261,14 @@ class _Run:
         # The database and every report are UTF-8; Python reads the bytes of such names as lone surrogates.
         self.report.skipped.append((item.path, "its name is not UTF-8: rename it"))
         return False
+
+    def leave(self, first: str, last: str) -> None:
+        """Note that the source names all pictures from `first` to before `last` as the gallery holds them."""
+        rows = self.gallery.database.query(
+            "SELECT path FROM rows WHERE deleted = 0 AND path >= ? AND path < ?", first, last
+        )
+        self._seen.executemany("INSERT OR IGNORE INTO seen VALUES (?)", rows)
+        self.report.unchanged += len(rows)
 
     def _named(self, stored: str) -> bool:
         return self._seen.execute("SELECT 1 FROM seen WHERE path = ?", (stored,)).fetchone() is not None
@@ -273,7 +293,7 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
     yield chunk
 
 
-def _record(job: _Job) -> Picture:
+def _record(job: Job) -> Picture:
     assert job.picture is not None  # the encoder gives back what was read
     return job.picture
 

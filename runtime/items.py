@@ -1,5 +1,6 @@
 """One picture of a source: its name, how to read it, what tells whether it has changed, what else is known of it."""
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -10,7 +11,19 @@ from pathlib import Path
 
 from clipret.images import PictureError, PictureFile, read_picture
 
-__all__ = ["RESERVED", "Item", "Value", "broken_item", "file_item", "free_names", "is_plain", "picture_file", "scalar"]
+__all__ = [
+    "RESERVED",
+    "Held",
+    "Item",
+    "Value",
+    "broken_item",
+    "file_item",
+    "free_names",
+    "is_plain",
+    "picture_file",
+    "scalar",
+    "without_bytes",
+]
 
 Value = str | int | float | None
 
@@ -24,7 +37,8 @@ class Item:
     `path`: relative to the source's root with /, or absolute. `read` gives its bytes, in any thread and as often as
     wanted, or raises PictureError. `size` in bytes and `mtime_ns` are known without reading, None where they cannot be
     had; a member of an archive has the archive's time. An item from a Parquet file of pictures holds their bytes
-    until it is dropped: take items as they come instead of listing them.
+    until it is dropped, and so does one from an archive in an object store: take items as they come instead of
+    listing them.
     """
 
     path: str
@@ -32,6 +46,23 @@ class Item:
     size: int | None
     mtime_ns: int | None
     metadata: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Reads a picture whose bytes came with the stream that named it; `later` reads them again."""
+
+    content: bytes
+    mtime_ns: int
+    later: Callable[[], PictureFile]
+
+    def __call__(self) -> PictureFile:
+        return picture_file(self.content, self.mtime_ns)
+
+
+def without_bytes(item: Item) -> Item:
+    """The same item for a list of many: its bytes are read when they are wanted."""
+    return dataclasses.replace(item, read=item.read.later) if isinstance(item.read, Held) else item
 
 
 def file_item(root: Path, name: str, metadata: Mapping[str, Value] | None = None) -> Item:

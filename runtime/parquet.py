@@ -1,6 +1,6 @@
 """Parquet files of pictures: a column of paths, or of the pictures' bytes; streamed in batches of rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from clipret.errors import ClipretError, require
 from clipret.images import PictureError, PictureFile
 from clipret.items import Item, Value, broken_item, file_item, free_names, picture_file, scalar
+from clipret.remote import RemoteFile, is_remote, remote_item
 from clipret.tables import Table, pick_column
 
 __all__ = ["PictureTable", "read_row"]
@@ -25,7 +26,7 @@ class PictureTable:
     (after the items before that place), or no column holds pictures.
     """
 
-    def __init__(self, path: Path, root: Path, image_column: str | None = None) -> None:
+    def __init__(self, path: Path | RemoteFile, root: Path, image_column: str | None = None) -> None:
         self.path, self.root = path, root
         file = _open(path)
         self._column, self._usual = _image_column(path, file.schema_arrow, image_column)
@@ -36,17 +37,39 @@ class PictureTable:
         # Of paths some may be named twice, which only reading them would tell.
         self.count: int | None = file.metadata.num_rows if self._holds_bytes else None
 
-    def items(self) -> Iterator[Item]:
-        """A path that comes again is left out."""
+    @property
+    def prefix(self) -> str:
+        """What the names of pictures begin with that the file itself holds; a row's number, of nine digits, follows."""
+        path, root = self.path, self.root
+        if isinstance(path, RemoteFile):
+            prefix = path.uri
+        else:
+            prefix = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.absolute().as_posix()
+        # With the column, where `read_row` would not find it otherwise.
+        return prefix if self._usual else f"{prefix}/{self._column}"
+
+    def groups(self) -> list[tuple[int, int, int]]:
+        """The file's groups of rows, where it holds the pictures: number, first row, one past the last."""
+        if not self._holds_bytes:
+            return []
+        facts, found, start = _open(self.path).metadata, [], 0
+        for number in range(facts.num_row_groups):
+            rows = facts.row_group(number).num_rows
+            found.append((number, start, start + rows))
+            start += rows
+        return found
+
+    def items(self, group: int | None = None, first: int = 0) -> Iterator[Item]:
+        """All pictures, or those of one group of rows, whose first is row `first`. A path that comes again is left
+        out."""
         arrow = require("pyarrow", "parquet")
         seen: set[str] = set()
-        path, root = self.path, self.root
-        prefix = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.absolute().as_posix()
-        if not self._usual:
-            prefix += f"/{self._column}"  # so that `read_row` finds the column again
-        mtime, number = path.stat().st_mtime_ns, 0
+        path, prefix, number = self.path, self.prefix, first
+        groups: Sequence[int] | None = None if group is None else [group]
         try:
-            batches = _open(path).iter_batches(_ROWS, columns=[self._column, *self._names], use_threads=False)
+            mtime = _mtime(path)
+            columns = [self._column, *self._names]
+            batches = _open(path).iter_batches(_ROWS, row_groups=groups, columns=columns, use_threads=False)
             for batch in batches:
                 for row in batch.to_pylist():
                     metadata = {new: scalar(row[old]) for old, new in self._names.items()}
@@ -66,12 +89,18 @@ class PictureTable:
         if content is not None:
             return Item(name, partial(picture_file, content, mtime), len(content), mtime, metadata)
         file = image.get("path") if isinstance(image, dict) else image
+        if isinstance(file, str) and is_remote(file):
+            return remote_item(file, metadata)
         if isinstance(file, str) and file:
             return file_item(self.root, file, metadata)
         return broken_item(name, "its row holds no picture", metadata)
 
 
-def read_row(path: Path, name: str, mtime_ns: int) -> PictureFile:
+def _mtime(path: Path | RemoteFile) -> int:
+    return path.modified()[1] if isinstance(path, RemoteFile) else path.stat().st_mtime_ns
+
+
+def read_row(path: Path | RemoteFile, name: str, mtime_ns: int) -> PictureFile:
     """The picture in one row again, by the name that its item had. Raises PictureError where there is no such row."""
     column, _, number = name.rpartition("/")
     try:
@@ -89,20 +118,22 @@ def read_row(path: Path, name: str, mtime_ns: int) -> PictureFile:
     raise PictureError(f"{path} has no row {name}")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path | RemoteFile) -> Any:
     arrow, parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     try:
+        if isinstance(path, RemoteFile):
+            return parquet.ParquetFile(path.open(), pre_buffer=True)
         return parquet.ParquetFile(path, memory_map=True)
     except (OSError, arrow.ArrowException) as error:
         raise ClipretError(f"{path} cannot be read ({error}): give a Parquet file") from None
 
 
-def _image_column(path: Path, schema: Any, given: str | None) -> tuple[str, bool]:
+def _image_column(path: Path | RemoteFile, schema: Any, given: str | None) -> tuple[str, bool]:
     """The column of pictures, and whether it would be found without its name."""
     found = [field.name for field in schema if _holds_bytes(field.type)]
     if given is None and len(found) == 1:
         return str(found[0]), True
-    name = pick_column(Table(path, tuple(schema.names), []), given, "image")
+    name = pick_column(Table(Path(str(path)), tuple(schema.names), []), given, "image")
     kind = schema.field(name).type
     types = require("pyarrow", "parquet").types
     if not (_holds_bytes(kind) or types.is_string(kind) or types.is_large_string(kind)):

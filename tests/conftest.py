@@ -1,5 +1,8 @@
-"""Fixtures for all rooms: the tiny bundle, coloured pictures, the real data where it lies beside the checkout."""
+"""Fixtures for all rooms: the tiny bundle, coloured pictures, a store of objects, the real data where it lies beside
+the checkout."""
 
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +40,32 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def upload() -> Iterator[Callable[[str, Path], None]]:
+    """upload(bucket, folder) puts every file below a folder into a bucket of a real S3 server on this machine, which
+    clipret finds by the variables that are set meanwhile."""
+    server_module = pytest.importorskip("moto.server", reason="needs moto")
+    fs = pytest.importorskip("pyarrow.fs", reason="needs the extra parquet")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+
+    def put(bucket: str, folder: Path) -> None:
+        store = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
+        store.create_dir(bucket)
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                with store.open_output_stream(f"{bucket}/{file.relative_to(folder).as_posix()}") as stream:
+                    stream.write(file.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield put
+    server.stop()
