@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEAN := .venv-lean
-EVERYTHING := .[cpu,openvino,tensorrt-rtx,parquet,faiss,ray,milvus,serve,train,export,dev]
+EVERYTHING := .[cpu,openvino,nvjpeg,tensorrt-rtx,parquet,faiss,ray,milvus,serve,train,export,dev]
 UV := $(shell command -v uv 2>/dev/null)
 # $(call install,VENV,PACKAGES)
 ifdef UV

@@ -42,6 +42,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 _ENCODING = (
     click.option("--fast-decode", is_flag=True, help="Let JPEGs be shrunk while they are decoded; see above."),
     click.option(
+        "--decode",
+        type=click.Choice(("pillow", "gpu")),
+        default="pillow",
+        show_default=True,
+        help="gpu: JPEGs by nvImageCodec; see docs/gpu.md.",
+    ),
+    click.option("--cuda-graphs", is_flag=True, help="Record the engine's work on a GPU; see docs/gpu.md."),
+    click.option(
         "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pictures an engine call."
     ),
     click.option(
@@ -64,6 +72,8 @@ def _encoding_options(function: F) -> F:
     @functools.wraps(function)
     def call(*arguments: Any, **given: Any) -> Any:
         options = {name: given.pop(name) for name in names}
+        asked = {"decode": given.pop("decode"), "cuda_graphs": given.pop("cuda_graphs")}
+        options |= {name: value for name, value in asked.items() if value not in ("pillow", False)}
         return function(*arguments, open_encoder=partial(_open_encoder, **options), **given)
 
     for option in reversed(_ENCODING):

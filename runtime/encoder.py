@@ -14,7 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipret.bundle import Bundle
-from clipret.images import PictureFile, load
+from clipret.errors import ClipretError
+from clipret.gpu_decode import GpuDecoder
+from clipret.images import PictureFile, load, read_picture
 from clipret.items import Item
 from clipret.pipeline import Batch, Decoding
 from clipret.processor import cpu_count
@@ -71,8 +73,8 @@ class Encoder:
 
     `device`: "auto", "cpu", "cuda", "cuda:N", or several with commas between them, which share the pictures of one
     stream. `engine`: see `open_tower`. `threads`: decode threads and engine threads, default the processors there are.
-    `fast_decode`: see `images.load`. `cuda_graphs`: see `OnnxTower`. `picture_timeout`: seconds after which a picture
-    is skipped.
+    `fast_decode`: see `images.load`. `decode`: "gpu" has JPEGs decoded by nvImageCodec, see `GpuDecoder`.
+    `cuda_graphs`: see `OnnxTower`. `picture_timeout`: seconds after which a picture is skipped.
     Raises ClipretError as `open_tower` does.
     """
 
@@ -87,7 +89,10 @@ class Encoder:
         fast_decode: bool = False,
         picture_timeout: float = 60.0,
         cuda_graphs: bool = False,
+        decode: Literal["pillow", "gpu"] = "pillow",
     ) -> None:
+        if fast_decode and decode == "gpu":
+            raise ClipretError("a JPEG is decoded either fast by Pillow or by nvImageCodec: leave one of the two out")
         self.bundle = bundle
         self.device = device
         self.engine: EngineChoice = engine
@@ -96,6 +101,7 @@ class Encoder:
         self.fast_decode = fast_decode
         self.picture_timeout = picture_timeout
         self.cuda_graphs = cuda_graphs
+        self.decode = decode
         self.stats = EncodeStats()
 
     @cached_property
@@ -156,7 +162,7 @@ class Encoder:
         """
         stats = self.stats = EncodeStats()
         began = time.perf_counter()
-        turns = self._turns()
+        turns, _ = self._turns(), self.gpu_decoder  # opened here, not by all threads at once
         decoding = Decoding(
             items,
             lambda item: self._decode(item if read is None else read(item)),
@@ -182,12 +188,20 @@ class Encoder:
         most = max(tower.lanes for tower in self.image_towers)
         return [tower for turn in range(most) for tower in self.image_towers if turn < tower.lanes]
 
+    @cached_property
+    def gpu_decoder(self) -> GpuDecoder | None:
+        return GpuDecoder(self.devices[0]) if self.decode == "gpu" else None
+
     def _decode(self, source: Any) -> Pixels:
         if isinstance(source, Item):
             source = source.read()
         if isinstance(source, PictureFile):
             source = source.content
         spec = self.bundle.manifest.image
+        if self.gpu_decoder is not None and isinstance(source, Path):
+            source = read_picture(source).content
+        if self.gpu_decoder is not None and isinstance(source, bytes):
+            return self.gpu_decoder.load(source, spec)
         return load(source, spec, fast=True) if self.fast_decode else load(source, spec)
 
 
