@@ -2,15 +2,20 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
+import shlex
 import shutil
 import sqlite3
+import subprocess
+import sys
 import typing
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -19,7 +24,9 @@ import clipret
 from clipret import Bundle, Encoder, Gallery, Searcher
 from clipret.bundle import FileEntry, ImageSpec, Manifest, TextSpec
 from clipret.cli import main
+from clipret.export.cli import main as export
 from clipret.gallery import GalleryInfo
+from clipret.training.cli import main as train
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -44,11 +51,18 @@ def workplace(tiny_bundle: Path, colour_folder: Path, tmp_path: Path, monkeypatc
     """What the pages speak of: a bundle, pictures, lists, texts, in the working folder."""
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     files = [file.relative_to(tmp_path) for file in sorted(colour_folder.rglob("*.*"))]
-    lines = [f"{file},{file.parent.name} car,{'AB'[at % 2]}3,{2 * at}" for at, file in enumerate(files)]
-    (tmp_path / "list.csv").write_text("\n".join(["path,title,camera,hour", *lines]) + "\n")
-    (tmp_path / "captions.csv").write_text("\n".join(["path,title,camera,hour", *lines]) + "\n")
+    head = "path,title,camera,hour,color"
+    lines = [
+        f"{file},{file.parent.name} car,{'AB'[at % 2]}3,{2 * at},{file.parent.name}" for at, file in enumerate(files)
+    ]
+    (tmp_path / "list.csv").write_text("\n".join([head, *lines]) + "\n")
+    gaps = [line.rpartition(",")[0] + "," if at % 3 == 2 else line for at, line in enumerate(lines)]
+    (tmp_path / "captions.csv").write_text("\n".join([head, *gaps]) + "\n")
+    (tmp_path / "queries.csv").write_text("title,color\na red car,red\nsomething blue,blue\n")
     (tmp_path / "texts.txt").write_text("a red car\ngrey\n红色\n")
     (tmp_path / "training-titles.txt").write_text("red\nblue car\nblack\nwhite\n")
+    (tmp_path / "vocabulary.json").write_text(json.dumps({"slots": {"color": ["red", "green", "blue", "grey"]}}))
+    (tmp_path / "rules.toml").write_text(blocks(DOCS / "query.md", "toml")[0])
     shutil.copytree(colour_folder / "red", tmp_path / "more")
     shutil.copy(colour_folder / "blue" / "0.jpg", tmp_path / "car.jpg")
     with zipfile.ZipFile(tmp_path / "holiday.zip", "w") as file:
@@ -130,3 +144,100 @@ def test_the_gallery_page_names_every_key_table_and_column() -> None:
         assert re.findall(r"^\| `(\w+)` \| (\w+) \|", table, re.MULTILINE) == fields
     listed = column(DOCS / "gallery.md", "# The gallery")
     assert {re.sub(r"\d{6}", "000001", file.name) for file in Path("gallery").iterdir()} <= set(listed)
+
+
+def commands(file: Path, *kinds: str) -> Iterator[tuple[list[str], str | None]]:
+    """The words of each command of ours that a page shows, and the file that it writes to with >."""
+    for kind in kinds:
+        for block in blocks(file, kind):
+            for line in re.sub(r"\\\n\s*", "", block).splitlines():
+                if words := re.match(r"(?:\$ )?(?:.* --no-python )?(clipret-(?:search|train|export)\b.*)", line):
+                    split = shlex.split(words[1], comments=True)
+                    into = split.index(">") if ">" in split else len(split)
+                    yield split[:into], split[into + 1] if into < len(split) else None
+
+
+GROUPS = {"clipret-search": main, "clipret-train": train, "clipret-export": export}
+
+
+@pytest.mark.parametrize("file", ENGLISH, ids=lambda file: file.name)
+def test_every_command_that_a_page_shows_can_be_given(file: Path) -> None:
+    """Its options and arguments are those that the command takes."""
+    for words, _ in commands(file, "sh", "console"):
+        if "…" in words:
+            words.remove("…")
+        command: click.Command = GROUPS[words[0]]
+        context, rest = click.Context(command, info_name=words[0], **command.context_settings), words[1:]
+        while isinstance(command, click.Group) and rest:
+            if words[0] == "clipret-export" and rest[0] not in command.commands:
+                rest = ["export", *rest]  # what that command does by itself
+            name, *rest = rest
+            found = command.get_command(context, name)
+            assert found is not None, words
+            command = found
+            context = click.Context(command, info_name=name, parent=context)
+        try:
+            command.make_parser(context).parse_args(list(rest))
+        except click.UsageError as error:
+            pytest.fail(f"{file.name}: {shlex.join(words)}: {error.format_message()}")
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("page", ["install.md", "galleries.md", "query.md", "answers.md"])
+def test_the_commands_of_a_guide_run(page: str) -> None:
+    for words, into in commands(DOCS / page, "sh"):
+        if "rows.parquet" in words and not importlib.util.find_spec("pyarrow"):
+            continue
+        result = CliRunner().invoke(main, words[1:], prog_name=words[0])
+        assert result.exit_code == 0, (words, result.stderr)
+        if into is not None:
+            Path(into).write_text(result.stdout, encoding="utf-8")
+
+
+def test_every_command_has_a_guide() -> None:
+    """The index leads from each command to a heading of its own, and to its options."""
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    for group in GROUPS.values():
+        for name, command, _ in reference().commands(group):
+            if isinstance(command, click.Group):
+                continue
+            link = r"\[[^]]*\]\(([\w./-]+)#([\w-]+)\)"
+            row = re.search(rf"^\| `{name}` \| {link} \| {link} \|", index, re.MULTILINE)
+            assert row, f"docs/README.md has no line for {name}"
+            for page, anchor in ((row[1], row[2]), (row[3], row[4])):
+                assert anchor in anchors(DOCS / page), (page, anchor)
+
+
+def anchors(file: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", ENGLISH, ids=lambda file: file.name)
+def test_links_lead_somewhere(file: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        place = file.parent / name if name else file
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
+
+
+def reference() -> Any:
+    """docs/make_reference.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_commands_say(tmp_path: Path) -> None:
+    """In a process of its own: click keeps a help option from whoever asks for it first."""
+    subprocess.run([sys.executable, DOCS / "make_reference.py", tmp_path], check=True)
+    made, held = (
+        {file.name: file.read_text("utf-8") for file in one.iterdir()} for one in (tmp_path, DOCS / "reference")
+    )
+    assert held == made, "run  python docs/make_reference.py"
