@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from clipret import Bundle, Encoder, Gallery, Part, Query, Searcher
+from clipret.cli import main
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from clipret.serve_limits import Limits
@@ -254,9 +256,9 @@ def test_a_gallery_that_changes_while_64_clients_search(serving: Callable[..., A
 
 
 def test_additions_and_deletions_while_64_clients_search(
-    serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path
+    serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path, tmp_path: Path
 ) -> None:
-    """By the service itself: all pictures of a request appear at once, or none, and a deleted one goes everywhere."""
+    """By `clipret-search add` and by the service in turn: all pictures of an addition appear at once, or none."""
     client = serving(listed_gallery, token="secret", limits=Limits(reload=0.02))
     files = [(colour_folder / colour / "0.jpg").read_bytes() for colour in ("red", "green", "blue")]
     ended = threading.Event()
@@ -280,14 +282,29 @@ def test_additions_and_deletions_while_64_clients_search(
         answers = [pool.submit(ask, number) for number in range(64)]
         try:
             for number in range(8):
-                uploads = [
-                    content + bytes([number]) for content in files
-                ]  # what comes after a JPEG's end is no picture
-                reply = client.upload(
-                    "/galleries/gallery/add", uploads, {"metadata": json.dumps({"added": number})}, **TOKEN
-                )
-                assert reply.status == 200, reply.body
-                assert [one["new"] for one in reply.json["pictures"]] == [True] * 3
+                new = [content + bytes([number]) for content in files]  # what comes after a JPEG's end is no picture
+                if number % 2:
+                    metadata = {"metadata": json.dumps({"added": number})}
+                    reply = client.upload("/galleries/gallery/add", new, metadata, **TOKEN)
+                    assert reply.status == 200, reply.body
+                    assert [one["new"] for one in reply.json["pictures"]] == [True] * 3
+                else:
+                    lines = ["path,added"]
+                    for at, content in enumerate(new):
+                        (tmp_path / f"{number}-{at}.jpg").write_bytes(content)
+                        lines.append(f"{number}-{at}.jpg,{number}")
+                    (tmp_path / "new.csv").write_text("\n".join(lines) + "\n")
+                    command = [
+                        "add",
+                        str(listed_gallery),
+                        str(tmp_path / "new.csv"),
+                        "--device",
+                        "cpu",
+                        "--threads",
+                        "1",
+                    ]
+                    result = CliRunner().invoke(main, command)
+                    assert result.exit_code == 0, result.output
                 gone = client.ask("DELETE", f"/galleries/gallery/pictures/{number + 1}", headers=TOKEN)
                 assert gone.status == 200, gone.body
         finally:
