@@ -23,7 +23,8 @@ from clipret.cli_options import (
 )
 from clipret.cli_rerank import open_reranker, prompts_option, read_texts, rerank_options
 from clipret.cli_shell import gallery_columns
-from clipret.console import show_table
+from clipret.cli_show import hits_table, seen, show_option, way
+from clipret.console import headed, show_table
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
 from clipret.evaluation import (
@@ -63,6 +64,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @click.option("--min-score", type=float, callback=finite, help="Only pictures with at least this score.")
 @rerank_options
 @click.option("--html", type=FILE, help="Also write a page with the pictures.")
+@show_option
 @json_option
 @bundle_option
 @device_option
@@ -84,6 +86,7 @@ def query(
     rerank: Rerank,
     reference: Path | None,
     html: Path | None,
+    show: str,
     as_json: bool,
     bundle: Path | None,
     device: str,
@@ -99,6 +102,9 @@ def query(
     night"); without, each --picture is a query. --minus takes something away from every query:
         clipret-search query gallery/ "a red truck" --minus "a fire engine"
         clipret-search query gallery/ --picture car.jpg --where "camera = 'A3' and hour < 6"
+
+    In a terminal that shows pictures (kitty, Ghostty, WezTerm, iTerm2, foot, mintty and others) they stand above the
+    table, and in most others a path is a link to its file; --show none leaves that out.
     """
     if texts_file is not None:
         texts = (*texts, *read_texts(texts_file))
@@ -125,11 +131,13 @@ def query(
         if as_json:
             print_json([{"query": name, "hits": _as_dicts(searcher, hits)} for name, hits in results])
             return
+    how = way(show)
     for number, (name, hits) in enumerate(results):
         if len(results) > 1:
-            click.echo(("\n" if number else "") + printable(name))
-        rows = [(str(hit.rank), f"{hit.score:.4f}", printable(hit.path)) for hit in hits]
-        click.echo(show_table(("rank", "score", "path"), rows))
+            click.echo(("\n" if number else "") + click.style(printable(name), bold=True))
+        if drawn := seen(hits, how):
+            click.echo(drawn)
+        click.echo(hits_table(hits, how))
 
 
 def _queries(
@@ -274,7 +282,7 @@ def eval_command(
     if as_json:
         print_json({**report, "missing_pictures": truth.missing, "queries_left_out": truth.unanswerable})
         return
-    click.echo(show_table(("metric", "value"), facts))
+    click.echo(headed(show_table(("metric", "value"), facts)))
 
 
 def open_searcher(

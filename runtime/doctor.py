@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from clipret.codes import mean, quantise
 from clipret.device import has_device
 from clipret.engines import NAMES, Library, TensorRTTower, error_log, gpu_count, load_library
-from clipret.errors import ClipretError
+from clipret.errors import ClipretError, require
 from clipret.onnx_graph import Node, Value, model
 from clipret.processor import cpu_count, int8_saturates
 from clipret.ranker import Ranker, snap
@@ -218,8 +219,7 @@ def _probe_onnxruntime(path: Path) -> tuple[State, str]:
 
 
 def _probe_openvino(path: Path) -> tuple[State, str]:
-    import openvino
-
+    openvino = require("openvino", "openvino")
     _checked(OpenVinoTower(path, 1, bf16=False), 1e-5)
     native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if native:
@@ -288,6 +288,9 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
                     ranked += k
         return ranked
 
+    def on_device(device: str) -> int:
+        return compare(Ranker(shards, live, codes, device=device), 48)
+
     plain = Ranker(shards, live)
     forms["float32, streamed"] = lambda: compare(plain, 48)
     forms["a few rows, all in float64"] = lambda: compare(plain, 48, few)
@@ -300,7 +303,7 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
         forms["8-bit codes, resident, 16 queries"] = lambda: compare(Ranker(shards, live, codes, resident=True), 16)
     for gpu in range(gpu_count()):
         if has_device(device := f"cuda:{gpu}"):
-            forms[f"half precision on {device}"] = lambda it=device: compare(Ranker(shards, live, codes, device=it), 48)
+            forms[f"half precision on {device}"] = partial(on_device, device)
     for name, check in forms.items():
         try:
             yield Finding(name, "works", f"{check():,} ranks equal the brute force")

@@ -99,11 +99,11 @@ def scores_of(searcher: Searcher, result: Evaluation, *, most: int = _PAIRS, see
     right, wrong = (_values(searcher, result, _drawn(some, most, rng), count) for some in (keys, other))
     both = np.concatenate([right, wrong])
     edges = np.linspace(both.min(), both.max() + 1e-9, _BINS + 1)
-    counts = [np.histogram(some, edges)[0].tolist() for some in (right, wrong)]
+    of_right, of_wrong = (np.histogram(some, edges)[0].tolist() for some in (right, wrong))
     ordered = np.sort(wrong)
     below = np.searchsorted(ordered, right, "left") + np.searchsorted(ordered, right, "right")
     above = float(below.mean() / 2 / len(wrong)) if len(wrong) else 1.0
-    return Scores(edges.tolist(), *counts, above, drawn)
+    return Scores(edges.tolist(), of_right, of_wrong, above, drawn)
 
 
 def _drawn(keys: Ids, most: int, rng: np.random.Generator) -> Ids:

@@ -3,6 +3,8 @@
 import contextlib
 import http.client
 import json
+import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,6 +68,36 @@ class Client:
         parts += [head + picture for picture in pictures]
         body = b"".join(b"--limit\r\n" + part + b"\r\n" for part in parts) + b"--limit--\r\n"
         return self.ask("POST", path, body, {"Content-Type": "multipart/form-data; boundary=limit", **headers})
+
+
+@pytest.fixture
+def run_command() -> Callable[..., bytes]:
+    """run_command(COMMAND, NAME=value, …): what a command writes to a pipe."""
+
+    def run(command: list[str], **environment: str) -> bytes:
+        return subprocess.run(command, capture_output=True, check=True, env=os.environ | environment).stdout
+
+    return run
+
+
+@pytest.fixture
+def on_terminal() -> Callable[..., bytes]:
+    """on_terminal(COMMAND, NAME=value, …): what a command writes to a terminal."""
+    import pty  # not on every system
+
+    def run(command: list[str], **environment: str) -> bytes:
+        ours, its = pty.openpty()
+        with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=os.environ | environment):
+            os.close(its)
+            written = bytearray()
+            # Linux has an error for it that nobody holds the other end any more.
+            with contextlib.suppress(OSError):
+                while some := os.read(ours, 1 << 16):
+                    written += some
+            os.close(ours)
+        return bytes(written)
+
+    return run
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """What holds for every command of clipret-search: --json, exit statuses, colours; and `add`."""
 
 import json
-import os
-import pty
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,9 @@ def test_exit_statuses(gallery: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_colours_go_to_terminals_and_not_against_no_color(gallery: Path, tmp_path: Path) -> None:
+def test_colours_go_to_terminals_and_not_against_no_color(
+    gallery: Path, tmp_path: Path, on_terminal: Callable[..., bytes]
+) -> None:
     command = [sys.executable, "-m", "clipret.cli", "info", str(gallery)]
     plain = subprocess.run(command, capture_output=True, check=True).stdout
     assert b"\033" not in plain
@@ -91,23 +92,6 @@ def test_colours_go_to_terminals_and_not_against_no_color(gallery: Path, tmp_pat
     assert quiet.replace(b"\r\n", b"\n") == plain
     assert b"\033[31m\033[1mclipret-search\033[0m: " in on_terminal([*command[:-1], str(tmp_path)], NO_COLOR="")
     assert b"\033" not in on_terminal([*command[:-1], str(tmp_path)], NO_COLOR="1")
-
-
-def on_terminal(command: list[str], **environment: str) -> bytes:
-    """What a command writes to a terminal."""
-    ours, its = pty.openpty()
-    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=os.environ | environment)
-    os.close(its)
-    written = bytearray()
-    try:
-        while some := os.read(ours, 1 << 16):
-            written += some
-    except OSError:  # Linux's way to say that nobody holds the other end any more
-        pass
-    finally:
-        os.close(ours)
-        process.wait()
-    return bytes(written)
 
 
 def test_add_keeps_what_its_sources_do_not_name(gallery: Path, colour_folder: Path, tmp_path: Path) -> None:
