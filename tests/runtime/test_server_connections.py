@@ -183,3 +183,31 @@ def test_answers_do_not_wait_for_acknowledgements(serving: Callable[..., Any], l
         [held] = client.server.server_state.connections
         accepted = held.transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_idle_connections_give_way(serving: Callable[..., Any], listed_gallery: Path) -> None:
+    """Those that have been answered and keep their connection, as browsers do."""
+    client = serving(listed_gallery, limits=Limits(connections=20))
+    with contextlib.ExitStack() as stack:
+        held = []
+        for _ in range(40):
+            one = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+            stack.callback(one.close)
+            one.request("GET", "/healthz")
+            assert one.getresponse().read() == b'{"status":"ok"}'
+            held.append(one)
+        held[-1].request("GET", "/healthz")  # the newest are still there
+        assert held[-1].getresponse().status == 200
+        assert held[0].sock.recv(1) == b""
+
+
+def test_requests_behind_one_another(serving: Callable[..., Any], listed_gallery: Path) -> None:
+    """Sent at once on one connection, and answered in their order."""
+    client = serving(listed_gallery, limits=SMALL)
+    get = b"GET /search?q=red&k=%d HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", client.port), timeout=60) as connection:
+        connection.sendall(b"".join(get % k for k in (1, 2, 3)))
+        answer = b""
+        while answer.count(b'"rank":') < 6:
+            answer += connection.recv(65536)
+    assert [part.count(b'"rank":') for part in answer.split(b"HTTP/1.1 200")[1:]] == [1, 2, 3]
