@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from clipret.cli_shell import MarkedFolder, gallery_columns, list_columns
+from clipret.milvus import is_milvus
 from clipret.remote import is_remote
 
 FILE = click.Path(path_type=Path)
@@ -22,7 +23,15 @@ class _Location(click.Path):
         return value if isinstance(value, str) and is_remote(value) else super().convert(value, param, ctx)
 
 
+class _Searched(MarkedFolder):
+    """A gallery, or milvus+URI as it was given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_milvus(value) else super().convert(value, param, ctx)
+
+
 LOCATION = _Location(path_type=Path)
+SEARCHED = _Searched("gallery.json")
 SHOWN = 10  # skipped pictures that are named on the terminal
 
 

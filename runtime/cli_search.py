@@ -7,7 +7,7 @@ import click
 
 from clipret.cli_options import (
     FILE,
-    GALLERY,
+    SEARCHED,
     bundle_option,
     device_option,
     engine_option,
@@ -28,6 +28,7 @@ from clipret.console import headed, show_table
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, printable
 from clipret.evaluation import (
+    GroundTruth,
     evaluate_search,
     measure,
     measure_lists,
@@ -48,7 +49,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 
 
 @click.command(epilog='Example:  clipret-search query gallery/ "a red sedan" "一辆红色的轿车" -k 20 --html found.html')
-@click.argument("gallery", type=GALLERY)
+@click.argument("gallery", type=SEARCHED)
 @click.argument("texts", nargs=-1)
 @click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with titles.")
 @click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
@@ -71,7 +72,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @engine_option
 @threads_option
 def query(
-    gallery: Path,
+    gallery: Path | str,
     texts: tuple[str, ...],
     texts_file: Path | None,
     pictures: tuple[Path, ...],
@@ -126,7 +127,9 @@ def query(
         results = list(zip(names, found, strict=True))
         if html is not None:
             sections = [Section(name, [_card(hit) for hit in hits]) for name, hits in results]
-            write_page(html, title=f"clipret: {gallery.name}", facts=_gallery_facts(searcher), sections=sections)
+            write_page(
+                html, title=f"clipret: {searcher.gallery.path.name}", facts=_gallery_facts(searcher), sections=sections
+            )
             click.echo(f"page: {html.absolute()}", err=True)
         if as_json:
             print_json([{"query": name, "hits": _as_dicts(searcher, hits)} for name, hits in results])
@@ -156,7 +159,7 @@ def _queries(
 @click.command(
     "eval", epilog="Example:  clipret-search eval gallery/ captions.tsv --where \"split = 'val' and lang = 'en'\""
 )
-@click.argument("gallery", type=GALLERY)
+@click.argument("gallery", type=SEARCHED)
 @click.argument("queries", type=FILE)
 @title_column_option
 @image_column_option
@@ -184,6 +187,11 @@ def _queries(
     help="mAP, mAP@K, recall@K, challenge: these in place of the usual.",
 )
 @click.option("--results", type=FILE, help="Measure this result file, of merge or query --json, not a ranking of now.")
+@click.option(
+    "--against",
+    metavar="exact|GALLERY",
+    help="Of milvus+URI: what its index finds of the exact ranking; exact: of the gallery that was exported.",
+)
 @prompts_option
 @rerank_options
 @click.option("--html", type=FILE, help="Also write a page: charts, the worst queries, a sample of the others.")
@@ -194,7 +202,7 @@ def _queries(
 @engine_option
 @threads_option
 def eval_command(
-    gallery: Path,
+    gallery: Path | str,
     queries: Path,
     title_column: str | None,
     image_column: str | None,
@@ -204,6 +212,7 @@ def eval_command(
     includes: tuple[str, ...],
     metrics: tuple[str, ...],
     results: Path | None,
+    against: str | None,
     prompts: Prompts,
     rerank: Rerank,
     reference: Path | None,
@@ -243,6 +252,13 @@ def eval_command(
         chosen = [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
     searcher = open_searcher(gallery, bundle, device, engine, threads, prompts.forms)
     with searcher.gallery:
+        if against is not None:
+            _show_agreement(searcher, against, queries, title_column, as_json)
+            return
+        if isinstance(gallery, str):
+            if equal or includes or html is not None or rerank.steps:
+                raise ClipretError("--equal, --includes, --html and re-ranking look at every picture: use the gallery")
+            chosen = chosen or [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
         if equal or includes:
             truth = read_attribute_truth(
                 searcher, queries, equal=equal, includes=includes, title_column=title_column, where=where
@@ -259,7 +275,9 @@ def eval_command(
         evaluated = evaluate_search(searcher, truth) if html is not None or not chosen else None
         if chosen:
             find = open_reranker(searcher, rerank, reference).rank if rerank.steps else None
-            if results is None:
+            if isinstance(gallery, str) and results is None:
+                values = measure_lists(truth, _listed(searcher, truth, chosen), chosen, gallery)
+            elif results is None:
                 values = measure(searcher, truth, chosen, find)
             else:
                 listed = {text: found.paths for text, found in read_results(results).items()}
@@ -286,16 +304,55 @@ def eval_command(
 
 
 def open_searcher(
-    gallery: Path,
+    gallery: Path | str,
     bundle: Path | None,
     device: str,
     engine: EngineChoice,
     threads: int | None,
     templates: Sequence[str] | Callable[[str], Sequence[str]] = ("{}",),
 ) -> Searcher:
+    if isinstance(gallery, str):
+        from clipret.milvus_search import MilvusSearcher, open_milvus
+
+        there = open_milvus(gallery)
+        if there.changing:
+            click.echo(f"{there.address} is being changed, or an export was broken off: run that again", err=True)
+        encoder = Encoder(there.bundle(bundle), device=device, engine=engine, threads=threads)
+        return MilvusSearcher(there, encoder, templates=templates)
     opened = Gallery.open(gallery)
     encoder = Encoder(opened.bundle(bundle), device=device, engine=engine, threads=threads)
     return Searcher(opened, encoder, templates=templates)
+
+
+def _show_agreement(searcher: Searcher, against: str, queries: Path, title_column: str | None, as_json: bool) -> None:
+    """eval milvus+URI QUERIES --against: what the index finds of the exact ranking."""
+    from clipret.milvus_search import MilvusSearcher, agreement
+
+    if not isinstance(searcher, MilvusSearcher):
+        raise ClipretError("--against compares a Milvus collection with a gallery: name it as milvus+URI")
+    place = searcher.there.source if against == "exact" else Path(against)
+    texts = list(dict.fromkeys(read_texts(queries, title_column)))
+    with Gallery.open(place) as gallery:
+        found = agreement(searcher, Searcher(gallery, searcher.encoder, templates=searcher.templates), texts)
+    rate, exact_rate = found.queries / found.seconds, found.queries / found.exact_seconds
+    if as_json:
+        report = {f"recall@{k} of exact": value for k, value in found.recall.items()}
+        rates = {"queries_per_second": round(rate, 1), "exact_queries_per_second": round(exact_rate, 1)}
+        print_json({"queries": found.queries, "index": searcher.there.collection.index(), **report, **rates})
+        return
+    facts = [("queries", f"{found.queries}"), ("index", searcher.there.collection.index())]
+    facts += [(f"recall@{k} of exact", f"{100 * value:.2f}%") for k, value in found.recall.items()]
+    facts += [("queries a second", f"{rate:.1f}"), ("exact, queries a second", f"{exact_rate:.1f}")]
+    click.echo(headed(show_table(("against exact", "value"), facts)))
+
+
+def _listed(searcher: Searcher, truth: GroundTruth, metrics: Sequence[Metric]) -> dict[str, list[str]]:
+    """What each text of a truth finds, as far as the metrics look."""
+    if any(metric.k is None for metric in metrics):
+        raise ClipretError("a metric without @K ranks every picture, which Milvus does not: write it with @K")
+    texts = list(truth.relevant)
+    found = searcher.search(texts, max(metric.k or 1 for metric in metrics))
+    return {text: [hit.path for hit in hits] for text, hits in zip(texts, found, strict=True)}
 
 
 def _gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:

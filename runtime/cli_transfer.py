@@ -1,10 +1,11 @@
 """clipret-search export and import: embeddings for other tools, and from them."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -14,15 +15,33 @@ from clipret.console import progress
 from clipret.embeddings import BLOCK, open_embeddings
 from clipret.errors import ClipretError, printable
 from clipret.gallery import Gallery
-from clipret.transfer import ImportReport, export_gallery, import_embeddings
+from clipret.transfer import ImportReport, Kind, export_gallery, import_embeddings
 
 
 @click.command("export", epilog="Example:  clipret-search export gallery/ embeddings.parquet --where \"camera = 'A3'\"")
 @click.argument("gallery", type=GALLERY)
-@click.argument("target", type=FILE)
+@click.argument("target")
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["parquet", "npy", "faiss", "milvus"]),
+    help="What TARGET is; default: what it ends in says it.",
+)
 @where_option
+@click.option("--index", metavar="TYPE", help="Of milvus: FLAT (exact, the default), IVF_FLAT, HNSW, GPU_CAGRA, …")
+@click.option("--index-param", "parameters", metavar="NAME=N", multiple=True, help="Of its index: nlist=1024, M=16, …")
+@click.option("--overwrite", is_flag=True, help="Let milvus TARGET hold GALLERY where it holds another one.")
 @json_option
-def export_command(gallery: Path, target: Path, where: str | None, as_json: bool) -> None:
+def export_command(
+    gallery: Path,
+    target: str,
+    kind: str | None,
+    where: str | None,
+    index: str | None,
+    parameters: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Write the embeddings of GALLERY to TARGET, for other tools.
 
     \b
@@ -33,13 +52,52 @@ def export_command(gallery: Path, target: Path, where: str | None, as_json: bool
 
     Every row keeps its bits: clipret-search import makes the same gallery of a .parquet or .npy again. --where is an
     SQL expression over the gallery's columns, such as  camera = 'A3' and hour < 6.  A TARGET that exists is replaced.
+
+    \b
+    With --to milvus TARGET is http://HOST:19530#COLLECTION, or a .db file for Milvus Lite on this machine:
+        clipret-search export gallery/ pictures.db --to milvus --index HNSW
+        clipret-search query milvus+pictures.db "a red truck"
+    Exported again, only what is new, changed or deleted is sent. docs/milvus.md says more.
     """
+    shown = partial(progress, desc="export", unit="blocks")
+    if kind != "milvus":
+        if index or parameters or overwrite:
+            raise click.UsageError("--index, --index-param and --overwrite are for --to milvus")
+        file = Path(target)
+        with Gallery.open(gallery) as opened:
+            rows = export_gallery(opened, file, kind=cast("Kind | None", kind), where=where, progress=shown)
+        if as_json:
+            print_json({"target": str(file.absolute()), "embeddings": rows})
+        else:
+            click.echo(f"{file.absolute()}: {rows} embeddings")
+        return
+    from clipret.milvus import Address
+    from clipret.milvus_export import export_to_milvus
+
+    address = Address.parse(target)
+    if address.search:
+        raise click.UsageError(f"what follows ? in {target} is for searches: leave it out here")
     with Gallery.open(gallery) as opened:
-        rows = export_gallery(opened, target, where=where, progress=partial(progress, desc="export", unit="blocks"))
+        report = export_to_milvus(
+            opened,
+            address,
+            where=where,
+            index=index,
+            parameters=dict(map(_parameter, parameters)),
+            take_over=overwrite,
+            progress=shown,
+        )
     if as_json:
-        print_json({"target": str(target.absolute()), "embeddings": rows})
+        print_json({"target": str(address), **asdict(report)})
     else:
-        click.echo(f"{target.absolute()}: {rows} embeddings")
+        click.echo(f"{address}: {report.total} pictures ({report.sent} sent, {report.deleted} deleted)")
+
+
+def _parameter(given: str) -> tuple[str, int]:
+    name, _, value = given.partition("=")
+    if not name.isidentifier() or not value.isdecimal():
+        raise click.UsageError(f"{given!r} is no NAME=N, such as nlist=1024")
+    return name, int(value)
 
 
 @click.command("import", epilog="Example:  clipret-search import bundle/ embeddings.npy gallery/ --paths pictures.csv")
