@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from clipret.cli_options import FILE, device_option, engine_option, threads_option
+from clipret.cli_options import BUNDLE, FILE, GALLERY, device_option, engine_option, threads_option
 from clipret.cli_rerank import prompts_option, read_texts, rerank_options
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, require
@@ -22,7 +22,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 @click.command("serve", epilog="Example:  clipret-search serve gallery/ --port 8000")
-@click.argument("galleries", type=FILE, nargs=-1, required=True, metavar="GALLERY...")
+@click.argument("galleries", type=GALLERY, nargs=-1, required=True, metavar="GALLERY...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all there are.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--allow-host", "hosts", metavar="NAME", multiple=True, help="A name that this machine is asked by.")
@@ -33,7 +33,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 @click.option("--max-upload", type=click.IntRange(1), default=32, show_default=True, help="MiB of a request.")
 @click.option("--timeout", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds of a request.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Queries answered at once.")
-@click.option("--bundle", "bundles", type=FILE, multiple=True, help="Of each GALLERY, where it is not where it was.")
+@click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="Of each GALLERY, where it is not where it was.")
 @device_option
 @engine_option
 @threads_option

@@ -150,7 +150,7 @@ def check_engines(names: tuple[str, ...] = tuple(_ENGINES)) -> Iterator[Finding]
         if importlib.util.find_spec(name) is None:
             yield Finding(name, "absent", f"pip install 'clipret[{_ENGINES[name]}]'")
             continue
-        command = [sys.executable, "-m", "clipret.doctor", name]
+        command = [sys.executable, "-P", "-m", "clipret.doctor", name]  # -P: not what happens to lie in this folder
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
         except subprocess.TimeoutExpired:

@@ -27,9 +27,10 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another place or free it") from None
+    finally:  # after Ctrl-C too
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another place or free it") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -63,6 +63,18 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
         pass
 
 
+def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "a", "old")
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "a", "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "old")]
+
+
 def test_an_error_is_one_line_whatever_is_in_it() -> None:
     @click.group("tool", cls=DefaultGroup)
     def tool() -> None: ...
