@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from clipret.cli_options import BUNDLE, FILE, GALLERY, device_option, engine_option, threads_option
+from clipret.cli_options import BUNDLE, FILE, SEARCHED, device_option, engine_option, threads_option
 from clipret.cli_rerank import prompts_option, read_texts, rerank_options
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, require
-from clipret.gallery import Gallery
 from clipret.prompts import Prompts
 from clipret.rerank import Rerank
 from clipret.serve_limits import MIB, Limits
@@ -22,7 +21,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 @click.command("serve", epilog="Example:  clipret-search serve gallery/ --port 8000")
-@click.argument("galleries", type=GALLERY, nargs=-1, required=True, metavar="GALLERY...")
+@click.argument("galleries", type=SEARCHED, nargs=-1, required=True, metavar="GALLERY...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all there are.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--allow-host", "hosts", metavar="NAME", multiple=True, help="A name that this machine is asked by.")
@@ -38,7 +37,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 @engine_option
 @threads_option
 def serve_command(
-    galleries: tuple[Path, ...],
+    galleries: tuple[Path | str, ...],
     host: str,
     port: int,
     hosts: tuple[str, ...],
@@ -72,6 +71,7 @@ def serve_command(
     require("fastapi", "serve")
     require("uvicorn", "serve")
     require("python_multipart", "serve")
+    from clipret.serve_milvus import open_served
     from clipret.serve_state import Manner
     from clipret.server import open_service, serve
 
@@ -82,9 +82,9 @@ def serve_command(
     if bundles and len(bundles) != len(galleries):
         raise click.UsageError(f"{len(bundles)} times --bundle for {len(galleries)} galleries: give one for each")
     encoders = dict[str, Encoder]()
-    opened = list[tuple[Path, Encoder]]()
+    opened = list[tuple[Path | str, Encoder]]()
     for number, path in enumerate(galleries):
-        with Gallery.open(path) as gallery:
+        with open_served(path) as gallery:
             bundle = gallery.bundle(bundles[number] if bundles else None)
         encoder = encoders.setdefault(
             bundle.fingerprint, Encoder(bundle, device=device, engine=engine, threads=threads)

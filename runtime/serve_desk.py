@@ -23,6 +23,7 @@ from clipret.items import Value, free_names, picture_file
 from clipret.search import Part, Query, Searcher
 from clipret.serve_batch import Batcher
 from clipret.serve_limits import ConflictError, Limits, NotFoundError, RequestError
+from clipret.serve_milvus import open_served, state_of, watch_of
 from clipret.serve_state import Manner, State, Watch
 
 __all__ = ["FORMATS", "Answer", "Ask", "Content", "Desk", "Found", "Threads"]
@@ -102,7 +103,7 @@ class Desk:
     """
 
     name: str
-    path: Path
+    path: Path | str  # a folder, or milvus+URI
     encoder: Encoder
     limits: Limits
     threads: Threads
@@ -115,8 +116,8 @@ class Desk:
     _reference: Floats | None = None
 
     def __post_init__(self) -> None:
-        self._watch = Watch(self.path)
-        self._embedder = Searcher(Gallery.open(self.path), self.encoder, templates=self.manner.templates)
+        self._watch = watch_of(self.path)
+        self._embedder = Searcher(open_served(self.path), self.encoder, templates=self.manner.templates)
         self._refreshing = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
         self.batcher = Batcher[Ask, Answer](
@@ -176,7 +177,7 @@ class Desk:
         if not self._watch.changed():
             return
         try:
-            self._state = State(self.path, self.reloads + 1, self.encoder, self.manner.rerank, self._reference)
+            self._state = state_of(self.path, self.reloads + 1, self.encoder, self.manner.rerank, self._reference)
         except BaseException:
             self._watch.close()  # what was not read is still news
             raise
@@ -223,7 +224,8 @@ class Desk:
     def shown_path(self, picture: Picture) -> str:
         """The stored path; of a picture that `add` brought without where the gallery lies."""
         file = Path(picture.path)
-        return file.relative_to(self.path).as_posix() if file.is_relative_to(self.path) else picture.path
+        below = isinstance(self.path, Path) and file.is_relative_to(self.path)
+        return file.relative_to(self.path).as_posix() if below else picture.path
 
     def answer(self, asks: list[Ask]) -> list[Answer | Exception]:
         """Embed everything at once, rank what belongs together at once. In the engine's thread."""
@@ -246,8 +248,7 @@ class Desk:
         first = asks[group[0][0]]
         state, mask = first.state, first.mask
         if first.exclude:
-            unwanted = np.isin(state.ids, np.fromiter(first.exclude, np.int64))
-            mask = ~unwanted if mask is None else mask & ~unwanted
+            mask = state.without(mask, first.exclude)
         together = np.concatenate([rows for _, rows in group])
         scores, positions = state.rank(together, max(asks[at].k for at, _ in group), mask, first.min_score)
         known = state.known(state.ids[np.unique(positions[positions >= 0])].tolist())
@@ -332,6 +333,8 @@ class Desk:
     def _writing(self) -> Iterator[Gallery]:
         """The gallery, with its one lock for writers; what it cannot do is told without its place on disk."""
         try:
+            if isinstance(self.path, str):
+                raise ClipretError(f"{self.name} is changed by clipret-search export: change its gallery, then export")
             with Gallery.open(self.path) as gallery, gallery.writing():
                 yield gallery
         except ClipretError as error:

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -151,6 +151,11 @@ class State:
         if self._reranker is not None:
             return self._reranker.rank(rows, k, among=mask)
         return self._ranker.rank(rows, k, among=mask, min_score=min_score)
+
+    def without(self, mask: Mask | None, exclude: Collection[int]) -> Mask:
+        """The mask without these pictures."""
+        wanted = ~np.isin(self.ids, np.fromiter(exclude, np.int64, len(exclude)))
+        return wanted if mask is None else mask & wanted
 
     def known(self, ids: Sequence[int]) -> dict[int, tuple[Picture, dict[str, Value]]]:
         """Record and metadata of each of these pictures, by its id."""

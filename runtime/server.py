@@ -13,6 +13,7 @@ import uvicorn
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError
 from clipret.gallery import Gallery
+from clipret.milvus import Address
 from clipret.processor import cpu_count
 from clipret.serve_app import Service, create_app
 from clipret.serve_desk import Desk, Threads
@@ -29,7 +30,7 @@ _FILES = 256  # that the process needs besides its connections
 
 @contextlib.contextmanager
 def open_service(
-    galleries: Sequence[tuple[Path, Encoder]],
+    galleries: Sequence[tuple[Path | str, Encoder]],
     *,
     limits: Limits | None = None,
     token: str | None = None,
@@ -38,8 +39,9 @@ def open_service(
 ) -> Iterator[Service]:
     """Galleries ready to be searched, each with the encoder of its bundle. Raises ClipretError.
 
-    A gallery goes by the name of its folder, with a number where two are called the same. `token`: what changes to
-    galleries need, None where there shall be none; `hosts`: see `Guard`; `manner`: of every search.
+    A gallery goes by the name of its folder, or of the collection that milvus+URI names; with a number where two are
+    called the same. `token`: what changes to galleries need, None where there shall be none; `hosts`: see `Guard`;
+    `manner`: of every search.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -52,8 +54,9 @@ def open_service(
         threads = Threads(pool(1, "engine"), pool(decoders, "pictures"), pool(4, "filters"), pool(1, "files"))
         desks = dict[str, Desk]()
         for path, encoder in galleries:
-            folder = Gallery.open(path).path
-            names = (folder.name if number == 1 else f"{folder.name}-{number}" for number in range(1, 1 << 30))
+            folder = path if isinstance(path, str) else Gallery.open(path).path
+            called = Address.parse(folder).name if isinstance(folder, str) else folder.name
+            names = (called if number == 1 else f"{called}-{number}" for number in range(1, 1 << 30))
             name = next(name for name in names if name not in desks)
 
             def note(size: int, name: str = name) -> None:

@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,3 +320,28 @@ def test_a_file_that_another_process_has_open(gallery: Gallery, address: Address
     with open_milvus(str(address)):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another process may have the file open" in done.stderr
+
+
+def test_a_service_of_a_collection(listed_gallery: Path, serving: Callable[..., Any], tmp_path: Path) -> None:
+    """It answers as the service of the gallery does, pictures and filters included."""
+    target = str(tmp_path / "served.db")
+    with Gallery.open(listed_gallery) as gallery:
+        export_to_milvus(gallery, Address.parse(f"{target}#colours"))
+    client = serving(listed_gallery, f"milvus+{target}#colours", token="secret")
+    for asked in (
+        {"q": "red", "k": 5},
+        {"q": "green", "minus": "red", "k": 3, "where": "colour <> 'blue' and number < 2"},
+        {"like": 4, "k": 3},
+        {"like": 4, "k": 12, "min_score": 0.5},
+    ):
+        here, there = (client.get("/search", gallery=name, **asked) for name in ("gallery", "colours"))
+        assert here.status == there.status == 200, there.body
+        assert there.json["pictures"] == 12
+        for mine, its in zip(here.json["results"][0]["hits"], there.json["results"][0]["hits"], strict=True):
+            assert {**mine, "picture": "", "thumbnail": ""} == {**its, "picture": "", "thumbnail": ""}
+    picture = there.json["results"][0]["hits"][0]["picture"]
+    assert client.ask("GET", "/" + picture).body == client.ask("GET", "/" + picture.replace("colours", "gallery")).body
+    assert "no function lower" in client.get("/search", gallery="colours", q="red", where="lower(colour) = 'x'").error
+    assert client.get("/pictures/99", gallery="colours").status == 404
+    removed = client.ask("DELETE", "/galleries/colours/pictures/1", headers={"Authorization": "Bearer secret"})
+    assert "change its gallery, then export" in removed.error
