@@ -6,10 +6,6 @@ Everything runs on one core and is measured in CPU time; what is compared runs i
 Weights are random, for none can be downloaded here: the speed is that of the real ones. Bundles of ViT-B-32 in three
 precisions are made in the folder `work` and kept there; int8 takes its ranges from the pictures.
 
-- towers: batches of 8 beside eager open_clip, and as a share of the float32 peak: the fastest 2048 x 2048 product that
-  numpy, torch or onnxruntime makes in the same rounds (none of them is the fastest on every processor).
-  Multiplications are those that the tower computes (the last block for the pooled token only), so that the share says
-  how well the machine is used, while open_clip computes 7 % more.
 - folder: JPEG files to rows, decoding included. The peers are installed packages or left out: sentence-transformers
   on a random CLIPModel of the same shape, and rclip's own indexing code with its model replaced by the same ViT-B-32.
 - memory: peak resident size of `clipret-search index` on 2,000 and 20,000 pictures with a small model.
@@ -35,33 +31,29 @@ os.environ.pop("OPENBLAS_CORETYPE", None)  # a kernel for another processor woul
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
-import numpy as np
 import torch
 from machine import keep
 
 from clipret import Bundle, Encoder
 from clipret.images import load
-from clipret.onnx_graph import Node, Value, model
-from clipret.rows import session
-from clipret.towers import open_tower
 
 NAME = "ViT-B-32"
-BATCH = 8
 PRECISIONS = {"fp32": "onnxruntime", "fp32 openvino": "openvino", "bf16": "openvino", "int8": "openvino"}
 PRECISIONS |= {"int8 onnxruntime": "onnxruntime"}
-PARTS = ("towers", "folder", "memory", "texts")
+PARTS = ("folder", "memory", "texts")
 
 
-def bundles(work: Path, data: Path) -> dict[str, Bundle]:
-    """ViT-B-32 in three precisions, exported where that has not happened."""
+def bundles(work: Path, data: Path, precisions: Sequence[str] = ("fp32", "bf16", "int8")) -> dict[str, Bundle]:
+    """ViT-B-32 in several precisions, exported where that has not happened."""
     made = {}
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in precisions:
         folder = work / f"{NAME}-{precision}"
         if not folder.exists():
             option = [] if precision == "fp32" else [f"--{precision}"]
             if precision == "int8":
                 option += ["--calibration-data", str(data / "captions.tsv"), "--image-root", str(data / "images")]
-                option += ["--calibration-where", "rowid % 500 = 1"]
+                every = max(1, len((data / "captions.tsv").read_bytes().splitlines()) // 80)
+                option += ["--calibration-where", f"rowid % {every} = 0"]
             subprocess.run(["clipret-export", NAME, str(folder), *option], check=True, stdout=subprocess.DEVNULL)
         made[precision] = Bundle.open(folder)
     return made
@@ -80,14 +72,6 @@ def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def multiplications(width: int = 768, layers: int = 12, patch: int = 32, tokens: int = 50, dim: int = 512) -> int:
-    """Of a picture in ViT-B-32's image tower, where the last block computes keys and values only but for one token."""
-    patches = (tokens - 1) * 3 * patch**2 * width
-    block = tokens * 12 * width**2 + 2 * tokens**2 * width
-    last = tokens * 2 * width**2 + 10 * width**2 + 2 * tokens * width
-    return patches + (layers - 1) * block + last + width * dim
-
-
 def eager() -> tuple[Any, Any]:
     """open_clip's model and its transform, as its README has them."""
     import open_clip
@@ -96,54 +80,6 @@ def eager() -> tuple[Any, Any]:
     torch.manual_seed(0)
     model, _, transform = open_clip.create_model_and_transforms(NAME)
     return model.eval(), transform
-
-
-def products() -> dict[str, Callable[[], object]]:
-    """2048 x 2048 x 2048 in float32, by every library there is."""
-    square = np.random.default_rng(0).standard_normal((2048, 2048), dtype=np.float32)
-    tensor, side = torch.from_numpy(square), ("n", 2048)
-    graph = model(
-        [Node("MatMul", ["x", "square"], ["y"])],
-        [Value("x", "float32", side)],
-        [Value("y", "float32", side)],
-        {"square": square},
-    )
-    runner = session(graph, 1)
-    return {
-        "numpy": lambda: square @ square,
-        "torch": lambda: tensor @ tensor,
-        "onnxruntime": lambda: runner.run(None, {"x": square}),
-    }
-
-
-def towers(made: dict[str, Bundle], pictures: Sequence[Path], rounds: int) -> dict[str, Any]:
-    model, _ = eager()
-    spec = made["fp32"].manifest.image
-    batch = np.stack([load(path, spec) for path in pictures[:BATCH]])
-    pixels = torch.randn(BATCH, 3, 224, 224)
-    opened = {
-        name: open_tower(made[name.split()[0]], "image", "cpu", 1, engine)  # type: ignore[arg-type]
-        for name, engine in PRECISIONS.items()
-    }
-    rows = {name: tower.run(batch) for name, tower in opened.items()}
-
-    def open_clip() -> None:
-        with torch.inference_mode():
-            model.encode_image(pixels, normalize=True)
-
-    runs: dict[str, Callable[[], object]] = {"open_clip": open_clip}
-    runs |= {name: lambda at=tower: at.run(batch) for name, tower in opened.items()}
-    squares = products()
-    seconds = in_turn(runs | squares, rounds)
-    peak = 2 * 2048**3 / min(seconds.pop(name) for name in squares)
-    work = 2 * multiplications() * BATCH
-    result: dict[str, Any] = {"batch": BATCH, "peak_gflops": round(peak / 1e9, 1)}
-    for name, taken in seconds.items():
-        result[name] = {"ms_a_picture": round(1000 * taken / BATCH, 2), "ratio": round(seconds["open_clip"] / taken, 2)}
-        if name in rows:
-            result[name]["share_of_fp32_peak"] = round(work / taken / peak, 3)
-            result[name]["min_cosine_to_fp32"] = round(float((rows[name] * rows["fp32"]).sum(axis=1).min()), 6)
-    return result
 
 
 def open_clip_loop() -> Callable[[Sequence[Path]], object]:
@@ -378,7 +314,6 @@ def main() -> None:
     captions = [line.split("\t")[3] for line in lines[:2000:5]]
     made = bundles(arguments.work, arguments.data)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "towers": lambda: towers(made, pictures, 2 * arguments.rounds + 1),
         "folder": lambda: folder(made, pictures, arguments.rounds, arguments.work),
         "memory": lambda: memory(pictures, arguments.work),
         "texts": lambda: texts(made, captions, arguments.rounds),

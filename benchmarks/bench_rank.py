@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from clipret.scan import _CODE_ROWS, _query_session
 SHARD = 8192
 K = 10
 BATCHES = (1, 16, 256)
+PEER_ROWS = 1_000_000  # numpy and torch hold all scores at once: a gigabyte for 256 queries
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -102,6 +104,21 @@ def brute_force(shards: list[np.ndarray], queries: np.ndarray) -> np.ndarray:
             scores[at], places[at] = score[best], place[best]
         start += len(shard)
     return places
+
+
+def peers(shards: list[np.ndarray]) -> dict[str, Callable[[np.ndarray], Any]]:
+    """The two lines that one writes first, over rows in float32."""
+    rows = np.concatenate([shard.astype(np.float32) for shard in shards])
+    found: dict[str, Callable[[np.ndarray], Any]] = {
+        "numpy": lambda queries: np.argpartition(queries @ rows.T, -K, axis=1)[:, -K:]
+    }
+    if find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(1)
+        tensor = torch.from_numpy(rows)
+        found["torch"] = lambda queries: torch.topk(torch.from_numpy(queries) @ tensor.T, K)
+    return found
 
 
 def limits(codes: list[Codes], dim: int) -> tuple[float, float]:
@@ -199,6 +216,7 @@ def compare(folder: Path, kind: str, rows: int, dim: int, rounds: int, exact: bo
     resident = Ranker(shards, None, codes, threads=1, resident=True)
     result: dict[str, Any] = {"rows": rows, "pack_seconds": round(time.process_time() - start, 2)}
     streamed = Ranker(shards, None, codes, threads=1)
+    others = peers(shards) if rows <= PEER_ROWS else {}
     for batch in BATCHES:
         asked = queries[:batch]
         single = asked.astype(np.float32)
@@ -207,6 +225,7 @@ def compare(folder: Path, kind: str, rows: int, dim: int, rounds: int, exact: bo
                 "clipret": lambda asked=asked: resident.rank(asked, K),  # type: ignore[misc]
                 "faiss flat": lambda single=single: flat.search(single, K),  # type: ignore[misc]
                 "clipret streamed": lambda asked=asked: streamed.rank(asked, K),  # type: ignore[misc]
+                **{name: lambda run=run, single=single: run(single) for name, run in others.items()},  # type: ignore[misc]
             },
             rounds,
         )

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("CLIPRET_RESULTS") or Path(__file__).parent / "results")  # the suite keeps its own
 
 
 def describe() -> dict[str, Any]:
@@ -28,6 +28,6 @@ def describe() -> dict[str, Any]:
 def keep(name: str, result: dict[str, Any]) -> None:
     """Write results/NAME.json and print the same as the last line, as JSON."""
     result = {"benchmark": name, **describe(), **result}
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(result, ensure_ascii=False))
