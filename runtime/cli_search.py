@@ -39,7 +39,6 @@ from clipret.gallery import Gallery
 from clipret.metrics import Metric, Metrics
 from clipret.page import Card, Section, write_page
 from clipret.prompts import Prompts
-from clipret.report import write_report
 from clipret.rerank import Rerank
 from clipret.results import read_results
 from clipret.search import Hit, Part, Query, Searcher
@@ -288,6 +287,8 @@ def eval_command(
             assert evaluated is not None
             facts, report = _facts(evaluated.metrics), evaluated.metrics.to_dict()
         if html is not None and evaluated is not None:
+            from clipret.report import write_report  # no other command needs it, and it needs numpy.random
+
             title = f"clipret: evaluation of {searcher.gallery.path.name}"
             every = [*facts, *_gallery_facts(searcher)]
             write_report(html, searcher, evaluated, facts=every, title=title, queries=html_queries)

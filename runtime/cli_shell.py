@@ -4,11 +4,14 @@ import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
 
 from clipret.errors import ClipretError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["MarkedFolder", "completion", "gallery_columns", "list_columns"]
 
@@ -27,7 +30,9 @@ class MarkedFolder(click.Path):
         ctx: click.Context,  # noqa: ARG002 (click names both by keyword)
         param: click.Parameter,  # noqa: ARG002
         incomplete: str,
-    ) -> list[CompletionItem]:
+    ) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
         before, slash, start = incomplete.rpartition("/")
         try:
             names = sorted(
@@ -42,7 +47,7 @@ class MarkedFolder(click.Path):
         return [CompletionItem(incomplete, type="dir")]
 
 
-def gallery_columns(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def gallery_columns(context: click.Context, _parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """The columns of the gallery that was named before, for the last word of an expression."""
     from clipret.gallery import Gallery
     from clipret.items import RESERVED
@@ -54,7 +59,7 @@ def gallery_columns(context: click.Context, _parameter: click.Parameter, incompl
         return []
 
 
-def list_columns(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def list_columns(context: click.Context, _parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """The columns of the list that was named before."""
     given = _given(context)
     named = next((given[name] for name in ("queries", "source", "captions", "texts") if name in given), None)
@@ -69,7 +74,9 @@ def _given(context: click.Context) -> dict[str, str]:
     }
 
 
-def _offered(columns: Iterable[str], incomplete: str) -> list[CompletionItem]:
+def _offered(columns: Iterable[str], incomplete: str) -> "list[CompletionItem]":
+    from click.shell_completion import CompletionItem
+
     before, space, start = incomplete.rpartition(" ")
     return [CompletionItem(f"{before}{space}{column}") for column in columns if column.startswith(start)]
 
@@ -103,6 +110,8 @@ def completion(context: click.Context, shell: str) -> None:
 
     For one session of bash:  eval "$(clipret-search completion bash)"
     """
+    from click.shell_completion import get_completion_class
+
     kind = get_completion_class(shell)
     assert kind is not None  # click has these three
     made = kind(context.find_root().command, {}, "clipret-search", "_CLIPRET_SEARCH_COMPLETE")

@@ -13,7 +13,6 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
-from clipret import charts
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.images import PictureError, jpeg, thumbnail
@@ -72,19 +71,20 @@ def write_page(
     sections: Sequence[Section],
     footer: str = FOOTER,
     above: str = "",
+    style: str = "",
 ) -> None:
     """Write the page, whole or not at all.
 
-    `facts` are the headline figures, name and value; `above` is HTML that stands above the queries. Pictures are
-    embedded as thumbnails and link to their files, relative to the page. Raises ClipretError when the page's folder
-    does not exist or cannot be written.
+    `facts` are the headline figures, name and value; `above` is HTML that stands above the queries, `style` its style
+    sheet. Pictures are embedded as thumbnails and link to their files, relative to the page. Raises ClipretError when
+    the page's folder does not exist or cannot be written.
     """
     if not out.parent.is_dir():  # before all those pictures are decoded
         raise ClipretError(f"{out.parent} is not a folder: make it first, or write the page somewhere else")
     # A search for many queries finds some pictures again and again.
     preview = functools.cache(functools.partial(_preview, folder=out.parent.absolute()))
     page = PAGE.substitute(
-        style=STYLE + (charts.STYLE if above else ""),
+        style=STYLE + style,
         title=escape(title),
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts),
         navigation=_navigation(sections) if len(sections) >= NAVIGATION_FROM else "",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipret.charts import charts, curve, histogram, matrix, shares
+from clipret.charts import STYLE, charts, curve, histogram, matrix, shares
 from clipret.evaluation import Evaluation, as_text, names
 from clipret.metrics import average_precision
 from clipret.page import Card, Section, write_page
@@ -204,6 +204,7 @@ def write_report(
         facts=facts,
         sections=sections,
         above=charts(_charts(searcher, result)) + f'<p class="shown">{shown}</p>',
+        style=STYLE,
     )
 
 
