@@ -7,6 +7,7 @@ from clipret.cli_complete import complete
 from clipret.cli_doctor import doctor
 from clipret.cli_gallery import add, compact, index, info, remove
 from clipret.cli_mirror import mirror
+from clipret.cli_plan import plan_command
 from clipret.cli_search import eval_command, query
 from clipret.cli_serve import serve_command
 from clipret.cli_shell import completion
@@ -46,6 +47,7 @@ for command in (
     export_command,
     import_command,
     serve_command,
+    plan_command,
     doctor,
     completion,
 ):
