@@ -5,8 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEAN := .venv-lean
+BENCH := .venv-bench
+GPU := .venv-gpu
+PEERS := sentence-transformers opencv-python-headless braceexpand webdataset pandas
 EVERYTHING := .[cpu,openvino,nvjpeg,tensorrt-rtx,parquet,faiss,ray,milvus,serve,train,export,dev]
 UV := $(shell command -v uv 2>/dev/null)
+comma := ,
 # $(call install,VENV,PACKAGES)
 ifdef UV
 install = $(UV) pip install --quiet --python $(1)/bin/python -c constraints.txt $(2)
@@ -14,7 +18,7 @@ else
 install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2)
 endif
 
-.PHONY: demo test test-lean lint types bench clean help
+.PHONY: demo test test-lean lint types bench bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -28,6 +32,7 @@ test: $(VENV)/.full test-lean  ## Run all tests; the runtime's also from a wheel
 	$(BIN)/python -m pytest tests/export
 	$(BIN)/python -m pytest tests/runtime
 	$(BIN)/python -m pytest tests/training
+	$(BIN)/python -m pytest tests/benchmarks
 
 test-lean: $(LEAN)/.wheel
 	@! $(LEAN)/bin/python -c 'import torch' 2>/dev/null || { echo 'the lean venv has torch'; exit 1; }
@@ -43,12 +48,15 @@ types: $(VENV)/.full  ## Check types.
 	ln -s $(CURDIR)/runtime/* $(CURDIR)/export $(CURDIR)/training build/types/clipret/
 	$(BIN)/mypy
 
-bench: $(VENV)/.full  ## Measure what needs no data from outside: the demo, the cold query.
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench_demo.py demo
-	$(BIN)/python benchmarks/bench_query.py --bundle demo/bundle
+# In venvs of their own: peers bring packages that nothing else here needs, and a GPU another onnxruntime.
+bench: $(BENCH)/.peers  ## Ask every question of benchmarks/; goes on where it was cut off. QUESTIONS="--quick" for minutes.
+	$(BENCH)/bin/python benchmarks/suite.py bench-work $(QUESTIONS)
+
+bench-gpu: $(GPU)/.wheels  ## All that waits for an NVIDIA GPU, in eight minutes. GPU_PEERS="torch open_clip_torch" beside it.
+	$(GPU)/bin/python benchmarks/bench_gpu.py bench-gpu-work $(QUESTIONS)
 
 clean:  ## Remove what make has made.
-	rm -rf $(VENV) $(LEAN) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEAN) $(BENCH) $(GPU) bench-work bench-gpu-work build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -62,4 +70,14 @@ $(LEAN)/.wheel: $(VENV)/.full $(wildcard runtime/*) pyproject.toml
 	rm -rf dist build/lib && $(BIN)/python -m build --quiet --outdir dist
 	$(PYTHON) -m venv --clear $(LEAN)
 	$(call install,$(LEAN),"$$(ls $(CURDIR)/dist/*.whl)[cpu]" pytest hypothesis)
+	touch $@
+
+$(BENCH)/.peers: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(BENCH)
+	$(call install,$(BENCH),-e '.[cpu$(comma)openvino$(comma)faiss$(comma)serve$(comma)train$(comma)export]' $(PEERS))
+	touch $@
+
+$(GPU)/.wheels: pyproject.toml
+	$(PYTHON) -m venv --clear $(GPU)
+	$(call install,$(GPU),-e '.[gpu$(comma)nvjpeg]' onnx-ir $(GPU_PEERS))
 	touch $@

@@ -22,7 +22,7 @@ from typing import Any
 import bench_encode as encode  # pins this process to one core before numpy and torch are loaded
 import numpy as np
 import torch
-from machine import keep
+from machine import keep, multiplications
 
 from clipret import Bundle
 from clipret.export.gate import LIMITS, check_bundle
@@ -54,18 +54,6 @@ def products() -> dict[str, Callable[[], object]]:
         "torch": lambda: tensor @ tensor,
         "onnxruntime": lambda: runner.run(None, {"x": square}),
     }
-
-
-def multiplications(visual: Any) -> int:
-    """Of a picture in open_clip's vision transformer whose last block computes keys and values only but for a token."""
-    width, patch = visual.conv1.out_channels, visual.conv1.kernel_size[0]
-    tokens, blocks = visual.positional_embedding.shape[0], visual.transformer.resblocks
-    hidden = blocks[0].mlp.c_fc.out_features
-    one = 2 * width**2 + 2 * width * hidden  # what a token is multiplied with, keys and values left out
-    block = tokens * (one + 2 * width**2) + 2 * tokens**2 * width
-    last = tokens * 2 * width**2 + one + 2 * tokens * width
-    patches = (tokens - 1) * 3 * patch**2 * width
-    return int(patches + (len(blocks) - 1) * block + last + width * visual.output_dim)
 
 
 def one_at_a_time(visual: Any, work: Path, size: int) -> Callable[[np.ndarray], object]:
@@ -121,7 +109,12 @@ def measure(made: dict[str, Bundle], batches: Sequence[int], rounds: int, work: 
     eager, _ = encode.eager()
     first = next(iter(made.values()))
     size = first.manifest.image.size
-    work_done = 2 * multiplications(eager.visual)
+    visual = eager.visual
+    width, patch = visual.conv1.out_channels, visual.conv1.kernel_size[0]
+    tokens, blocks = visual.positional_embedding.shape[0], visual.transformer.resblocks
+    work_done = 2 * multiplications(
+        width, len(blocks), patch, tokens, blocks[0].mlp.c_fc.out_features, visual.output_dim
+    )
     torch_runs, missing = peers(eager, work, size)
     towers: dict[str, Any] = {}
     accuracy: dict[str, Any] = {}

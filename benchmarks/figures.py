@@ -58,7 +58,7 @@ def direction(path: tuple[str, ...]) -> Better | None:
 
 def is_peer(path: tuple[str, ...]) -> bool:
     """Whether a figure is that of something measured beside clipret: its change is not ours."""
-    return any(_PEERS.search(part) for part in path[:-1]) or bool(_PEERS.fullmatch(path[-1]))
+    return any(_PEERS.search(part) and not _HIGHER.search(part) and not _LOWER.search(part) for part in path)
 
 
 def label_of(record: dict[str, Any], number: int) -> str:

@@ -31,3 +31,12 @@ def keep(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(result, ensure_ascii=False))
+
+
+def multiplications(width: int, layers: int, patch: int, tokens: int, hidden: int, dim: int) -> int:
+    """Of a picture in a vision transformer whose last block computes keys and values only but for one token."""
+    one = 2 * width**2 + 2 * width * hidden  # what a token is multiplied with, keys and values left out
+    block = tokens * (one + 2 * width**2) + 2 * tokens**2 * width
+    last = tokens * 2 * width**2 + one + 2 * tokens * width
+    patches = (tokens - 1) * 3 * patch**2 * width
+    return patches + (layers - 1) * block + last + width * dim

@@ -181,6 +181,13 @@ QUESTIONS = (
         ],
     ),
     Question(
+        "gallery_size",
+        "Size of a gallery",
+        "Bytes a picture of rows, codes and database.",
+        1,
+        lambda run: ["bench_gallery_size.py", *pick(run, ["--pictures", 20_000], [])],
+    ),
+    Question(
         "demo",
         "The demo",
         "The whole line on drawn pictures, from drawing to mAP.",

@@ -1,0 +1,104 @@
+"""A picture tower without its weights, and with random ones again: a model of 10 GB that travels as 40 KB.
+
+    python benchmarks/skeleton.py make ViT-bigG-14 benchmarks/skeletons/ViT-bigG-14     # needs the export extra
+    python benchmarks/skeleton.py fill benchmarks/skeletons/ViT-bigG-14 BUNDLE          # needs numpy alone
+
+Speed does not depend on what the weights are: each tensor is drawn with the mean and the deviation that open_clip's own
+random weights had. The graph is the one that `clipret-export --fp16` writes. A filled bundle holds the picture tower
+alone; what it can be checked against is itself on another engine.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from clipret.bundle import FORMAT, Bundle, Manifest, file_entry
+
+SMALL = 1024  # bytes that stay in the graph
+TILE = 1 << 22  # numbers drawn once for each tensor; larger ones repeat them
+DATA = "image.onnx.data"
+
+
+def make(name: str, out: Path) -> None:
+    """Export the picture tower of open_clip's model `name` in fp16, without its check, and leave the weights out."""
+    import onnx
+    import torch
+    from onnx.external_data_helper import set_external_data
+
+    from clipret.export.calibration import observe
+    from clipret.export.graph import write_onnx
+    from clipret.export.precision import convert
+    from clipret.export.towers import ImageTower, rewrite
+    from clipret.training.models import load_model
+
+    loaded = load_model(name)
+    rewrite(loaded.model)
+    tower = ImageTower(loaded).eval()
+    size = loaded.image.size
+    one = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    convert(tower, "fp16", observe(tower, [one], samples=False), [])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "image.onnx")
+        example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+        write_onnx(tower, example, path, input_name="pixels", dynamic={0: "batch"})
+        dim, scale = loaded.model.visual.output_dim, float(loaded.model.logit_scale.exp())
+        del tower
+        model = onnx.load(path)
+    offset, tensors = 0, list[list[object]]()
+    for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.nbytes < SMALL or array.dtype.kind != "f" or not np.isfinite(array).all():
+            continue
+        mean, std = float(array.mean(dtype=np.float64)), float(array.std(dtype=np.float64))
+        tensors.append([offset, array.dtype.name, array.size, mean, std])
+        set_external_data(tensor, DATA, offset=offset, length=array.nbytes)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        offset += -(-array.nbytes // 4096) * 4096
+    manifest = Manifest(FORMAT, loaded.name, "random weights", "", "fp16", dim, scale, loaded.image, loaded.text, {})
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "image.onnx.gz").write_bytes(gzip.compress(model.SerializeToString(), mtime=0))
+    (out / "skeleton.json").write_text(json.dumps(tensors) + "\n", encoding="utf-8")
+    (out / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+
+
+def fill(skeleton: Path, out: Path) -> Bundle:
+    """Write a bundle of a skeleton's picture tower with random weights."""
+    out.mkdir(parents=True)
+    normal = np.random.default_rng(0).standard_normal(TILE, dtype=np.float32)
+    (out / "image.onnx").write_bytes(gzip.decompress((skeleton / "image.onnx.gz").read_bytes()))
+    with (out / DATA).open("wb") as file:
+        for number, (offset, dtype, size, mean, std) in enumerate(json.loads((skeleton / "skeleton.json").read_text())):
+            tile = (normal[: min(size, TILE)] * np.float32(std) + np.float32(mean)).astype(dtype)
+            file.seek(offset)
+            start, left = (number * 7919) % len(tile), size  # another part of the tile in each tensor
+            while left:
+                piece = tile[start : start + left]
+                file.write(piece.tobytes())
+                left, start = left - len(piece), 0
+    content = json.loads((skeleton / "manifest.json").read_text(encoding="utf-8"))
+    content["files"] = {name: vars(file_entry(out / name)) for name in ("image.onnx", DATA)}
+    (out / "bundle.json").write_text(json.dumps(content), encoding="utf-8")
+    return Bundle.open(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "fill"))
+    parser.add_argument("source", help="a model's name, or a skeleton")
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "make":
+        make(arguments.source, arguments.out)
+    else:
+        fill(Path(arguments.source), arguments.out)
+    print(f"{sum(file.stat().st_size for file in arguments.out.iterdir()):,} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
