@@ -103,7 +103,8 @@ class Copies(HostCopies):
         _call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
         buffer = (ctypes.c_uint8 * size).from_address(address.value or 0)
         weakref.finalize(buffer, _forget, "cuMemFreeHost", self._number, address)  # an array of it keeps `buffer`
-        return np.frombuffer(buffer, np.uint8)
+        pinned: Bytes = np.ctypeslib.as_array(buffer)
+        return pinned
 
     def to_device(self, address: int, source: Bytes) -> None:
         _enter(self._number)

@@ -214,6 +214,7 @@ class DeviceScan:
 
     def _top(self, part: _Part, grid: Floats, k: int, allowed: Mask | None, first: int) -> tuple[Pool, Floats]:
         """The same of queries that come `first` among all."""
+        queries: npt.NDArray[Any]
         if part.codes is None:
             queries, base, unit, error = self._halves(grid)
         else:
@@ -222,7 +223,10 @@ class DeviceScan:
         whole = k >= part.count
         k = part.chunks * _CHUNK if whole else k
         c = min(k, part.chunks)
-        inputs = {"queries": queries, "starts": np.arange(len(grid))[:, None] * part.chunks}
+        inputs: dict[str, npt.NDArray[Any]] = {
+            "queries": queries,
+            "starts": np.arange(len(grid))[:, None] * part.chunks,
+        }
         inputs |= {"k": np.array([k]), "c": np.array([c])}
         if allowed is not None:
             bias = np.zeros(part.chunks * _CHUNK, np.int32 if self.coded else np.float16)

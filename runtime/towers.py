@@ -172,7 +172,8 @@ class OnnxTower:
             return ort.InferenceSession(str(path), options, providers=[(provider, provider_options | more)])
 
         gpu = _gpu_number(device)
-        graphs, self._session = graphs and gpu is not None, None
+        graphs = graphs and gpu is not None
+        self._session: Any = None
         try:
             if graphs:
                 try:
