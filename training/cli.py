@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from clipret.cli_options import LOCATION
 from clipret.console import Group, show_table
 from clipret.errors import ClipretError, require
+from clipret.remote import is_remote
 from clipret.training.cli_run import run
 from clipret.training.cli_soup import soup
 from clipret.training.cli_traffic import challenge, traffic
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 @main.command(epilog=FIT_EPILOG)
-@click.argument("data", type=FILE, required=False)
+@click.argument("data", type=LOCATION, required=False)
 @click.option(
     "--model",
     metavar="M",
@@ -79,7 +81,7 @@ def main() -> None:
 @click.option("--title-column", metavar="NAME", help="Column of the titles; default: detected.")
 @click.option("--group-column", metavar="NAME", help="Rows with the same value are right answers to each other.")
 @click.option("--where", metavar="SQL", help="Only rows of the list for which this holds.")
-@click.option("--val", type=FILE, help="A list of its own to validate on.")
+@click.option("--val", type=LOCATION, help="A list of its own to validate on.")
 @click.option("--val-where", metavar="SQL", help="Rows to validate on, of --val or of the list itself.")
 @click.option("--val-split", type=float, help="Share of the pictures to validate on where neither is given.")
 @click.option("--validate-every", type=int, metavar="EPOCHS", help="How often recall is measured.")
@@ -105,7 +107,7 @@ def main() -> None:
 @click.option("--seed", type=int, help="Decides the weights, the order, the crops.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def fit(
-    data: Path | None,
+    data: Path | str | None,
     model: str | None,
     out: Path,
     recipe: str | None,
@@ -129,9 +131,9 @@ def fit(
             raise ClipretError(f"--set {assignment!r} is no NAME=VALUE: write for example --set patch_dropout=0.5")
         values[name] = parse_value(name, text)
     for name in ("image_root", "val"):  # so that params.toml holds whatever folder it is used from
-        if values.get(name) is not None:
+        if values.get(name) is not None and not is_remote(values[name]):
             values[name] = str(Path(values[name]).absolute())
-    source = None if data is None else str(data.absolute())
+    source = str(data.absolute()) if isinstance(data, Path) else data
     start = str(Path(model).absolute()) if model is not None and Path(model).exists() else model
     _train(FitConfig.for_model(source, start, recipe=recipe, **values), out, resume=resume, as_json=as_json)
 

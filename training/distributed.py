@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from clipret.errors import ClipretError
 from clipret.training.precision import open_device
@@ -47,9 +48,15 @@ def join(device: str) -> Iterator[World]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     try:
-        dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo", device_id=place if place.type == "cuda" else None
-        )
+        backend, device_id = ("nccl", place) if place.type == "cuda" else ("gloo", None)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size) and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            # torchrun keeps one store for all of its attempts, where the addresses of processes that are gone stand.
+            # On one machine all count the attempts alike; several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+            store, _, _ = next(rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+        else:
+            dist.init_process_group(backend, device_id=device_id)
     except (RuntimeError, ValueError) as error:
         raise ClipretError(f"process {rank} of {size} cannot reach the others: {str(error).splitlines()[0]}") from None
     try:

@@ -9,8 +9,9 @@ import torch
 
 from clipret.archives import SUFFIXES
 from clipret.errors import ClipretError
-from clipret.items import Item
+from clipret.items import Item, without_bytes
 from clipret.pairs import PairSet, read_pairs
+from clipret.remote import is_remote
 from clipret.sources import open_source
 from clipret.tables import Table, pick_column, read_table
 from clipret.training.config import FitConfig
@@ -56,10 +57,12 @@ def read_listings(config: FitConfig) -> tuple[Listing, Listing]:
 
 
 def read_listing(config: FitConfig, source: str, where: str | None) -> Listing:
-    """A .csv, .tsv or .jsonl list, or shards/{000..127}.tar (a folder of .tar files likewise).
+    """A .csv, .tsv or .jsonl list, or shards/{000..127}.tar (a folder of .tar files likewise), in a store too.
 
     Raises ClipretError as `read_pairs` and `open_source` do, and when a picture has no title.
     """
+    if is_remote(source):
+        return _read_archives(config, source, where)
     path = Path(source)
     if path.is_dir() or path.suffix.lower() in SUFFIXES:
         return _read_archives(config, path, where)
@@ -90,10 +93,10 @@ def split_pairs(listing: Listing, share: float, seed: int) -> tuple[Listing, Lis
     return listing.subset(sorted(order[held_out:])), listing.subset(sorted(order[:held_out]))
 
 
-def _read_archives(config: FitConfig, path: Path, where: str | None) -> Listing:
+def _read_archives(config: FitConfig, place: Path | str, where: str | None) -> Listing:
     """Names, titles and places of all pictures; their bytes are read when they are wanted, in any order."""
-    source = open_source(path, where=where)
-    items: list[Item] = list(source)
+    source, path = open_source(place, where=where), Path(place)
+    items: list[Item] = [without_bytes(item) for item in source]
     columns = dict.fromkeys(name for item in items for name in item.metadata)
     rows = [{name: _text(item.metadata.get(name)) for name in columns} for item in items]
     table = Table(path, tuple(columns), rows)
