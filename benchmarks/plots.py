@@ -18,7 +18,7 @@ def bars(title: str, values: Mapping[str, float], peers: set[str]) -> str:
     parts = [f'<text x="0" y="14" font-weight="600" {_STYLE}>{escape(title)}</text>']
     for number, (name, value) in enumerate(values.items()):
         y, wide = 24 + 20 * number, max(1.0, 360 * abs(value) / most)
-        parts.append(f'<text x="216" y="{y + 12}" text-anchor="end" {_STYLE}>{escape(name[-34:])}</text>')
+        parts.append(f'<text x="216" y="{y + 12}" text-anchor="end" {_STYLE}>{escape(name[-32:])}</text>')
         colour = _PEER if name in peers else _OURS
         parts.append(f'<rect x="222" y="{y}" width="{wide:.1f}" height="15" rx="2" fill="{colour}"/>')
         parts.append(f'<text x="{228 + wide:.1f}" y="{y + 12}" {_STYLE}>{value:,.4g}</text>')

@@ -13,7 +13,9 @@ import gzip
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +27,15 @@ DATA = "image.onnx.data"
 
 
 def make(name: str, out: Path) -> None:
-    """Export the picture tower of open_clip's model `name` in fp16, without its check, and leave the weights out."""
+    """Export the picture tower of open_clip's model `name` in fp16, without its check, and leave the weights out.
+
+    Its blocks are one block, again and again, so that the largest model is exported in a gigabyte; each use of a weight
+    becomes a tensor of its own in the skeleton.
+    """
     import onnx
     import torch
     from onnx.external_data_helper import set_external_data
+    from torch import nn
 
     from clipret.export.calibration import observe
     from clipret.export.graph import write_onnx
@@ -36,21 +43,44 @@ def make(name: str, out: Path) -> None:
     from clipret.export.towers import ImageTower, rewrite
     from clipret.training.models import load_model
 
-    loaded = load_model(name)
-    rewrite(loaded.model)
-    tower = ImageTower(loaded).eval()
-    size = loaded.image.size
-    one = torch.zeros(1, size, size, 3, dtype=torch.uint8)
-    convert(tower, "fp16", observe(tower, [one], samples=False), [])
     with tempfile.TemporaryDirectory() as folder:
+        layers = _one_layer(name, Path(folder, "model"))
+        loaded = load_model(str(Path(folder, "model")))
+        visual: Any = loaded.model.visual
+        [block] = visual.transformer.resblocks
+        visual.transformer.resblocks = nn.ModuleList([block] * layers)
+        rewrite(loaded.model)
+        tower = ImageTower(loaded).eval()
+        size = loaded.image.size
+        one = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+        convert(tower, "fp16", observe(tower, [one], samples=False), [])
         path = Path(folder, "image.onnx")
         example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
         write_onnx(tower, example, path, input_name="pixels", dynamic={0: "batch"})
-        dim, scale = loaded.model.visual.output_dim, float(loaded.model.logit_scale.exp())
-        del tower
         model = onnx.load(path)
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in held]:
+        # The exporter turns a weight that several nodes use when the graph runs, and others when it is written.
+        turned = onnx.numpy_helper.to_array(held[node.input[0]]).transpose(node.attribute[0].ints)
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(turned), node.output[0])
+        model.graph.initializer.append(tensor)
+        held[tensor.name] = model.graph.initializer[-1]
+        model.graph.node.remove(node)
+    users = Counter[str]()
+    for node in model.graph.node:
+        for at, used in enumerate(node.input):
+            if used in held and len(held[used].raw_data) >= SMALL:
+                users[used] += 1
+                if users[used] > 1:
+                    node.input[at] = f"{used}.{users[used]}"
+                    model.graph.initializer.add().CopyFrom(held[used])
+                    model.graph.initializer[-1].name = node.input[at]
+    used_still = {name for node in model.graph.node for name in node.input}
     offset, tensors = 0, list[list[object]]()
-    for tensor in model.graph.initializer:
+    for tensor in list(model.graph.initializer):
+        if tensor.name not in used_still:
+            model.graph.initializer.remove(tensor)
+            continue
         array = onnx.numpy_helper.to_array(tensor)
         if array.nbytes < SMALL or array.dtype.kind != "f" or not np.isfinite(array).all():
             continue
@@ -60,11 +90,26 @@ def make(name: str, out: Path) -> None:
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
         offset += -(-array.nbytes // 4096) * 4096
-    manifest = Manifest(FORMAT, loaded.name, "random weights", "", "fp16", dim, scale, loaded.image, loaded.text, {})
+    scale = float(loaded.model.logit_scale.exp())  # type: ignore[operator]
+    spec = (visual.output_dim, scale, loaded.image, loaded.text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "image.onnx.gz").write_bytes(gzip.compress(model.SerializeToString(), mtime=0))
     (out / "skeleton.json").write_text(json.dumps(tensors) + "\n", encoding="utf-8")
-    (out / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    (out / "manifest.json").write_text(Manifest(FORMAT, name, "random weights", "", "fp16", *spec, {}).to_json())
+
+
+def _one_layer(name: str, folder: Path) -> int:
+    """The model with a block in each tower, as a folder of open_clip's; returns how many the picture tower has."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    config: Any = open_clip.get_model_config(name)
+    layers = int(config["vision_cfg"]["layers"])
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 1
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return layers
 
 
 def fill(skeleton: Path, out: Path) -> Bundle:

@@ -1,12 +1,15 @@
 """Every question of this folder in one run: a result file, a page with plots, a Markdown of the same tables.
 
     python benchmarks/suite.py WORK [--quick] [--only NAME ...] [--skip NAME ...] [--data ../shared/data] [--out FOLDER]
-    python benchmarks/suite.py WORK --list
+    python benchmarks/suite.py WORK --list | --kept
 
 Each question is a script of its own, run as a process; what it says on the way is in WORK/logs. A question that was
 measured in WORK is not measured again, so that a run that was cut off goes on; one that failed is tried again, and the
 others go on without it. Pictures and captions are drawn by the project; --data names a folder with real ones, as
 flickr8k/ and vehicles/. --quick asks everything in a reduced form, in a few minutes, and its figures are rough.
+
+--kept measures nothing: it writes kept.json, .html and .md of the latest results in benchmarks/results, which the
+scripts have left there when they were run by themselves, each with its own date.
 
 Results are written to FOLDER (benchmarks/results; with --quick WORK) as <machine>-<date>.json, .html and .md. Compare
 two of them with benchmarks/compare.py.
@@ -65,6 +68,15 @@ def missing_modules(names: Sequence[str]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
+def command_of(question: Question, run: Run) -> str:
+    """As a report tells it: no folder of this machine in it."""
+    script, *words = [str(word) for word in question.command(run)]
+    places = [(str(place), word) for place, word in ((run.work, "WORK"), (run.real, "DATA")) if place is not None]
+    for place, told in places:
+        words = [word.replace(place, told) for word in words]
+    return shlex.join(["python", f"benchmarks/{script}", *words])
+
+
 def ask(question: Question, run: Run) -> dict[str, Any]:
     """The record of a question: its command and either its results or why it failed; kept in the run's folder."""
     kept = run.work / "done" / f"{question.name}.json"
@@ -74,8 +86,7 @@ def ask(question: Question, run: Run) -> dict[str, Any]:
             print(f"{question.name}: measured already", file=sys.stderr)
             return record
     script, *words = [str(word) for word in question.command(run)]
-    command = [sys.executable, str(HERE / script), *words]
-    told = shlex.join(["python", f"benchmarks/{script}", *(word.replace(str(run.work), "WORK") for word in words)])
+    command, told = [sys.executable, str(HERE / script), *words], command_of(question, run)
     record = {"title": question.title, "about": question.about, "command": told}
     print(f"{question.name}: {told}", file=sys.stderr)
     log = run.work / "logs" / f"{question.name}.log"
@@ -116,6 +127,16 @@ def not_measured(run: Run, asked: Sequence[Question], chosen: Sequence[Question]
     for name, module in PEERS.items():
         if importlib.util.find_spec(module) is None:
             missing[f"peer {name}"] = "not installed"
+    asked_by = {str(question.command(run)[0]) for question in QUESTIONS} | {"bench_gpu.py"}
+    for script in sorted(path.name for path in HERE.glob("bench_*.py")):
+        if script not in asked_by:
+            missing[script] = "has no line in questions.py yet: run it by hand"
+    return missing | without_gpu()
+
+
+def without_gpu() -> dict[str, str]:
+    """What waits for a card."""
+    missing = {}
     if not Path("/dev/nvidia0").exists():
         missing["GPU: CUDA, TensorRT, decoding and ranking on a card"] = "no NVIDIA GPU here: make bench-gpu on one"
         missing["TensorRT for RTX"] = (
@@ -124,7 +145,22 @@ def not_measured(run: Run, asked: Sequence[Question], chosen: Sequence[Question]
     return missing
 
 
-def collect(work: Path, out: Path, missing: dict[str, str], quick: bool) -> Path:
+def put_together(run: Run) -> None:
+    """The records of a run from the results that are kept in this folder, whenever they were measured."""
+    for question in QUESTIONS:
+        found = {}
+        for name in question.files or (question.name,):
+            path = HERE / "results" / f"{name}.json"
+            if path.exists():
+                found[name] = json.loads(path.read_text(encoding="utf-8"))
+        if found:
+            dates = " and ".join(sorted({f"{result['machine']}, {result['date']}" for result in found.values()}))
+            record = {"title": question.title, "about": f"{question.about} Measured on {dates}.", "results": found}
+            kept = run.work / "done" / f"{question.name}.json"
+            kept.write_text(json.dumps(record | {"command": command_of(question, run)}), encoding="utf-8")
+
+
+def collect(work: Path, out: Path, missing: dict[str, str], quick: bool, name: str = "") -> Path:
     """The result file, page and Markdown of what a run has measured so far; returns the result file."""
     order = [question.name for question in QUESTIONS]
     kept = sorted((work / "done").glob("*.json"), key=lambda path: order.index(path.stem) if path.stem in order else 99)
@@ -135,7 +171,7 @@ def collect(work: Path, out: Path, missing: dict[str, str], quick: bool) -> Path
     content = {**facts, "commit": commit(), "note": note, "questions": questions, "missing": left}
     out.mkdir(parents=True, exist_ok=True)
     word = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
-    path = out / f"{word}-{facts['date']}.json"
+    path = out / f"{name or word + '-' + facts['date']}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     report.write(path)
     return path
@@ -150,6 +186,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", choices=names, default=[])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--kept", action="store_true", help="a report of what benchmarks/results holds")
     parser.add_argument("--list", action="store_true", help="the questions, and how long each takes")
     arguments = parser.parse_args()
     chosen = [question for question in QUESTIONS if question.name in arguments.only]
@@ -165,10 +202,15 @@ def main() -> None:
     real_data = arguments.data.absolute() if arguments.data is not None else None
     photographs = real_data / "flickr8k" if real_data is not None and (real_data / "flickr8k").is_dir() else None
     run = Run(work, arguments.quick, photographs or work / "drawn", real_data)
+    out = arguments.out or (work if arguments.quick else HERE / "results")
+    if arguments.kept:
+        put_together(run)
+        missing = {question.name: "no result is kept" for question in QUESTIONS}
+        print(collect(work, out, missing | without_gpu(), quick=False, name="kept"))
+        return
     asked = [question for question in chosen if not question.lacks(run) and not missing_modules(question.needs)]
     if photographs is None and any(str(run.data) in map(str, question.command(run)) for question in asked):
         drawn(run.data, 960)
-    out = arguments.out or (work if arguments.quick else HERE / "results")
     missing = not_measured(run, asked, chosen)
     path = None
     for question in asked:
