@@ -67,13 +67,11 @@ _ENCODING = (
 
 def _encoding_options(function: F) -> F:
     """Adds the options of an encoder of pictures; the command gets them as `open_encoder`, which takes a bundle."""
-    names = ("fast_decode", "batch_size", "picture_timeout", "device", "engine", "threads")
+    names = ("fast_decode", "batch_size", "picture_timeout", "device", "engine", "threads", "decode", "cuda_graphs")
 
     @functools.wraps(function)
     def call(*arguments: Any, **given: Any) -> Any:
         options = {name: given.pop(name) for name in names}
-        asked = {"decode": given.pop("decode"), "cuda_graphs": given.pop("cuda_graphs")}
-        options |= {name: value for name, value in asked.items() if value not in ("pillow", False)}
         return function(*arguments, open_encoder=partial(_open_encoder, **options), **given)
 
     for option in reversed(_ENCODING):

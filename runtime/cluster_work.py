@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ class Settings:
     batch_size: int = 32
     fast_decode: bool = False
     picture_timeout: float = 60.0
+    cuda_graphs: bool = False
+    decode: Literal["pillow", "gpu"] = "pillow"
 
     def open(self) -> Encoder:
         """Raises ClipretError as `Encoder` does, and where the path leads to another bundle."""
@@ -54,6 +57,8 @@ class Settings:
             batch_size=self.batch_size,
             fast_decode=self.fast_decode,
             picture_timeout=self.picture_timeout,
+            cuda_graphs=self.cuda_graphs,
+            decode=self.decode,
         )
         encoder.image_tower  # noqa: B018 (what cannot encode must say so before it reads)
         return encoder
