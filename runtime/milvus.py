@@ -126,6 +126,8 @@ class Collection:
         if found.get("format") != str(_FORMAT):
             said = f"has format {found['format']}" if "format" in found else "was not made by clipret"
             raise ClipretError(f"{self.address} {said}: name another collection behind #")
+        with self.told():
+            self.client.load_collection(self.address.name)  # a server, or a file, that was opened anew has it on disk
         found["columns"] = json.loads(found["columns"])
         found["dim"] = int(found["dim"])
         return found

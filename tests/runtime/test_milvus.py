@@ -314,12 +314,20 @@ def test_who_may_not_is_told_what_to_do() -> None:
     assert "server runs" in _advice(server, "Fail connecting to server on host:19530, server unavailable")
 
 
-def test_a_file_that_another_process_has_open(gallery: Gallery, address: Address) -> None:
-    export_to_milvus(gallery, address)
-    code = f"from clipret.milvus_search import open_milvus; open_milvus({str(address)!r})"
+def test_other_processes(gallery: Gallery, address: Address) -> None:
+    """A file is filled by one process and searched by another, but not while one has it open."""
+    fill = [sys.executable, "-m", "clipret.cli", "export", str(gallery.path), address.uri, "--to", "milvus"]
+    done = subprocess.run(fill, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = [sys.executable, "-m", "clipret.cli", "query", f"milvus+{address.uri}", "red", "-k", "1", "--device", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "im_" in done.stdout
     with open_milvus(str(address)):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
     assert "another process may have the file open" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_service_of_a_collection(listed_gallery: Path, serving: Callable[..., Any], tmp_path: Path) -> None:
