@@ -321,7 +321,7 @@ def _never() -> PictureFile:
 def _waves(run: Run, work: _Taking, source: Source) -> Iterator[list[Part]]:
     """The parts of a source that are to be done, as many together as Ray Data shall hold."""
     if source.streams:
-        parts = []
+        parts = list[Part]()
         for stream in source.streams:
             if not _known(run, stream):
                 parts.append(Part(len(parts), stream.items, _held_stream(run, stream)))

@@ -194,8 +194,9 @@ def _remote(uri: str, image_column: str | None, where: str | None) -> Source:
         if inside := [file for file, _, _ in found if file.suffix.lower() in (".tar", ".parquet")]:
             return _archived(inside, root, image_column)
         raise ClipretError(f"{uri} holds no pictures, .tar or .parquet files: is it the right folder?")
-    items = [(file.uri, {}, size, mtime) for file, size, mtime in pictures]
-    return Source(root, (), len(items), lambda: (remote_item(*one) for one in items))
+    return Source(
+        root, (), len(pictures), lambda: (remote_item(file.uri, None, size, mtime) for file, size, mtime in pictures)
+    )
 
 
 def _read_remote(uri: str) -> PictureFile:

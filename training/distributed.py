@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from clipret.errors import ClipretError
@@ -53,7 +54,7 @@ def join(device: str) -> Iterator[World]:
             # torchrun keeps one store for all of its attempts, where the addresses of processes that are gone stand.
             # On one machine all count the attempts alike; several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store, _, _ = next(rendezvous("env://"))
-            store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            store = PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
         else:
             dist.init_process_group(backend, device_id=device_id)
