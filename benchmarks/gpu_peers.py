@@ -64,9 +64,7 @@ class _OpenClip:
         with self._torch.device(device):
             model = open_clip.create_model(name, precision="fp16", device=device)
         visual = model.visual.eval()
-        self._visual = (
-            self._torch.compile(visual, dynamic=False, mode="max-autotune-no-cudagraphs") if compiled else visual
-        )
+        self._visual = self._torch.compile(visual, dynamic=False) if compiled else visual
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         torch = self._torch

@@ -98,7 +98,12 @@ class BoundSession:
         options = self._ort.RunOptions()
         if self._records:
             options.add_run_config_entry(_GRAPH, str(number))
-        self._submit(lambda: self._session.run_with_iobinding(self._binding, options))
+
+        def run() -> None:
+            self._session.run_with_iobinding(self._binding, options)
+            self._binding.synchronize_outputs()  # the copy that follows is in another stream
+
+        self._submit(run)
 
     def _take(self, rows: Rows) -> None:
         staged = self._rows.host[: rows.nbytes]
