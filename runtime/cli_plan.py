@@ -8,7 +8,6 @@ import click
 
 from clipret.cli_options import FILE, finite, json_option, print_json
 from clipret.console import headed, show_table
-from clipret.planning import Ask, plan, read_rates
 
 __all__ = ["plan_command"]
 
@@ -56,6 +55,8 @@ def plan_command(rates: Path | None, as_json: bool, **given: Any) -> None:
     Costs are GPU or core hours for encoding, GB for keeping, and cores and GB of memory for searching, times what
     yours cost.
     """
+    from clipret.planning import Ask, plan, read_rates  # no other command needs it
+
     lines = plan(Ask(**{name: value for name, value in given.items() if value is not None}), read_rates(rates))
     if as_json:
         print_json([asdict(line) for line in lines])
