@@ -122,11 +122,13 @@ def test_ctrl_c_keeps_what_is_encoded(tiny_bundle: Path, tmp_path: Path) -> None
     arguments = ["index", str(tiny_bundle), str(tmp_path / "p"), str(tmp_path / "g"), "--batch-size", "2"]
     # The process waits behind its second shard: however slow this one is, the signal comes in the middle of the work.
     waiting = (
-        "import time; from clipret.gallery import Gallery as G; append, n = G.append, []; "
-        "G.append = lambda *given: (append(*given), n.append(1), len(n) == 2 and time.sleep(100)) and None"
+        "import time; from pathlib import Path; from clipret.gallery import Gallery as G; append, n = G.append, []; "
+        "wait = lambda: (Path('waits').touch(), time.sleep(100)); "
+        "G.append = lambda *given: (append(*given), n.append(1), len(n) == 2 and wait()) and None"
     )
-    process = subprocess.Popen([sys.executable, "-c", f"{waiting}; {COMMAND}", *arguments], stdout=-1, stderr=-1)
-    while process.poll() is None and not list(tmp_path.glob("g/rows-000002.npy")):
+    command = [sys.executable, "-c", f"{waiting}; {COMMAND}", *arguments]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, cwd=tmp_path)
+    while process.poll() is None and not (tmp_path / "waits").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     printed, told = process.communicate()
