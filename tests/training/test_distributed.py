@@ -107,7 +107,8 @@ def test_a_run_of_two_processes(folder: Path, run: Path, tmp_path: Path) -> None
     assert lines[-1]["text_to_image"]["queries"] == 3
     assert "broken.png" in (run / "skipped.tsv").read_text()
     # One process measures the same on the weights that two have trained.
-    again = fit(settings(folder, model=str(run), epochs=1, lr=0.0), tmp_path / "again")
+    last = run / "checkpoints" / "last.safetensors"
+    again = fit(settings(folder, model=str(last), epochs=1, lr=0.0), tmp_path / "again")
     assert again.best["text_to_image"] == lines[-1]["text_to_image"]
 
 
