@@ -54,10 +54,11 @@ class _Position:
     epoch: int = 1
     step: int = 0
     consumed: int = 0  # pictures of this epoch's order, of this process
+    left: list[int] = field(default_factory=list)  # of the epoch before: too few for a batch, they begin this one
     losses: list[float] = field(default_factory=list)  # of this epoch's steps
     accuracies: list[float] = field(default_factory=list)
     overflows: int = 0  # steps that fp16 skipped
-    steps_an_epoch: int = 0
+    steps: int = 0  # of all epochs
     cpu_seconds: float = 0.0  # of the processes before this one
     metrics: list[dict[str, Any]] = field(default_factory=list)  # of the epochs before
     best: dict[str, Any] = field(default_factory=dict)
@@ -147,11 +148,10 @@ class _Training:
         config, at = self.config, self.at
         if config.tensorboard:
             self.folder.open_board(at.step)
-        total = config.epochs * at.steps_an_epoch
         batch = self.local_batch * self.world.size
         hidden = None if self.world.writes else True  # None: where stderr is no terminal
         with tqdm(
-            total=total * batch,
+            total=at.steps * batch,
             initial=at.step * batch,
             unit="picture",
             disable=hidden,
@@ -159,7 +159,7 @@ class _Training:
             leave=False,
         ) as bar:
             while at.epoch <= config.epochs:
-                self._train_epoch(bar, total)
+                self._train_epoch(bar)
                 self._finish_epoch()
         self.folder.close()
         self.learner.consolidate(self.checkpoints, at.step)
@@ -210,7 +210,7 @@ class _Training:
     def _begin(self) -> None:
         self.folder.begin(self.config.to_dict(), self.loaded)
         readable = smallest(len(self.mine) - len(self.pictures.skipped), self.world)
-        self.at.steps_an_epoch = max(readable // min(self.local_batch, max(readable, 1)), 1)
+        self.at.steps = max(self.config.epochs * readable // self.local_batch, self.config.epochs)
         count, titles = len(self.train_list.pairs.paths), len(self.train_list.pairs.titles)
         held_out = len(self.val_list.pairs.paths)
         self.folder.log(f"clipret {version('clipret')}, torch {torch.__version__}, {self.world.size} processes")
@@ -231,21 +231,21 @@ class _Training:
         readable = max(len(self.mine) - len(self.pictures.skipped), 1)
         return min(self.config.batch_size // self.world.size, smallest(readable, self.world))
 
-    def _train_epoch(self, bar: Any, total: int) -> None:
+    def _train_epoch(self, bar: Any) -> None:
         config, at, world = self.config, self.at, self.world
         began, steps_before = time.perf_counter(), len(at.losses)
         self.learner.train()
         draw = generator(config.seed, "order", at.epoch, world.rank)
-        order = torch.randperm(len(self.mine), generator=draw)
-        place = order.argsort()  # where in the order a picture is
+        order: list[int] = at.left + torch.randperm(len(self.mine), generator=draw).tolist()
         size = self.local_batch
-        for chosen, pixels in self._whole_batches(order[at.consumed :].tolist(), size):
+        for chosen, pixels in self._whole_batches(order[at.consumed :], size):
             at.step += 1
-            lr = learning_rate(at.step, total, lr=config.lr, warmup=config.warmup, schedule=config.schedule)
+            lr = learning_rate(at.step, at.steps, lr=config.lr, warmup=config.warmup, schedule=config.schedule)
             result = self._step(chosen, pixels, lr)
             at.losses.append(result.loss)
             at.accuracies.append(result.accuracy)
-            at.consumed = int(place[chosen[-1]]) + 1
+            for picture in chosen:  # the unreadable ones between them are behind us, too
+                at.consumed = order.index(picture, at.consumed) + 1
             bar.update(size * world.size)
             if at.step % 10 == 0 or at.step == 1:
                 bar.set_postfix_str(f"epoch {at.epoch}, loss {result.loss:.3f}, accuracy {100 * result.accuracy:.0f}%")
@@ -254,11 +254,12 @@ class _Training:
                 self._save()
         if not at.losses:
             raise ClipretError(f"none of the {len(self.mine)} pictures can be read, {self.pictures.example()}")
+        at.left = [picture for picture in order[at.consumed :] if picture not in self.pictures.skipped]
         self.rate = (len(at.losses) - steps_before) * size * world.size / max(time.perf_counter() - began, 1e-9)
 
     def _whole_batches(self, order: list[int], size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches as long as every process has a whole one: the rest of an epoch has too few negatives, and too few
-        pictures for a batch's statistics."""
+        """Batches as long as every process has a whole one: a smaller one would have too few negatives. What is left
+        over begins the next epoch."""
         batches = self.pictures.batches(order, size)
         while True:
             chosen, pixels = next(batches, ([], torch.empty(0)))

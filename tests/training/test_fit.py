@@ -1,6 +1,7 @@
 import functools
 import json
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import clipret.training.fit as module
 from clipret.errors import ClipretError
 from clipret.text import Tokenizer
 from clipret.training.config import FitConfig
@@ -174,6 +176,27 @@ def test_open_clip_models_go_through_the_same_loop(toy: Path, tiny_clip: Path, t
 def test_held_out_pictures_are_not_trained_on(toy: Path, tmp_path: Path) -> None:
     log = (fit(config(toy, epochs=1), tmp_path / "run").run / "log.txt").read_text()
     assert "37 pictures with 12 titles to train on, 12 held out" in log  # broken.jpg is found out later
+
+
+def test_pictures_too_few_for_a_batch_begin_the_next_epoch(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = module._Training._step
+
+    def step(self: Any, chosen: list[int], *others: Any) -> Any:
+        seen.extend(chosen)
+        return original(self, chosen, *others)
+
+    monkeypatch.setattr(module._Training, "_step", step)
+    for name, more in (("cached", {}), ("streamed", {"cache_limit": 0.0})):
+        seen.clear()
+        result = fit(config(toy, batch_size=16, epochs=4, **more), tmp_path / name)
+        assert result.last["step"] == 4 * 36 // 16
+        times = Counter(seen)
+        assert len(times) == 36  # all but the broken one
+        assert set(times.values()) == {4}
+    assert result.last["lr"] < 0.1 * config(toy).lr  # the cosine ends with the last step
 
 
 def test_a_taken_folder_is_refused_before_anything_is_read(tmp_path: Path) -> None:
