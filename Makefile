@@ -74,7 +74,7 @@ $(LEAN)/.wheel: $(VENV)/.full $(wildcard runtime/*) pyproject.toml
 
 $(BENCH)/.peers: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(BENCH)
-	$(call install,$(BENCH),-e '.[cpu$(comma)openvino$(comma)faiss$(comma)serve$(comma)train$(comma)export]' $(PEERS))
+	$(call install,$(BENCH),-e '.[cpu$(comma)openvino$(comma)faiss$(comma)ray$(comma)serve$(comma)train$(comma)export]' $(PEERS))
 	touch $@
 
 $(GPU)/.wheels: pyproject.toml

@@ -62,6 +62,19 @@ def decode(run: Run) -> list[object]:
     return ["bench_decode.py", *images, "--rounds", 1 if run.quick else 5]
 
 
+def ray_lacks(run: Run) -> str:
+    found = (run.work / "ViT-B-32-bf16").exists()
+    return only_whole(run) or ("" if found else "needs a bundle that the towers question leaves")
+
+
+def traffic_gallery(run: Run) -> Path:
+    return run.work / "traffic" / "0" / "zeros-test"
+
+
+def rerank_lacks(run: Run) -> str:
+    return "" if traffic_gallery(run).exists() else "needs a gallery that the traffic question leaves"
+
+
 def exported(run: Run) -> list[object]:
     """Chinese-CLIP's tokenizer needs its vocabulary, which is not part of the project."""
     vocab = None if run.real is None else run.real / "tokenizers" / "chinese_clip_vocab.txt"
@@ -87,7 +100,6 @@ QUESTIONS = (
             *pick(run, ["--precision", "fp32", "--batch", 1, "--rounds", 1], []),
         ],
         ("open_clip", "onnxscript"),
-        files=("towers", "encode-towers"),
     ),
     Question(
         "encode",
@@ -184,6 +196,16 @@ QUESTIONS = (
         ],
     ),
     Question(
+        "ray",
+        "Indexing on a Ray cluster",
+        "Pictures a second of one process and of workers on this machine, and the CPU time of each picture. With "
+        "several workers the CPU time is undercounted: workers that end take theirs with them.",
+        6,
+        lambda run: ["bench_ray.py", run.work / "ViT-B-32-bf16", "--data", run.data / "images", "--pictures", 512],
+        ("ray", "psutil", "openvino"),
+        ray_lacks,
+    ),
+    Question(
         "gallery_size",
         "Size of a gallery",
         "Bytes a picture of rows, codes and database.",
@@ -241,8 +263,12 @@ QUESTIONS = (
         "Re-ranking",
         "What each way of re-ranking gains and costs.",
         10,
-        lambda run: ["bench_rerank.py", run.work],
-        (),
-        lambda _: "is asked of a gallery of the traffic pipeline by hand: benchmarks/README.md has the command",
+        lambda run: [
+            "bench_rerank.py",
+            traffic_gallery(run),
+            run.work / "traffic" / "0" / "drawn" / "test_queries.csv",
+            *("--equal", "color", "--equal", "type", "--includes", "attributes", "--rows", 1_000_000),
+        ],
+        lacks=rerank_lacks,
     ),
 )

@@ -118,19 +118,21 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def not_measured(run: Run, asked: Sequence[Question], chosen: Sequence[Question]) -> dict[str, str]:
+def reason_against(question: Question, run: Run) -> str:
+    """Why a run cannot ask it now, or nothing."""
+    if lacks := question.lacks(run):
+        return lacks
+    modules = missing_modules(question.needs)
+    return f"not installed: {', '.join(modules)}" if modules else ""
+
+
+def not_measured(run: Run, chosen: Sequence[Question]) -> dict[str, str]:
+    """What has no result, as far as it is known before all is done, and why."""
     missing = {question.name: "left out of this run" for question in QUESTIONS if question not in chosen}
-    for question in chosen:
-        if question not in asked:
-            modules = missing_modules(question.needs)
-            missing[question.name] = question.lacks(run) or f"not installed: {', '.join(modules)}"
+    missing |= {question.name: reason_against(question, run) or "not yet" for question in chosen}
     for name, module in PEERS.items():
         if importlib.util.find_spec(module) is None:
             missing[f"peer {name}"] = "not installed"
-    asked_by = {str(question.command(run)[0]) for question in QUESTIONS} | {"bench_gpu.py"}
-    for script in sorted(path.name for path in HERE.glob("bench_*.py")):
-        if script not in asked_by:
-            missing[script] = "has no line in questions.py yet: run it by hand"
     return missing | without_gpu()
 
 
@@ -208,15 +210,14 @@ def main() -> None:
         missing = {question.name: "no result is kept" for question in QUESTIONS}
         print(collect(work, out, missing | without_gpu(), quick=False, name="kept"))
         return
-    asked = [question for question in chosen if not question.lacks(run) and not missing_modules(question.needs)]
+    asked = [question for question in chosen if not reason_against(question, run)]
     if photographs is None and any(str(run.data) in map(str, question.command(run)) for question in asked):
         drawn(run.data, 960)
-    missing = not_measured(run, asked, chosen)
-    path = None
-    for question in asked:
-        ask(question, run)
-        path = collect(work, out, missing, arguments.quick)  # after each: a run that is cut off leaves its report
-    path = path or collect(work, out, missing, arguments.quick)
+    path = collect(work, out, not_measured(run, chosen), arguments.quick)
+    for question in chosen:
+        if not reason_against(question, run):  # which one before may have answered
+            ask(question, run)
+            path = collect(work, out, not_measured(run, chosen), arguments.quick)  # a run cut off leaves its report
     print(path)
 
 
