@@ -9,10 +9,11 @@ of --bundle, in any precision, and of --skeleton, with random weights (see bench
 of four sizes that are kept here. --device cpu asks the same with the CPU provider in sizes so small that the code is
 tried and nothing is learned: the reduced form that the tests run.
 
-Times are those of a host clock around work that is complete when it returns; the medians of several. The peak is the
-fastest large square product in half precision that onnxruntime, or torch, makes on the same card; the bandwidth that
-of a copy in device memory, read and written. Each question is asked by itself: one that fails is told and the others
-go on.
+Pictures a second are those of a host clock around work that is complete when it returns, copies included; pictures a
+device second, and the shares made of them, of CUDA events around batches that are on the card already; the medians of
+several. The peak is the fastest large square product in half precision that onnxruntime, or torch, makes on the same
+card; the bandwidth that of a copy in device memory, read and written, both by the same events. Each question is asked
+by itself: one that fails is told and the others go on.
 WORK/gpu-<date>.json, .html and .md hold what was measured, and are written after each question.
 """
 
@@ -31,12 +32,15 @@ import gpu_peers
 import machine
 import numpy as np
 import report
+from gpu_clock import bound_run, clock_of, seconds_on
+from gpu_goals import goals
 from gpu_ranking import ranking
 from skeleton import fill
 from suite import commit
 
 from clipret import Bundle
 from clipret.cuda import device_name
+from clipret.errors import ClipretError
 from clipret.onnx_graph import Node, Value, model
 from clipret.towers import EngineChoice, OnnxTower, open_tower
 
@@ -46,6 +50,7 @@ SHAPES = {  # width, layers, patch, tokens, hidden, embedding of open_clip's pic
     "ViT-H-14": (1280, 32, 14, 257, 5120, 1024),
     "ViT-bigG-14": (1664, 48, 14, 257, 8192, 1280),
 }
+GOALS = "What was aimed at, by the best way and batch of those above; a goal whose figures are missing is not told."
 DECODING = (
     "JPEGs of 640 x 480 in memory, as many threads as processors. nvImageCodec is refused where its pixels differ from "
     "Pillow's by more than the levels allowed."
@@ -63,6 +68,9 @@ class Card:
     flops: float = 0.0
     bytes_a_second: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.clock = clock_of(self.device)
+
     @property
     def small(self) -> bool:
         return self.device == "cpu"
@@ -73,7 +81,7 @@ class Card:
 
 
 def seconds(run: Callable[[], object], least: float, most: int = 50) -> float:
-    """The median of runs for at least `least` seconds in all, after two that do not count."""
+    """By the host's clock, the median of runs for at least `least` seconds in all, after two that do not count."""
     for _ in range(2):
         run()
     taken: list[float] = []
@@ -84,26 +92,14 @@ def seconds(run: Callable[[], object], least: float, most: int = 50) -> float:
     return statistics.median(taken)
 
 
-def on_device(card: Card, content: bytes, inputs: dict[str, np.ndarray]) -> Callable[[], object]:
-    """A small graph with its inputs and its output in the device's memory."""
+def graph_seconds(card: Card, content: bytes, inputs: dict[str, np.ndarray]) -> float:
+    """Of a small graph with its inputs and its output in the device's memory."""
     import onnxruntime
 
-    kind, _, number = card.device.partition(":")
     provider = "CPUExecutionProvider" if card.small else "CUDAExecutionProvider"
-    session = onnxruntime.InferenceSession(content, providers=[provider])
+    session = onnxruntime.InferenceSession(content, providers=[(provider, dict(card.clock.options))])
     assert provider in session.get_providers(), f"onnxruntime could not start {provider}"
-    binding, held = session.io_binding(), []
-    for name, array in inputs.items():
-        held.append(onnxruntime.OrtValue.ortvalue_from_numpy(array, kind, int(number or 0)))
-        binding.bind_ortvalue_input(name, held[-1])
-
-    def run() -> None:
-        binding.bind_output(session.get_outputs()[0].name, kind, int(number or 0))
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    run.held = held  # type: ignore[attr-defined]
-    return run
+    return seconds_on(card.clock, bound_run(session, card.device, inputs), 1.0)
 
 
 def limits(card: Card) -> dict[str, Any]:
@@ -116,11 +112,11 @@ def limits(card: Card) -> dict[str, Any]:
         [Value("a", "float16", ("n", "m")), Value("b", "float16", ("m", "k"))],
         [Value("c", "float16", ("n", "k"))],
     )
-    rates = {"onnxruntime": 2 * side**3 / seconds(on_device(card, product, {"a": square, "b": square}), 1.0)}
-    if not card.small and (torch_rate := gpu_peers.product_rate(card.device, side, seconds)) is not None:
+    rates = {"onnxruntime": 2 * side**3 / graph_seconds(card, product, {"a": square, "b": square})}
+    if not card.small and (torch_rate := gpu_peers.product_rate(card.device, side)) is not None:
         rates["torch"] = torch_rate
     copy = model([Node("Neg", ["a"], ["b"])], [Value("a", "float16", ("n",))], [Value("b", "float16", ("n",))])
-    taken = seconds(on_device(card, copy, {"a": np.zeros(length, np.float16)}), 1.0)
+    taken = graph_seconds(card, copy, {"a": np.zeros(length, np.float16)})
     card.flops, card.bytes_a_second = max(rates.values()), 4 * length / taken
     name = "the CPU in a card's place" if card.small else device_name(int(card.device.partition(":")[2] or 0))
     return {
@@ -132,18 +128,18 @@ def limits(card: Card) -> dict[str, Any]:
 
 def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
     """Ways of running a picture tower here, by name; each opens it."""
-    plain = bundle.file("image.onnx")
-    made: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: OnnxTower(plain, card.device, 4)}
+    plain, more = bundle.file("image.onnx"), card.clock.options
+    made: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: OnnxTower(plain, card.device, 4, more=more)}
     if not card.small:
-        made["onnxruntime, CUDA graphs"] = lambda: OnnxTower(plain, card.device, 4, graphs=True)
+        made["onnxruntime, CUDA graphs"] = lambda: OnnxTower(plain, card.device, 4, True, more)
     if importlib.util.find_spec("onnx_ir"):
         from clipret.export.fusion import fuse
 
         fused = plain.with_name("fused.onnx")
         if "MultiHeadAttention" in fuse(plain, fused):
-            made["onnxruntime, fused"] = lambda: OnnxTower(fused, card.device, 4)
+            made["onnxruntime, fused"] = lambda: OnnxTower(fused, card.device, 4, more=more)
             if not card.small:
-                made["onnxruntime, fused, CUDA graphs"] = lambda: OnnxTower(fused, card.device, 4, graphs=True)
+                made["onnxruntime, fused, CUDA graphs"] = lambda: OnnxTower(fused, card.device, 4, True, more)
     libraries: tuple[EngineChoice, ...] = ("tensorrt", "tensorrt_rtx")
     for library in libraries:
         if bundle.manifest.engines and importlib.util.find_spec(library):
@@ -181,16 +177,32 @@ def towers(card: Card, bundle: Bundle) -> dict[str, Any]:
             if expected is not None and not way.startswith("open_clip"):  # whose random weights are others
                 result["parity"][way] = {"cosine_to_cpu": round(float((rows * expected).sum(axis=1).min()), 7)}
             for batch in batches[-1:] if "compiled" in way else batches:  # a shape takes a minute to compile
-                taken = seconds(lambda at=tower, given=pictures[:batch]: at.run(given), 0.05 if card.small else 0.7)  # type: ignore[misc]
-                rate = batch / taken
+                given, least = pictures[:batch], 0.05 if card.small else 0.5
+                taken = seconds(lambda at=tower, given=given: at.run(given), least)  # type: ignore[misc]
                 found = result.setdefault(f"batch {batch}", {}).setdefault(way, {})
-                found["pictures_a_second"] = round(rate, 1)
+                found["pictures_a_second"] = round(batch / taken, 1)
                 if gflop:
-                    found["share_of_matrix_peak"] = round(rate * gflop * 1e9 / card.flops, 3)
+                    found["share_with_copies"] = round(batch / taken * gflop * 1e9 / card.flops, 3)
+                if (alone := device_seconds(card, tower, given, least)) is None:
+                    continue
+                found["pictures_a_device_second"] = round(batch / alone, 1)
+                if gflop:
+                    found["share_of_matrix_peak"] = round(batch / alone * gflop * 1e9 / card.flops, 3)
             del tower
         except Exception as error:  # one way fails, the others have their turn
             failed[way] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return result | {"failed": failed}
+
+
+def device_seconds(card: Card, tower: Any, pictures: np.ndarray, least: float) -> float | None:
+    """Of a batch that is on the card already, by the card's clock; None of a tower whose stream is its own."""
+    if isinstance(tower, gpu_peers.OpenClip):
+        return tower.device_seconds(pictures, least)
+    if not isinstance(tower, OnnxTower):
+        return None
+    graph = len(pictures) + 1_000_000 if tower.graphs else 0  # a number that its own recordings do not have
+    run = bound_run(tower.session, card.device, {tower.session.get_inputs()[0].name: pictures}, graph)
+    return seconds_on(card.clock, run, least)
 
 
 def attention(card: Card, bundle: Bundle) -> dict[str, Any]:
@@ -269,7 +281,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=460, help="seconds after which nothing more is begun")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    card = Card(arguments.device, arguments.work, limit=arguments.limit)
+    try:
+        card = Card(arguments.device, arguments.work, limit=arguments.limit)
+    except ClipretError as error:
+        raise SystemExit(f"{error}, which tries the code in a reduced form") from None
     words = " ".join(f"--bundle {path.name}" for path in arguments.bundle)
     asker = Asker(card, f"python benchmarks/bench_gpu.py WORK --device {card.device} {words}".strip())
     asker.ask("limits", "The card", "Its largest product and its memory.", lambda: limits(card))
@@ -293,6 +308,7 @@ def main() -> None:
         if number == 0:
             asker.ask("attention", "Kernels", "What runs the tower.", lambda: attention(card, bundle()))
             asker.ask("decode", "Decoding, end to end", DECODING, lambda: decoding(card, bundle()))
+    asker.ask("goals", "Goals", GOALS, lambda: {"goals": goals(asker.questions)}, late=True)
     print(asker.write(gpu_peers.missing(card.small)))
 
 
@@ -304,8 +320,8 @@ class Asker:
         self.questions: dict[str, Any] = {}
         self.late: dict[str, str] = {}
 
-    def ask(self, name: str, title: str, about: str, run: Callable[[], dict[str, Any]]) -> None:
-        if self.card.late:
+    def ask(self, name: str, title: str, about: str, run: Callable[[], dict[str, Any]], *, late: bool = False) -> None:
+        if self.card.late and not late:
             self.late[name] = "no time left"
             return
         began = time.monotonic()

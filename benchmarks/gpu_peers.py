@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from gpu_clock import HostClock, seconds_on
 
-__all__ = ["missing", "product_rate", "ranking", "towers"]
+__all__ = ["OpenClip", "missing", "product_rate", "ranking", "towers"]
 
 
 def _torch() -> Any:
@@ -41,20 +42,33 @@ def missing(small: bool) -> dict[str, str]:
     return found
 
 
-def product_rate(device: str, side: int, seconds: Callable[..., float]) -> float | None:
+def product_rate(device: str, side: int) -> float | None:
     """Operations a second of torch's half-precision product, None where torch has no GPU."""
     if (torch := _torch()) is None:
         return None
     a = torch.randn(side, side, device=device, dtype=torch.float16)
-
-    def run() -> None:
-        a @ a
-        torch.cuda.synchronize()
-
-    return 2 * side**3 / seconds(run, 1.0)
+    return 2 * side**3 / seconds_on(_TorchClock(torch), lambda: a @ a, 1.0)
 
 
-class _OpenClip:
+class _TorchClock(HostClock):
+    """Events in torch's stream."""
+
+    def __init__(self, torch: Any) -> None:
+        super().__init__()
+        self._torch = torch
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def elapsed(self, run: Callable[[], object], count: int) -> float:
+        self._begin.record()
+        for _ in range(count):
+            run()
+        self._end.record()
+        self._end.synchronize()
+        milliseconds: float = self._begin.elapsed_time(self._end)
+        return milliseconds / 1000
+
+
+class OpenClip:
     """open_clip's picture tower in half precision; pictures are copied to the card in each run, as ours are."""
 
     def __init__(self, name: str, device: str, compiled: bool) -> None:
@@ -67,11 +81,19 @@ class _OpenClip:
         self._visual = self._torch.compile(visual, dynamic=False) if compiled else visual
 
     def run(self, batch: np.ndarray) -> np.ndarray:
+        rows: np.ndarray = self._encode(self._torch.from_numpy(batch).to(self._device)).cpu().numpy()
+        return rows
+
+    def device_seconds(self, batch: np.ndarray, least: float) -> float:
+        """Of a batch that is on the card already, by the card's clock."""
+        given = self._torch.from_numpy(batch).to(self._device)
+        return seconds_on(_TorchClock(self._torch), lambda: self._encode(given), least)
+
+    def _encode(self, batch: Any) -> Any:
         torch = self._torch
         with torch.inference_mode():
-            pixels = torch.from_numpy(batch).to(self._device).permute(0, 3, 1, 2).half() / 127.5 - 1
-            rows: np.ndarray = torch.nn.functional.normalize(self._visual(pixels).float(), dim=-1).cpu().numpy()
-        return rows
+            pixels = batch.permute(0, 3, 1, 2).half() / 127.5 - 1
+            return torch.nn.functional.normalize(self._visual(pixels).float(), dim=-1)
 
 
 def towers(name: str, device: str, failed: dict[str, str]) -> dict[str, Callable[[], Any]]:
@@ -80,8 +102,8 @@ def towers(name: str, device: str, failed: dict[str, str]) -> dict[str, Callable
         failed["open_clip"] = "torch with a GPU and open_clip are not both installed"
         return {}
     return {
-        "open_clip eager": lambda: _OpenClip(name, device, compiled=False),
-        "open_clip compiled": lambda: _OpenClip(name, device, compiled=True),
+        "open_clip eager": lambda: OpenClip(name, device, compiled=False),
+        "open_clip compiled": lambda: OpenClip(name, device, compiled=True),
     }
 
 

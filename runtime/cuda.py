@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from clipret.errors import ClipretError
 
-__all__ = ["Copies", "HostCopies", "device_name", "free_memory"]
+__all__ = ["Copies", "HostCopies", "call_driver", "device_name", "enter_context", "free_memory"]
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream, nor it for this
 Bytes = npt.NDArray[np.uint8]
@@ -31,7 +31,8 @@ def _driver() -> Any:
     return library
 
 
-def _call(name: str, *given: Any) -> None:
+def call_driver(name: str, *given: Any) -> None:
+    """A function of the driver API by its name. Raises ClipretError with the number of the error, if there is one."""
     error = getattr(_driver(), name)(*given)
     if error:
         raise ClipretError(f"CUDA's {name} failed with error {error}: see what nvidia-smi says, or use the CPU")
@@ -41,29 +42,29 @@ def _call(name: str, *given: Any) -> None:
 def _context(number: int) -> tuple[ctypes.c_int, ctypes.c_void_p]:
     """The device and its primary context, kept until the process ends."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    _call("cuInit", ctypes.c_uint(0))
-    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
-    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    call_driver("cuInit", ctypes.c_uint(0))
+    call_driver("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
+    call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     return device, context
 
 
-def _enter(number: int) -> None:
+def enter_context(number: int) -> None:
     """Make the device's context that of the calling thread; it costs nothing where it is."""
-    _call("cuCtxSetCurrent", _context(number)[1])
+    call_driver("cuCtxSetCurrent", _context(number)[1])
 
 
 def free_memory(number: int) -> int:
     """Bytes of GPU `number` that nobody has taken. Raises ClipretError where there is no such GPU."""
-    _enter(number)
+    enter_context(number)
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    call_driver("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     return free.value
 
 
 def device_name(number: int) -> str:
     """As nvidia-smi calls it."""
     name = ctypes.create_string_buffer(256)
-    _call("cuDeviceGetName", name, ctypes.c_int(len(name)), _context(number)[0])
+    call_driver("cuDeviceGetName", name, ctypes.c_int(len(name)), _context(number)[0])
     return name.value.decode()
 
 
@@ -91,32 +92,32 @@ class Copies(HostCopies):
 
     def __init__(self, number: int) -> None:
         self._number = number
-        _enter(number)
+        enter_context(number)
         self._stream = ctypes.c_void_p()
-        _call("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
+        call_driver("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
         weakref.finalize(self, _forget, "cuStreamDestroy_v2", number, self._stream)
 
     def host(self, size: int) -> Bytes:
         """Pinned memory: the GPU reads and writes it directly, at twice the rate of other memory and asynchronously."""
-        _enter(self._number)
+        enter_context(self._number)
         address = ctypes.c_void_p()
-        _call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        call_driver("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
         buffer = (ctypes.c_uint8 * size).from_address(address.value or 0)
         weakref.finalize(buffer, _forget, "cuMemFreeHost", self._number, address)  # an array of it keeps `buffer`
         pinned: Bytes = np.ctypeslib.as_array(buffer)
         return pinned
 
     def to_device(self, address: int, source: Bytes) -> None:
-        _enter(self._number)
+        enter_context(self._number)
         given = ctypes.c_uint64(address), ctypes.c_void_p(source.ctypes.data), ctypes.c_size_t(source.nbytes)
-        _call("cuMemcpyHtoDAsync_v2", *given, self._stream)
-        _call("cuStreamSynchronize", self._stream)
+        call_driver("cuMemcpyHtoDAsync_v2", *given, self._stream)
+        call_driver("cuStreamSynchronize", self._stream)
 
     def to_host(self, target: Bytes, address: int) -> None:
-        _enter(self._number)
+        enter_context(self._number)
         given = ctypes.c_void_p(target.ctypes.data), ctypes.c_uint64(address), ctypes.c_size_t(target.nbytes)
-        _call("cuMemcpyDtoHAsync_v2", *given, self._stream)
-        _call("cuStreamSynchronize", self._stream)
+        call_driver("cuMemcpyDtoHAsync_v2", *given, self._stream)
+        call_driver("cuStreamSynchronize", self._stream)
 
 
 def _forget(name: str, number: int, handle: ctypes.c_void_p) -> None:

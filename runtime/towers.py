@@ -4,6 +4,7 @@ import importlib.util
 import queue
 import threading
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -147,13 +148,16 @@ def _required(module: str, extra: str) -> Any:
 class OnnxTower:
     """A tower in onnxruntime, on its CPU or CUDA execution provider. On CUDA two batches may be under way at once, so
     that one is copied while the other is computed. `graphs`: record CUDA graphs of the shapes that come often; where
-    onnxruntime cannot, that is an EngineWarning and the tower runs without."""
+    onnxruntime cannot, that is an EngineWarning and the tower runs without. `more`: options of the provider."""
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, device: str, threads: int, graphs: bool = False) -> None:
+    def __init__(
+        self, path: Path, device: str, threads: int, graphs: bool = False, more: Mapping[str, str] | None = None
+    ) -> None:
         ort = _required("onnxruntime", "gpu" if device.startswith("cuda") else "cpu")
         provider, provider_options = _provider(device)
+        provider_options |= more or {}
         available = ort.get_available_providers()
         if provider not in available:
             raise ClipretError(
@@ -168,27 +172,28 @@ class OnnxTower:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.x64quantprecision", "1" if int8_saturates() else "0")
 
-        def opened(more: dict[str, str]) -> Any:
-            return ort.InferenceSession(str(path), options, providers=[(provider, provider_options | more)])
+        def opened(graph: dict[str, str]) -> Any:
+            return ort.InferenceSession(str(path), options, providers=[(provider, provider_options | graph)])
 
         gpu = _gpu_number(device)
         graphs = graphs and gpu is not None
-        self._session: Any = None
+        self.session: Any = None
         try:
             if graphs:
                 try:
-                    self._session = opened({"enable_cuda_graph": "1"})
+                    self.session = opened({"enable_cuda_graph": "1"})
                 except Exception as error:  # a node that only the CPU has
                     graphs = False
                     warnings.warn(f"no CUDA graphs: {_first_line(error)}", EngineWarning, stacklevel=2)
-            self._session = self._session or opened({})
+            self.session = self.session or opened({})
         except Exception as error:  # onnxruntime raises a dozen types of its own, all unexported
             reason = _first_line(error)
             raise ClipretError(f"{path} cannot be opened on {device}: {reason}; export the model again") from None
         # onnxruntime falls back to the CPU without a word when a provider's libraries do not load.
-        if provider not in self._session.get_providers():
+        if provider not in self.session.get_providers():
             raise ClipretError(f"onnxruntime could not start {provider} for {device}: see clipret[gpu]'s requirements")
-        self._input = self._session.get_inputs()[0].name
+        self._input = self.session.get_inputs()[0].name
+        self.graphs = graphs
         self.lanes = 1 if provider == "CPUExecutionProvider" else 2
         self._bound = queue.SimpleQueue[BoundSession]()
         if gpu is not None:
@@ -196,12 +201,12 @@ class OnnxTower:
             runner = ThreadPoolExecutor(1, "graphs") if graphs else None
             submit = None if runner is None else lambda run: runner.submit(run).result()
             for _ in range(self.lanes):
-                self._bound.put(BoundSession(self._session, "cuda", gpu, graphs=graphs, submit=submit))
+                self._bound.put(BoundSession(self.session, "cuda", gpu, graphs=graphs, submit=submit))
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
         rows: Rows
         if self.lanes == 1:
-            rows = self._session.run(None, {self._input: batch})[0]
+            rows = self.session.run(None, {self._input: batch})[0]
             return rows
         bound = self._bound.get()
         try:

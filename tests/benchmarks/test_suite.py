@@ -162,6 +162,11 @@ def test_the_gpu_questions_in_their_reduced_form(tmp_path: Path) -> None:
     for way in ("onnxruntime", "onnxruntime, fused"):
         assert towers["parity"][way]["cosine_to_cpu"] > 0.999
         assert towers["batch 3"][way]["pictures_a_second"] > 0
+        assert towers["batch 3"][way]["pictures_a_device_second"] > 0
+    aimed = {row["what"]: row for row in asked["goals"]["results"]["goals"]["goals"]}
+    assert aimed["ViT-B-32, of the matrix peak"]["goal"] == 0.45
+    assert aimed["results as the CPU's"]["reached"] is True
+    assert aimed.keys() >= {"one query, of the bandwidth", "scan 16 queries, of the matrix peak"}
     kernels = asked["attention"]["results"]["attention"]
     assert kernels["image"]["nodes by provider"].keys() == {"CPUExecutionProvider"}
     assert kernels["image"]["flash"] is False
