@@ -35,7 +35,8 @@ Mask = npt.NDArray[np.bool_]
 _GRID = 2.0**24
 _QUERIES = 256  # queries at a time
 _FEW = 32  # up to so many queries the packed codes are faster than those of the files
-_DIRECT = 16384  # up to so many rows all are scored in float64: a first stage would cost more than it saves
+_DIRECT = 2048  # up to so many rows all are scored in float64: a first stage would cost more than it saves
+_BLOCK = 4096  # rows that are made float64 at a time: 16 MiB at 512 dimensions
 _SCORES = 1 << 22  # scores or candidates of one call held at a time, at least one query's: 32 MiB
 _POOL = 1 << 21  # candidates that may wait for their exact score: 64 MiB; more only where very many rows are equal
 
@@ -246,8 +247,8 @@ class Ranker:
         where = np.arange(self.count) if allowed is None else np.flatnonzero(allowed)
         scores = np.empty((len(grid), len(where)))
         norms = np.linalg.norm(grid, axis=1)
-        for low in range(0, len(where), _DIRECT):
-            rows = widened(self._rows.take(where[low : low + _DIRECT])).astype(np.float64)
+        for low in range(0, len(where), _BLOCK):
+            rows = widened(self._rows.take(where[low : low + _BLOCK])).astype(np.float64)
             check_lengths(float(np.sqrt(np.einsum("nd,nd->n", rows, rows).max())), norms)
             np.matmul(grid, rows.T, out=scores[:, low : low + len(rows)])
         kth = np.partition(scores, len(where) - k, axis=1)[:, len(where) - k]
