@@ -290,8 +290,8 @@ def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
     alike += ("--set", "decode_scale=1.33", "--set", "clip=0", "--validate-every", 5, "--precision", "bf16")
 
     def clipret(name: str, *options: Any) -> dict[str, Any]:
-        if not (work / name / "metrics.jsonl").exists():
-            cpu_seconds(sys.executable, "-m", "clipret.training", *captions, *split, *options, "--out", work / name)
+        command = ("clipret.training", *captions, *split, *options, "--out", work / name, "--resume")
+        cpu_seconds(sys.executable, "-m", *command)  # nothing where it is done
         lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
         measured = [line for line in lines if "text_to_image" in line]
         best = max(measured, key=lambda line: line["text_to_image"]["recall_at_10"])
