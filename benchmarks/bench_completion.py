@@ -14,6 +14,7 @@ commands that users run.
 import argparse
 import csv
 import json
+import os
 import random
 import resource
 import shutil
@@ -22,6 +23,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from machine import keep

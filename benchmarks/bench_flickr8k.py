@@ -9,12 +9,15 @@ export, gallery or ranking. Chance is 1 % (ten of 1,000 pictures).
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """What each step of the traffic pipeline brings, on drawn data in the challenge's own format, over several seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_traffic.py WORK [--seed 0] [--seed 1] [--seed 2] [--epochs 40]
+    python benchmarks/bench_traffic.py WORK [--seed 0] [--seed 1] [--seed 2] [--epochs 40]
 
 For each seed other scenes are drawn and other weights: training pictures are clean and their captions name colour and
 brand or only the type; test pictures are a camera's and queries name all. `clipret-train run traffic` goes from the
@@ -13,10 +13,13 @@ person, and vehicles and persons are measured apart. Chance is about 0.015 mAP f
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from machine import keep
