@@ -91,7 +91,7 @@ QUESTIONS = (
         "compiled and ONNX with a batch of 1; the parity of every engine with torch. onnxruntime computes fp16 graphs "
         "in float32 on a CPU: that row shows the rounding of weights, not of half arithmetic, which the export checks "
         "in torch. OpenVINO computes bf16 and int8 natively where the processor has them.",
-        15,
+        8,
         lambda run: [
             "bench_towers.py",
             run.work,
@@ -106,7 +106,7 @@ QUESTIONS = (
         "End to end: a folder of JPEGs, texts, memory",
         "From files to rows beside open_clip's loop, sentence-transformers and rclip, decoding included; texts; peak "
         "memory of an indexing run.",
-        25,
+        5,
         lambda run: ["bench_encode.py", run.work, "--data", run.data],
         ("open_clip", "onnxscript"),
         only_whole,
@@ -116,7 +116,7 @@ QUESTIONS = (
         "decode",
         "Decoding JPEGs",
         "JPEG bytes to a tower's square, beside Pillow, OpenCV and torchvision, and how far the pixels differ.",
-        8,
+        3,
         decode,
     ),
     Question(
@@ -124,7 +124,7 @@ QUESTIONS = (
         "Exact ranking, a million rows",
         "One, 16 and 256 queries beside faiss's flat index, numpy and torch; the limit is a pass over memory, or the "
         "processor's 8-bit products.",
-        20,
+        8,
         lambda run: ["bench_rank.py", *pick(run, ["--rows", 50_000, "--rounds", 3], []), "--large", 0],
         ("faiss",),
     ),
@@ -132,7 +132,7 @@ QUESTIONS = (
         "rank-large",
         "Exact ranking, four million rows",
         "The same with a gallery of 6 GB.",
-        20,
+        3,
         lambda _: ["bench_rank.py", "--rows", 0],
         ("faiss",),
         only_whole,
@@ -141,7 +141,7 @@ QUESTIONS = (
         "query",
         "Cold start and warm queries",
         "CPU seconds of a whole `clipret-search query`, and queries a second of a searcher that is open.",
-        8,
+        2,
         lambda run: [
             "bench_query.py",
             *(["--rows", 10_000, "--pairs", 3] if run.quick else bundles(run)),
@@ -151,7 +151,7 @@ QUESTIONS = (
         "serve",
         "Latency of the service",
         "1, 8 and 64 clients at a time beside the plain server that one writes first; memory of the process.",
-        25,
+        6,
         lambda run: [
             "bench_serve.py",
             *pick(run, ["--rows", 10_000, "--rounds", 1, "--requests", 400], bundles(run)[:2]),
@@ -162,7 +162,7 @@ QUESTIONS = (
         "train",
         "A training step",
         "CPU seconds of a step beside open_clip's own trainer: the same model, data and batch.",
-        12,
+        8,
         lambda run: [
             "bench_train.py",
             run.data,
@@ -177,7 +177,7 @@ QUESTIONS = (
         "export",
         "Exporting full-size models",
         "Time, memory and parity of `clipret-export`, each model and precision a process of its own.",
-        60,
+        40,
         lambda run: [
             "bench_export.py",
             run.work / "export",
@@ -189,7 +189,7 @@ QUESTIONS = (
         "scale",
         "Cost as it grows",
         "Indexing, gallery and queries at ten thousand, a hundred thousand, a million pictures, and four million rows.",
-        18,
+        6,
         lambda run: [
             "bench_scale.py",
             *pick(run, ["--counts", 300, 3_000, "--rows", 3_000, 30_000, "--rounds", 3], []),
@@ -217,7 +217,7 @@ QUESTIONS = (
         "demo",
         "The demo",
         "The whole line on drawn pictures, from drawing to mAP.",
-        5,
+        4,
         lambda run: ["bench_demo.py", run.work / "demo"],
         ("torch",),
         only_whole,
@@ -235,7 +235,7 @@ QUESTIONS = (
         "flickr8k",
         "Quality on photographs",
         "Training from scratch, export in four precisions, recall of each beside torch's.",
-        35,
+        40,
         lambda run: ["bench_flickr8k.py", run.data, run.work / "flickr8k"],
         ("torch",),
         real("flickr8k"),
@@ -244,7 +244,7 @@ QUESTIONS = (
         "completion",
         "Completion on real cars",
         "Hidden colours filled in again, and how many rightly.",
-        40,
+        18,
         lambda run: ["bench_completion.py", (run.real or run.data) / "vehicles", run.work / "cars", "--seed", 0],
         ("torch",),
         real("vehicles"),
@@ -253,7 +253,7 @@ QUESTIONS = (
         "traffic",
         "The traffic pipeline, step by step",
         "What each step brings, on drawn data in the challenge's format; one seed.",
-        90,
+        15,
         lambda run: ["bench_traffic.py", run.work / "traffic", "--seed", 0],
         ("torch",),
         only_whole,
@@ -262,7 +262,7 @@ QUESTIONS = (
         "rerank",
         "Re-ranking",
         "What each way of re-ranking gains and costs.",
-        10,
+        1,
         lambda run: [
             "bench_rerank.py",
             traffic_gallery(run),
