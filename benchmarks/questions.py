@@ -21,7 +21,7 @@ class Run:
 @dataclass(frozen=True)
 class Question:
     """`command`: the words after `python`, of a run. `minutes` of the whole form on one quiet core. `needs`: modules.
-    `lacks`: why a run cannot ask it, or nothing. `files`: its results, where they are not called as it is."""
+    `lacks`: why a run cannot ask it, or nothing."""
 
     name: str
     title: str
@@ -30,7 +30,6 @@ class Question:
     command: Callable[[Run], Sequence[object]]
     needs: tuple[str, ...] = ()
     lacks: Callable[[Run], str] = lambda _: ""
-    files: tuple[str, ...] = ()
 
 
 def only_whole(run: Run) -> str:
@@ -110,7 +109,6 @@ QUESTIONS = (
         lambda run: ["bench_encode.py", run.work, "--data", run.data],
         ("open_clip", "onnxscript"),
         only_whole,
-        ("encode-folder", "encode-texts", "encode-memory"),
     ),
     Question(
         "decode",
@@ -211,7 +209,6 @@ QUESTIONS = (
         "Bytes a picture of rows, codes and database.",
         1,
         lambda run: ["bench_gallery_size.py", *pick(run, ["--pictures", 20_000], [])],
-        files=("gallery-size",),
     ),
     Question(
         "demo",

@@ -1,15 +1,12 @@
 """Every question of this folder in one run: a result file, a page with plots, a Markdown of the same tables.
 
     python benchmarks/suite.py WORK [--quick] [--only NAME ...] [--skip NAME ...] [--data ../shared/data] [--out FOLDER]
-    python benchmarks/suite.py WORK --list | --kept
+    python benchmarks/suite.py WORK --list
 
 Each question is a script of its own, run as a process; what it says on the way is in WORK/logs. A question that was
 measured in WORK is not measured again, so that a run that was cut off goes on; one that failed is tried again, and the
 others go on without it. Pictures and captions are drawn by the project; --data names a folder with real ones, as
 flickr8k/ and vehicles/. --quick asks everything in a reduced form, in a few minutes, and its figures are rough.
-
---kept measures nothing: it writes kept.json, .html and .md of the latest results in benchmarks/results, which the
-scripts have left there when they were run by themselves, each with its own date.
 
 Results are written to FOLDER (benchmarks/results; with --quick WORK) as <machine>-<date>.json, .html and .md. Compare
 two of them with benchmarks/compare.py.
@@ -150,33 +147,18 @@ def without_gpu() -> dict[str, str]:
     return missing
 
 
-def put_together(run: Run) -> None:
-    """The records of a run from the results that are kept in this folder, whenever they were measured."""
-    for question in QUESTIONS:
-        found = {}
-        for name in question.files or (question.name,):
-            path = HERE / "results" / f"{name}.json"
-            if path.exists():
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
-        if found:
-            dates = " and ".join(sorted({f"{result['machine']}, {result['date']}" for result in found.values()}))
-            record = {"title": question.title, "about": f"{question.about} Measured on {dates}.", "results": found}
-            kept = run.work / "done" / f"{question.name}.json"
-            kept.write_text(json.dumps(record | {"command": command_of(question, run)}), encoding="utf-8")
-
-
-def collect(work: Path, out: Path, missing: dict[str, str], quick: bool, name: str = "") -> Path:
+def collect(work: Path, out: Path, missing: dict[str, str], quick: bool) -> Path:
     """The result file, page and Markdown of what a run has measured so far; returns the result file."""
     order = [question.name for question in QUESTIONS]
-    kept = sorted((work / "done").glob("*.json"), key=lambda path: order.index(path.stem) if path.stem in order else 99)
-    questions = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in kept}
+    done = sorted((work / "done").glob("*.json"), key=lambda path: order.index(path.stem) if path.stem in order else 99)
+    questions = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in done}
     facts = machine.describe()
     note = "quick form: figures are rough" if quick else ""
     left = {name: reason for name, reason in missing.items() if name not in questions}
     content = {**facts, "commit": commit(), "note": note, "questions": questions, "missing": left}
     out.mkdir(parents=True, exist_ok=True)
     word = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
-    path = out / f"{name or word + '-' + facts['date']}.json"
+    path = out / f"{word}-{facts['date']}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     report.write(path)
     return path
@@ -191,7 +173,6 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", choices=names, default=[])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--kept", action="store_true", help="a report of what benchmarks/results holds")
     parser.add_argument("--list", action="store_true", help="the questions, and how long each takes")
     arguments = parser.parse_args()
     chosen = [question for question in QUESTIONS if question.name in arguments.only]
@@ -208,11 +189,6 @@ def main() -> None:
     photographs = real_data / "flickr8k" if real_data is not None and (real_data / "flickr8k").is_dir() else None
     run = Run(work, arguments.quick, photographs or work / "drawn", real_data)
     out = arguments.out or (work if arguments.quick else HERE / "results")
-    if arguments.kept:
-        put_together(run)
-        missing = {question.name: "no result is kept" for question in QUESTIONS}
-        print(collect(work, out, missing | without_gpu(), quick=False, name="kept"))
-        return
     asked = [question for question in chosen if not reason_against(question, run)]
     if photographs is None and any(str(run.data) in map(str, question.command(run)) for question in asked):
         drawn(run.data, 960)
