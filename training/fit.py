@@ -1,5 +1,6 @@
 """Training: from a list of pictures and titles to a run folder. `fit` and `_Training` read top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,7 +24,7 @@ from clipret.training.data import Pictures, Texts
 from clipret.training.distributed import World, gather_objects, join, smallest
 from clipret.training.learner import Learner
 from clipret.training.listing import read_listings
-from clipret.training.run import RunFolder
+from clipret.training.run import RunFolder, claimed
 from clipret.training.schedule import generator, learning_rate, seed_of
 from clipret.training.sharded import latest_shards
 from clipret.training.step import Batch, GradientStep, StepResult
@@ -73,10 +74,10 @@ def fit(
     with the weights that it would have had without the interruption; one that is not there begins. Under torchrun
     every process calls this alike.
 
-    Raises ClipretError: `out` is taken or holds another run, a list or the model cannot be read, no picture can be
-    read, the disk is full, or the loss is no longer a number.
+    Raises ClipretError: `out` is taken, holds another run or one that is being trained, a list or the model cannot be
+    read, no picture can be read, the disk is full, or the loss is no longer a number.
     """
-    with join(config.device) as world:
+    with join(config.device) as world, claimed(out) if world.writes else contextlib.nullcontext():
         return _Training(config, out, world, report, resume=resume).run()
 
 

@@ -1,8 +1,10 @@
 """The run folder: everything that a training leaves behind."""
 
+import contextlib
 import json
+import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +18,10 @@ from clipret.training.config import FitConfig
 from clipret.training.loaded import LoadedModel
 from clipret.training.models import describe
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "claimed"]
+
+_LOCK = "run.lock"
+_SECONDS = 2  # until the lock of another process is believed: torchrun starts a run again that it has just ended
 
 
 class RunFolder:
@@ -28,6 +33,7 @@ class RunFolder:
     tensorboard/        the course of each step, where it is asked for
     checkpoints/        last.safetensors, best.safetensors and what resuming needs; see checkpoint.py
     adapter/            the adapter of the best epoch in PEFT's layout, where one is trained
+    run.lock            while a process trains here, see `claimed`
 
     Every file but the log and TensorBoard's is written whole or not at all. Of several processes one `writes`.
     """
@@ -60,8 +66,8 @@ class RunFolder:
 
     @staticmethod
     def refuse_taken(path: Path) -> None:
-        """Raise ClipretError unless `path` is free: absent or an empty folder."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """Raise ClipretError unless `path` is free: absent, or a folder with nothing but a lock in it."""
+        if path.exists() and (not path.is_dir() or any(file.name != _LOCK for file in path.iterdir())):
             raise ClipretError(
                 f"{path} exists and is not empty: name a new folder for this run, pass --resume to go on with it, "
                 "or remove it"
@@ -108,3 +114,53 @@ class RunFolder:
         weights: dict[str, Tensor] = loaded.model.state_dict()
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
         write_file(self.checkpoints / f"{name}.safetensors", save(on_cpu))
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Inside the block this process alone trains in the run folder `path`, which is made where there is none.
+
+    A folder that is still empty afterwards is removed again if it was made here. Raises ClipretError when another
+    process trains in it, when it is taken by something else than a run, and when it cannot be written.
+    """
+    if not any((path / name).exists() for name in (_LOCK, "params.toml", "checkpoints")):
+        RunFolder.refuse_taken(path)  # nothing is left in a folder of somebody else's
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path / _LOCK)
+    except OSError as error:
+        raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another place") from None
+    if lock is None:
+        raise ClipretError(f"run {path} is being trained by another process: wait for it, or choose another folder")
+    with contextlib.closing(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file: then it stays, and does no harm
+                (path / _LOCK).unlink()
+                if made:
+                    path.rmdir()
+
+
+def _locked(file: Path) -> sqlite3.Connection | None:
+    """What holds the lock until it is closed or its process ends, however that ends; None where another holds it.
+
+    It is sqlite's own lock, on a database of nothing: the same on every system. Raises OSError.
+    """
+    while True:
+        file.touch()
+        before = file.stat().st_ino
+        lock = sqlite3.connect(file, timeout=_SECONDS)
+        try:
+            lock.execute("PRAGMA journal_mode = OFF")  # else a second file lies beside it
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                lock.close()
+                return None
+            # A file system without locks, as some clusters have: nothing can be told, so nothing is refused.
+        # Its holder removes the file before it lets go: what was locked may be a file that has no name any more.
+        if file.exists() and file.stat().st_ino == before:
+            return lock
+        lock.close()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -25,6 +27,7 @@ from clipret.training.checkpoint import Checkpoints
 from clipret.training.config import FitConfig
 from clipret.training.fit import fit
 from clipret.training.models import load_model
+from clipret.training.run import claimed
 
 STEPS = 12  # four epochs of three
 
@@ -137,6 +140,45 @@ def test_a_kill_between_any_two_renames_leaves_a_whole_checkpoint(
             fit(config(toy), tmp_path / "run")
     fit(config(toy), tmp_path / "run", resume=True)
     assert_same_weights(tmp_path / "run", undisturbed)
+
+
+def test_one_process_trains_a_run_at_a_time(toy: Path, tmp_path: Path) -> None:
+    """Neither beside one that has written nothing yet, nor beside one with a checkpoint; a kill ends the lock."""
+    run = tmp_path / "run"
+    (tmp_path / "params.toml").write_text(tomli_w.dumps(config(toy, epochs=40).to_dict()))
+    message = f"run {run} is being trained by another process: wait for it, or choose another folder"
+    with claimed(run):
+        for resume in (False, True):
+            with pytest.raises(ClipretError, match=re.escape(message)):
+                fit(config(toy), run, resume=resume)
+    assert not run.exists()
+    process, connection = start(tmp_path / "params.toml", run)
+    assert next(told(connection)) == 1
+    for resume in (False, True):
+        with pytest.raises(ClipretError, match=re.escape(message)):
+            fit(config(toy, epochs=40), run, resume=resume)
+    process.kill()
+    process.join()
+    with pytest.raises(ClipretError, match="pass --resume to go on"):
+        fit(config(toy, epochs=40), run)
+    with claimed(run):
+        pass
+    assert "run.lock" not in [file.name for file in run.iterdir()]
+
+
+def test_a_training_that_never_began_leaves_the_folder_free(toy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.lock").touch()  # of a process that was killed before it wrote anything
+    with pytest.raises(ClipretError, match="cannot be read"):
+        fit(config(toy, val=str(toy / "gone.csv")), run)
+    assert list(run.iterdir()) == []  # the folder itself was there before
+    fit(config(toy, epochs=1, validate_every=1), run)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "letter.txt").write_text("not ours")
+    with pytest.raises(ClipretError, match="exists and is not empty"):
+        fit(config(toy), tmp_path / "others", resume=True)
+    assert [file.name for file in (tmp_path / "others").iterdir()] == ["letter.txt"]
 
 
 def test_streamed_pictures_resume_too(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
