@@ -10,7 +10,6 @@ import click
 from clipret.cli_options import LOCATION
 from clipret.console import Group, show_table
 from clipret.errors import ClipretError, require
-from clipret.remote import is_remote
 from clipret.training.cli_run import run
 from clipret.training.cli_soup import soup
 from clipret.training.cli_traffic import challenge, traffic
@@ -106,16 +105,7 @@ def main() -> None:
 @click.option("--save-every", type=int, metavar="STEPS", help="How often to save; default: after each epoch.")
 @click.option("--seed", type=int, help="Decides the weights, the order, the crops.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def fit(
-    data: Path | str | None,
-    model: str | None,
-    out: Path,
-    recipe: str | None,
-    more: tuple[str, ...],
-    resume: bool,
-    as_json: bool,
-    **given: Any,
-) -> None:
+def fit(out: Path, recipe: str | None, more: tuple[str, ...], resume: bool, as_json: bool, **given: Any) -> None:
     """Train MODEL on DATA: a list (CSV, TSV or JSON lines: one picture and one title a row) or webdataset's .tar files.
 
     A picture may have many titles and a title many pictures: all of them count as right answers. What is left open
@@ -124,18 +114,13 @@ def fit(
     _require_packages()
     from clipret.training.config import FitConfig, parse_value
 
-    values = {name: value for name, value in given.items() if value is not None}
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     for assignment in more:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ClipretError(f"--set {assignment!r} is no NAME=VALUE: write for example --set patch_dropout=0.5")
         values[name] = parse_value(name, text)
-    for name in ("image_root", "val"):  # so that params.toml holds whatever folder it is used from
-        if values.get(name) is not None and not is_remote(values[name]):
-            values[name] = str(Path(values[name]).absolute())
-    source = str(data.absolute()) if isinstance(data, Path) else data
-    start = str(Path(model).absolute()) if model is not None and Path(model).exists() else model
-    _train(FitConfig.for_model(source, start, recipe=recipe, **values), out, resume=resume, as_json=as_json)
+    _train(FitConfig.for_model(recipe=recipe, **values), out, resume=resume, as_json=as_json)
 
 
 @main.command(epilog="Example:  clipret-train resume run")

@@ -13,10 +13,11 @@ from typing import Any, Literal, Self
 import torch
 
 from clipret.errors import ClipretError
+from clipret.remote import is_remote
 from clipret.training.adapters import AdapterConfig
 from clipret.training.augment import Augment
 from clipret.training.loss import LossConfig, LossKind
-from clipret.training.models import SMALL, architecture
+from clipret.training.models import SMALL, anchored, architecture
 from clipret.training.precision import Precision, native_precision, open_device
 from clipret.training.recipe import read_recipe
 from clipret.training.schedule import Schedule
@@ -135,7 +136,8 @@ class FitConfig:
     def for_model(cls, data: str | None, model: str | None, *, recipe: str | None = None, **given: Any) -> Self:
         """The defaults of the model's family, below those of `recipe`, below what is given and not None.
 
-        `recipe`: a name or a TOML file, a run's params.toml included; it may name `data` and `model` too.
+        `recipe`: a name or a TOML file, a run's params.toml included; it may name `data` and `model` too. Wherever a
+        path comes from, it is seen from the working folder and kept absolute: a run is resumed from any other.
         Raises ClipretError for what `read_recipe`, an unknown name or a wrong value raise, and without a model.
         """
         chosen = {"data": data, "model": model, **given}
@@ -145,6 +147,11 @@ class FitConfig:
         for needed, hint in (("data", "name a list"), ("model", "pass --model, or a recipe with one")):
             if values.get(needed) is None:
                 raise ClipretError(f"there is no {needed}: {hint}")
+        for key, hint in _hints().items():
+            if key in values:
+                _check_type(key, values[key], hint)
+        values |= {key: _absolute(values[key]) for key in _PATHS if values.get(key) is not None}
+        values["model"] = anchored(values["model"])
         name, has_weights = architecture(values["model"])
         family = "small" if name == SMALL else "fine-tune" if has_weights else "from-scratch"
         device = open_device(values.get("device", "cpu"))
@@ -179,6 +186,7 @@ class FitConfig:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
+_PATHS = ("data", "val", "image_root", "attributes")
 _INFINITE = float("inf")
 _RANGES: dict[str, tuple[float, float]] = {
     "val_split": (1e-9, 1 - 1e-9),
@@ -224,6 +232,10 @@ def parse_value(name: str, text: str) -> Any:
         return text
     takes_text = any(hint is str or typing.get_origin(hint) is Literal for hint in _members(_hints()[name]))
     return text if takes_text and not isinstance(value, str | list) else value
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).absolute())
 
 
 def _hints() -> dict[str, Any]:

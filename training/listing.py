@@ -1,8 +1,9 @@
 """What a training learns from: pictures with their titles and groups, from a list or from webdataset's archives."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,13 +48,21 @@ def read_listings(config: FitConfig) -> tuple[Listing, Listing]:
         return split_pairs(listing, config.val_split, config.seed)
     alone = dataclasses.replace(config, group_column=None)  # what is measured are the pairs that are listed
     val = read_listing(alone, config.val or config.data, config.val_where)
-    held_out = set(val.pairs.paths)
-    keep = [position for position, path in enumerate(listing.pairs.paths) if path not in held_out]
+    held_out = set(_places(val.pairs.paths))
+    keep = [position for position, place in enumerate(_places(listing.pairs.paths)) if place not in held_out]
     if not keep:
         raise ClipretError(
             f"every picture of {config.data} is held out for validation: change --where, --val or --val-where"
         )
     return listing.subset(keep), val
+
+
+def _places(paths: Iterable[Path]) -> Iterator[Path]:
+    """Where the files really lie, by which two lists name the same one: no links, no .. and nothing relative."""
+    resolved = cache(Path.resolve)  # of folders, of which there are few
+    for path in paths:
+        place = resolved(path.parent) / path.name
+        yield place.resolve() if place.is_symlink() else place
 
 
 def read_listing(config: FitConfig, source: str, where: str | None) -> Listing:

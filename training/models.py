@@ -20,7 +20,7 @@ from clipret.training.lora import ADAPTER_CONFIG, base_of, merge_adapter
 from clipret.training.openclip import CONFIG, load_open_clip, rebuild_open_clip
 from clipret.training.tokenizer import learn_tokenizer
 
-__all__ = ["SMALL", "LoadedModel", "architecture", "describe", "load_model"]
+__all__ = ["SMALL", "LoadedModel", "anchored", "architecture", "describe", "load_model"]
 
 SMALL = "clipret-small"
 _FORMAT = 1
@@ -86,6 +86,17 @@ def architecture(source: str) -> tuple[str, bool]:
         return _read_description(run)["name"], True
     name, pretrained = _split(source)
     return name, pretrained is not None or ":" in name or path.is_dir()
+
+
+def anchored(source: str) -> str:
+    """The same model whatever the working folder: a folder's or file's part made absolute, other names as they are."""
+    if Path(source).exists():
+        return str(Path(source).absolute())
+    scheme, colon, place = source.partition(":")
+    is_file = Path(place).suffix in _WEIGHTS and Path(place).is_file()  # and no tag
+    if (scheme == "local-dir" and place) or (is_file and scheme != "hf-hub"):
+        return f"{scheme}{colon}{Path(place).absolute()}"
+    return source
 
 
 def _is_chinese_checkpoint(path: Path) -> bool:

@@ -107,6 +107,19 @@ def test_options_without_a_flag_go_through_set(captions: Path, tmp_path: Path) -
         assert message in refused.stderr
 
 
+def test_set_gives_what_has_an_argument_too(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run whose paths were given as seen from one folder is gone on with from another."""
+    monkeypatch.chdir(captions.parent)
+    (tmp_path / "elsewhere").mkdir()
+    values = ("data=captions.tsv", "model=clipret-small", "image_root=pictures", "epochs=1", "threads=1")
+    command = ["fit", "--out", str(tmp_path / "run"), "--val-split", "0.3"]
+    first = CliRunner().invoke(main, [*command, *(word for value in values for word in ("--set", value))])
+    assert first.exit_code == 0, first.output
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = CliRunner().invoke(main, ["resume", str(tmp_path / "run")])
+    assert again.exit_code == 0, again.output
+
+
 def test_a_run_is_gone_on_with_by_its_folder(captions: Path, tmp_path: Path) -> None:
     first = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--resume"))
     assert first.exit_code == 0, first.output

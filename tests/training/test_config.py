@@ -7,6 +7,7 @@ import tomli_w
 
 from clipret.errors import ClipretError
 from clipret.training.config import FitConfig, option_table, parse_value
+from clipret.training.models import anchored
 from clipret.training.recipe import read_recipe, recipe_names
 
 
@@ -21,6 +22,28 @@ def test_defaults_of_the_family_below_the_recipe_below_what_is_given(tmp_path: P
     (tmp_path / "mine.toml").write_text('model = "clipret-small"\nepochs = 7\nlr = 1\n')
     mixed = FitConfig.for_model("list.csv", None, recipe=str(tmp_path / "mine.toml"), epochs=9, seed=None)
     assert (mixed.epochs, mixed.lr, mixed.captions, mixed.seed) == (9, 1, 5, 0)
+
+
+def test_paths_hold_whatever_folder_they_are_used_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "oc").mkdir()
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    (tmp_path / "mine.toml").write_text(
+        'data = "shards/{000..005}.tar"\nmodel = "ViT-B-32:w.pt"\nval = "val.csv"\nattributes = "at.json"\n'
+    )
+    config = FitConfig.for_model(None, None, recipe="mine.toml", image_root="pictures")
+    assert (config.data, config.val) == (f"{tmp_path}/shards/{{000..005}}.tar", f"{tmp_path}/val.csv")
+    assert (config.attributes, config.image_root) == (f"{tmp_path}/at.json", f"{tmp_path}/pictures")
+    assert config.model == f"ViT-B-32:{tmp_path}/w.pt"
+    for model, kept in (
+        ("local-dir:oc", f"local-dir:{tmp_path}/oc"),
+        ("oc", f"{tmp_path}/oc"),
+        ("ViT-B-32:openai", "ViT-B-32:openai"),
+        ("hf-hub:org/w.pt", "hf-hub:org/w.pt"),
+        ("clipret-small", "clipret-small"),
+    ):
+        assert anchored(model) == kept
+    assert FitConfig.for_model("s3://b/{0..1}.tar", "ViT-B-32").data == "s3://b/{0..1}.tar"
 
 
 @pytest.mark.parametrize("name", list(recipe_names()))

@@ -1,5 +1,6 @@
 """Lists with groups, and webdataset's archives."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -31,6 +32,26 @@ def test_groups_are_read_by_picture(tmp_path: Path) -> None:
     assert listing.fingerprint() != listing.subset([0, 1]).fingerprint()
     with pytest.raises(ClipretError, match="no column 'shap': its columns are path, title, shop"):
         read_listing(config(tmp_path / "list.csv", group_column="shap"), str(tmp_path / "list.csv"), None)
+
+
+def test_held_out_are_the_same_files_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / "pictures" / name).touch()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "pictures" / "b.jpg")
+    (tmp_path / "list.csv").write_text("path,title\npictures/a.jpg,x\nlink.jpg,y\npictures/c.jpg,z\n")
+    (tmp_path / "pictures" / "val.csv").write_text("path,title\n../pictures/a.jpg,x\nb.jpg,y\n")
+    (tmp_path / "mine.toml").write_text('data = "list.csv"\n')
+    whole = str(tmp_path / "pictures" / "val.csv")
+    for val in (whole, "pictures/val.csv"):
+        given = FitConfig.for_model(None, "clipret-small", recipe="mine.toml", val=val)
+        train, held_out = read_listings(given)
+        assert [path.name for path in train.pairs.paths] == ["c.jpg"]
+        assert len(held_out.pairs.paths) == 2
+    # Not made by for_model: as `clipret-train resume` reads an old params.toml.
+    train, _ = read_listings(dataclasses.replace(given, data="list.csv", val=whole))
+    assert [path.name for path in train.pairs.paths] == ["c.jpg"]
 
 
 @pytest.fixture
