@@ -14,7 +14,6 @@ from torch import Tensor
 
 from clipret.bundle import ImageSpec
 from clipret.console import progress
-from clipret.errors import ClipretError
 from clipret.images import PictureError, load
 from clipret.text import Tokenizer
 from clipret.training.listing import Listing
@@ -114,8 +113,7 @@ class Pictures:
 
     Otherwise every epoch decodes them again, a few batches ahead of the model, in `threads` threads. `cached` is the
     number of bytes in memory. `fast` decodes as `clipret.images.load` does with it: good enough to learn from. A
-    picture that cannot be decoded is left out and its reason kept in `skipped`, by its position in the list. Raises
-    ClipretError when all are decoded at once and none can be.
+    picture that cannot be decoded is left out and its reason kept in `skipped`, by its position in the list.
     """
 
     def __init__(
@@ -133,8 +131,6 @@ class Pictures:
             for position, pixels in progress(decoded, total=count, desc="reading pictures", unit="picture"):
                 if pixels is not None:
                     cache[position] = pixels
-            if len(self.skipped) == count:
-                raise ClipretError(f"none of the {count} pictures can be read, {self.example()}")
             self._cache = torch.from_numpy(cache)
 
     def batches(self, order: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -154,10 +150,14 @@ class Pictures:
     def skipped_paths(self) -> dict[Path, str]:
         return {self.path(position): reason for position, reason in self.skipped.items()}
 
+    def unreadable(self) -> str | None:
+        """None where any picture can be decoded, otherwise `example()`. Of streamed pictures so many are tried."""
+        readable = next(self.batches(range(len(self._listing.pairs.paths)), 1), None)
+        return self.example() if readable is None else None
+
     def example(self) -> str:
-        """One unreadable picture and its reason, for a message."""
-        position, reason = next(iter(self.skipped.items()))
-        return f"for example {self.path(position)}: {reason}; check --image-root"
+        """An unreadable picture and its reason, as the end of a sentence; "" where there is none."""
+        return next((f", for example {self.path(place)}: {reason}" for place, reason in self.skipped.items()), "")
 
     def _load(self, position: int) -> Pixels:
         read = self._listing.read

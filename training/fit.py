@@ -56,8 +56,10 @@ class _Position:
     step: int = 0
     consumed: int = 0  # pictures of this epoch's order, of this process
     left: list[int] = field(default_factory=list)  # of the epoch before: too few for a batch, they begin this one
+    size: int = 0  # pictures of this process in a step of this epoch; 0 before it has begun
     losses: list[float] = field(default_factory=list)  # of this epoch's steps
     accuracies: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # that they took
     overflows: int = 0  # steps that fp16 skipped
     steps: int = 0  # of all epochs
     cpu_seconds: float = 0.0  # of the processes before this one
@@ -204,9 +206,19 @@ class _Training:
         train = Pictures(
             self.train_list.subset(self.mine), larger, threads=config.threads, cache_limit=limit, fast=True
         )
+        # Asked here: what nobody can read is said before anything is written.
+        if bad := [reason for reason in gather_objects(train.unreadable(), world) if reason is not None]:
+            raise ClipretError(f"none of the {len(self.mine)} pictures can be read{bad[0]}; check --image-root")
         held_out = range(world.rank, len(self.val_list.pairs.paths), world.size)
         left = max(limit - train.cached, 0)
-        return train, Pictures(self.val_list.subset(held_out), spec, threads=config.threads, cache_limit=left)
+        val = Pictures(self.val_list.subset(held_out), spec, threads=config.threads, cache_limit=left)
+        bad = [reason for reason in gather_objects(val.unreadable(), world) if reason is not None]
+        if len(bad) == world.size:  # one process alone may have none
+            raise ClipretError(
+                f"none of the {len(self.val_list.pairs.paths)} pictures held out for validation can be read{bad[0]}: "
+                "hold out others with --val, --val-where, --val-split or --seed"
+            )
+        return train, val
 
     def _begin(self) -> None:
         self.folder.begin(self.config.to_dict(), self.loaded)
@@ -233,30 +245,44 @@ class _Training:
         return min(self.config.batch_size // self.world.size, smallest(readable, self.world))
 
     def _train_epoch(self, bar: Any) -> None:
-        config, at, world = self.config, self.at, self.world
-        began, steps_before = time.perf_counter(), len(at.losses)
+        at, world = self.at, self.world
         self.learner.train()
-        draw = generator(config.seed, "order", at.epoch, world.rank)
+        draw = generator(self.config.seed, "order", at.epoch, world.rank)
         order: list[int] = at.left + torch.randperm(len(self.mine), generator=draw).tolist()
-        size = self.local_batch
-        for chosen, pixels in self._whole_batches(order[at.consumed :], size):
+        at.size = at.size or self.local_batch
+        self._steps(order, bar)
+        # Of streamed pictures only now is known which can be read: they may be too few for the batch that was tried.
+        while not at.losses and (size := self.local_batch) < at.size:
+            at.size = size
+            self._steps(order, bar)
+        if not at.losses:
+            raise ClipretError(f"none of the {len(self.mine)} pictures can be read any more{self.pictures.example()}")
+        at.left = [picture for picture in order[at.consumed :] if picture not in self.pictures.skipped]
+
+    def _steps(self, order: list[int], bar: Any) -> None:
+        """Those of an epoch that are still to be done, as long as `order` has whole batches."""
+        config, at, world = self.config, self.at, self.world
+        before = time.perf_counter()
+        for chosen, pixels in self._whole_batches(order[at.consumed :], at.size):
             at.step += 1
-            lr = learning_rate(at.step, at.steps, lr=config.lr, warmup=config.warmup, schedule=config.schedule)
+            lr = self._learning_rate()
             result = self._step(chosen, pixels, lr)
             at.losses.append(result.loss)
             at.accuracies.append(result.accuracy)
             for picture in chosen:  # the unreadable ones between them are behind us, too
                 at.consumed = order.index(picture, at.consumed) + 1
-            bar.update(size * world.size)
+            at.seconds, before = at.seconds + time.perf_counter() - before, time.perf_counter()
+            bar.update(at.size * world.size)
             if at.step % 10 == 0 or at.step == 1:
                 bar.set_postfix_str(f"epoch {at.epoch}, loss {result.loss:.3f}, accuracy {100 * result.accuracy:.0f}%")
             self.folder.scalars(at.step, {"loss": result.loss, "accuracy": result.accuracy, "learning_rate": lr})
             if config.save_every and at.step % config.save_every == 0:
                 self._save()
-        if not at.losses:
-            raise ClipretError(f"none of the {len(self.mine)} pictures can be read, {self.pictures.example()}")
-        at.left = [picture for picture in order[at.consumed :] if picture not in self.pictures.skipped]
-        self.rate = (len(at.losses) - steps_before) * size * world.size / max(time.perf_counter() - began, 1e-9)
+
+    def _learning_rate(self) -> float:
+        """That of the step which the training is at."""
+        config, at = self.config, self.at
+        return learning_rate(at.step, at.steps, lr=config.lr, warmup=config.warmup, schedule=config.schedule)
 
     def _whole_batches(self, order: list[int], size: int) -> Iterator[tuple[list[int], Tensor]]:
         """Batches as long as every process has a whole one: a smaller one would have too few negatives. What is left
@@ -318,9 +344,9 @@ class _Training:
             "step": at.step,
             "loss": sum(at.losses) / len(at.losses),
             "batch_accuracy": sum(at.accuracies) / len(at.accuracies),
-            "lr": self.learner.lr,
+            "lr": self._learning_rate(),
             "logit_scale": self.learner.logit_scale(),
-            "pictures_per_second": self.rate,
+            "pictures_per_second": len(at.losses) * at.size * self.world.size / max(at.seconds, 1e-9),
         }
         if config.precision == "fp16":
             metrics["overflows"] = at.overflows
@@ -336,7 +362,7 @@ class _Training:
         metrics["cpu_seconds"] = at.cpu_seconds + time.process_time()  # user and system, of all threads
         at.metrics.append(metrics)
         self.folder.log(f"epoch {at.epoch} of {config.epochs}, loss {metrics['loss']:.4f}")
-        at.epoch, at.consumed, at.losses, at.accuracies = at.epoch + 1, 0, [], []
+        at.epoch, at.consumed, at.size, at.seconds, at.losses, at.accuracies = at.epoch + 1, 0, 0, 0.0, [], []
         self._save()
         self.folder.record(at.metrics)
         skipped = gather_objects(self.pictures.skipped_paths() | self.val_pictures.skipped_paths(), self.world)

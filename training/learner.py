@@ -45,7 +45,7 @@ class Learner:
     """
 
     def __init__(self, config: FitConfig, titles: Sequence[str], world: World, last: Path | None) -> None:
-        self.config, self.world, self.lr = config, world, 0.0
+        self.config, self.world = config, world
         # Merged weights say nothing of the adapter that is in them.
         source = config.model if last is None or config.adapter != "none" or config.fsdp else str(last)
         self.loaded = _as_wanted(load_model(source, seed=config.seed, captions=titles), config)
@@ -100,7 +100,6 @@ class Learner:
         return scale
 
     def set_lr(self, lr: float) -> None:
-        self.lr = lr
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 

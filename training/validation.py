@@ -59,7 +59,9 @@ def recall(
     for rank, (chosen, _) in enumerate(shares):
         row_of |= {rank + world.size * place: len(row_of) + n for n, place in enumerate(chosen)}
     if not row_of:
-        raise ClipretError(f"none of the {len(pairs.paths)} held-out pictures can be read, {pictures.example()}")
+        raise ClipretError(
+            f"none of the {len(pairs.paths)} held-out pictures can be read{pictures.example()}; check --image-root"
+        )
     found = [[row_of[picture] for picture in owners if picture in row_of] for owners in pairs.of_title()]
     asked = [title for title, rows in enumerate(found) if rows]
     encoded = gather_objects(_encode_titles(loaded, texts, asked, device, world), world)

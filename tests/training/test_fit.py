@@ -178,6 +178,20 @@ def test_held_out_pictures_are_not_trained_on(toy: Path, tmp_path: Path) -> None
     assert "37 pictures with 12 titles to train on, 12 held out" in log  # broken.jpg is found out later
 
 
+@pytest.mark.parametrize("cache_limit", [4.0, 0.0])
+def test_what_cannot_be_read_at_all_is_said_before_anything_is_written(
+    toy: Path, tmp_path: Path, cache_limit: float
+) -> None:
+    more = {"cache_limit": cache_limit, "val_where": "path = 'broken.jpg'"}
+    with pytest.raises(
+        ClipretError, match=r"none of the 1 pictures held out .*broken\.jpg.*: hold out others with --val"
+    ):
+        fit(config(toy, **more), tmp_path / "run")
+    with pytest.raises(ClipretError, match=r"none of the 1 pictures can be read, .*broken\.jpg.*; check --image-root"):
+        fit(config(toy, cache_limit=cache_limit, where="path = 'broken.jpg'"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_pictures_too_few_for_a_batch_begin_the_next_epoch(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

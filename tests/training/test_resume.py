@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import clipret.training.fit as module
 from clipret.errors import ClipretError
 from clipret.training.augment import Augmenter
 from clipret.training.checkpoint import Checkpoints
@@ -198,9 +199,36 @@ def test_streamed_pictures_resume_too(toy: Path, tmp_path: Path, monkeypatch: py
     assert (result.run / "skipped.tsv").read_text() == (whole / "skipped.tsv").read_text()
 
 
-def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    import clipret.training.fit as module
+def test_a_kill_between_the_last_step_of_an_epoch_and_its_end(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed, a batch as large as the list, of which a quarter is found to be unreadable on the way."""
+    data = tmp_path / "toy"
+    shutil.copytree(toy, data)
+    for name in ("3.png", "7.png", "8.png"):
+        (data / name).write_bytes(b"no more")
+    wanted = config(data, cache_limit=0.0, batch_size=64)
+    whole = fit(wanted, tmp_path / "whole")
+    assert (whole.last["step"], whole.skipped) == (4, 3)
+    for epoch in (1, 3):
+        original = module._Training._finish_epoch
 
+        def stop(self: Any, epoch: int = epoch, original: Any = original) -> None:
+            if self.at.epoch == epoch:
+                raise _Killed
+            original(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Training, "_finish_epoch", stop)
+            with pytest.raises(_Killed):
+                fit(wanted, tmp_path / "run", resume=True)
+    fit(wanted, tmp_path / "run", resume=True)
+    assert_same_weights(whole.run, tmp_path / "run")
+    assert [line["lr"] for line in _lines(tmp_path / "run")] == [line["lr"] for line in _lines(whole.run)]
+    assert all(0 < line["pictures_per_second"] < 1e5 for line in _lines(tmp_path / "run"))
+
+
+def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     original = module._Training._step
 
     def stop(self: Any, *arguments: Any) -> Any:
