@@ -190,6 +190,8 @@ def _as_wanted(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
     text = dataclasses.replace(loaded.text, context_length=config.context_length or loaded.text.context_length)
     if text != loaded.text:
         _check_length(loaded, text.context_length)
+    if config.crop_size is not None and config.crop_size != loaded.image.size:
+        _check_crop(loaded, config.crop_size)
     kept = loaded.config
     if image != loaded.image and "preprocess_cfg" in kept:  # so that open_clip sees pictures like us
         preprocess = kept["preprocess_cfg"] | {"resize_mode": image.resize, "fill_color": image.fill}
@@ -217,4 +219,17 @@ def _check_length(loaded: LoadedModel, length: int) -> None:
         raise ClipretError(
             f"context_length is {length}: the text tower of {loaded.name} was made for {loaded.text.context_length} "
             "tokens and takes no others"
+        ) from None
+
+
+@torch.inference_mode()
+def _check_crop(loaded: LoadedModel, size: int) -> None:
+    """Whether the image tower takes pictures of that size is tried."""
+    model: Any = loaded.model
+    try:
+        model.encode_image(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, IndexError, ValueError):
+        raise ClipretError(
+            f"crop_size is {size}: the image tower of {loaded.name} was made for {loaded.image.size} pixels a side and "
+            "takes no others: leave crop_size out"
         ) from None

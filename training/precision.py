@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from clipret.errors import ClipretError
 
-__all__ = ["Precision", "autocast", "native_precision", "open_device"]
+__all__ = ["Precision", "autocast", "float32_attention", "native_precision", "open_device"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,18 +39,21 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
     if precision == "fp32":
         yield
         return
-    attention = _float32_attention() if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, _DTYPES[precision]), attention:
+    with torch.autocast(device.type, _DTYPES[precision]), float32_attention(precision, device):
         yield
 
 
 @contextlib.contextmanager
-def _float32_attention() -> Iterator[None]:
-    """Keep scaled_dot_product_attention in float32: on a CPU its bf16 backward pass is twice to four times slower.
+def float32_attention(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Keep scaled_dot_product_attention in float32 where its backward pass would be slow: in half precision on a CPU,
+    twice to four times. A backward pass that computes activations again must run inside, as the forward pass did.
 
     The function is replaced in torch's module, where nn.MultiheadAttention, open_clip and timm all look it up. A
     TorchFunctionMode would see nn.MultiheadAttention as one call and not look inside.
     """
+    if precision == "fp32" or device.type != "cpu":
+        yield
+        return
     original = F.scaled_dot_product_attention
 
     def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

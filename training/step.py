@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clipret.training.data import TextBatch
 from clipret.training.loss import LossBatch, LossConfig, compute_loss, positive_mask, retrieval_accuracy
-from clipret.training.precision import Precision, autocast
+from clipret.training.precision import Precision, autocast, float32_attention
 from clipret.training.schedule import seed_of
 
 __all__ = ["Batch", "GradientStep", "StepResult"]
@@ -93,11 +93,15 @@ class GradientStep:
         loss = self.compute_loss(batch, image_rows, text_rows, negative_rows)
         result = self._result(batch, loss, image_rows, text_rows)
         if not result.broken and torch.isfinite(loss):
-            scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._backward(scale(loss), None)
             if self._parts > 1:
                 for encode, part in zip(encoders, rows, strict=True):
-                    torch.autograd.backward(encode(), part.grad)
+                    self._backward(encode(), part.grad)
         return result
+
+    def _backward(self, outputs: Tensor, gradients: Tensor | None) -> None:
+        with float32_attention(self._precision, self._device):
+            torch.autograd.backward(outputs, gradients)
 
     def _part(
         self, encode: Callable[[Tensor], Tensor], inputs: Tensor, step: int, tower: str, number: int

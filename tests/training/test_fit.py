@@ -286,3 +286,9 @@ def test_the_length_of_texts_is_the_run_s(toy: Path, tiny_clip: Path, tmp_path: 
     assert (kept["resize_mode"], kept["fill_color"]) == ("longest", 0)
     with pytest.raises(ClipretError, match="context_length is 90: the text tower of tiny-clip was made for 77 tokens"):
         fit(config(toy, **given, context_length=90), tmp_path / "long")
+
+
+def test_a_size_that_the_image_tower_does_not_take_is_refused(toy: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClipretError, match="crop_size is 16: the image tower of tiny-clip was made for 32 pixels"):
+        fit(config(toy, model=str(tiny_clip), crop_size=16), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

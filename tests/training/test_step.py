@@ -143,20 +143,26 @@ def test_early_pooling_changes_neither_rows_nor_gradients(clip: Any) -> None:
     assert_alike(ours, expected)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("make", ["clip", "chinese"])
-def test_checkpointed_gradients_are_the_same(make: str, request: pytest.FixtureRequest) -> None:
+def test_checkpointed_gradients_are_the_same(
+    make: str, precision: str, parts: int, request: pytest.FixtureRequest
+) -> None:
     model = request.getfixturevalue("clip") if make == "clip" else chinese()
-    work = batch(vocabulary=49406 if make == "clip" else 98)
+    work = batch(groups=parts, vocabulary=49406 if make == "clip" else 98)
+    given: dict[str, Any] = {"precision": precision, "parts": parts}
     blocks = [m for m in model.modules() if type(m).__name__ in ("ResidualAttentionBlock", "BertLayer")]
     runs: list[int] = []
     for block in blocks:
         inner = getattr(block, "mlp", None) or block.intermediate
         inner.register_forward_pre_hook(lambda *_: runs.append(1))
-    _, expected = gradients(model, work)
-    assert len(runs) == len(blocks) == 4
+    _, expected = gradients(model, work, **given)
+    assert len(blocks) == 4
+    once = len(runs)
     checkpoint_gradients(model)
-    _, ours = gradients(model, work)
-    assert len(runs) == 3 * len(blocks)  # forward, and once more in the backward pass
+    _, ours = gradients(model, work, **given)
+    assert len(runs) == 2 * once + parts * len(blocks)  # once more in the backward pass of each part
     assert_alike(ours, expected)
 
 
