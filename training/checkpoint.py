@@ -9,6 +9,7 @@ state of the checkpoint before it is removed only after. So whatever last.safete
 """
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -66,7 +67,8 @@ class Checkpoints:
         try:
             with safetensors.safe_open(self.last, framework="pt") as opened:
                 metadata = opened.metadata() or {}
-        except (OSError, safetensors.SafetensorError) as error:
+            metadata = json.loads(metadata.get("checkpoint", "null")) or metadata  # older ones had a key for each
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise ClipretError(f"checkpoint {self.last} cannot be read: {error}; start the run anew") from None
         file = self._state_file(metadata.get("step", "none"))
         if metadata.get("identity") != self.identity or not file.is_file():
@@ -90,7 +92,8 @@ class Checkpoints:
 
     def _save_weights(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(on_cpu, path, metadata={"step": str(step), "identity": self.identity})
+        # Under one key: safetensors writes several in an order that chance decides.
+        save_file(on_cpu, path, metadata={"checkpoint": json.dumps({"step": step, "identity": self.identity})})
 
     def _write_aside(self, path: Path, write: Callable[[Path], object]) -> Path:
         """A temporary file beside `path`, whole and on the disk."""

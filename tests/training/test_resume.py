@@ -299,11 +299,32 @@ def test_a_run_that_is_done_stays_as_it_is(toy: Path, undisturbed: Path) -> None
     assert result.last == _lines(undisturbed)[-1]
 
 
-def test_a_run_is_repeated_from_its_folder(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_run_is_repeated_from_its_folder_to_the_byte(undisturbed: Path, tmp_path: Path) -> None:
     again = FitConfig.for_model(None, None, recipe=str(undisturbed / "params.toml"))
     assert again == FitConfig.read(undisturbed / "params.toml")
     fit(again, tmp_path / "run")
     assert_same_weights(tmp_path / "run", undisturbed)
+    for name in ("last", "best"):
+        files = [run / "checkpoints" / f"{name}.safetensors" for run in (tmp_path / "run", undisturbed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_weights_of_one_step_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "me")
+    seen = set()
+    for _ in range(20):
+        checkpoints.save_best({"w": torch.ones(2)}, 3)
+        seen.add(checkpoints.best.read_bytes())
+    assert len(seen) == 1
+
+
+def test_checkpoints_with_a_key_for_each_are_still_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "me")
+    checkpoints.save_last({"w": torch.ones(2)}, {"epoch": 1}, 7)
+    save_file({"w": torch.ones(2)}, checkpoints.last, metadata={"step": "7", "identity": "me"})
+    state = checkpoints.load_state()
+    assert state is not None
+    assert state["epoch"] == 1
 
 
 def test_resume_refuses_another_configuration(toy: Path, undisturbed: Path) -> None:
