@@ -214,7 +214,9 @@ data.add_command(challenge)
     show_default=True,
     help="Clean pictures as in a shop, or what a camera on a pole sees.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same pictures.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed draws the same pictures."
+)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
 def scenes(out: Path, count: int, style: Literal["web", "surveillance"], seed: int, workers: int) -> None:
     """Draw traffic scenes with titles into the folder OUT."""

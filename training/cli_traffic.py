@@ -25,7 +25,7 @@ _NAMED = 20  # lines with a fault that are named on the terminal
 @click.option("--image-root", type=FILE, help="The folder with the pictures; every one must be there.")
 @click.option("--vocabulary", type=FILE, help="A vocabulary.json with more colours or types than the challenge's.")
 @click.option("--val-share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Pictures held out.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides which.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which.")
 @click.option("--skip", is_flag=True, help="Leave lines with a fault out, rather than refuse the file.")
 @click.option("--json", "as_json", is_flag=True, help="Print all counts as JSON.")
 def traffic(
@@ -99,7 +99,9 @@ def traffic(
 @click.argument("out", type=FILE)
 @click.option("--train", type=click.IntRange(1), default=2640, show_default=True, help="Pictures to train with.")
 @click.option("--test", type=click.IntRange(1), default=1320, show_default=True, help="Pictures to search.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same pictures.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed draws the same pictures."
+)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
 def challenge(out: Path, train: int, test: int, seed: int, workers: int) -> None:
     """Draw the files of the traffic retrieval challenge into the folder OUT, with the truth.

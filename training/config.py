@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 import tomllib
 import types
 import typing
@@ -161,6 +162,8 @@ class FitConfig:
     @classmethod
     def read(cls, path: Path) -> Self:
         """A configuration from a run's params.toml, as it was. Raises ClipretError."""
+        if not path.is_file():
+            raise ClipretError(f"{path.parent} is no run folder (no {path.name}): name one that clipret-train fit made")
         values = read_recipe(str(path))
         _refuse_unknown(values, str(path))
         try:
@@ -187,36 +190,37 @@ class FitConfig:
 
 
 _PATHS = ("data", "val", "image_root", "attributes")
-_INFINITE = float("inf")
+_MANY = 10**9  # where there is no other limit: neither infinity nor what no machine word holds
 _RANGES: dict[str, tuple[float, float]] = {
     "val_split": (1e-9, 1 - 1e-9),
-    "validate_every": (1, _INFINITE),
+    "validate_every": (1, _MANY),
     "fill": (0, 255),
-    "context_length": (3, _INFINITE),
-    "crop_size": (8, _INFINITE),
+    "context_length": (3, _MANY),
+    "crop_size": (8, _MANY),
     "decode_scale": (1, 8),
     "crop_area": (1e-6, 1),
     "jitter": (0, 1),
-    "captions": (1, _INFINITE),
-    "epochs": (1, _INFINITE),
-    "batch_size": (2, _INFINITE),
-    "accumulate": (1, _INFINITE),
-    "lr": (0, _INFINITE),
+    "captions": (1, _MANY),
+    "epochs": (1, _MANY),
+    "batch_size": (2, _MANY),
+    "accumulate": (1, _MANY),
+    "lr": (0, _MANY),
     "warmup": (0, 1),
-    "weight_decay": (0, _INFINITE),
+    "weight_decay": (0, _MANY),
     "beta1": (0, 1 - 1e-9),
     "beta2": (0, 1 - 1e-9),
     "epsilon": (0, 1),
-    "clip": (0, _INFINITE),
+    "clip": (0, _MANY),
     "ema": (0, 1 - 1e-9),
     "flip": (0, 1),
     "rotation": (0, 45),
-    "random_ops": (0, _INFINITE),
+    "random_ops": (0, _MANY),
     "magnitude": (0, 1),
     "patch_dropout": (0, 1 - 1e-9),
-    "threads": (1, _INFINITE),
-    "cache_limit": (0, _INFINITE),
-    "save_every": (0, _INFINITE),
+    "threads": (1, 1024),
+    "cache_limit": (0, _MANY),
+    "save_every": (0, _MANY),
+    "seed": (0, 2**63 - 1),
 }
 
 
@@ -242,11 +246,26 @@ def _hints() -> dict[str, Any]:
     return {field.name: field.type for field in dataclasses.fields(FitConfig)}
 
 
+# What other trainers call them, where difflib would look for something else.
+_ELSEWHERE = {
+    "accum_freq": "accumulate",
+    "grad_checkpointing": "checkpoint_gradients",
+    "grad_clip_norm": "clip",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "workers": "threads",
+}
+
+
 def _refuse_unknown(values: Mapping[str, Any], origin: str | None) -> None:
     known = list(_hints())
+    if {"soup", "ingredients"} <= values.keys() and origin is not None:
+        folder = Path(origin).parent
+        raise ClipretError(f"{folder} is a soup, which no training made: train from it with  --model {folder}")
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            near = [_ELSEWHERE[name]] if name in _ELSEWHERE else []
+            near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             where = f" in {origin}" if origin is not None else ""
             raise ClipretError(
                 f"there is no option {name!r}{where}: "
@@ -267,6 +286,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             if isinstance(value, tuple | list) and all(isinstance(one, str) for one in value):
                 return
         elif (kind is float and type(value) in (int, float)) or type(value) is kind:
+            if kind is float and not abs(value) <= sys.float_info.max:  # nan is not, either
+                raise ClipretError(f"{name} is {value}: it must be a finite number")
             return
     choices = [word for kind in _members(hint) for word in typing.get_args(kind) if isinstance(word, str)]
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)

@@ -94,6 +94,8 @@ def split_pairs(listing: Listing, share: float, seed: int) -> tuple[Listing, Lis
     """
     count = len(listing.pairs.paths)
     held_out = round(count * share)
+    if count == 1:
+        raise ClipretError("there is one picture and none to hold out for validation: name a list of others with --val")
     if not 0 < held_out < count:
         raise ClipretError(
             f"a validation share of {share} of {count} pictures leaves one part empty: change --val-split"

@@ -130,6 +130,21 @@ def test_a_run_is_gone_on_with_by_its_folder(captions: Path, tmp_path: Path) -> 
     assert "pass --resume to go on" in refused.stderr
 
 
+def test_resume_says_what_a_folder_is_that_is_no_run(tmp_path: Path) -> None:
+    gone = CliRunner().invoke(main, ["resume", str(tmp_path / "gone")])
+    assert f"{tmp_path / 'gone'} is no run folder (no params.toml)" in gone.stderr
+    (tmp_path / "params.toml").write_text('soup = "uniform"\ningredients = ["a", "b"]\n')
+    soup = CliRunner().invoke(main, ["resume", str(tmp_path)])
+    assert f"{tmp_path} is a soup, which no training made: train from it with  --model {tmp_path}" in soup.stderr
+
+
+@pytest.mark.parametrize("kind", ["scenes", "challenge"])
+def test_a_seed_is_no_negative_number(tmp_path: Path, kind: str) -> None:
+    result = CliRunner().invoke(main, ["data", kind, str(tmp_path / "out"), "--seed", "-5"])
+    assert result.exit_code == 2
+    assert "-5 is not in the range x>=0" in result.stderr
+
+
 def test_a_list_with_only_missing_pictures_is_refused(captions: Path, tmp_path: Path) -> None:
     captions.write_text(captions.read_text().replace("/", "/gone-"))
     result = CliRunner().invoke(main, fit(captions, tmp_path / "run"))

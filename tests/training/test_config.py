@@ -73,7 +73,16 @@ def test_recipes_say_what_was_published() -> None:
         ({"xyz": 3}, "no option 'xyz': see clipret-train options"),
         ({"epochs": 3.0}, "epochs is 3.0: it must be a whole number"),
         ({"epochs": True}, "epochs is True: it must be a whole number"),
-        ({"epochs": 0}, "epochs is 0: it lies between 1 and inf"),
+        ({"epochs": 0}, r"epochs is 0: it lies between 1 and 1e\+09"),
+        ({"seed": -1}, "seed is -1: it lies between 0 and"),
+        ({"seed": 99999999999999999999}, "seed is 99999999999999999999: it lies between 0 and"),
+        ({"cache_limit": float("inf")}, "cache_limit is inf: it must be a finite number"),
+        ({"lr": float("nan")}, "lr is nan: it must be a finite number"),
+        ({"epochs": 10**400}, r"it lies between 1 and 1e\+09"),
+        ({"lr": 10**400}, "it must be a finite number"),
+        ({"layer_decay": float("inf")}, "layer_decay is inf"),
+        ({"learning_rate": 2}, r"no option 'learning_rate': did you mean lr\?"),
+        ({"device": "meta"}, r"device 'meta' cannot be used .*: use cpu, cuda or cuda:N"),
         ({"lr": "fast"}, "lr is 'fast': it must be a number"),
         ({"compile": "yes"}, "compile is 'yes': it must be true or false"),
         ({"precision": "bf61"}, r"precision is 'bf61' \(did you mean bf16\?\): it must be one of fp32, bf16, fp16"),
@@ -101,6 +110,9 @@ def test_an_unknown_name_in_a_recipe_names_the_recipe(tmp_path: Path) -> None:
     file.write_text("epochs = = 3\n")
     with pytest.raises(ClipretError, match=r"mine\.toml is not TOML"):
         make(recipe=str(file))
+    file.write_text("model = 5\n")
+    with pytest.raises(ClipretError, match="model is 5: it must be a text"):
+        FitConfig.for_model("list.csv", None, recipe=str(file))
     with pytest.raises(ClipretError, match="there is no model: pass --model"):
         FitConfig.for_model("list.csv", None)
 

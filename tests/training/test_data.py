@@ -119,6 +119,8 @@ def test_split_is_by_picture_and_seeded() -> None:
     assert split_pairs(listing, 0.2, seed=2)[1].pairs != val
     with pytest.raises(ClipretError, match="--val-split"):
         split_pairs(listing, 0.01, seed=1)
+    with pytest.raises(ClipretError, match=r"one picture and none to hold out for validation: name a list .* --val"):
+        split_pairs(listing.subset([0]), 0.1, seed=1)
 
 
 @pytest.mark.parametrize("cache_limit", [0, 1 << 30])
