@@ -3,8 +3,10 @@
 import gc
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ __all__ = ["export_bundle"]
 
 Kind = Literal["image", "text"]
 
+_PARTS = ("bundle.json", "*.onnx", "*.onnx.data", "tokenizer.json", "reference.npz", "verify.json", "engines")
 _ATTEMPTS = 3
 _CALIBRATION = 64  # pictures and titles: with more, the ranges hardly change
 _COSTS = 12  # pairs of inputs that the layers' costs are measured with, spread over all of them
@@ -90,7 +93,12 @@ def export_bundle(
         if count < 2:
             raise ClipretError("one picture cannot both calibrate int8 and check it: give more, or --calibration-data")
         calibration, checked = checked.subset(range(0, count, 2)), checked.subset(range(1, count, 2))
+    if calibration is not None and not calibration.titles:
+        told = "the calibration data have no titles: int8 takes the text tower's ranges from built-in texts"
+        warnings.warn(told, stacklevel=2)
     # The folder first: a wrong place should not cost a model's loading.
+    out = out.absolute()
+    _refuse_place(out, overwrite)
     with new_folder(out, overwrite=overwrite) as folder, stages() as stage:
         stage("loading")
         loaded = load_model(source)
@@ -144,6 +152,17 @@ def _advice(precision: Precision) -> str:
     return "export in a higher precision, or allow more with --min-cosine and --max-recall-loss"
 
 
+def _refuse_place(out: Path, overwrite: bool) -> None:
+    """What lies in `out` is deleted: it must be a bundle and nothing else."""
+    held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in held if not any(fnmatch(name, pattern) for pattern in _PARTS)]
+    if held and ("bundle.json" not in held or foreign):
+        reason = f"holds {foreign[0]}" if foreign else "is not empty"
+        raise ClipretError(f"{out} {reason} and is no bundle, which would be deleted: choose another folder")
+    if held and not overwrite:
+        raise ClipretError(f"{out} holds a bundle: choose another folder, remove it, or pass --overwrite")
+
+
 def _refuse_full_disk(model: nn.Module, precision: Precision, folder: Path) -> None:
     size = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[precision]
     needed = sum(value.numel() for value in model.parameters()) * size
@@ -194,6 +213,11 @@ def _write_towers(
                 unreadable: dict[int, str] = {}
                 seen += inputs(loaded, own.paths, unreadable) if kind == "image" else texts(loaded, own.titles)
                 plan.skipped |= {own.paths[at]: reason for at, reason in unreadable.items()}
+                if len(unreadable) == len(own.paths):
+                    raise ClipretError(
+                        f"none of the {len(own.paths)} pictures for calibration can be read, for example "
+                        f"{own.paths[0]}: {unreadable[0]}; check the list and --image-root"
+                    )
             _lower(tower, kind, precision, seen, plan, limits)
             target = expected.image if kind == "image" else expected.text
             _run_in_torch(tower, kind, precision, samples[kind][0][:_HALF_CHECK], target, plan, limits)

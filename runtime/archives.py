@@ -133,14 +133,14 @@ def read_member(file: Path | RemoteFile, name: str) -> PictureFile:
 
 
 def _name(name: str) -> str:
-    """A member's name as a path below its archive's: neither ./a.jpg nor /a.jpg nor b/../a.jpg."""
-    return posixpath.normpath(name).lstrip("/")
+    """A member's name as a path below its archive's: neither ./a.jpg nor /a.jpg nor b/../a.jpg, and never above it."""
+    return posixpath.normpath("/" + name).lstrip("/")
 
 
 def _kind(name: str) -> str:
     """The extension, "" for what is hidden or lies in a hidden folder (as macOS's copies of pictures' names do)."""
     *_, last = parts = name.split("/")
-    return "" if any(part[:1] == "." and part != ".." for part in parts) else last[last.rfind(".") :].lower()
+    return "" if any(part[:1] == "." for part in parts) else last[last.rfind(".") :].lower()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from clipret.assignment import assign
 from clipret.cli_options import (
     FILE,
+    Number,
     bundle_option,
     device_option,
     engine_option,
@@ -44,7 +45,7 @@ __all__ = ["merge_command", "submit"]
 @click.option("--texts", type=FILE, required=True, help="The queries: one a line in a .txt, or a list with titles.")
 @title_column_option
 @click.option("--how", type=click.Choice(HOW), default="z", show_default=True, help="See above.")
-@click.option("--weight", "weights", type=float, multiple=True, help="Of each source, in their order; default: 1.")
+@click.option("--weight", "weights", type=Number(), multiple=True, help="Of each source, in their order; default: 1.")
 @click.option(
     "--only",
     metavar="RULE",

@@ -12,6 +12,8 @@ import numpy as np
 from clipret.cli_options import (
     FILE,
     GALLERY,
+    PAGE,
+    Number,
     bundle_option,
     device_option,
     engine_option,
@@ -56,10 +58,10 @@ FILLED = "filled"  # the column that says which words were filled in
     help="How a word is asked for, slots in braces; several are averaged. Default: --caption.",
 )
 @click.option("--caption", metavar="TEXT", help='The title to write; default: all slots, "{color} {brand} {type}".')
-@click.option("--precision", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Asked for; see above.")
+@click.option("--precision", type=Number(0, 1), default=0.95, show_default=True, help="Asked for; see above.")
 @click.option(
     "--unfamiliar",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.1,
     show_default=True,
     help="Share of the known pictures that would be refused as unlike the others of their word.",
@@ -68,7 +70,7 @@ FILLED = "filled"  # the column that says which words were filled in
 @click.option("--calibrate", metavar="SQL", help="Rows to calibrate on, best those that no training has seen.")
 @image_column_option
 @image_root_option
-@click.option("--html", type=FILE, help="Also write a page to review: pictures with what was filled in, or not.")
+@click.option("--html", type=PAGE, help="Also write a page to review: pictures with what was filled in, or not.")
 @json_option
 @bundle_option
 @device_option

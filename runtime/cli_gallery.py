@@ -16,6 +16,7 @@ from clipret.cli_options import (
     GALLERY,
     LOCATION,
     SHOWN,
+    Number,
     bundle_option,
     device_option,
     engine_option,
@@ -50,11 +51,11 @@ _ENCODING = (
     ),
     click.option("--cuda-graphs", is_flag=True, help="Record the engine's work on a GPU; see docs/gpu.md."),
     click.option(
-        "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pictures an engine call."
+        "--batch-size", type=click.IntRange(1, 65536), default=32, show_default=True, help="Pictures an engine call."
     ),
     click.option(
         "--picture-timeout",
-        type=click.FloatRange(0.1),
+        type=Number(0.1, 86400),
         default=60.0,
         show_default=True,
         help="Seconds a picture may take.",
@@ -137,8 +138,10 @@ def index(
     model = Bundle.open(bundle)
 
     def target() -> Gallery:
-        exists = (gallery / "gallery.json").exists()
-        return Gallery.open(gallery) if exists else Gallery.create(gallery, model, opened.root)
+        if not (gallery / "gallery.json").exists():
+            return Gallery.create(gallery, model, opened.root)
+        held = Gallery.open(gallery)
+        return held if len(held) else held.rooted(opened.root)  # a run that found nothing has made it
 
     if ray is None:
         encoder = open_encoder(model)

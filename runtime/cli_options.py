@@ -12,6 +12,7 @@ from clipret.milvus import is_milvus
 from clipret.remote import is_remote
 
 FILE = click.Path(path_type=Path)
+PAGE = click.Path(path_type=Path, dir_okay=False)
 GALLERY = MarkedFolder("gallery.json")
 BUNDLE = MarkedFolder("bundle.json")
 
@@ -35,11 +36,12 @@ SEARCHED = _Searched("gallery.json")
 SHOWN = 10  # skipped pictures that are named on the terminal
 
 
-def finite(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
-    """Callback of an option that takes a number: neither infinite nor none."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number.")
-    return value
+class Number(click.FloatRange):
+    """A number in a range; click's own lets inf and nan through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
 
 
 device_option = click.option(
@@ -86,6 +88,6 @@ image_root_option = click.option(
 
 
 def print_json(value: object) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     # File names that are not UTF-8 come as lone surrogates, for which JSON has an escape and UTF-8 nothing.
     click.echo(text.encode("utf-8", "backslashreplace").decode())

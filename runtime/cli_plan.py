@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from clipret.cli_options import FILE, finite, json_option, print_json
+from clipret.cli_options import FILE, Number, json_option, print_json
 from clipret.console import headed, show_table
 
 __all__ = ["plan_command"]
@@ -25,7 +25,7 @@ def _count(_context: click.Context, option: click.Parameter, value: str | None) 
     raise click.BadParameter(f"{value!r} is no whole number from 1 on, such as 1e9.", param=option)
 
 
-_POSITIVE = click.FloatRange(0, min_open=True)
+_POSITIVE = Number(0, min_open=True)
 
 
 @click.command(
@@ -34,15 +34,15 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--pictures", required=True, callback=_count, metavar="N", help="How many, such as 1e9.")
 @click.option("--model", required=True, help="ViT-B-32, ViT-L-14, ViT-H-14, ViT-bigG-14, …")
 @click.option("--precision", default="bf16", show_default=True, help="fp32, bf16, int8: of encoding on processors.")
-@click.option("--qps", type=_POSITIVE, callback=finite, help="Queries a second that shall be answered.")
+@click.option("--qps", type=_POSITIVE, help="Queries a second that shall be answered.")
 @click.option("--cores", type=click.IntRange(1), help="Processor cores that encode: how long do they take?")
 @click.option("--gpus", type=click.IntRange(1), help="GPUs that encode: how long do they take?")
-@click.option("--hours", type=_POSITIVE, callback=finite, help="In how many hours shall it be done?")
-@click.option("--rate", type=_POSITIVE, callback=finite, help="Pictures a second of one of your GPUs, measured.")
-@click.option("--tflops", type=_POSITIVE, callback=finite, help="TFLOP/s that one of your GPUs sustains, instead.")
+@click.option("--hours", type=_POSITIVE, help="In how many hours shall it be done?")
+@click.option("--rate", type=_POSITIVE, help="Pictures a second of one of your GPUs, measured.")
+@click.option("--tflops", type=_POSITIVE, help="TFLOP/s that one of your GPUs sustains, instead.")
 @click.option("--picture", default="0.3 MP", show_default=True, help="Size of the pictures: 0.3 MP, 2 MP, 12 MP.")
-@click.option("--kilobytes", type=_POSITIVE, callback=finite, help="Of a picture's file.")
-@click.option("--milvus-qps", type=_POSITIVE, callback=finite, help="Queries a second of one node, measured.")
+@click.option("--kilobytes", type=_POSITIVE, help="Of a picture's file.")
+@click.option("--milvus-qps", type=_POSITIVE, help="Queries a second of one node, measured.")
 @click.option("--rates", type=FILE, help="Measurements of your machines, as rates.json in the package has ours.")
 @json_option
 def plan_command(rates: Path | None, as_json: bool, **given: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from clipret.cli_options import FILE
+from clipret.cli_options import FILE, Number
 from clipret.errors import ClipretError
 from clipret.prompts import Prompts
 from clipret.rerank import HUBNESS, Rerank, Reranker
@@ -38,7 +38,7 @@ _OPTIONS = (
         metavar="N",
         help="Move each query towards what its N first pictures share; 50 is usual. Looks at the gallery.",
     ),
-    click.option("--adapt-weight", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="How far."),
+    click.option("--adapt-weight", type=Number(0, 1), default=0.5, show_default=True, help="How far."),
     click.option(
         "--hubness",
         type=click.Choice(HUBNESS),
@@ -47,9 +47,9 @@ _OPTIONS = (
         help="Take from pictures that are near to every query. Transductive: looks at the other queries, "
         "unless --reference names some.",
     ),
-    click.option("--hubness-strength", type=float, default=0.75, show_default=True, help="Of nnn."),
+    click.option("--hubness-strength", type=Number(), default=0.75, show_default=True, help="Of nnn."),
     click.option("--hubness-neighbours", type=int, default=16, show_default=True, help="Of nnn: queries a picture."),
-    click.option("--temperature", type=float, default=100.0, show_default=True, help="Of dual-softmax."),
+    click.option("--temperature", type=Number(), default=100.0, show_default=True, help="Of dual-softmax."),
     click.option("--reference", type=FILE, help="Texts that hubness is measured with, e.g. those of the training."),
     click.option(
         "--reciprocal",
@@ -106,7 +106,8 @@ def read_texts(path: Path, column: str | None = None) -> Sequence[str]:
     """
     if path.suffix.lower() == ".txt":
         try:
-            texts = path.read_bytes().decode("utf-8-sig").splitlines()
+            # splitlines would cut texts at U+2028 and at form feeds
+            texts = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except OSError as error:
             raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:

@@ -7,11 +7,12 @@ import click
 
 from clipret.cli_options import (
     FILE,
+    PAGE,
     SEARCHED,
+    Number,
     bundle_option,
     device_option,
     engine_option,
-    finite,
     image_column_option,
     image_root_option,
     json_option,
@@ -54,16 +55,16 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
 @click.option("--minus", metavar="TEXT", multiple=True, help="What the pictures shall not show.")
 @click.option(
-    "--minus-weight", type=float, callback=finite, default=0.5, show_default=True, help="How strongly --minus counts."
+    "--minus-weight", type=Number(-100, 100), default=0.5, show_default=True, help="How strongly --minus counts."
 )
 @click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
 @prompts_option
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
 @where_option
 @click.option("--exclude", metavar="PATH", multiple=True, help="A picture of the gallery that is not wanted.")
-@click.option("--min-score", type=float, callback=finite, help="Only pictures with at least this score.")
+@click.option("--min-score", type=Number(), help="Only pictures with at least this score.")
 @rerank_options
-@click.option("--html", type=FILE, help="Also write a page with the pictures.")
+@click.option("--html", type=PAGE, help="Also write a page with the pictures.")
 @show_option
 @json_option
 @bundle_option
@@ -193,7 +194,7 @@ def _queries(
 )
 @prompts_option
 @rerank_options
-@click.option("--html", type=FILE, help="Also write a page: charts, the worst queries, a sample of the others.")
+@click.option("--html", type=PAGE, help="Also write a page: charts, the worst queries, a sample of the others.")
 @click.option("--html-queries", type=click.IntRange(1), default=40, show_default=True, help="Queries it shows.")
 @json_option
 @bundle_option

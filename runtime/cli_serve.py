@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from clipret.cli_options import BUNDLE, FILE, SEARCHED, device_option, engine_option, threads_option
+from clipret.cli_options import BUNDLE, FILE, SEARCHED, Number, device_option, engine_option, threads_option
 from clipret.cli_rerank import prompts_option, read_texts, rerank_options
 from clipret.encoder import Encoder
 from clipret.errors import ClipretError, require
@@ -30,7 +30,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 @prompts_option
 @rerank_options
 @click.option("--max-upload", type=click.IntRange(1), default=32, show_default=True, help="MiB of a request.")
-@click.option("--timeout", type=click.FloatRange(1), default=30.0, show_default=True, help="Seconds of a request.")
+@click.option("--timeout", type=Number(1, 86400), default=30.0, show_default=True, help="Seconds of a request.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Queries answered at once.")
 @click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="Of each GALLERY, where it is not where it was.")
 @device_option

@@ -32,7 +32,7 @@ show_option = click.option(
 
 def way(show: str) -> Way:
     """How to show pictures on stdout: not at all where that is no terminal."""
-    if show == "none" or not sys.stdout.isatty():
+    if show == "none" or sys.stdout is None or not sys.stdout.isatty():
         return "none"
     if show == "auto":
         from clipret.terminal import detect

@@ -81,7 +81,9 @@ def index_on_cluster(
             run.report.stages = work.stats
             run.commit()
             work.note_parts()
-        run.finish(prune and not work.broken)
+            run.write_skipped()
+        if not work.broken:
+            run.finish(prune)
     run.report.seconds = work.stats.seconds = time.perf_counter() - began
     if work.broken:
         more = f", and {len(work.broken) - 1} others likewise" if len(work.broken) > 1 else ""

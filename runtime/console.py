@@ -29,6 +29,7 @@ class Group(click.Group):
 
         if os.environ.get("NO_COLOR"):
             kwargs.setdefault("color", False)
+        colour: bool | None = kwargs.get("color")
 
         with warnings.catch_warnings():
             warnings.showwarning = show  # type: ignore[assignment]
@@ -37,9 +38,14 @@ class Group(click.Group):
             try:
                 return super().main(*args, **kwargs)
             except ClipretError as error:
-                name = click.style(self.name, fg="red", bold=True)
-                click.echo(f"{name}: {printable(str(error))}", err=True, color=kwargs.get("color"))
-                sys.exit(1)
+                message = str(error)
+            except MemoryError as error:
+                message = f"there is not enough memory ({error}): make the batch smaller, or use a larger machine"
+            except OSError as error:  # of the results on stdout, above all: the library's own are ClipretErrors
+                place = error.filename or "the output or the working folder"
+                message = f"{place} cannot be used ({error.strerror or error}): free space, or choose another place"
+            click.echo(f"{click.style(self.name, fg='red', bold=True)}: {printable(message)}", err=True, color=colour)
+            sys.exit(1)
 
     def invoke(self, context: click.Context) -> Any:
         try:

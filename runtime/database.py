@@ -156,7 +156,7 @@ class Database:
         )
         check_quotes(where, (*RESERVED, *columns))
         try:
-            with self._lock, reading_only(self._connection):
+            with self._lock, reading_only(self._connection, selects=2):
                 found = self._connection.execute(f"SELECT id FROM ({source}) WHERE ({where}\n) ORDER BY id").fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ClipretError(

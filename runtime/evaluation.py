@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clipret.errors import ClipretError
 from clipret.metrics import Metric, Metrics, summarise
 from clipret.search import Searcher
-from clipret.tables import pick_column, read_table
+from clipret.tables import as_number, pick_column, read_table
 
 __all__ = [
     "Evaluation",
@@ -129,11 +129,14 @@ def read_attribute_truth(
     for column in columns:
         for owner, there in ((path, table.columns), (searcher.gallery.path, held)):
             if column not in there:
-                raise ClipretError(f"{owner} has no column {column!r}: its columns are {', '.join(there)}")
+                known = ", ".join(there) or "none; index a list with it"
+                raise ClipretError(f"{owner} has no column {column!r}: its columns are {known}")
     asked: dict[str, tuple[str, ...]] = {}
-    for row in table.rows:
-        text, values = row[title].strip(), tuple(row[column].strip() for column in columns)
-        if not any(values):
+    for number, row in enumerate(table.rows, 1):
+        if not row[title].strip():
+            raise ClipretError(f"{path}: query {number} is blank: fill it in or remove it")
+        text, values = row[title].strip(), tuple(as_text(row[column]) for column in columns)
+        if not any(values[: len(equal)]) and not any(map(names, values[len(equal) :])):
             raise ClipretError(f"{path}: the query {text!r} asks for nothing: fill in {' or '.join(columns)}")
         if asked.setdefault(text, values) != values:
             raise ClipretError(f"{path}: the query {text!r} is there twice and asks for different things: remove one")
@@ -163,12 +166,12 @@ def _answers(asked: Sequence[str], has: Sequence[str], equal: int) -> bool:
 
 def names(value: str) -> set[str]:
     """The names in a value that holds several, between commas or semicolons."""
-    return {name.strip() for name in re.split("[,;]", value) if name.strip()}
+    return {as_text(name) for name in re.split("[,;]", value) if name.strip()}
 
 
 def as_text(value: Any) -> str:
-    """A value of a gallery's metadata as a list would hold it."""
-    return "" if value is None else str(value).strip()
+    """A value of a list or of a gallery's metadata, so that both say the same: a gallery holds 007 as the number 7."""
+    return "" if value is None else str(as_number(value)).strip()
 
 
 def evaluate_search(searcher: Searcher, truth: GroundTruth) -> Evaluation:

@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -94,7 +94,7 @@ class Gallery:
             mirrored=mirrored,
         )
         # Last: a folder without gallery.json is no gallery yet, and making one may start over.
-        write_file(folder / "gallery.json", json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n")
+        write_file(folder / "gallery.json", _json(info))
         return cls(folder, info)
 
     @classmethod
@@ -109,6 +109,9 @@ class Gallery:
                     f"{folder} has gallery format {value['format']}, this clipret reads {FORMAT}: index again"
                 )
             info = GalleryInfo(**value)
+            for field in fields(info):
+                if type(getattr(info, field.name)) is not field.type:
+                    raise ValueError(f"{field.name} is {getattr(info, field.name)!r}")
         except (FileNotFoundError, NotADirectoryError):
             raise ClipretError(
                 f"{folder} is no gallery (no gallery.json): make one with clipret-search index"
@@ -118,6 +121,13 @@ class Gallery:
         except (ValueError, TypeError, KeyError) as error:
             raise ClipretError(f"{file} is damaged ({error}): restore it or index again") from None
         return cls(folder, info)
+
+    def rooted(self, root: Path) -> Self:
+        """The same gallery with another folder that its paths are relative to: for one that holds no picture."""
+        info = replace(self.info, root=os.path.abspath(root))  # noqa: PTH100
+        if info != self.info:
+            write_file(self.path / "gallery.json", _json(info))
+        return type(self)(self.path, info)
 
     @cached_property
     def database(self) -> Database:
@@ -255,7 +265,8 @@ class Gallery:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the one writer, after sweeping what an interrupted one left. Raises ClipretError beside another."""
-        if not (os.access(self.path, os.W_OK) and os.access(self.path / "gallery.db", os.W_OK)):
+        files = [file for file in (self.path, self.path / "gallery.db") if file.exists()]
+        if not all(os.access(file, os.W_OK) for file in files):
             raise ClipretError(f"{self.path} cannot be written: mend its permissions, or work on a copy")
         try:
             # sqlite's own lock, on a database of nothing: the same on every system, and it ends with its process.
@@ -365,3 +376,7 @@ class Gallery:
             return transaction.executemany(
                 "UPDATE rows SET deleted = 1 WHERE id = ? AND deleted = 0", [(int(number),) for number in ids]
             ).rowcount
+
+
+def _json(info: GalleryInfo) -> str:
+    return json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n"

@@ -21,6 +21,7 @@ from clipret.items import Item, Value
 from clipret.remote import is_remote
 from clipret.rows import StoredRows
 from clipret.sources import Source
+from clipret.tables import as_number
 
 __all__ = ["IndexReport", "Job", "Run", "index_pictures"]
 
@@ -112,6 +113,7 @@ def index_pictures(
         finally:  # Ctrl-C included: what is encoded is kept
             run.report.stages = encoder.stats
             run.commit()
+            run.write_skipped()
         run.finish(prune)
     run.report.seconds = time.perf_counter() - began
     return run.report
@@ -126,6 +128,7 @@ class Run:
     def __init__(self, gallery: Gallery, source: Source) -> None:
         self.gallery, self.source = gallery, source
         self.report = IndexReport()
+        self._skipped_file = Path(gallery.path, "skipped.tsv")
         self.changes = self.kept = 0
         self._rows = np.empty((_SHARD_ROWS, gallery.info.embedding_dim), np.float16)
         self._held: Stored | None = None
@@ -227,15 +230,15 @@ class Run:
         self.report.write_seconds += time.perf_counter() - began
 
     def finish(self, prune: bool) -> None:
-        """After all of the source: the report, then what the source no longer names.
-
-        Raises ClipretError if nothing was usable.
-        """
+        """After all of the source: what it no longer names. Raises ClipretError if nothing was named or usable."""
         report = self.report
-        _write_skipped(self.gallery, report.skipped)
+        if not report.skipped:
+            self._skipped_file.unlink(missing_ok=True)
         if report.skipped and not report.added + report.changed + report.unchanged:
             path, reason = report.skipped[0]
             raise ClipretError(f"none of the {len(report.skipped)} pictures could be used; the first: {path}: {reason}")
+        if not report.skipped and not report.added + report.changed + report.unchanged:
+            raise ClipretError(f"{self.source.root} names no pictures: is it the right one?")
         if prune:
             # A folder that could not be read is one skipped path: what lies below it has not vanished.
             unread = {path for path, _ in report.skipped}
@@ -245,6 +248,12 @@ class Run:
                 if not self._named(path) and not unread.intersection(map(str, PurePosixPath(path).parents))
             ]
             report.removed = self.gallery.remove(vanished)
+
+    def write_skipped(self) -> None:
+        """The report of what could not be read, also where the source breaks off."""
+        if self.report.skipped:
+            lines = [f"{printable(path)}\t{printable(reason)}" for path, reason in self.report.skipped]
+            write_file(self._skipped_file, "\n".join(["path\treason", *lines]) + "\n")
 
     def stored(self, item: Item) -> str:
         """The path under which the gallery keeps a picture of the source."""
@@ -301,21 +310,4 @@ def _record(job: Job) -> Picture:
 def _differs(given: Mapping[str, Value], held: Mapping[str, Value]) -> bool:
     """Whether a picture's metadata says something else than the gallery does, which holds numbers as numbers."""
     lower = {name.lower(): value for name, value in held.items()}
-    return any(_number(lower.get(name.lower())) != _number(value) for name, value in given.items())
-
-
-def _number(value: Value) -> Value:
-    """As the database compares it: what looks like a number is one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError, TypeError):
-            return kind(value)  # type: ignore[arg-type]
-    return value
-
-
-def _write_skipped(gallery: Gallery, skipped: list[tuple[str, str]]) -> None:
-    file = Path(gallery.path, "skipped.tsv")
-    if not skipped:
-        file.unlink(missing_ok=True)
-        return
-    lines = [f"{printable(path)}\t{printable(reason)}" for path, reason in skipped]
-    write_file(file, "\n".join(["path\treason", *lines]) + "\n")
+    return any(lower.get(name.lower()) != as_number(value) for name, value in given.items())

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from clipret.images import PictureError, PictureFile, read_picture
+from clipret.tables import as_number
 
 __all__ = [
     "RESERVED",
@@ -110,11 +111,14 @@ def is_plain(value: object) -> bool:
 
 
 def scalar(value: object) -> Value:
-    """A value as sqlite can keep it and JSON can say it: dates and integers beyond 64 bits are text, NaN is null."""
+    """A value as sqlite can keep it and JSON can say it: dates and integers beyond 64 bits are text; NaN and what
+    is beyond a float are null."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, int):
         return value if -(1 << 63) <= value < 1 << 63 else str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str) else str(value)
+    text = value if value is None or isinstance(value, str) else str(value)
+    number = as_number(text)
+    return text if not isinstance(number, float) or math.isfinite(number) else None

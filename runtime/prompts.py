@@ -64,7 +64,7 @@ class Prompts:
             value = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
         except OSError as error:
             raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError as error:  # of decoding, JSON and TOML alike
+        except (ValueError, RecursionError) as error:  # of decoding, JSON and TOML alike
             raise ClipretError(f"{path} is no prompt file: {error}") from None
         rules = value.get("rule") if isinstance(value, dict) else None
         if not isinstance(rules, list) or not rules or set(value) != {"rule"}:

@@ -14,6 +14,7 @@ fixed reference queries, such as the captions of the training data, hubness is n
 Only numpy, and no more memory than `_SCORES` scores at a time, whatever the number of rows and queries.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,8 +72,8 @@ class Rerank:
     def __post_init__(self) -> None:
         ranges = {"adapt": 0, "neighbours": 1, "strength": 0, "temperature": 0, "reciprocal": 0, "k1": 1, "k2": 1}
         for name, least in ranges.items():
-            if getattr(self, name) < least:
-                raise ClipretError(f"{name} is {getattr(self, name)}: use {least} or more")
+            if not least <= getattr(self, name) < math.inf:
+                raise ClipretError(f"{name} is {getattr(self, name)}: use a number from {least} on")
         for name in ("adapt_weight", "share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ClipretError(f"{name} is {getattr(self, name)}: use a number from 0 to 1")

@@ -50,7 +50,7 @@ def read_results(path: Path) -> dict[str, Found]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ClipretError(f"{path} is not JSON ({error}): name a result file or a gallery") from None
     results: dict[str, Found] = {}
     try:

@@ -109,7 +109,7 @@ def handle_failures(app: FastAPI) -> None:
 
 def _reasons(errors: Sequence[Any]) -> str:
     """What pydantic found wrong, without the values, in one line."""
-    return "; ".join(f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in errors[:5])
+    return "; ".join(f"{'.'.join(str(part) for part in one['loc']) or 'the body'}: {one['msg']}" for one in errors[:5])
 
 
 def describe(app: FastAPI) -> None:

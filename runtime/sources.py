@@ -18,7 +18,7 @@ from pathlib import Path
 from clipret.archives import SUFFIXES, expand, expand_remote, members, modified, prefix_of, read_member
 from clipret.errors import ClipretError
 from clipret.images import EXTENSIONS, PictureError, PictureFile, no_pictures, read_picture, walk_pictures
-from clipret.items import Item, Value, broken_item, file_item, free_names
+from clipret.items import Item, Value, broken_item, file_item, free_names, scalar
 from clipret.parquet import PictureTable, read_row
 from clipret.remote import RemoteFile, is_remote, open_remote, read_remote, remote_in, remote_item, stats, walk_remote
 from clipret.tables import pick_column, read_table
@@ -231,7 +231,7 @@ def _listed(path: Path, image_column: str | None, image_root: Path | None, where
 
     def items() -> Iterator[Item]:
         for name, row in rows.items():
-            metadata: dict[str, Value] = {new: row[old] or None for old, new in names.items()}
+            metadata: dict[str, Value] = {new: scalar(row[old] or None) for old, new in names.items()}
             if is_remote(name):
                 yield remote_item(name, metadata)
             elif row[image]:

@@ -13,12 +13,15 @@ from typing import Literal
 
 from clipret.errors import ClipretError
 
-__all__ = ["Table", "check_quotes", "pick_column", "quoted", "read_table", "reading_only"]
+__all__ = ["Table", "as_number", "check_quotes", "pick_column", "quoted", "read_table", "reading_only"]
 
 _NAMES = {
     "image": ("path", "filepath", "file_path", "image", "image_path", "filename", "file_name", "file", "img"),
     "title": ("title", "caption", "text", "query", "sentence"),
 }
+
+_INTEGER = re.compile(r"\s*[+-]?\d+\s*", re.ASCII)
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -81,25 +84,29 @@ def _read_separated(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[s
     # Of a single column the header says nothing: a .csv is then what its name says.
     separator = max(",\t;|" if path.suffix.lower() == ".csv" else "\t,;|", key=header.count)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    lines: Iterator[list[str]] = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
+    # Not strict, a quotation mark that is not closed would take all to the end of the file into one field.
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     rows: list[dict[str, str]] = []
+    began = 1
     try:
         columns = tuple(name.strip() for name in next(lines, []))
         if not any(columns):
             raise ClipretError(f"{path} is empty: it needs a header line and rows")
         if len(set(columns)) != len(columns):
             raise ClipretError(f"{path} names a column twice in its header: {', '.join(columns)}")
+        began = lines.line_num + 1
         for values in lines:
+            began = lines.line_num + 1
             if not values:
                 continue  # a blank line, as many editors leave at the end
             if len(values) != len(columns):
-                number = lines.line_num  # type: ignore[attr-defined]
                 raise ClipretError(
-                    f"{path} line {number} has {len(values)} fields, its header {len(columns)}: mend or quote that line"
+                    f"{path} line {lines.line_num} has {len(values)} fields, its header {len(columns)}: mend or quote "
+                    "that line"
                 )
             rows.append(dict(zip(columns, values, strict=True)))
     except csv.Error as error:
-        raise ClipretError(f"{path} line {lines.line_num}: {error}") from None  # type: ignore[attr-defined]
+        raise ClipretError(f"{path} line {began}: {error}: mend the quotation marks there") from None
     return columns, rows
 
 
@@ -110,8 +117,8 @@ def _read_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, 
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ClipretError(f"{path} line {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits, and of deep nesting
+            raise ClipretError(f"{path} line {number} is not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(value, dict):
             raise ClipretError(f"{path} line {number} is not a JSON object: write one object a line")
         objects.append(value)
@@ -130,14 +137,14 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
     # NUMERIC affinity turns what looks like a number into one and leaves the rest text.
     names = [quoted(column) for column in columns]
     with sqlite3.connect(":memory:") as database:
-        database.execute(f"CREATE TABLE t ({', '.join(name + ' NUMERIC' for name in names)})")
-        database.executemany(
-            f"INSERT INTO t VALUES ({','.join('?' * len(columns))})", (tuple(r.values()) for r in rows)
-        )
-        database.commit()
         check_quotes(where, columns)
         try:
-            with reading_only(database):
+            database.execute(f"CREATE TABLE t ({', '.join(name + ' NUMERIC' for name in names)})")
+            database.executemany(
+                f"INSERT INTO t VALUES ({','.join('?' * len(columns))})", (tuple(r.values()) for r in rows)
+            )
+            database.commit()
+            with reading_only(database, selects=1):
                 chosen = [row[0] for row in database.execute(f"SELECT rowid FROM t WHERE ({where}\n) ORDER BY rowid")]
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ClipretError(
@@ -145,6 +152,16 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
             ) from None
     database.close()
     return [rows[number - 1] for number in chosen]
+
+
+def as_number(value: str | int | float | None) -> str | int | float | None:
+    """What sqlite makes of a value in a NUMERIC column: a text that is written as a number is that number."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
+        return value
+    if _INTEGER.fullmatch(value) and len(value) < 100 and -(1 << 63) <= int(value) < 1 << 63:
+        return int(value)
+    number = float(value)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def quoted(name: str) -> str:
@@ -164,11 +181,19 @@ def check_quotes(where: str, columns: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def reading_only(database: sqlite3.Connection) -> Iterator[None]:
-    """Inside the block the database answers SELECT and nothing else: it runs an expression that a stranger wrote."""
+def reading_only(database: sqlite3.Connection, selects: int) -> Iterator[None]:
+    """Inside the block the database answers one SELECT and nothing else: it runs an expression that a stranger wrote.
+
+    The statement holds `selects` of them; another one is the stranger's, who could read what is deleted.
+    """
     allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+    found = 0
 
     def answer(action: int, _: str | None, name: str | None, *__: str | None) -> int:
+        nonlocal found
+        found += action == sqlite3.SQLITE_SELECT
+        if found > selects:
+            return sqlite3.SQLITE_DENY
         # printf('%.*c', 2000000000, 'x') runs for minutes, and nothing can interrupt a function.
         endless = action == sqlite3.SQLITE_FUNCTION and name in ("printf", "format")
         return sqlite3.SQLITE_OK if action in allowed and not endless else sqlite3.SQLITE_DENY

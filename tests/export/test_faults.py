@@ -108,5 +108,24 @@ def test_an_old_bundle_survives_a_failed_one(model: str, out: Path, monkeypatch:
     with pytest.raises(ZeroDivisionError):
         export_bundle(model, out, overwrite=True)
     assert bundle.file("image.onnx").is_file()
-    with pytest.raises(ClipretError, match="is not empty"):
+    with pytest.raises(ClipretError, match=r"holds a bundle: .*--overwrite"):
         export_bundle(model, out)
+
+
+def test_only_bundles_are_overwritten(model: str, out: Path) -> None:
+    out.mkdir()
+    (out / "a.txt").write_text("precious")
+    with pytest.raises(ClipretError, match=r"holds a\.txt and is no bundle"):
+        export_bundle(model, out, overwrite=True)
+    (out / "a.txt").unlink()
+    bundle = export_bundle(model, out)
+    (out / "notes").mkdir()
+    with pytest.raises(ClipretError, match="holds notes and is no bundle"):
+        export_bundle(model, out, overwrite=True)
+    assert bundle.file("image.onnx").is_file()
+
+
+def test_calibration_needs_pictures(model: str, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,title\nnone.jpg,a dog\n")
+    told = refused(model, out, "--int8", "--calibration-data", str(tmp_path / "list.csv"))
+    assert "none of the 1 pictures for calibration can be read" in told

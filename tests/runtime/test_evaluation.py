@@ -59,11 +59,25 @@ def test_pictures_answer_by_their_attributes(searcher: Searcher, tmp_path: Path)
     assert truth.unanswerable == 1
 
 
+def test_numbers_are_equal_however_they_are_written(searcher: Searcher, tmp_path: Path) -> None:
+    queries = write(tmp_path / "q.csv", "title,number,things\none,001,\ntwo,2.0,\nhat,,hat\nnone,,;\n")
+    with pytest.raises(ClipretError, match="the query 'none' asks for nothing"):
+        read_attribute_truth(searcher, queries, equal=["number"], includes=["things"])
+    queries = write(queries, queries.read_text().replace("none,,;\n", ""))
+    truth = read_attribute_truth(searcher, queries, equal=["number"], includes=["things"])
+    assert {text: {Path(path).stem for path in paths} for text, paths in truth.relevant.items()} == {
+        "one": {"1"},
+        "two": {"2"},
+        "hat": {"0", "1"},
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("title,color\nred,red\n", "has no column 'colour': its columns are title, color"),
         ("title,colour\nred,\n", "the query 'red' asks for nothing"),
+        ("title,colour\nred,red\n ,blue\n", "query 2 is blank"),
         ("title,colour\nred,red\nred,blue\n", "is there twice"),
         ("title,colour\nred,pink\n", "no picture of .* answers any"),
     ],

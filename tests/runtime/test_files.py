@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -61,6 +63,40 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ClipretError, match="is a file"), new_folder(tmp_path / "file"):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no locks of folders")
+def test_what_killed_processes_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from clipret.files import new_folder\n"
+        "with new_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "held\n"
+        [left] = tmp_path.iterdir()
+        (tmp_path / ".out.0123abcd.old").mkdir()
+        (tmp_path / ".out.0123abcd.old/a").write_text("old")
+        (tmp_path / ".other.0123abcd.tmp").mkdir()
+        monkeypatch.setattr("clipret.files._YOUNG", 0)
+        with pytest.raises(ClipretError, match="not empty"), new_folder(tmp_path / "out"):
+            pass
+        # The old folder is back, which its process could not do any more; one that is being written stays.
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted([left.name, ".other.0123abcd.tmp", "out"])
+        writer.kill()
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "b").touch()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.0123abcd.tmp", "out"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out/a").exists()
 
 
 def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,10 @@ def test_damage_is_named(gallery: Gallery, tmp_path: Path) -> None:
     (gallery.path / "gallery.db").unlink()
     with pytest.raises(ClipretError, match=r"gallery\.db cannot be opened"):
         len(gallery)
+    info = json.loads((gallery.path / "gallery.json").read_text())
+    (gallery.path / "gallery.json").write_text(json.dumps(info | {"bundle_relative": None}))
+    with pytest.raises(ClipretError, match=r"is damaged \(bundle_relative is None"):
+        Gallery.open(gallery.path)
     (gallery.path / "gallery.json").write_text("{}")
     with pytest.raises(ClipretError, match="is damaged"):
         Gallery.open(gallery.path)

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from clipret import Bundle, ClipretError, Encoder, Gallery, IndexReport, index_p
 from clipret.compaction import compact_gallery
 from clipret.images import find_pictures
 from clipret.items import Item, broken_item
-from clipret.sources import Source, open_source
+from clipret.sources import Source, open_source, read_stored
 
 # Small shards, so that every run has many commits.
 COMMAND = "import clipret.indexing as i; i._SHARD_ROWS = 8; from clipret.cli import main; main()"
@@ -165,6 +166,18 @@ def test_metadata_is_kept_filters_and_follows_the_list(pictures: Path, tiny_bund
             with pytest.raises(ClipretError, match="--where"):
                 gallery.select(hostile)
         assert len(gallery) == 190
+
+
+def test_numbers_that_changed_are_noticed(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    file = colour_folder / "list.csv"
+    for price, code, held in (("0.2", "1_0", (0.2, "1_0")), ("0.9", "10", (0.9, 10)), ("9.5", "1e999", (9.5, None))):
+        file.write_text(f"path,price,code\nred/0.jpg,{price},{code}\n")
+        index(tmp_path / "g", tiny_bundle, file)
+        with Gallery.open(tmp_path / "g") as gallery:
+            assert tuple(gallery.metadata([1])[0].values()) == held
+    written = (tmp_path / "g/gallery.db").read_bytes()
+    index(tmp_path / "g", tiny_bundle, file)
+    assert (tmp_path / "g/gallery.db").read_bytes() == written
 
 
 def test_the_same_bytes_are_encoded_once(
@@ -311,6 +324,7 @@ def test_a_caller_that_stops_early_leaves_no_threads(pictures: Path, tiny_bundle
 
 def test_pictures_before_the_damage_are_kept(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     def damaged() -> Iterator[Item]:
+        yield broken_item("before.jpg", "no picture")
         yield from list(open_source(colour_folder))[:5]
         raise ClipretError("the rest is damaged")
 
@@ -319,6 +333,34 @@ def test_pictures_before_the_damage_are_kept(tiny_bundle: Path, colour_folder: P
         with pytest.raises(ClipretError, match="the rest is damaged"):
             index_pictures(gallery, encoder, source)
         assert len(gallery) == 5
+        assert (gallery.path / "skipped.tsv").read_text() == "path\treason\nbefore.jpg\tno picture\n"
+
+
+def test_no_member_leaves_its_archive(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    content = (colour_folder / "red/0.jpg").read_bytes()
+    with zipfile.ZipFile(colour_folder / "evil.zip", "w") as archive:
+        for name in ("../blue/0.jpg", "../../../x.jpg", "/y.jpg"):
+            archive.writestr(name, content)
+    with tarfile.open(colour_folder / "evil.tar", "w") as archive:
+        archive.add(colour_folder / "red/0.jpg", "../blue/1.jpeg", filter=None)
+    names = []
+    for file in ("evil.zip", "evil.tar"):
+        index(tmp_path / "g", tiny_bundle, colour_folder / file)
+        names += [
+            f"{file}/{name}" for name in (("blue/0.jpg", "x.jpg", "y.jpg") if ".zip" in file else ("blue/1.jpeg",))
+        ]
+        with Gallery.open(tmp_path / "g") as gallery:
+            assert gallery.paths(gallery.read().ids) == names
+            assert read_stored(Path(gallery.info.root), names[-1]).content == content
+
+
+def test_an_archive_without_pictures_is_no_source(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, colour_folder)
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(ClipretError, match="names no pictures"):
+        index(tmp_path / "g", tiny_bundle, tmp_path / "empty.tar", prune=True)
+    assert len(contents(tmp_path / "g")[0]) == 12
 
 
 def test_a_folder_under_another_name_is_the_same(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:

@@ -234,6 +234,40 @@ def test_another_bundle_is_refused(gallery: Path, tiny_bundle: Path, colour_fold
     assert "made with another bundle" in fails("query", gallery, "red", "--bundle", other)
 
 
+def test_a_corrected_first_run_takes_its_own_folder(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\nred/0.jpg\n")
+    assert "none of the 1 pictures" in fails("index", tiny_bundle, tmp_path / "list.csv", tmp_path / "gallery")
+    run("index", tiny_bundle, tmp_path / "list.csv", tmp_path / "gallery", "--image-root", colour_folder)
+    with Gallery.open(tmp_path / "gallery") as gallery:
+        assert gallery.paths([1]) == ["red/0.jpg"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_no_number_is_refused(value: str, gallery: Path, tiny_bundle: Path, colour_folder: Path) -> None:
+    query = ("query", gallery, "red", "--hubness", "nnn")
+    for option in ("--hubness-strength", "--temperature", "--adapt-weight", "--minus-weight", "--min-score"):
+        assert "Invalid value for '" + option in run(*query, option, value, code=2).stderr
+    words = ("index", tiny_bundle, colour_folder, gallery, "--picture-timeout", value)
+    assert "Invalid value for '--picture-timeout'" in run(*words, code=2).stderr
+    assert "Invalid value for '--timeout'" in run("serve", gallery, "--timeout", value, code=2).stderr
+
+
+def test_a_page_is_no_folder(gallery: Path, tmp_path: Path) -> None:
+    assert "is a directory" in run("query", gallery, "red", "--html", tmp_path, code=2).stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_results_that_cannot_be_written(gallery: Path) -> None:
+    command = [sys.executable, "-m", "clipret.cli", "query", str(gallery), "red", "--device", "cpu"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "clipret-search: the output or the working folder cannot be used (No space left on device): free space, or "
+        "choose another place\n"
+    )
+
+
 def test_usage_errors_exit_2(gallery: Path) -> None:
     assert "name at least one text" in run("query", gallery, code=2).stderr
     assert "0 is not in the range" in run("query", gallery, "red", "-k", 0, code=2).stderr

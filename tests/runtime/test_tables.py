@@ -1,9 +1,13 @@
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from clipret.errors import ClipretError
-from clipret.tables import pick_column, read_table
+from clipret.tables import as_number, pick_column, read_table
 
 CSV = 'path,lang,title,hour\na.jpg,en,"red, ""big"" car",5\nb.jpg,zh,红色的车,11\n'
 
@@ -54,11 +58,35 @@ def test_where_compares_numbers_as_numbers(tmp_path: Path) -> None:
         ("hour <", "cannot be used"),
         ("hour < 0", "holds no row with hour < 0"),
         ("1) UNION SELECT load_extension('x'", "cannot be used"),
+        ("exists(SELECT * FROM sqlite_master)", "cannot be used"),
     ],
 )
 def test_where_errors(tmp_path: Path, where: str, message: str) -> None:
     with pytest.raises(ClipretError, match=message):
         read_table(write(tmp_path, "t.csv", CSV), where)
+
+
+def test_columns_that_sqlite_takes_for_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "t.csv", "path,Lang,lang\na,b,c\n")
+    assert read_table(path).rows == [{"path": "a", "Lang": "b", "lang": "c"}]
+    with pytest.raises(ClipretError, match=r"cannot be used on .*: duplicate column name: lang"):
+        read_table(path, "1 = 1")
+
+
+@given(st.one_of(st.text("0123456789.eE+- \tx", max_size=12), st.floats().map(str), st.integers().map(str)))
+@example("12345678901234567890")
+@example("9007199254740993.0")
+@example("1_0")
+@example("\uff19")
+def test_numbers_are_those_of_sqlite(text: str) -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE t (value NUMERIC)")
+        database.execute("INSERT INTO t VALUES (?)", (text,))
+        [[held]] = database.execute("SELECT value FROM t")
+    found = as_number(text)
+    assert isinstance(found, str) == isinstance(held, str)
+    # sqlite rounds the last bit of large powers of ten otherwise.
+    assert found == (held if isinstance(held, str) else pytest.approx(held, rel=1e-14, abs=0))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +99,8 @@ def test_where_errors(tmp_path: Path, where: str, message: str) -> None:
         ("t.csv", b"path,title\n\xff,b\n", "not UTF-8"),
         ("t.jsonl", '{"a": 1}\n[2]\n', "line 2 is not a JSON object"),
         ("t.jsonl", "{'a': 1}\n", "line 1 is not JSON"),
+        ("t.jsonl", "[" * 100000, "line 1 is not JSON"),
+        ("t.csv", 'path,title\na,b\nc,"not closed\nd,e\nf,g\n', "line 3: unexpected end of data: mend the quotation"),
     ],
 )
 def test_broken_tables_say_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
