@@ -107,7 +107,10 @@ def split_pairs(listing: Listing, share: float, seed: int) -> tuple[Listing, Lis
 def _read_archives(config: FitConfig, place: Path | str, where: str | None) -> Listing:
     """Names, titles and places of all pictures; their bytes are read when they are wanted, in any order."""
     source, path = open_source(place, where=where), Path(place)
-    items: list[Item] = [without_bytes(item) for item in source]
+    try:
+        items: list[Item] = [without_bytes(item) for item in source]
+    except ClipretError as error:  # of a damaged archive indexing keeps what comes before, a training begins with all
+        raise ClipretError(str(error).replace("the pictures before that place are done; ", "")) from None
     columns = dict.fromkeys(name for item in items for name in item.metadata)
     rows = [{name: _text(item.metadata.get(name)) for name in columns} for item in items]
     table = Table(path, tuple(columns), rows)

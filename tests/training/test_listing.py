@@ -110,3 +110,9 @@ def test_a_picture_without_a_title_is_named(tmp_path: Path, shards: Path) -> Non
             tar.addfile(old.getmember(name), old.extractfile(name))
     with pytest.raises(ClipretError, match=r"odd\.tar/0001\.png in .* has no text"):
         read_listing(config(shards), str(tmp_path / "odd.tar"), None)
+
+
+def test_a_damaged_archive_is_not_said_to_be_done_in_part(tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "short.tar").write_bytes((shards / "000.tar").read_bytes()[:3000])
+    with pytest.raises(ClipretError, match=r"short\.tar is damaged or no archive \(.*\): make it anew"):
+        read_listing(config(shards), str(tmp_path / "short.tar"), None)
