@@ -123,10 +123,10 @@ def claimed(path: Path) -> Iterator[None]:
     A folder that is still empty afterwards is removed again if it was made here. Raises ClipretError when another
     process trains in it, when it is taken by something else than a run, and when it cannot be written.
     """
-    if not any((path / name).exists() for name in (_LOCK, "params.toml", "checkpoints")):
-        RunFolder.refuse_taken(path)  # nothing is left in a folder of somebody else's
-    made = not path.exists()
     try:
+        if not any((path / name).exists() for name in (_LOCK, "params.toml", "checkpoints")):
+            RunFolder.refuse_taken(path)  # nothing is left in a folder of somebody else's
+        made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path / _LOCK)
     except OSError as error:
