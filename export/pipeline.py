@@ -156,11 +156,12 @@ def _refuse_place(out: Path, overwrite: bool) -> None:
     """What lies in `out` is deleted: it must be a bundle and nothing else."""
     held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
     foreign = [name for name in held if not any(fnmatch(name, pattern) for pattern in _PARTS)]
-    if held and ("bundle.json" not in held or foreign):
-        reason = f"holds {foreign[0]}" if foreign else "is not empty"
-        raise ClipretError(f"{out} {reason} and is no bundle, which would be deleted: choose another folder")
+    if held and "bundle.json" not in held:
+        foreign = held
     if held and not overwrite:
-        raise ClipretError(f"{out} holds a bundle: choose another folder, remove it, or pass --overwrite")
+        raise ClipretError(f"{out} is not empty: choose another folder{'' if foreign else ', or pass --overwrite'}")
+    if foreign:
+        raise ClipretError(f"{out} holds {foreign[0]}, and --overwrite replaces bundles alone: choose another folder")
 
 
 def _refuse_full_disk(model: nn.Module, precision: Precision, folder: Path) -> None:

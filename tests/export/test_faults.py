@@ -108,19 +108,21 @@ def test_an_old_bundle_survives_a_failed_one(model: str, out: Path, monkeypatch:
     with pytest.raises(ZeroDivisionError):
         export_bundle(model, out, overwrite=True)
     assert bundle.file("image.onnx").is_file()
-    with pytest.raises(ClipretError, match=r"holds a bundle: .*--overwrite"):
+    with pytest.raises(ClipretError, match=r"is not empty: choose another folder, or pass --overwrite"):
         export_bundle(model, out)
 
 
 def test_only_bundles_are_overwritten(model: str, out: Path) -> None:
     out.mkdir()
     (out / "a.txt").write_text("precious")
-    with pytest.raises(ClipretError, match=r"holds a\.txt and is no bundle"):
+    with pytest.raises(ClipretError, match=r"is not empty: choose another folder$"):
+        export_bundle(model, out)
+    with pytest.raises(ClipretError, match=r"holds a\.txt, and --overwrite replaces bundles alone"):
         export_bundle(model, out, overwrite=True)
     (out / "a.txt").unlink()
     bundle = export_bundle(model, out)
     (out / "notes").mkdir()
-    with pytest.raises(ClipretError, match="holds notes and is no bundle"):
+    with pytest.raises(ClipretError, match="holds notes, and"):
         export_bundle(model, out, overwrite=True)
     assert bundle.file("image.onnx").is_file()
 

@@ -237,7 +237,7 @@ def test_a_page_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ClipretError, match="gone is not a folder"):
         write(tmp_path / "gone")
     (tmp_path / "page.html").mkdir()
-    with pytest.raises(ClipretError, match="cannot be written"):
+    with pytest.raises(ClipretError, match="is a folder"):
         write(tmp_path)
     (tmp_path / "page.html").rmdir()
     write(tmp_path, title="old")
