@@ -89,7 +89,7 @@ def main() -> None:
 @click.option("--accumulate", type=int, metavar="PARTS", help="Compute a batch in so many parts: less memory.")
 @click.option("--captions", type=int, help="Titles of each picture that take part in a step.")
 @click.option("--lr", type=float, help="Highest learning rate.")
-@click.option("--weight-decay", type=float, help="Of AdamW, on matrices only.")
+@click.option("--weight-decay", type=float, help="On matrices only.")
 @click.option("--warmup", type=float, help="Share of the steps until the learning rate is reached.")
 @click.option("--augment", type=click.Choice(AUGMENTS), help="How pictures are varied.")
 @click.option("--crop-area", type=float, help="Least share of a picture that a random crop keeps.")

@@ -19,6 +19,7 @@ from clipret.training.adapters import AdapterConfig
 from clipret.training.augment import Augment
 from clipret.training.loss import LossConfig, LossKind
 from clipret.training.models import SMALL, anchored, architecture
+from clipret.training.optimizer import Optimizer
 from clipret.training.precision import Precision, native_precision, open_device
 from clipret.training.recipe import read_recipe
 from clipret.training.schedule import Schedule
@@ -85,6 +86,7 @@ class FitConfig:
     epochs: int = 5
     batch_size: int = 64  # pictures that are compared with each other in a step, of all processes together
     accumulate: int = 1  # parts in which a batch goes through the towers; its loss is that of the whole batch
+    optimizer: Optimizer = "adamw"  # muon learns faster from scratch: the matrices inside the towers are its own
     lr: float = 1e-5
     schedule: Schedule = "cosine"
     warmup: float = 0.05  # share of all steps until `lr` is reached

@@ -95,8 +95,7 @@ class _Training:
     ) -> None:
         self.config, self.world, self.device, self.report = config, world, world.device, report
         self.folder = RunFolder(out, writes=world.writes)
-        identity = f"{seed_of(json.dumps(_decisive(config)), world.size):016x}"
-        self.checkpoints = Checkpoints(self.folder.checkpoints, identity)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, _identity(config, world.size))
         if config.batch_size % (world.size * config.accumulate):
             raise ClipretError(
                 f"batch_size {config.batch_size} does not split over {world.size} processes with {config.accumulate} "
@@ -383,6 +382,16 @@ class _Training:
 
 
 _WAYS = ("text_to_image", "image_to_text")
+
+
+def _identity(config: FitConfig, size: int) -> str:
+    """What a checkpoint says of the run that it is of, `size` processes. Options that are newer than the first runs do
+    not count where they are left out, so that an older run is still its own."""
+    values = {name: value for name, value in _decisive(config).items() if (name, value) not in _LATER}
+    return f"{seed_of(json.dumps(values), size):016x}"
+
+
+_LATER = {("optimizer", "adamw")}
 
 
 def _decisive(config: FitConfig) -> dict[str, Any]:

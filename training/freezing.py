@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clipret.errors import ClipretError
 from clipret.training.structure import TOWERS, Tower, tower_of
 
-__all__ = ["depth_groups", "freeze_unused", "lock_tower", "parameter_groups", "train_mode"]
+__all__ = ["depth_groups", "freeze_unused", "layer_weights", "lock_tower", "parameter_groups", "train_mode"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,24 @@ def train_mode(model: nn.Module) -> None:
                 module.eval()
 
 
+def layer_weights(model: nn.Module) -> set[str]:
+    """The names of the matrices that something is multiplied by: linear layers, projections, convolutions' kernels.
+
+    Embeddings are looked up or added and are none of them; nor are kernels of one channel.
+    """
+    looked_up = {
+        id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()
+    }
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if name.endswith(("weight", "proj", "projection"))
+        and id(parameter) not in looked_up
+        and parameter.ndim > 1
+        and min(parameter.shape[:2]) > 1
+    }
+
+
 def parameter_groups(
     model: nn.Module,
     *,
@@ -156,13 +174,15 @@ def parameter_groups(
     layer_decay: float = 1.0,
     image_lr_scale: float = 1.0,
     text_lr_scale: float = 1.0,
+    muon: bool = False,
 ) -> list[dict[str, Any]]:
     """What is trained, as an optimizer of torch takes it: groups with `params`, `lr`, `weight_decay` and `lr_scale`.
 
     A schedule sets `lr` of a group to its rate times `lr_scale`: the tower's, times `layer_decay` for each group of
     `depth_groups` between the parameter and the tower's output. No decay for biases, normalisations, the logit scale:
-    all that has fewer than two dimensions. Raises ClipretError when nothing is to be trained, for values out of
-    range, and, with a `layer_decay` below 1, for a tower that cannot be grouped.
+    all that has fewer than two dimensions. With `muon` the groups of `layer_weights` have `use_muon`. Raises
+    ClipretError when nothing is to be trained, for values out of range, and, with a `layer_decay` below 1, for a tower
+    that cannot be grouped.
     """
     if not 0 < layer_decay <= 1:
         raise ClipretError(f"layer_decay is {layer_decay}: use a number above 0 and at most 1")
@@ -175,16 +195,17 @@ def parameter_groups(
         for tower in TOWERS:
             for above, names in enumerate(reversed(depth_groups(model, tower))):
                 depth |= dict.fromkeys(names, above)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    matrices = layer_weights(model) if muon else set[str]()
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         its_tower = tower_of(name)
         scale = (scale_of[its_tower] if its_tower else 1.0) * layer_decay ** depth.get(name, 0)
         decay = weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
-        )
+        group = groups.setdefault((scale, decay, name in matrices), {"params": []})
+        group |= {"lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
+        group |= {"use_muon": True} if name in matrices else {}
         group["params"].append(parameter)
     if not groups:
         raise ClipretError("nothing is to be trained: both towers are locked and there is no adapter")

@@ -112,21 +112,23 @@ def test_a_run_of_two_processes(folder: Path, run: Path, tmp_path: Path) -> None
     assert again.best["text_to_image"] == lines[-1]["text_to_image"]
 
 
-def test_spread_weights_train_as_whole_ones_resume_and_export(folder: Path, run: Path, tmp_path: Path) -> None:
-    """Killed in the second epoch, and resumed from the shards of every process."""
-    config = settings(folder, fsdp=True, save_every=2)
-    worker = Path(__file__).with_name("distributed_worker.py")
-    params = tmp_path / "spread.toml"
+def interrupted(config: FitConfig, run: Path) -> Path:
+    """The checkpoints of a run that was killed in the second epoch and resumed from the shards of every process."""
+    params = run.with_suffix(".toml")
     params.write_text(tomli_w.dumps(config.to_dict()))
-    killed = torchrun(worker, params, tmp_path / "spread", 3)
+    killed = torchrun(Path(__file__).with_name("distributed_worker.py"), params, run, 3)
     assert killed.returncode != 0
-    checkpoints = tmp_path / "spread" / "checkpoints"
+    checkpoints = run / "checkpoints"
     assert len(list(checkpoints.glob("shards-*/*.distcp"))) == 2
     assert not (checkpoints / "last.safetensors").exists()
-    done = run_two(config, tmp_path / "spread", "--resume")
+    done = run_two(config, run, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "goes on after step 2" in (tmp_path / "spread" / "log.txt").read_text()
+    assert "goes on after step 2" in (run / "log.txt").read_text()
+    return checkpoints
 
+
+def test_spread_weights_train_as_whole_ones_resume_and_export(folder: Path, run: Path, tmp_path: Path) -> None:
+    checkpoints = interrupted(settings(folder, fsdp=True, save_every=2), tmp_path / "spread")
     ours, theirs = (load_file(path / "last.safetensors") for path in (checkpoints, run / "checkpoints"))
     start = load_file(folder / "tiny-clip" / "open_clip_model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -135,3 +137,17 @@ def test_spread_weights_train_as_whole_ones_resume_and_export(folder: Path, run:
         torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=2e-4)
     bundle = export_bundle(str(tmp_path / "spread"), tmp_path / "bundle")
     assert bundle.manifest.image.size == 32
+
+
+def test_spread_matrices_are_made_orthogonal_as_a_whole_and_resume(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, fsdp=True, save_every=2, optimizer="muon")
+    done = run_two(config, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    expected = load_file(tmp_path / "whole" / "checkpoints" / "last.safetensors")
+    found = load_file(interrupted(config, tmp_path / "spread") / "last.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+    start = load_file(folder / "tiny-clip" / "open_clip_model.safetensors")
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"  # [256,64]: half of its rows alone would be another matrix
+    assert torch.linalg.svdvals(found[name] - start[name]).max() < 4 * 1.3 * 1e-3 * 0.2 * 16 + 0.01

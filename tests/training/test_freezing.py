@@ -1,4 +1,5 @@
 import copy
+import re
 from typing import Any
 
 import open_clip
@@ -10,7 +11,14 @@ from transformers import BertConfig, BertModel
 from clipret.errors import ClipretError
 from clipret.training.adapters import AdapterConfig, add_adapters
 from clipret.training.chinese_model import FAMILY, ChineseClip
-from clipret.training.freezing import depth_groups, freeze_unused, lock_tower, parameter_groups, train_mode
+from clipret.training.freezing import (
+    depth_groups,
+    freeze_unused,
+    layer_weights,
+    lock_tower,
+    parameter_groups,
+    train_mode,
+)
 from clipret.training.small import SmallClip, SmallConfig
 from clipret.training.structure import tower_of
 
@@ -139,6 +147,28 @@ def test_rates_fall_with_depth_and_only_matrices_decay() -> None:
     for group in parameter_groups(model, lr=2.0, weight_decay=0.2, layer_decay=0.5):
         assert group["lr"] == 2.0 * group["lr_scale"]
     assert len(parameter_groups(model, lr=1.0, weight_decay=0.2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "text"),
+    [
+        ("clip", 3 * 4 + 2, 2 * 4 + 1),
+        ("resnet", 3 + 5 * 3 + 4 + 4, 2 * 4 + 1),
+        ("timm", 6 * 4 + 2, 2 * 4 + 1),
+        ("bert", 3 * 4 + 2, 2 * 6 + 2),  # with its pooler
+        ("chinese", 3 * 4 + 2, 2 * 6 + 1),
+        ("chinese resnet", 3 + 5 * 3 + 4 + 4, 2 * 6 + 1),
+        ("small", 1 + 3 * 2 + 1 + 1, 1),
+    ],
+)
+def test_weights_of_layers_are_all_matrices_but_embeddings(name: str, image: int, text: int) -> None:
+    model = MODELS[name]()
+    parameters, weights = dict(model.named_parameters()), layer_weights(model)
+    assert [sum(tower_of(each) == tower for each in weights) for tower in ("image", "text")] == [image, text]
+    others = [each for each in parameters.keys() - weights if parameters[each].ndim > 1]
+    assert all(re.search(r"embed|cls_token|^text\.weight\.", each) for each in others)
+    marked = [group for group in parameter_groups(model, lr=1.0, weight_decay=0.2, muon=True) if "use_muon" in group]
+    assert sum(len(group["params"]) for group in marked) == image + text
 
 
 def test_only_what_is_trained_is_in_a_group() -> None:

@@ -29,6 +29,7 @@ from clipret.training.config import FitConfig
 from clipret.training.fit import fit
 from clipret.training.models import load_model
 from clipret.training.run import claimed
+from clipret.training.schedule import seed_of
 
 STEPS = 12  # four epochs of three
 
@@ -244,8 +245,9 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     [
         {"adapter": "lora", "adapter_targets": ["projection"], "adapter_dropout": 0.2, "ema": 0.9},
         {"precision": "fp16", "epochs": 2},
+        {"optimizer": "muon"},
     ],
-    ids=["adapter", "fp16"],
+    ids=["adapter", "fp16", "muon"],
 )
 def test_what_else_a_training_keeps_is_resumed(
     toy: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
@@ -325,6 +327,18 @@ def test_checkpoints_with_a_key_for_each_are_still_read(tmp_path: Path) -> None:
     state = checkpoints.load_state()
     assert state is not None
     assert state["epoch"] == 1
+
+
+def test_a_run_from_before_an_option_existed_is_resumed(toy: Path, tmp_path: Path) -> None:
+    before = config(toy, epochs=1, validate_every=1).to_dict()
+    del before["optimizer"]
+    decisive = {name: value for name, value in before.items() if name not in module._MACHINE}
+    assert module._identity(config(toy, epochs=1, validate_every=1), 1) == f"{seed_of(json.dumps(decisive), 1):016x}"
+    run = fit(config(toy, epochs=1, validate_every=1), tmp_path / "run").run
+    (run / "params.toml").write_text(tomli_w.dumps(before))
+    fit(FitConfig.read(run / "params.toml"), run, resume=True)
+    with pytest.raises(ClipretError, match=r"begun with another optimizer \(optimizer: 'adamw', now 'muon'\)"):
+        fit(config(toy, epochs=1, validate_every=1, optimizer="muon"), run, resume=True)
 
 
 def test_resume_refuses_another_configuration(toy: Path, undisturbed: Path) -> None:
