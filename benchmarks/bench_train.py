@@ -288,6 +288,7 @@ def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
     alike: tuple[Any, ...] = ("--epochs", 5, "--batch-size", BATCH, "--lr", LR, "--weight-decay", WEIGHT_DECAY)
     alike += ("--warmup", WARMUP_STEPS / 234, "--crop-area", 0.9, "--set", "jitter=0", "--set", "flip=0")
     alike += ("--set", "decode_scale=1.33", "--set", "clip=0", "--validate-every", 5, "--precision", "bf16")
+    muon = ("--set", "optimizer=muon")
 
     def clipret(name: str, *options: Any) -> dict[str, Any]:
         command = ("clipret.training", *captions, *split, *options, "--out", work / name, "--resume")
@@ -307,14 +308,18 @@ def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
         write_model(work / f"vit-{seed}", seed)
         model = ("--model", work / f"vit-{seed}", *alike, "--set", f"seed={seed}")
         for title, run in (
-            ("open_clip's trainer, fp32, 1 epoch of 30,000 pairs", lambda: open_clip(data, work, seed)),  # noqa: B023
+            ("open_clip's trainer, fp32, AdamW, 1 epoch of 30,000 pairs", lambda: open_clip(data, work, seed)),  # noqa: B023
             (
-                "clipret, bf16, 5 epochs of 6,000 pictures, a caption each",
-                lambda: clipret(f"equal-{seed}", *model, "--captions", 1),  # noqa: B023
+                "clipret, bf16, AdamW, 5 epochs of 6,000 pictures, a caption each",
+                lambda: clipret(f"adamw-{seed}", *model, "--captions", 1),  # noqa: B023
             ),
             (
-                "clipret, bf16, 5 epochs of 6,000 pictures, all five captions",
-                lambda: clipret(f"equal-all-{seed}", *model, "--captions", 5),  # noqa: B023
+                "clipret, bf16, Muon, 5 epochs of 6,000 pictures, a caption each",
+                lambda: clipret(f"muon-{seed}", *model, *muon, "--captions", 1),  # noqa: B023
+            ),
+            (
+                "clipret, bf16, Muon, 5 epochs of 6,000 pictures, all five captions",
+                lambda: clipret(f"muon-all-{seed}", *model, *muon, "--captions", 5),  # noqa: B023
             ),
         ):
             runs.setdefault(title, []).append(run())
