@@ -16,7 +16,7 @@ def make(**given: Any) -> FitConfig:
 
 
 def test_defaults_of_the_family_below_the_recipe_below_what_is_given(tmp_path: Path) -> None:
-    assert (make().epochs, make().captions, make().weight_decay) == (60, 5, 0.1)
+    assert (make().epochs, make().captions, make().weight_decay) == (30, 5, 0.1)
     assert FitConfig.for_model("list.csv", "ViT-B-32").lr == 5e-4
     assert FitConfig.for_model("list.csv", "ViT-B-32:openai").lr == 1e-5
     (tmp_path / "mine.toml").write_text('model = "clipret-small"\nepochs = 7\nlr = 1\n')

@@ -4,6 +4,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from timm.optim.muon import Muon
 from torch import nn
 
 from clipret.training.adapters import AdapterConfig, add_adapters
@@ -78,3 +79,33 @@ def test_either_may_have_nothing_to_do(model: Any) -> None:
     before = model.positional_embedding.detach().clone()
     learn(model, optimizer(model, muon=True), 0)
     assert not torch.equal(model.positional_embedding, before)
+
+
+def matrices() -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((256, 768), (1024, 256), (64, 3, 4, 4), (128, 64, 3, 3))
+    weights = [0.05 * torch.randn(shape, generator=draw) for shape in shapes]
+    channels_last = [w.to(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
+    return [nn.Parameter(weight) for weight in channels_last]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_muon_is_timms_in_the_precision_of_the_processor(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipret.training.optimizer.native_precision", lambda _: precision)
+    start, ours, theirs = matrices(), matrices(), matrices()
+    group = {"params": ours, "lr": LR, "weight_decay": DECAY, "use_muon": True}
+    optimizers = (
+        make_optimizer([group], lr=LR, betas=(0.9, 0.98), epsilon=1e-6),
+        Muon(theirs, LR, DECAY, nesterov=True),
+    )
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=draw)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for before, one, other in zip(start, ours, theirs, strict=True):
+        moved, apart = ((weight - other).detach().norm() for weight in (before, one))
+        assert moved > 0.1
+        assert apart < (1e-6 if precision == "bf16" else 0.03) * moved
