@@ -332,16 +332,20 @@ def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
         }
         for title, each in runs.items()
     }
-    return result | {"clipret, recipe small": clipret("small", "--model", "clipret-small")}
+    timms = ("--opt", "timm/muon", "--beta1", "0.9", "--beta2", "0.98", "--eps", "1e-7")
+    return result | {
+        "open_clip's trainer, fp32, timm's Muon, 1 epoch of 30,000 pairs, seed 0": open_clip(data, work, 0, *timms),
+        "clipret, recipe small": clipret("small", "--model", "clipret-small"),
+    }
 
 
-def open_clip(data: Path, work: Path, seed: int) -> dict[str, Any]:
+def open_clip(data: Path, work: Path, seed: int, *options: str) -> dict[str, Any]:
     """CPU seconds of a whole training by `open_clip_train.main`, and the recall of its weights."""
-    name = f"quality-{seed}"
-    seconds = work / f"open_clip-{seed}.json"
+    name = f"{'muon' if options else 'quality'}-{seed}"
+    seconds = work / f"{'open_clip-muon' if options else 'open_clip'}-{seed}.json"
     if not seconds.exists():
         model = work / f"vit-{seed}"
-        arguments = open_clip_arguments(work / "whole.tsv", work, 1, "fp32", name, model, seed)
+        arguments = [*open_clip_arguments(work / "whole.tsv", work, 1, "fp32", name, model, seed), *options]
         code = "import sys; from open_clip_train.main import main; main(sys.argv[1:])"
         seconds.write_text(json.dumps(cpu_seconds(sys.executable, "-c", code, *arguments)))
     saved = work / "logs" / name / "checkpoints" / "epoch_1.pt"
