@@ -38,14 +38,12 @@ test-lean: $(LEAN)/.wheel
 	@! $(LEAN)/bin/python -c 'import torch' 2>/dev/null || { echo 'the lean venv has torch'; exit 1; }
 	$(LEAN)/bin/python -m pytest tests/runtime
 
-lint: $(VENV)/.full  ## Check style.
+lint: $(VENV)/.full  ## Check style, and that imports go one way.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
-# mypy follows folders, not the package map, so it is shown the installed layout as links.
 types: $(VENV)/.full  ## Check types.
-	rm -rf build/types && mkdir -p build/types/clipret
-	ln -s $(CURDIR)/runtime/* $(CURDIR)/export $(CURDIR)/training build/types/clipret/
 	$(BIN)/mypy
 
 # In venvs of their own: peers bring packages that nothing else here needs, and a GPU another onnxruntime.
@@ -66,8 +64,8 @@ $(VENV)/.full: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 # The wheel as a user gets it, in a venv that holds the runtime and pytest and nothing else.
-$(LEAN)/.wheel: $(VENV)/.full $(wildcard runtime/*) pyproject.toml
-	rm -rf dist build/lib && $(BIN)/python -m build --quiet --outdir dist
+$(LEAN)/.wheel: $(VENV)/.full $(shell find runtime -name '*.py' -o -name 'static' -o -name '*.json') pyproject.toml
+	rm -rf dist && $(BIN)/python -m build --quiet --outdir dist
 	$(PYTHON) -m venv --clear $(LEAN)
 	$(call install,$(LEAN),"$$(ls $(CURDIR)/dist/*.whl)[cpu]" pytest hypothesis)
 	touch $@

@@ -17,7 +17,7 @@ import numpy as np
 from machine import keep
 
 from clipret import Gallery
-from clipret.metrics import average_precision
+from clipret.evaluation.metrics import average_precision
 from clipret.tables import read_table
 
 

@@ -35,7 +35,7 @@ import torch
 from machine import keep
 
 from clipret import Bundle, Encoder
-from clipret.images import load
+from clipret.images.decode import load
 
 NAME = "ViT-B-32"
 PRECISIONS = {"fp32": "onnxruntime", "fp32 openvino": "openvino", "bf16": "openvino", "int8": "openvino"}
@@ -201,8 +201,8 @@ def folder(made: dict[str, Bundle], pictures: Sequence[Path], rounds: int, work:
 
 def small_bundle(work: Path) -> Path:
     """clipret-small with random weights: what is measured with it is not what it finds."""
-    from clipret.training.models import load_model
-    from clipret.training.run import RunFolder
+    from clipret_training.models.load import load_model
+    from clipret_training.run import RunFolder
 
     bundle = work / "small"
     if not bundle.exists():

@@ -39,8 +39,8 @@ CHINESE = {  # vision width, layers and patch; text width and layers; embedding
 
 FLOOR = """
 import sys, time, json
-from clipret.export.reference import reference
-from clipret.training.models import load_model
+from clipret_export.reference import reference
+from clipret_training.models.load import load_model
 began = time.monotonic()
 loaded = load_model(sys.argv[1])
 reference(loaded)
@@ -59,7 +59,7 @@ def chinese(name: str, folder: Path, vocab: Path) -> Path:
     """A checkpoint in the layout of OFA-Sys, half as theirs are, with the vocabulary beside it."""
     import torch
 
-    from clipret.training.chinese import FAMILY, ChineseClip
+    from clipret_training.models.chinese_clip import FAMILY, ChineseClip
 
     folder.mkdir(exist_ok=True)
     shutil.copy(vocab, folder / "vocab.txt")
@@ -81,7 +81,7 @@ def siglip(name: str, folder: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from clipret.export.samples import TEXTS
+    from clipret_export.samples import TEXTS
 
     folder.mkdir(exist_ok=True)
     config: Any = open_clip.get_model_config(name)

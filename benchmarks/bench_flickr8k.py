@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from machine import keep
 
-from clipret.images import load
+from clipret.images.decode import load
+from clipret.inference.tokenizer import Tokenizer
 from clipret.tables import read_table
-from clipret.text import Tokenizer
-from clipret.training.models import load_model
+from clipret_training.models.load import load_model
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 

@@ -13,7 +13,7 @@ import numpy as np
 from machine import keep
 
 from clipret import Bundle, Gallery
-from clipret.gallery import GalleryInfo, Picture
+from clipret.gallery.gallery import GalleryInfo, Picture
 
 _SHARD = 8192
 

@@ -39,10 +39,10 @@ from skeleton import fill
 from suite import commit
 
 from clipret import Bundle
-from clipret.cuda import device_name
 from clipret.errors import ClipretError
-from clipret.onnx_graph import Node, Value, model
-from clipret.towers import EngineChoice, OnnxTower, open_tower
+from clipret.hardware.cuda import device_name
+from clipret.inference.tower import EngineChoice, OnnxTower, open_tower
+from clipret.ort.graph import Node, Value, model
 
 SHAPES = {  # width, layers, patch, tokens, hidden, embedding of open_clip's picture towers
     "ViT-B-32": (768, 12, 32, 50, 3072, 512),
@@ -133,7 +133,7 @@ def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
     if not card.small:
         made["onnxruntime, CUDA graphs"] = lambda: OnnxTower(plain, card.device, 4, True, more)
     if importlib.util.find_spec("onnx_ir"):
-        from clipret.export.fusion import fuse
+        from clipret_export.fusion import fuse
 
         fused = plain.with_name("fused.onnx")
         if "MultiHeadAttention" in fuse(plain, fused):
@@ -226,10 +226,10 @@ def decoding(card: Card, bundle: Bundle) -> dict[str, Any]:
     as a share of the slower of decoding and towers."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from clipret.encoder import Encoder
-    from clipret.gpu_decode import MOST_LEVELS, GpuDecoder
-    from clipret.images import load
-    from clipret.processor import cpu_count
+    from clipret.hardware.cpu import cpu_count
+    from clipret.images.decode import load
+    from clipret.images.nvimagecodec import MOST_LEVELS, GpuDecoder
+    from clipret.inference.encoder import Encoder
 
     count, threads, spec = (8 if card.small else 4096), cpu_count(), bundle.manifest.image
     files = jpegs(count, (96, 72) if card.small else (640, 480))

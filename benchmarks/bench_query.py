@@ -24,7 +24,7 @@ import numpy as np
 from machine import keep
 
 from clipret import Bundle, Encoder, Gallery, Searcher
-from clipret.gallery import Picture
+from clipret.gallery.gallery import Picture
 
 TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-bundle"
 FLOOR = "import sqlite3, click, numpy, onnxruntime, PIL.Image, tokenizers"

@@ -31,9 +31,9 @@ import numpy as np
 from machine import keep
 
 from clipret import Ranker
-from clipret.codes import Codes, mean, quantise
-from clipret.ranker import snap
-from clipret.scan import _CODE_ROWS, _query_session
+from clipret.ranking.quantization import Codes, mean, quantise
+from clipret.ranking.ranker import snap
+from clipret.ranking.scan import _CODE_ROWS, _query_session
 
 SHARD = 8192
 K = 10

@@ -25,8 +25,8 @@ import ray
 from machine import keep
 
 from clipret import Bundle, Encoder, Gallery, index_pictures, open_source
-from clipret.cluster import connect, index_on_cluster
-from clipret.cluster_work import Settings
+from clipret.indexing.ray_cluster import connect, index_on_cluster
+from clipret.indexing.ray_worker import Settings
 
 SHARD = 64
 

@@ -24,11 +24,11 @@ import numpy.typing as npt
 from machine import keep
 
 from clipret import Encoder, Gallery, Ranker, Searcher
-from clipret.codes import mean, quantise
-from clipret.evaluation import GroundTruth, measure, read_attribute_truth, read_ground_truth
-from clipret.gallery import Stored
-from clipret.metrics import Metric
-from clipret.rerank import Rerank, Reranker
+from clipret.evaluation.evaluate import GroundTruth, measure, read_attribute_truth, read_ground_truth
+from clipret.evaluation.metrics import Metric
+from clipret.gallery.gallery import Stored
+from clipret.ranking.quantization import mean, quantise
+from clipret.search.rerank import Rerank, Reranker
 
 STEPS = {
     "adapt 10, half": Rerank(adapt=10),

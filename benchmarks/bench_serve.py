@@ -61,7 +61,7 @@ def plain(gallery: Path, bundle: Path) -> None:
             for hit, more in zip(hits, metadata, strict=True)
         ]
 
-    from clipret.server import listen
+    from clipret.server.run import listen
 
     listening = listen("127.0.0.1", 0)
     print(f"serving plain at http://127.0.0.1:{listening.getsockname()[1]}/", flush=True)

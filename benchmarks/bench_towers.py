@@ -25,10 +25,10 @@ import torch
 from machine import keep, multiplications
 
 from clipret import Bundle
-from clipret.export.gate import LIMITS, check_bundle
-from clipret.onnx_graph import Node, Value, model
-from clipret.rows import session
-from clipret.towers import EngineChoice, open_tower
+from clipret.inference.tower import EngineChoice, open_tower
+from clipret.ort.graph import Node, Value, model
+from clipret.ranking.rows import session
+from clipret_export.parity import LIMITS, check_bundle
 
 ENGINES: dict[str, tuple[EngineChoice, ...]] = {
     "fp32": ("onnxruntime", "openvino"),

@@ -173,8 +173,8 @@ def open_clip_arguments(
 
 
 def time_clipret(work: Path, precision: str) -> list[float]:
-    """The same of `clipret.training.fit`."""
-    import clipret.training.fit as trainer
+    """The same of `clipret_training.fit`."""
+    import clipret_training.fit as trainer
 
     seconds: list[float] = []
     trainer._Training._train_epoch = timed(trainer._Training._train_epoch, seconds)  # type: ignore[method-assign]
@@ -183,7 +183,7 @@ def time_clipret(work: Path, precision: str) -> list[float]:
 
 
 def speed_config(work: Path, precision: str) -> Any:
-    from clipret.training.config import FitConfig
+    from clipret_training.config import FitConfig
 
     return FitConfig.for_model(
         str(work / "part.tsv"),
@@ -213,10 +213,10 @@ def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
     """CPU ms of each part of a step of clipret, the median of several; and what the processor does at its best."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    import clipret.training.fit as trainer
-    from clipret.training.distributed import World
-    from clipret.training.precision import autocast
-    from clipret.training.validation import normalise
+    import clipret_training.fit as trainer
+    from clipret_training.distributed.world import World
+    from clipret_training.tuning.precision import autocast
+    from clipret_training.validation import normalise
 
     out = work / "logs" / f"parts-{time.time_ns()}"
     world = World(0, 1, torch.device("cpu"))
@@ -291,7 +291,7 @@ def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
     muon = ("--set", "optimizer=muon")
 
     def clipret(name: str, *options: Any) -> dict[str, Any]:
-        command = ("clipret.training", *captions, *split, *options, "--out", work / name, "--resume")
+        command = ("clipret_training", *captions, *split, *options, "--out", work / name, "--resume")
         cpu_seconds(sys.executable, "-m", *command)  # nothing where it is done
         lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
         measured = [line for line in lines if "text_to_image" in line]
@@ -356,11 +356,11 @@ def open_clip(data: Path, work: Path, seed: int, *options: str) -> dict[str, Any
 
 def measure(data: Path, work: Path, state: dict[str, torch.Tensor]) -> dict[str, float]:
     """Recall of weights of the vision transformer, by the validation of clipret's trainings."""
-    from clipret.training.config import FitConfig
-    from clipret.training.data import Pictures, Texts
-    from clipret.training.listing import read_listing
-    from clipret.training.models import load_model
-    from clipret.training.validation import recall
+    from clipret_training.config import FitConfig
+    from clipret_training.data.batches import Pictures, Texts
+    from clipret_training.listing import read_listing
+    from clipret_training.models.load import load_model
+    from clipret_training.validation import recall
 
     loaded = load_model(str(work / "vit"))
     loaded.model.load_state_dict(state)

@@ -154,11 +154,11 @@ def run_once(step: Step) -> dict[str, Any]:
     """Two steps in this process: its peak, and the bytes that the forward pass of the second kept."""
     import torch
 
-    from clipret.training.adapters import AdapterConfig, add_adapters
-    from clipret.training.averaging import MovingAverage
-    from clipret.training.freezing import parameter_groups
-    from clipret.training.loss import LossBatch, LossConfig, compute_loss
-    from clipret.training.techniques import checkpoint_gradients
+    from clipret_training.loss import LossBatch, LossConfig, compute_loss
+    from clipret_training.optim.averaging import MovingAverage
+    from clipret_training.tuning.adapters import AdapterConfig, add_adapters
+    from clipret_training.tuning.freezing import parameter_groups
+    from clipret_training.tuning.techniques import checkpoint_gradients
 
     Path("/proc/self/oom_score_adj").write_text("1000")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

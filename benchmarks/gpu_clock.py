@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clipret.cuda import call_driver, enter_context
+from clipret.hardware.cuda import call_driver, enter_context
 
 __all__ = ["DeviceClock", "HostClock", "bound_run", "clock_of", "seconds_on"]
 

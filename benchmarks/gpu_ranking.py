@@ -7,9 +7,9 @@ from typing import Any
 import gpu_peers
 import numpy as np
 
-from clipret.codes import Codes, quantise
-from clipret.device import DeviceScan
-from clipret.ranker import Ranker, snap
+from clipret.ranking.gpu_scan import DeviceScan
+from clipret.ranking.quantization import Codes, quantise
+from clipret.ranking.ranker import Ranker, snap
 
 K = 10
 

@@ -1,4 +1,4 @@
-"""runtime/rates.json, which `clipret-search plan` reads, from the measurements in benchmarks/results/.
+"""clipret/diagnostics/rates.json, which `clipret-search plan` reads, from the measurements in benchmarks/results/.
 
     python benchmarks/make_rates.py
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-FILE = HERE.parent / "runtime" / "rates.json"
+FILE = HERE.parent / "runtime" / "clipret" / "diagnostics" / "rates.json"
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
 QUERY_TOKENS = 16  # of a query: texts are trimmed to the longest of their batch
 _PICTURES = {"0.3 MP": "drawn 640x480", "2 MP": "tiled 1920x1080", "12 MP": "tiled 4000x3000"}

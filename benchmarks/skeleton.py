@@ -37,11 +37,11 @@ def make(name: str, out: Path) -> None:
     from onnx.external_data_helper import set_external_data
     from torch import nn
 
-    from clipret.export.calibration import observe
-    from clipret.export.graph import write_onnx
-    from clipret.export.precision import convert
-    from clipret.export.towers import ImageTower, rewrite
-    from clipret.training.models import load_model
+    from clipret_export.calibration import observe
+    from clipret_export.graph import write_onnx
+    from clipret_export.precision import convert
+    from clipret_export.towers import ImageTower, rewrite
+    from clipret_training.models.load import load_model
 
     with tempfile.TemporaryDirectory() as folder:
         layers = _one_layer(name, Path(folder, "model"))

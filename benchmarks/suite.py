@@ -45,7 +45,7 @@ PEERS = {  # by the names that reports use: what is not installed is not measure
 def drawn(folder: Path, count: int) -> Path:
     """Pictures with captions as the benchmarks read them, drawn by the project: captions.tsv and images/."""
     if not (folder / "captions.tsv").exists():
-        command = [sys.executable, "-m", "clipret.training", "data", "scenes", folder, "--count", count, "--seed", 5]
+        command = [sys.executable, "-m", "clipret_training", "data", "scenes", folder, "--count", count, "--seed", 5]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         with (folder / "captions.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

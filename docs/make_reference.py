@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 
 from clipret.cli import main as search
-from clipret.export.cli import main as export
-from clipret.training.cli import main as train
+from clipret_export.cli import main as export
+from clipret_training.cli import main as train
 
 COMMANDS: tuple[click.Group, ...] = (train, export, search)
 OUT = Path(__file__).parent / "reference"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipret.bundle import FORMAT, ImageSpec, Manifest, TextSpec, file_entry
-from clipret.export.graph import write_onnx
 from clipret.files import new_folder, write_file
+from clipret_export.graph import write_onnx
 
 OUT = Path(__file__).parent / "data" / "tiny-bundle"
 SIZE, CONTEXT, DIM = 16, 8, 8

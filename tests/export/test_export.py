@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from torch import nn
 
 from clipret import Bundle, ClipretError, Encoder
-from clipret.export.cli import main
-from clipret.export.pipeline import export_bundle
-from clipret.export.samples import TEXTS, pictures
-from clipret.training.models import load_model
-from clipret.training.run import RunFolder
+from clipret_export.cli import main
+from clipret_export.pipeline import export_bundle
+from clipret_export.samples import TEXTS, pictures
+from clipret_training.models.load import load_model
+from clipret_training.run import RunFolder
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])

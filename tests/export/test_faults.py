@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 
 from clipret.errors import ClipretError
-from clipret.export.cli import main
-from clipret.export.pipeline import export_bundle
+from clipret_export.cli import main
+from clipret_export.pipeline import export_bundle
 
 
 def refused(source: str, out: Path, *options: str) -> str:
@@ -62,7 +62,7 @@ def test_an_unknown_name(out: Path) -> None:
 
 
 def test_a_disk_that_is_too_small(model: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipret.export.pipeline.shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr("clipret_export.pipeline.shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     assert "free and this bundle needs about" in refused(model, out)
 
 
@@ -73,7 +73,7 @@ def test_a_disk_that_fills_up(model: str, out: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 
-    command = [sys.executable, "-m", "clipret.export.cli", model, str(out)]
+    command = [sys.executable, "-m", "clipret_export.cli", model, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=300, check=False)
     assert done.returncode == 1
     assert "cannot be written" in done.stderr.splitlines()[-1]
@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up(model: str, out: Path) -> None:
 
 
 def test_ctrl_c_in_the_middle(model: str, out: Path) -> None:
-    command = [sys.executable, "-m", "clipret.export.cli", model, str(out)]
+    command = [sys.executable, "-m", "clipret_export.cli", model, str(out)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list(out.parent.glob(".bundle.*/image.onnx")):  # half of the bundle is written
@@ -104,7 +104,7 @@ def test_unreadable_check_data(model: str, out: Path, tmp_path: Path) -> None:
 
 def test_an_old_bundle_survives_a_failed_one(model: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = export_bundle(model, out)
-    monkeypatch.setattr("clipret.export.pipeline.write_onnx", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("clipret_export.pipeline.write_onnx", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_bundle(model, out, overwrite=True)
     assert bundle.file("image.onnx").is_file()

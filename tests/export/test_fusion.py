@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 
 from clipret.errors import ClipretError
-from clipret.export.fusion import fuse
-from clipret.export.pipeline import export_bundle
+from clipret_export.fusion import fuse
+from clipret_export.pipeline import export_bundle
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from clipret.encoder import Encoder
 from clipret.errors import ClipretError
-from clipret.export import pipeline
-from clipret.export.calibration import observe, overflows
-from clipret.export.gate import LIMITS, Limits
-from clipret.export.layers import replace_modules
-from clipret.export.pipeline import export_bundle
-from clipret.export.precision import FLOATS, Precision, convert
-from clipret.export.reference import inputs, reference, texts
-from clipret.export.samples import TEXTS, Sample, pictures
-from clipret.export.sensitivity import costs, worst
-from clipret.export.towers import ImageTower, PlainAttention, TextTower, rewrite
-from clipret.training.models import load_model
+from clipret.inference.encoder import Encoder
+from clipret_export import pipeline
+from clipret_export.calibration import observe, overflows
+from clipret_export.layers import replace_modules
+from clipret_export.parity import LIMITS, Limits
+from clipret_export.pipeline import export_bundle
+from clipret_export.precision import FLOATS, Precision, convert
+from clipret_export.reference import inputs, reference, texts
+from clipret_export.samples import TEXTS, Sample, pictures
+from clipret_export.sensitivity import costs, worst
+from clipret_export.towers import ImageTower, PlainAttention, TextTower, rewrite
+from clipret_training.models.load import load_model
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_int8_keeps_what_costs_most(model: str, sample: Sample, tmp_path: Path) 
 
 
 def test_int8_of_convolutions(sample: Sample, tmp_path: Path) -> None:
-    from clipret.training.run import RunFolder
+    from clipret_training.run import RunFolder
 
     loaded = load_model("clipret-small", captions=TEXTS, seed=1)
     RunFolder.create(tmp_path / "run", {"seed": 1}, loaded).save(loaded, "best")

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from clipret.bundle import Bundle, Engine, Manifest
-from clipret.engines import TensorRTTower, error_log
 from clipret.errors import ClipretError
-from clipret.export.pipeline import export_bundle
-from clipret.export.tensorrt import ANY_AMPERE, build_engines, tower_profiles
+from clipret.inference.tensorrt import TensorRTTower, error_log
+from clipret_export.pipeline import export_bundle
+from clipret_export.tensorrt import ANY_AMPERE, build_engines, tower_profiles
 
 try:
     import tensorrt_rtx as rtx
@@ -154,7 +154,7 @@ import signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from clipret.bundle import Bundle
-from clipret.export import tensorrt
+from clipret_export import tensorrt
 
 shown = []
 

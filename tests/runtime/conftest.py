@@ -145,7 +145,7 @@ def query_list(colour_folder: Path) -> Path:
 def serving(tiny_bundle: Path) -> Iterator[Callable[..., Client]]:
     """serving(gallery, …) starts a server for these galleries and gives a client; keywords are `open_service`'s."""
     pytest.importorskip("fastapi", reason="needs the extra serve")
-    from clipret.server import listen, make_server, open_service
+    from clipret.server.run import listen, make_server, open_service
 
     encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
     with contextlib.ExitStack() as stack:
@@ -166,7 +166,7 @@ def serving(tiny_bundle: Path) -> Iterator[Callable[..., Client]]:
 @pytest.fixture
 def client(serving: Callable[..., Client], listed_gallery: Path) -> Iterator[Client]:
     """A service with narrow limits and a token, which must still answer rightly when the test is over."""
-    from clipret.serve_limits import Limits
+    from clipret.server.limits import Limits
 
     limits = Limits(body=1 << 20, header_seconds=1, seconds=20, where_seconds=0.5)
     client = serving(listed_gallery, limits=limits, token="secret")

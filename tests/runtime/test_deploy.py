@@ -52,7 +52,7 @@ def test_an_image_copies_what_there_is_and_starts_what_there_is(file: Path) -> N
     text = file.read_text()
     copied = [word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packages = project["tool"]["setuptools"]["package-dir"].values()
+    packages = project["tool"]["hatch"]["build"]["dev-mode-dirs"]
     assert {*packages, "pyproject.toml", "constraints.txt", project["project"]["readme"]} <= set(copied)
     assert all((ROOT / name).exists() for name in copied)
     [extras] = re.findall(r"/src\[(.+?)\]", text)

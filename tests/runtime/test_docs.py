@@ -24,9 +24,9 @@ import clipret
 from clipret import Bundle, Encoder, Gallery, Searcher
 from clipret.bundle import FileEntry, ImageSpec, Manifest, TextSpec
 from clipret.cli import main
-from clipret.export.cli import main as export
-from clipret.gallery import GalleryInfo
-from clipret.training.cli import main as train
+from clipret.gallery.gallery import GalleryInfo
+from clipret_export.cli import main as export
+from clipret_training.cli import main as train
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -75,7 +75,7 @@ def workplace(tiny_bundle: Path, colour_folder: Path, tmp_path: Path, monkeypatc
 def test_the_code_of_the_python_page_runs() -> None:
     names: dict[str, Any] = {}
     for code in blocks(DOCS / "python.md", "python"):
-        if "clipret.server" in code and not importlib.util.find_spec("fastapi"):
+        if "clipret.server.run" in code and not importlib.util.find_spec("fastapi"):
             continue
         exec(compile(code, "python.md", "exec"), names)
     assert names["hits"][0][0].path.startswith("pictures/red/")

@@ -21,7 +21,7 @@ def test_require() -> None:
         require("no_such_thing.part", "cpu")
 
 
-@pytest.mark.parametrize("module", ["clipret.export.cli", "clipret.training.cli"])
+@pytest.mark.parametrize("module", ["clipret_export.cli", "clipret_training.cli"])
 def test_help_needs_no_extra(module: str) -> None:
     result = run_without("torch", module, "--help")
     assert result.returncode == 0, result.stderr
@@ -31,8 +31,8 @@ def test_help_needs_no_extra(module: str) -> None:
 @pytest.mark.parametrize(
     ("missing", "module", "arguments", "extra"),
     [
-        ("torch", "clipret.export.cli", ["model", "out"], "export"),
-        ("torch", "clipret.training.cli", ["fit", "list.csv", "--model", "clipret-small", "--out", "run"], "train"),
+        ("torch", "clipret_export.cli", ["model", "out"], "export"),
+        ("torch", "clipret_training.cli", ["fit", "list.csv", "--model", "clipret-small", "--out", "run"], "train"),
     ],
 )
 def test_a_missing_extra_is_one_sentence(missing: str, module: str, arguments: list[str], extra: str) -> None:

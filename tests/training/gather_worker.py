@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from clipret.errors import ClipretError
-from clipret.training.loss import LossBatch, LossConfig, compute_loss
+from clipret_training.loss import LossBatch, LossConfig, compute_loss
 
 
 def main(rank: int, world: int, folder: Path) -> None:

@@ -7,9 +7,9 @@ import resource
 from pathlib import Path
 from typing import Any
 
-import clipret.training.fit as module
+import clipret_training.fit as module
 from clipret.errors import ClipretError
-from clipret.training.config import FitConfig
+from clipret_training.config import FitConfig
 
 here: Any = globals()
 original = module._Training._step

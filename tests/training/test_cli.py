@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from clipret.training.cli import AUGMENTS, PRECISIONS, main
+from clipret_training.cli.app import AUGMENTS, PRECISIONS, main
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_an_error_is_one_line_and_status_1(captions: Path, tmp_path: Path) -> No
 def test_data_scenes_calls_the_painter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
     monkeypatch.setattr(
-        "clipret.training.scenes.write_set", lambda out, **given: seen.update(given, out=out), raising=False
+        "clipret_training.synthetic.write_set", lambda out, **given: seen.update(given, out=out), raising=False
     )
     arguments = ["data", "scenes", str(tmp_path / "s"), "--count", "3", "--style", "surveillance", "--seed", "7"]
     result = CliRunner().invoke(main, arguments)
@@ -63,7 +63,7 @@ def test_data_scenes_calls_the_painter(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_help_teaches_and_does_not_import_torch() -> None:
     code = (
-        "import sys; from clipret.training.cli import main\n"
+        "import sys; from clipret_training.cli import main\n"
         "try: main(['fit', '--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
@@ -74,7 +74,7 @@ def test_help_teaches_and_does_not_import_torch() -> None:
 
 
 def test_the_choices_of_augment_are_those_there_are() -> None:
-    from clipret.training import augment
+    from clipret_training.data import augment
 
     assert AUGMENTS == augment.AUGMENTS
 
@@ -157,6 +157,6 @@ def test_a_list_with_only_missing_pictures_is_refused(captions: Path, tmp_path: 
 def test_the_choices_of_precision_are_those_there_are() -> None:
     from typing import get_args
 
-    from clipret.training.precision import Precision
+    from clipret_training.tuning.precision import Precision
 
     assert get_args(Precision) == PRECISIONS

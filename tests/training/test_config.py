@@ -6,9 +6,9 @@ import pytest
 import tomli_w
 
 from clipret.errors import ClipretError
-from clipret.training.config import FitConfig, option_table, parse_value
-from clipret.training.models import anchored
-from clipret.training.recipe import read_recipe, recipe_names
+from clipret_training.config import FitConfig, option_table, parse_value
+from clipret_training.models.load import anchored
+from clipret_training.recipe import read_recipe, recipe_names
 
 
 def make(**given: Any) -> FitConfig:

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import clipret.training.fit as module
+import clipret_training.fit as module
 from clipret.errors import ClipretError
-from clipret.text import Tokenizer
-from clipret.training.config import FitConfig
-from clipret.training.data import Pictures, Texts
-from clipret.training.fit import fit
-from clipret.training.listing import read_listing
-from clipret.training.models import load_model
-from clipret.training.validation import recall
+from clipret.inference.tokenizer import Tokenizer
+from clipret_training.config import FitConfig
+from clipret_training.data.batches import Pictures, Texts
+from clipret_training.fit import fit
+from clipret_training.listing import read_listing
+from clipret_training.models.load import load_model
+from clipret_training.validation import recall
 
 SHADES = {"red": (230, 40, 40), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from clipret.errors import ClipretError
-from clipret.images import load
-from clipret.training.config import FitConfig
-from clipret.training.data import Pictures
-from clipret.training.fit import fit
-from clipret.training.listing import read_listing, read_listings
+from clipret.images.decode import load
+from clipret_training.config import FitConfig
+from clipret_training.data.batches import Pictures
+from clipret_training.fit import fit
+from clipret_training.listing import read_listing, read_listings
 
 
 def config(data: Path, **given: object) -> FitConfig:
@@ -90,7 +90,7 @@ def test_archives_are_read_without_unpacking(shards: Path) -> None:
 
 
 def config_spec():  # type: ignore[no-untyped-def]
-    from clipret.training.small import IMAGE
+    from clipret_training.models.small import IMAGE
 
     return IMAGE
 

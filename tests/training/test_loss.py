@@ -13,7 +13,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 from clipret.errors import ClipretError
-from clipret.training.loss import (
+from clipret_training.loss import (
     LossBatch,
     LossConfig,
     attribute_overlap,

@@ -21,15 +21,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import clipret.training.fit as module
+import clipret_training.fit as module
 from clipret.errors import ClipretError
-from clipret.training.augment import Augmenter
-from clipret.training.checkpoint import Checkpoints
-from clipret.training.config import FitConfig
-from clipret.training.fit import fit
-from clipret.training.models import load_model
-from clipret.training.run import claimed
-from clipret.training.schedule import seed_of
+from clipret_training.checkpoint import Checkpoints
+from clipret_training.config import FitConfig
+from clipret_training.data.augment import Augmenter
+from clipret_training.fit import fit
+from clipret_training.models.load import load_model
+from clipret_training.optim.schedule import seed_of
+from clipret_training.run import claimed
 
 STEPS = 12  # four epochs of three
 
@@ -75,7 +75,7 @@ def start(params: Path, out: Path, limit: int = 0) -> tuple[Any, Any]:
     """A training in a real process, and what it says: each step, and an error at the end. The server has imported what
     takes seconds to import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clipret.training.fit"])
+    context.set_forkserver_preload(["clipret_training.fit"])
     ours, theirs = context.Pipe(duplex=False)
     values = {"params": str(params), "out": str(out), "limit": limit, "connection": theirs}
     worker = str(Path(__file__).with_name("resume_worker.py"))

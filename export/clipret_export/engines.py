@@ -1,0 +1,89 @@
+"""TensorRT plans in a bundle: built, run through the gate where a GPU fits them, added to the manifest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clipret.bundle import Bundle, Engine, Manifest, file_entry
+from clipret.errors import ClipretError
+from clipret.files import write_file
+from clipret.hardware.cuda import gpu_arch
+from clipret.inference.tensorrt import NAMES, Library, choose_engine, explain, installed
+from clipret_export.parity import LIMITS, Limits, Reference, load_reference, run_gate
+from clipret_export.tensorrt import build_engines, check_request
+
+__all__ = ["PlanRequest", "add_plans", "gate_plans"]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Which plans to build; see `build_engines`."""
+
+    library: Library
+    archs: Sequence[str] | None = None
+    batch: Sequence[int] = (1, 64)
+    timing_cache: Path | None = None
+
+    def check(self, precision: str) -> None:
+        """Raises ClipretError for what cannot be built whatever the model is, before anything is loaded."""
+        check_request(self.library, self.archs, self.batch, self.timing_cache)
+        if precision == "int8":
+            raise ClipretError(
+                f"{NAMES[self.library]} takes no asymmetric int8, which this bundle has for CPUs: export with --fp16"
+            )
+
+    def build(self, folder: Path, manifest: Manifest) -> dict[str, Engine]:
+        """Write the plans into the bundle `folder`. Raises ClipretError as `check` and `build_engines` do."""
+        self.check(manifest.precision)
+        return build_engines(
+            folder, manifest, self.library, archs=self.archs, batch=self.batch, timing_cache=self.timing_cache
+        )
+
+
+def gate_plans(bundle: Bundle, expected: Reference, limits: Limits) -> dict[str, Any]:
+    """Run the gate on the plans that fit this machine: library -> report, or why they could not run here.
+
+    Raises ClipretError when a plan that runs here differs from torch.
+    """
+    engines = bundle.manifest.engines
+    told: dict[str, Any] = {}
+    for library in dict.fromkeys(engine.library for engine in engines.values()):
+        try:
+            arch = gpu_arch()
+        except ClipretError as error:
+            told[library] = f"not run: {error}"
+            continue
+        versions = installed()
+        if library not in versions or choose_engine(engines, library, versions[library], arch) is None:
+            told[library] = f"not run: {explain(engines, versions, arch)}"
+            continue
+        largest = max(size for engine in engines.values() for size in engine.batch)
+        report = run_gate(bundle, expected, limits, device="cuda", engine=library, largest=largest)
+        if report.problems:
+            raise ClipretError(
+                f"the {NAMES[library]} plans differ from torch ({report.problem_text()}): nothing was written"
+            )
+        told[library] = report.to_dict()
+    return told
+
+
+def add_plans(path: Path, request: PlanRequest, limits: Limits | None = None) -> tuple[Bundle, dict[str, Any]]:
+    """Build plans into an existing bundle; also returns what `gate_plans` told. Needs no torch.
+
+    The bundle stays valid at every instant: plans count once the new manifest, written in one piece, names them. Raises
+    ClipretError for a bundle whose towers have changed, and as `PlanRequest.build` and `gate_plans` do.
+    """
+    bundle = Bundle.open(path)
+    for name in ("image.onnx", "text.onnx"):
+        bundle.file(name)
+    engines = request.build(bundle.path, bundle.manifest)
+    files = dict(bundle.manifest.files)
+    for key in engines:
+        for plan in sorted((bundle.path / "engines" / key).iterdir()):
+            files[plan.relative_to(bundle.path).as_posix()] = file_entry(plan)
+    manifest = replace(bundle.manifest, files=files, engines=bundle.manifest.engines | engines)
+    made = Bundle(bundle.path, manifest)
+    told = gate_plans(made, load_reference(bundle), limits or LIMITS[manifest.precision])
+    write_file(bundle.path / "bundle.json", manifest.to_json())
+    return made, told

@@ -1,0 +1,365 @@
+"""The gate: a bundle, run by the code that searches, against what torch made of the same pictures and texts.
+
+Nothing here needs torch. A bundle carries torch's rows for the built-in inputs (reference.npz), so that the check can
+be repeated on any machine and engine.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clipret.bundle import Bundle
+from clipret.errors import ClipretError, one_line
+from clipret.evaluation.metrics import evaluate
+from clipret.inference.encoder import Encoder
+from clipret.inference.tower import EngineChoice
+from clipret.pairs import PairSet
+from clipret.ranking.ranker import Ranker
+from clipret_export.samples import TEXTS, Sample, pictures
+
+__all__ = [
+    "LIMITS",
+    "Limits",
+    "Reference",
+    "Report",
+    "Rows",
+    "TowerReport",
+    "check_bundle",
+    "data_sha256",
+    "load_reference",
+    "recalls",
+    "run_gate",
+]
+
+Rows = npt.NDArray[np.float32]
+
+_NORM = 1e-3  # in any precision: the normalisation itself is always float32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a tower may lose against torch in float32.
+
+    cosine: the smallest allowed of any row. relative: the largest allowed error of a built-in row as a share of how far
+    it lies from the mean of all rows: an untrained tower maps everything to nearly the same row, and then a cosine
+    alone proves little; None where there is no such limit. rounding: the length of an error that the precision itself
+    explains, to which `relative` does not apply (rows of an untrained MobileCLIP-S1 lie within 0.001 of each other).
+    batch: the largest allowed difference of any component of a row between batch sizes. recall_points: the largest
+    allowed difference of recall@1, in percentage points.
+    """
+
+    cosine: float
+    relative: float | None
+    batch: float
+    recall_points: float
+    rounding: float = 0.0
+
+
+LIMITS = {
+    "fp32": Limits(cosine=0.999999, relative=1e-3, batch=1e-5, recall_points=0.1, rounding=1e-5),
+    "fp16": Limits(cosine=0.9999, relative=0.1, batch=1e-3, recall_points=0.1, rounding=2e-3),
+    "bf16": Limits(cosine=0.999, relative=None, batch=5e-3, recall_points=0.2),
+    "int8": Limits(cosine=0.995, relative=None, batch=1e-3, recall_points=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """torch's unit rows, float32: of the built-in pictures and texts, and of the user's where there are any.
+
+    `pairs`: the user's pictures that could be decoded, and their titles, in the order of the rows.
+    """
+
+    image: Rows
+    text: Rows
+    pairs: PairSet | None = None
+    data_image: Rows | None = None
+    data_text: Rows | None = None
+
+    def to_bytes(self) -> bytes:
+        """The built-in rows as an .npz file; the user's pictures and titles are not put into a bundle."""
+        buffer = io.BytesIO()
+        np.savez(buffer, image=self.image, text=self.text, inputs=np.array(_inputs_sha256()))
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class TowerReport:
+    """One tower against torch: its worst row over all batch sizes, and over the user's data."""
+
+    min_cosine: float
+    mean_cosine: float
+    max_error: float
+    relative_error: float
+    error_length: float  # of the largest error of a built-in row
+    batch_difference: float
+    norm_error: float  # largest difference of a row's length from 1, which no cosine shows
+    confused: int  # built-in inputs whose row is nearer to another's row of torch than to their own
+
+
+@dataclass
+class Report:
+    """verify.json. `top10_agreement`: the share of torch's ten best pictures of a text that the bundle has among its
+    ten. Recalls are shares of the user's titles."""
+
+    precision: str
+    engine: str
+    limits: Limits
+    batches: tuple[int, ...]
+    image: TowerReport
+    text: TowerReport
+    top10_agreement: float
+    pictures: int
+    texts: int
+    recall_torch: dict[str, float] | None = None
+    recall: dict[str, float] | None = None
+    problems: dict[str, list[str]] = field(default_factory=dict)  # by tower
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def problem_text(self) -> str:
+        return "; ".join(f"{tower} tower: {', '.join(found)}" for tower, found in self.problems.items())
+
+
+def _inputs_sha256() -> str:
+    """Which built-in inputs a reference belongs to: another clipret may bring others."""
+    digest = hashlib.sha256(repr(TEXTS).encode())
+    for picture in pictures():
+        digest.update(picture.tobytes())
+    return digest.hexdigest()
+
+
+def load_reference(bundle: Bundle) -> Reference:
+    """The reference of a bundle. Raises ClipretError when it has none or one for other inputs."""
+    with np.load(bundle.file("reference.npz"), allow_pickle=False) as stored:
+        if str(stored["inputs"]) != _inputs_sha256():
+            raise ClipretError(
+                f"bundle {bundle.path} was checked with the pictures of another version of clipret: export it again"
+            )
+        return Reference(stored["image"], stored["text"])
+
+
+def run_gate(
+    bundle: Bundle,
+    expected: Reference,
+    limits: Limits,
+    *,
+    device: str = "cpu",
+    engine: EngineChoice = "auto",
+    largest: int = 12,
+) -> Report:
+    """Run both towers as a search would, at batch 1, 5 and `largest` (at least 12), and compare with torch's rows.
+
+    A wrong row is no exception: `report.problems` is empty where the bundle may be used. Raises ClipretError when an
+    engine cannot be opened, or cannot run a batch at all.
+    """
+    batches = (1, 5, max(12, largest))
+    repeat = -(-batches[-1] // len(expected.image))
+    made = (pictures() * repeat)[: batches[-1]]
+    data: dict[str, Sequence[Path | str]] = {"image": (), "text": ()}
+    if expected.pairs is not None:
+        data = {"image": expected.pairs.paths, "text": expected.pairs.titles}
+    reports: dict[str, TowerReport] = {}
+    last: dict[str, Rows] = {}
+    for name, builtin, items, user in (
+        ("image", expected.image, made, expected.data_image),
+        ("text", expected.text, TEXTS, expected.data_text),
+    ):
+        encoder = Encoder(bundle, device=device, engine=engine)  # one tower at a time: two large ones fill a memory
+        found = []
+        for size in batches:
+            encoder.batch_size = size
+            # Three pictures one by one are enough: a row either depends on its batch or does not.
+            part = items if name == "text" else items[: max(size, 3)]
+            found.append(_encode(encoder, name, part))
+        targets = np.concatenate([builtin] * repeat)[: len(items)]
+        reports[name], last[name] = _compare(found, targets, builtin), found[-1][: len(builtin)]
+        if user is not None and len(user):
+            last[name] = _encode(encoder, name, data[name])
+            reports[name] = _widen(reports[name], last[name], user)
+        ran_on = encoder.engine_name(name)
+    ours, target = Found(last["image"], last["text"]), Found(expected.image, expected.text)
+    if expected.pairs is not None and expected.data_image is not None and expected.data_text is not None:
+        target = Found(expected.data_image, expected.data_text if expected.pairs.titles else expected.text)
+    labelled = expected.pairs is not None and expected.pairs.titles
+    report = Report(
+        precision=bundle.manifest.precision,
+        engine=ran_on,
+        limits=limits,
+        batches=batches,
+        image=reports["image"],
+        text=reports["text"],
+        top10_agreement=_agreement(ours, target),
+        pictures=len(ours.image),
+        texts=len(ours.text),
+        recall_torch=recalls(target, expected.pairs) if labelled and expected.pairs is not None else None,
+        recall=recalls(ours, expected.pairs) if labelled and expected.pairs is not None else None,
+        problems={name: told for name, tower in reports.items() if (told := _problems(tower, limits))},
+    )
+    _judge_recall(report)
+    return report
+
+
+def check_bundle(
+    bundle: Bundle, limits: Limits, *, data: Sample | None = None, device: str = "cpu", engine: EngineChoice = "auto"
+) -> Report:
+    """Repeat the gate on this machine, with the rows and the recall of torch that the bundle carries.
+
+    `data`: the pictures and titles that the export was checked with. Raises ClipretError for others, and as `run_gate`.
+    """
+    largest = max((size for plan in bundle.manifest.engines.values() for size in plan.batch), default=0)
+    report = run_gate(
+        bundle, load_reference(bundle), limits, device=device, engine=engine, largest=largest if device != "cpu" else 0
+    )
+    if data is None:
+        return report
+    pairs = data.read()
+    encoder = Encoder(bundle, device=device, engine=engine)
+    batches = list(encoder.encode_images(range(len(pairs.paths)), lambda at: pairs.paths[at]))
+    kept = pairs.subset([at for batch in batches for at in batch.items])
+    before = json.loads(bundle.file("verify.json").read_text(encoding="utf-8"))
+    if before["data_sha256"] != data_sha256(kept):
+        raise ClipretError(
+            f"bundle {bundle.path} was not exported with these {len(kept.paths)} pictures and {len(kept.titles)} "
+            f"titles ({before['pictures']} and {before['texts']} then): give the same --verify-data, --verify-where "
+            "and --verify-limit"
+        )
+    report.pictures, report.texts = len(kept.paths), len(kept.titles)
+    if kept.titles:
+        image = np.concatenate([batch.rows for batch in batches])
+        report.recall_torch = before["recall_torch"]
+        report.recall = recalls(Found(image, encoder.encode_texts(kept.titles)), kept)
+        _judge_recall(report)
+    return report
+
+
+def data_sha256(pairs: PairSet) -> str:
+    """Which pictures, by name, and titles a recall was measured with."""
+    named = [[path.name for path in pairs.paths], pairs.titles, pairs.of_picture]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _judge_recall(report: Report) -> None:
+    if report.recall is None or report.recall_torch is None:
+        return
+    lost = 100 * (report.recall_torch["recall_at_1"] - report.recall["recall_at_1"])
+    if abs(lost) > report.limits.recall_points + 1e-9:
+        # The tower that lost more is the one to mend.
+        tower = "image" if report.image.mean_cosine < report.text.mean_cosine else "text"
+        told = f"recall@1 differs by {lost:+.2f} points, limit {report.limits.recall_points}"
+        report.problems.setdefault(tower, []).append(told)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Unit rows of pictures [N,D] and of texts [M,D]."""
+
+    image: Rows
+    text: Rows
+
+
+def recalls(rows: Found, pairs: PairSet) -> dict[str, float]:
+    """recall@1/5/10 of the titles, ranked exactly over float16 rows, as a gallery holds them."""
+    metrics = evaluate(Ranker(rows.image.astype(np.float16)), rows.text, pairs.of_title())
+    return {f"recall_at_{k}": getattr(metrics, f"recall_at_{k}") for k in (1, 5, 10)}
+
+
+def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | str]) -> Rows:
+    """All rows of a tower; an engine that cannot run the batch at all is a ClipretError like any other."""
+    try:
+        if name == "text":
+            return encoder.encode_texts([str(item) for item in items])
+        rows = np.empty((0, encoder.bundle.manifest.embedding_dim), dtype=np.float32)
+        for batch in encoder.encode_images(items, lambda item: item):  # type: ignore[arg-type, return-value]
+            if batch.skipped:
+                raise ClipretError(f"{batch.skipped[0][0]} could be read before and not any more: check it again")
+            rows = np.concatenate([rows, batch.rows])
+        return rows
+    except ClipretError:
+        raise
+    except Exception as error:  # engines raise a dozen types of their own
+        reason = one_line(error)
+        raise ClipretError(f"the {name} tower does not run in batches of {encoder.batch_size}: {reason}") from None
+
+
+def _compare(found: list[Rows], targets: Rows, builtin: Rows) -> TowerReport:
+    pairs = [(rows.astype(np.float64), targets[: len(rows)].astype(np.float64)) for rows in found]
+    cosines = np.concatenate([_cosines(rows, target) for rows, target in pairs])
+    centre = builtin.astype(np.float64).mean(axis=0)
+    error = max(float(np.abs(rows - target).max()) for rows, target in pairs)
+    lengths = np.concatenate([np.linalg.norm(a - b, axis=1) for a, b in pairs])
+    spread = np.concatenate([np.linalg.norm(b - centre, axis=1) for _, b in pairs])
+    largest = found[-1]
+    return TowerReport(
+        min_cosine=float(cosines.min()),
+        mean_cosine=float(cosines.mean()),
+        max_error=error,
+        relative_error=float((lengths / spread).max()),
+        error_length=float(lengths.max()),
+        batch_difference=max(float(np.abs(rows - largest[: len(rows)]).max()) for rows in found),
+        norm_error=max(float(np.abs(np.linalg.norm(rows, axis=1) - 1).max()) for rows, _ in pairs),
+        confused=_confused(largest[: len(builtin)], builtin),
+    )
+
+
+def _confused(rows: Rows, target: Rows) -> int:
+    """Rows that are nearer to another input's target than to their own by more than two targets can be alike."""
+    scores = rows.astype(np.float64) @ target.T.astype(np.float64)
+    return int((scores.argmax(axis=1) != np.arange(len(target))).sum())
+
+
+def _widen(report: TowerReport, rows: Rows, target: Rows) -> TowerReport:
+    """The report with the user's rows counted in."""
+    if not len(rows):
+        return report
+    cosines = _cosines(rows.astype(np.float64), target.astype(np.float64))
+    return replace(
+        report,
+        min_cosine=min(report.min_cosine, float(cosines.min())),
+        mean_cosine=float(cosines.mean()),
+        max_error=max(report.max_error, float(np.abs(rows - target).max())),
+    )
+
+
+def _problems(tower: TowerReport, limits: Limits) -> list[str]:
+    """Every comparison is written so that NaN fails it."""
+    found = []
+    if not tower.min_cosine >= limits.cosine:
+        found.append(f"smallest cosine {tower.min_cosine:.7f}, limit {limits.cosine}")
+    explained = tower.error_length <= limits.rounding
+    if limits.relative is not None and not explained and not tower.relative_error <= limits.relative:
+        found.append(f"error {tower.relative_error:.2g} of the spread of the rows, limit {limits.relative}")
+    if not tower.batch_difference <= limits.batch:
+        found.append(f"a row changes by {tower.batch_difference:.2g} with its batch, limit {limits.batch}")
+    if not tower.norm_error <= _NORM:
+        found.append(f"a row's length differs from 1 by {tower.norm_error:.2g}, limit {_NORM}")
+    if limits.relative is not None and tower.confused and not explained:
+        found.append(f"{tower.confused} of the check's inputs are taken for another")
+    return found
+
+
+def _agreement(found: Found, target: Found) -> float:
+    """Share of torch's ten best pictures of a text that are among the ten best of the bundle, mean over the texts."""
+    if not len(target.text):
+        return 1.0
+    k = min(10, len(target.image))
+    shares = []
+    for start in range(0, len(target.text), 256):
+        part = slice(start, start + 256)
+        ours, theirs = (np.argsort(-(rows.text[part] @ rows.image.T), axis=1)[:, :k] for rows in (found, target))
+        shares += [len(set(a) & set(b)) / k for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
+    return float(np.mean(shares))
+
+
+def _cosines(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    cosines: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return cosines

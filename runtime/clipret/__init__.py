@@ -1,0 +1,73 @@
+"""clipret: exact text-to-image search on the bundles that `clipret-export` writes; never imports torch."""
+
+import os
+from typing import TYPE_CHECKING
+
+from clipret._faces import lazy_face
+
+# Before anything imports onnxruntime, which otherwise writes a device id into the home folder and reports to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from clipret.bundle import Bundle, ImageSpec, Manifest, TextSpec
+    from clipret.errors import ClipretError
+    from clipret.evaluation.metrics import Metrics
+    from clipret.gallery.compaction import compact_gallery
+    from clipret.gallery.embeddings import open_embeddings
+    from clipret.gallery.gallery import Gallery
+    from clipret.gallery.transfer import export_gallery, import_embeddings
+    from clipret.images.decode import PictureError
+    from clipret.indexing.index import IndexReport, index_pictures
+    from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
+    from clipret.inference.tokenizer import Tokenizer
+    from clipret.ranking.ranker import Ranker
+    from clipret.search.searcher import Hit, Part, Query, Searcher
+    from clipret.sources.source import Source, open_source
+
+__all__ = [
+    "Bundle",
+    "ClipretError",
+    "EncodeStats",
+    "EncodedBatch",
+    "Encoder",
+    "Gallery",
+    "Hit",
+    "ImageSpec",
+    "IndexReport",
+    "Manifest",
+    "Metrics",
+    "Part",
+    "PictureError",
+    "Query",
+    "Ranker",
+    "Searcher",
+    "Source",
+    "TextSpec",
+    "Tokenizer",
+    "compact_gallery",
+    "export_gallery",
+    "import_embeddings",
+    "index_pictures",
+    "open_embeddings",
+    "open_source",
+]
+
+__getattr__ = lazy_face(
+    __name__,
+    {
+        "bundle": ["Bundle", "ImageSpec", "Manifest", "TextSpec"],
+        "errors": ["ClipretError"],
+        "evaluation.metrics": ["Metrics"],
+        "gallery.compaction": ["compact_gallery"],
+        "gallery.embeddings": ["open_embeddings"],
+        "gallery.gallery": ["Gallery"],
+        "gallery.transfer": ["export_gallery", "import_embeddings"],
+        "images.decode": ["PictureError"],
+        "indexing.index": ["IndexReport", "index_pictures"],
+        "inference.encoder": ["EncodeStats", "EncodedBatch", "Encoder"],
+        "inference.tokenizer": ["Tokenizer"],
+        "ranking.ranker": ["Ranker"],
+        "search.searcher": ["Hit", "Part", "Query", "Searcher"],
+        "sources.source": ["Source", "open_source"],
+    },
+)

@@ -1,0 +1,283 @@
+"""clipret-search merge and submit: one ranking from several, and answers to competitions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+
+from clipret.cli.options import (
+    FILE,
+    Number,
+    bundle_option,
+    device_option,
+    engine_option,
+    image_root_option,
+    json_option,
+    print_json,
+    threads_option,
+    title_column_option,
+    where_option,
+)
+from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts, rerank_options
+from clipret.cli.search import open_searcher
+from clipret.competitions.assignment import assign
+from clipret.competitions.submission import FORMS, Form, Sample, named, product_answer, traffic_answer
+from clipret.errors import ClipretError
+from clipret.files import write_file
+from clipret.inference.tower import EngineChoice
+from clipret.search.fusion import HOW, How, Source, merge
+from clipret.search.prompts import Prompts
+from clipret.search.rerank import Rerank
+from clipret.search.results import Found, as_results, read_results
+from clipret.search.searcher import Searcher
+from clipret.tables import pick_column, read_table
+
+__all__ = ["merge_command", "submit"]
+
+
+@click.command(
+    "merge",
+    epilog="Example:  clipret-search merge cars/ people/ --texts test.txt --prompts prompts.toml "
+    "--only vehicle --only person > merged.json",
+)
+@click.argument("sources", type=FILE, nargs=-1, required=True)
+@click.option("--texts", type=FILE, required=True, help="The queries: one a line in a .txt, or a list with titles.")
+@title_column_option
+@click.option("--how", type=click.Choice(HOW), default="z", show_default=True, help="See above.")
+@click.option("--weight", "weights", type=Number(), multiple=True, help="Of each source, in their order; default: 1.")
+@click.option(
+    "--only",
+    metavar="RULE",
+    multiple=True,
+    help='The texts of each source, in their order: those of this rule of --prompts, "other" for those of none, "all".',
+)
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
+@click.option("--depth", type=click.IntRange(1), default=1000, show_default=True, help="Pictures of a list, for rrf.")
+@prompts_option
+@device_option
+@engine_option
+@threads_option
+def merge_command(
+    sources: tuple[Path, ...],
+    texts: Path,
+    title_column: str | None,
+    how: How,
+    weights: tuple[float, ...],
+    only: tuple[str, ...],
+    k: int,
+    depth: int,
+    prompts: Prompts,
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+) -> None:
+    """Rank pictures by several SOURCES together: galleries of different models, and result files. Prints a result file.
+
+    Pictures are matched by their path; of several galleries those count that all of them hold. "sum" adds up
+    similarities, "z" similarities as deviations from each query's mean, "rrf" 1 / (60 + rank), which needs no
+    scores. The first two are exact: no picture outside the lists that were looked at could be better.
+
+    Result files come from  clipret-search query --texts FILE --json,  with re-ranking or without, from merge, and
+    from submit. Where one does not list a picture, its score there is taken to be that of the last one that it lists.
+    """
+    queries = read_texts(texts, title_column)
+    for name, given in (("--weight", weights), ("--only", only)):
+        if given and len(given) != len(sources):
+            raise ClipretError(f"{len(given)} {name} for {len(sources)} sources: give one for each, in their order")
+    rules = [rule.name for rule in prompts.rules]
+    for rule in only:
+        if rule not in (*rules, "all", "other"):
+            raise ClipretError(
+                f"--prompts has no rule {rule!r}: use all, other{''.join(f', {name}' for name in rules)}"
+            )
+    fitting = {text: fits.name if (fits := prompts.rule(text)) is not None else "other" for text in queries}
+    opened = []
+    for number, path in enumerate(sources):
+        searcher, results = _open(path, prompts, None, device, engine, threads)
+        chosen = only[number] if only else "all"
+        answers = None if chosen == "all" else frozenset(text for text, name in fitting.items() if name == chosen)
+        opened.append(Source(str(path), searcher, results, weights[number] if weights else 1.0, answers))
+    print_json(as_results(queries, merge(opened, queries, k, how=how, depth=depth)))
+
+
+@click.command(
+    epilog="Example:  clipret-search submit gallery/ test.txt answer.json;  "
+    "clipret-search submit gallery/ test_query.csv submit.csv --sample sample.csv --leave-out train.csv --one-to-one"
+)
+@click.argument("source", type=FILE)
+@click.argument("texts", type=FILE)
+@click.argument("answer", type=FILE)
+@title_column_option
+@click.option("--sample", type=FILE, help="The sample submission whose shape a .csv answer takes.")
+@click.option("--one-to-one", is_flag=True, help="No picture twice in a .csv: the assignment with the best sum.")
+@click.option("--leave-out", type=FILE, help="A list of pictures that are no answer, such as those of the training.")
+@image_root_option
+@where_option
+@click.option(
+    "--names", type=click.Choice(FORMS), help="What pictures are called; default: file names; as in --sample."
+)
+@click.option("--images", type=FILE, help="The folder of the test pictures: an answer with any other is refused.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures a text in a .json answer.")
+@prompts_option
+@rerank_options
+@bundle_option
+@device_option
+@engine_option
+@threads_option
+@json_option
+def submit(
+    source: Path,
+    texts: Path,
+    answer: Path,
+    title_column: str | None,
+    sample: Path | None,
+    one_to_one: bool,
+    leave_out: Path | None,
+    image_root: Path | None,
+    where: str | None,
+    names: Form | None,
+    images: Path | None,
+    k: int,
+    prompts: Prompts,
+    rerank: Rerank,
+    reference: Path | None,
+    bundle: Path | None,
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Answer TEXTS from SOURCE, a gallery or a result file, in a competition's format.
+
+    An ANSWER that ends in .json is one to the traffic retrieval challenge: the ten best pictures of each line of TEXTS,
+    in their order. One that ends in .csv is one to the product retrieval contest: the best picture of each query, in
+    the shape of --sample. What the scorer would reject (a text without pictures, another number of pictures, one
+    of them twice or unknown) is refused with the reason, and nothing is written.
+    """
+    product = answer.suffix.lower() == ".csv"
+    if not product and answer.suffix.lower() != ".json":
+        raise ClipretError(f"{answer} ends in neither .json (traffic retrieval) nor .csv (product retrieval)")
+    if product != (sample is not None):
+        raise ClipretError(
+            "a .csv answer takes the shape of a --sample, and nothing else has one: name it, or write .json"
+        )
+    if one_to_one and not product:
+        raise ClipretError("--one-to-one is for .csv answers: a .json one has several pictures a text")
+    queries = read_texts(texts, title_column)
+    searcher, results = _open(source, prompts, bundle, device, engine, threads)
+    taken = 1 if product else k
+    if searcher is not None:
+        found, paths = _search(searcher, queries, taken, leave_out, image_root, where, rerank, reference, one_to_one)
+    else:
+        if rerank.steps or leave_out is not None or where is not None or prompts.rules:
+            raise ClipretError(
+                f"{source} is a result file: re-rank, leave out and prompt where it is made, with clipret-search query"
+            )
+        found = _listed(results or {}, queries, taken, source, one_to_one)
+        paths = sorted({path for line in found for path in line})
+    known = None if images is None else _files(images)
+    shape = None if sample is None else Sample.read(sample)
+    form = names or ("name" if shape is None else shape.form(known if known is not None else paths))
+    called = named(paths, form)
+    # Of a gallery's own pictures nobody need say that they exist.
+    allowed = set(named(known, form).values()) if known is not None else None
+    lines = [[called[path] for path in line] for line in found]
+    if shape is not None:
+        content = product_answer(shape, queries, [line[0] for line in lines], allowed, once=one_to_one)
+    else:
+        content = traffic_answer(queries, lines, allowed, k)
+    write_file(answer, content)
+    pictures = len({path for line in found for path in line})
+    if as_json:
+        print_json({"answer": str(answer), "texts": len(queries), "pictures": pictures})
+    else:
+        click.echo(f"{answer}: {len(queries)} texts, {pictures} different pictures")
+
+
+def _open(
+    path: Path, prompts: Prompts, bundle: Path | None, device: str, engine: EngineChoice, threads: int | None
+) -> tuple[Searcher | None, dict[str, Found] | None]:
+    """A gallery's searcher, or the results of a file."""
+    if path.is_dir():
+        return open_searcher(path, bundle, device, engine, threads, prompts.forms), None
+    return None, read_results(path)
+
+
+def _search(
+    searcher: Searcher,
+    queries: Sequence[str],
+    k: int,
+    leave_out: Path | None,
+    image_root: Path | None,
+    where: str | None,
+    rerank: Rerank,
+    reference: Path | None,
+    one_to_one: bool,
+) -> tuple[list[list[str]], list[str]]:
+    """The paths that each query found, and those of all pictures of the gallery."""
+    held = searcher.gallery.ids_by_path()
+    unwanted = [] if leave_out is None else _unwanted(searcher, held, leave_out, image_root)
+    among = searcher.among(where, unwanted)
+    rows = searcher.embed(queries)
+    reranker = open_reranker(searcher, rerank, reference)
+    if one_to_one:
+        if rerank.hubness != "none" or rerank.reciprocal or rerank.adapt:
+            scores, positions = assign(lambda which, n: _part(reranker.rank(rows, n, among=among), which), len(rows))
+        else:
+            scores, positions = assign(lambda which, n: searcher.ranker.rank(rows[which], n, among=among), len(rows))
+        hits = searcher.hits(scores[:, None], positions[:, None])
+    else:
+        hits = searcher.hits(*reranker.rank(rows, k, among=among))
+    return [[hit.path for hit in line] for line in hits], list(held)
+
+
+def _part(
+    ranked: tuple[np.ndarray, np.ndarray],
+    which: np.ndarray,  # of all queries, since they may decide about each other
+) -> tuple[np.ndarray, np.ndarray]:
+    return ranked[0][which], ranked[1][which]
+
+
+def _unwanted(searcher: Searcher, held: dict[str, int], path: Path, image_root: Path | None) -> list[int]:
+    """The ids of the pictures of a list. Raises ClipretError when the gallery holds none of them."""
+    table = read_table(path)
+    image, root = pick_column(table, None, "image"), image_root or path.parent
+    names = {row[image].strip() for row in table.rows}
+    found = [held[at] for name in names for at in (name, searcher.gallery.stored_path(root / name)) if at in held]
+    if not found:
+        raise ClipretError(
+            f"none of the {len(names)} pictures of {path} is in the gallery (such as {sorted(names)[0]}): "
+            "set --image-root, or go without --leave-out"
+        )
+    click.echo(f"{len(set(found))} pictures of {path} are left out", err=True)
+    return found
+
+
+def _listed(
+    results: dict[str, Found], queries: Sequence[str], k: int, source: Path, one_to_one: bool
+) -> list[list[str]]:
+    for number, text in enumerate(queries, 1):
+        if text not in results:
+            raise ClipretError(f"{source} has no results for text {number} ({text!r}): make it with the same texts")
+    lists = [results[text] for text in queries]
+    if not one_to_one:
+        return [list(found.paths[:k]) for found in lists]
+    if any(found.scores is None for found in lists):
+        raise ClipretError(f"{source} has no scores, which --one-to-one needs: make it with query --json or merge")
+    names = list(dict.fromkeys(path for found in lists for path in found.paths))
+    number_of = {path: at for at, path in enumerate(names)}
+    longest = max(len(found.paths) for found in lists)
+    scores, positions = np.full((len(lists), longest), -np.inf), np.full((len(lists), longest), -1, dtype=np.int64)
+    for line, found in enumerate(lists):
+        scores[line, : len(found.paths)] = found.scores
+        positions[line, : len(found.paths)] = [number_of[path] for path in found.paths]
+    _, chosen = assign(lambda which, n: (scores[which, :n], positions[which, :n]), len(lists))
+    return [[names[at]] for at in chosen.tolist()]
+
+
+def _files(folder: Path) -> list[str]:
+    """The paths of all files below a folder, relative to it."""
+    if not folder.is_dir():
+        raise ClipretError(f"{folder} is no folder: name the one that holds the test pictures")
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,307 @@
+"""clipret-search complete: fills the attributes that the captions of a list leave out."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+
+from clipret.cli.options import (
+    FILE,
+    GALLERY,
+    PAGE,
+    Number,
+    bundle_option,
+    device_option,
+    engine_option,
+    image_column_option,
+    image_root_option,
+    json_option,
+    print_json,
+    threads_option,
+)
+from clipret.cli.search import open_searcher
+from clipret.competitions.completion import Guess, SlotReport, Vocabulary, complete_slot, fill_in
+from clipret.console import show_table
+from clipret.errors import ClipretError
+from clipret.files import write_file
+from clipret.inference.tower import EngineChoice
+from clipret.ranking.rows import StoredRows
+from clipret.reports.page import Card, Section, write_page
+from clipret.search.searcher import Searcher
+from clipret.tables import Table, pick_column, read_table
+
+__all__ = ["complete"]
+
+_FOOTER = "The figure is the confidence: the word's share among the vocabulary. A picture links to its file."
+_SHOWN = 24  # pictures of a word or a reason on the review page: the least certain ones
+FILLED = "filled"  # the column that says which words were filled in
+
+
+@click.command(
+    epilog="Example:  clipret-search complete gallery/ captions.csv completed.csv --vocabulary vocabulary.json "
+    "--where \"kind = 'vehicle'\" --html review.html"
+)
+@click.argument("gallery", type=GALLERY)
+@click.argument("captions", type=FILE)
+@click.argument("out", type=FILE)
+@click.option("--vocabulary", type=FILE, required=True, help="JSON: the words of each slot, and others to reject.")
+@click.option("--slot", "slots", metavar="NAME", multiple=True, help="What to fill; default: all but brand.")
+@click.option(
+    "--template",
+    "templates",
+    metavar="TEXT",
+    multiple=True,
+    help="How a word is asked for, slots in braces; several are averaged. Default: --caption.",
+)
+@click.option("--caption", metavar="TEXT", help='The title to write; default: all slots, "{color} {brand} {type}".')
+@click.option("--precision", type=Number(0, 1), default=0.95, show_default=True, help="Asked for; see above.")
+@click.option(
+    "--unfamiliar",
+    type=Number(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Share of the known pictures that would be refused as unlike the others of their word.",
+)
+@click.option("--where", metavar="SQL", help="Only pictures of rows for which this holds are filled.")
+@click.option("--calibrate", metavar="SQL", help="Rows to calibrate on, best those that no training has seen.")
+@image_column_option
+@image_root_option
+@click.option("--html", type=PAGE, help="Also write a page to review: pictures with what was filled in, or not.")
+@json_option
+@bundle_option
+@device_option
+@engine_option
+@threads_option
+def complete(
+    gallery: Path,
+    captions: Path,
+    out: Path,
+    vocabulary: Path,
+    slots: tuple[str, ...],
+    templates: tuple[str, ...],
+    caption: str | None,
+    precision: float,
+    unfamiliar: float,
+    where: str | None,
+    calibrate: str | None,
+    image_column: str | None,
+    image_root: Path | None,
+    html: Path | None,
+    as_json: bool,
+    bundle: Path | None,
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+) -> None:
+    """Fill in what CAPTIONS do not say of the pictures in GALLERY, and write the list OUT to train with.
+
+    CAPTIONS is a list with a picture, a title and a column for each slot (color, brand, type) a row, empty where it is
+    not known. A missing word is chosen among the vocabulary by the model that made the gallery. Pictures
+    whose word is known are predicted too, as if it were not: from them comes the threshold of confidence that
+    reaches --precision, and how unlike the known ones a picture may be (a silver car where no caption says silver).
+    The table reports what was reached, on rows that the model was trained on unless --calibrate names others, and of
+    how many pictures. Templates that name one slot alone ask about every picture in the same words, whatever else is
+    known of it; such as  --template "a {color} vehicle" --template "a {type}".
+
+    OUT has all rows of CAPTIONS and, for each picture of which something was filled, one more with the full title; its
+    column "filled" says which slots were. Indexing can be interrupted and goes on; this takes seconds a
+    hundred thousand pictures.
+    """
+    words = Vocabulary.read(vocabulary)
+    table = read_table(captions)
+    image, title = pick_column(table, image_column, "image"), pick_column(table, None, "title")
+    slots = slots or tuple(slot for slot in words.slots if slot != "brand")
+    _check(table, words, slots, templates, caption, out)
+    caption = caption or " ".join(f"{{{slot}}}" for slot in words.slots)
+    searcher = open_searcher(gallery, bundle, device, engine, threads)
+    with searcher.gallery:
+        rows, names, positions = _pictures(searcher, table, image, image_root)
+        values = _known(table, names, rows, [slot for slot in words.slots if slot in table.columns])
+        chosen = [None if sql is None else _chosen(captions, sql, image, names) for sql in (where, calibrate)]
+        stored = StoredRows(searcher.ranker.shards)
+        found: dict[str, tuple[SlotReport, dict[int, Guess]]] = {}
+        for slot in slots:
+            found[slot] = complete_slot(
+                stored,
+                positions,
+                values,
+                slot,
+                words,
+                searcher.encoder,
+                templates or (caption,),
+                precision=precision,
+                unfamiliar=unfamiliar,
+                among=chosen[0],
+                calibrate=chosen[1],
+            )
+        reports = [report for report, _ in found.values()]
+        filled = [
+            {slot: one.word for slot, (_, guesses) in found.items() if (one := guesses.get(at)) and not one.refused}
+            for at in range(len(names))
+        ]
+        write_file(out, _completed(table, title, [rows[name][0] for name in names], values, filled, caption))
+        if html is not None:
+            files = [searcher.gallery.file(path) for path in _stored(searcher, positions)]
+            _review(html, gallery, names, files, {slot: guesses for slot, (_, guesses) in found.items()}, reports)
+            click.echo(f"page: {html.absolute()}", err=True)
+    lost = len({row[image].strip() for row in table.rows}) - len(names)
+    if lost:
+        click.echo(f"{lost} pictures of {captions} are not in the gallery and stay as they are", err=True)
+    for report in reports:
+        if report.rare:
+            rare = ", ".join(report.rare)
+            click.echo(f"{report.slot}: too few pictures are known to fill in {rare}", err=True)
+        if not np.isfinite(report.threshold):
+            click.echo(f"{report.slot}: no threshold reaches a precision of {precision:g}: nothing is filled", err=True)
+    if as_json:
+        print_json([_finite(dataclasses.asdict(report)) for report in reports])
+        return
+    click.echo(show_table(_HEADER, [_line(report) for report in reports]))
+    click.echo(f"{out}: {sum(map(bool, filled))} pictures got a fuller title")
+
+
+_HEADER = (
+    "slot", "known", "accuracy", "threshold", "precision", "of", "coverage",
+    "missing", "filled", "unsure", "unfamiliar", "other",
+)  # fmt: skip
+
+
+def _line(report: SlotReport) -> list[str]:
+    shares = [f"{100 * value:.1f}%" for value in (report.accuracy, report.precision, report.coverage)]
+    counts = [report.missing, report.filled, report.unsure, report.unfamiliar, report.other]
+    figures = [f"{report.known}", shares[0], f"{report.threshold:.4f}", shares[1], f"{report.sure}", shares[2]]
+    return [report.slot, *figures, *map(str, counts)]
+
+
+def _finite(report: dict[str, object]) -> dict[str, object]:
+    return report | {"threshold": report["threshold"] if report["threshold"] != float("inf") else None}
+
+
+def _check(
+    table: Table, words: Vocabulary, slots: Sequence[str], templates: Sequence[str], caption: str | None, out: Path
+) -> None:
+    if out.suffix.lower() != ".csv":
+        raise ClipretError(f"{out} does not end in .csv, which is what is written: name it so")
+    if FILLED in table.columns:
+        raise ClipretError(f"{table.path} is completed already: take the list that it was made from")
+    for slot in slots:
+        if slot not in words.slots:
+            raise ClipretError(f"the vocabulary has no slot {slot!r}: it has {', '.join(words.slots)}")
+        if slot not in table.columns:
+            raise ClipretError(f"{table.path} has no column {slot!r}: its columns are {', '.join(table.columns)}")
+    for template in (*templates, *([caption] if caption else [])):
+        strange = [
+            name for name in template.replace("{", "\0{").split("\0")[1:] if name[1:].split("}")[0] not in words.slots
+        ]
+        if strange:
+            raise ClipretError(
+                f"template {template!r}: {strange[0]!r} is no slot in braces, of {', '.join(words.slots)}"
+            )
+
+
+def _pictures(
+    searcher: Searcher, table: Table, image: str, image_root: Path | None
+) -> tuple[dict[str, list[dict[str, str]]], list[str], np.ndarray]:
+    """The rows of each picture of the list; the names of those that the gallery holds, and where it holds them."""
+    rows: dict[str, list[dict[str, str]]] = {}
+    for row in table.rows:
+        rows.setdefault(row[image].strip(), []).append(row)
+    held, root = searcher.gallery.ids_by_path(), image_root or table.path.parent
+    names, ids = [], []
+    for name in rows:
+        stored = name if name in held else searcher.gallery.stored_path(root / name)
+        if stored in held:
+            names.append(name)
+            ids.append(held[stored])
+    if not names:
+        raise ClipretError(
+            f"gallery {searcher.gallery.path} holds none of the {len(rows)} pictures of {table.path} "
+            f"(the first: {next(iter(rows))}): set --image-root, or index those pictures"
+        )
+    return rows, names, np.searchsorted(searcher.stored.ids, np.array(ids))
+
+
+def _known(
+    table: Table, names: Sequence[str], rows: Mapping[str, list[dict[str, str]]], slots: Sequence[str]
+) -> list[dict[str, str]]:
+    """What the rows of each picture say together. Raises ClipretError where two contradict each other."""
+    known = []
+    for name in names:
+        values: dict[str, str] = {}
+        for row in rows[name]:
+            for slot in slots:
+                word = row[slot].strip()
+                if word and values.setdefault(slot, word) != word:
+                    raise ClipretError(
+                        f"{table.path} says {slot} {values[slot]} and {word} of {name}: correct one of the rows"
+                    )
+        known.append(values)
+    return known
+
+
+def _chosen(captions: Path, where: str, image: str, names: Sequence[str]) -> np.ndarray:
+    """Which pictures have a row for which an expression holds, bool [P]."""
+    chosen = {row[image].strip() for row in read_table(captions, where).rows}
+    return np.array([name in chosen for name in names])
+
+
+def _completed(
+    table: Table,
+    title: str,
+    first: Sequence[Mapping[str, str]],
+    values: Sequence[Mapping[str, str]],
+    filled: Sequence[Mapping[str, str]],
+    caption: str,
+) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, (*table.columns, FILLED), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, FILLED: ""} for row in table.rows)
+    for row, known, new in zip(first, values, filled, strict=True):
+        if new:
+            every = {**known, **new}
+            given = {slot: word for slot, word in every.items() if slot in table.columns}
+            writer.writerow({**row, **given, title: fill_in(caption, every), FILLED: ";".join(new)})
+    return out.getvalue()
+
+
+def _stored(searcher: Searcher, positions: np.ndarray) -> list[str]:
+    return searcher.gallery.paths(searcher.stored.ids[positions])
+
+
+def _review(
+    out: Path,
+    gallery: Path,
+    names: Sequence[str],
+    files: Sequence[Path],
+    guesses: Mapping[str, Mapping[int, Guess]],
+    reports: Sequence[SlotReport],
+) -> None:
+    """The least certain of what was filled, word by word, and the most certain of what was not, by reason."""
+    sections = []
+    for report in reports:
+        own = guesses[report.slot]
+        for word in report.words:
+            some = [at for at, one in own.items() if one.word == word and not one.refused]
+            some.sort(key=lambda at: own[at].confidence)
+            note = f"{len(some)} filled in; the least certain first"
+            sections.append(Section(f"{report.slot}: {word}", _cards(some, names, files, own), note))
+        for reason in ("unsure", "unfamiliar", "other"):
+            some = [at for at, one in own.items() if one.refused == reason]
+            some.sort(key=lambda at: -own[at].confidence)
+            note = f"{len(some)} not filled in; the most certain first"
+            if some:
+                sections.append(Section(f"{report.slot}: {reason}", _cards(some, names, files, own), note))
+    facts = []
+    for report in reports:
+        facts.append((f"{report.slot}: filled of missing", f"{report.filled} / {report.missing}"))
+        facts.append((f"{report.slot}: precision where known", f"{100 * report.precision:.1f}%"))
+    write_page(out, title=f"clipret: completion with {gallery.name}", facts=facts, sections=sections, footer=_FOOTER)
+
+
+def _cards(places: Sequence[int], names: Sequence[str], files: Sequence[Path], own: Mapping[int, Guess]) -> list[Card]:
+    return [Card(files[at], f"{own[at].word}: {names[at]}", own[at].confidence) for at in places[:_SHOWN]]

@@ -1,0 +1,348 @@
+"""clipret-search index, add, remove, compact, info: what a gallery holds."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from clipret.bundle import Bundle
+from clipret.cli.options import (
+    BUNDLE,
+    FILE,
+    GALLERY,
+    LOCATION,
+    SHOWN,
+    Number,
+    bundle_option,
+    device_option,
+    engine_option,
+    image_column_option,
+    image_root_option,
+    json_option,
+    print_json,
+    threads_option,
+    where_list_option,
+    where_option,
+)
+from clipret.console import headed, progress, show_table
+from clipret.errors import ClipretError, printable
+from clipret.gallery.compaction import compact_gallery
+from clipret.gallery.gallery import Gallery
+from clipret.indexing.index import IndexReport, index_pictures
+from clipret.inference.encoder import Encoder
+from clipret.sources.source import Item, Source, open_source
+
+__all__ = ["add", "compact", "index", "info", "remove"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ENCODING = (
+    click.option("--fast-decode", is_flag=True, help="Let JPEGs be shrunk while they are decoded; see above."),
+    click.option(
+        "--decode",
+        type=click.Choice(("pillow", "gpu")),
+        default="pillow",
+        show_default=True,
+        help="gpu: JPEGs by nvImageCodec; see docs/gpu.md.",
+    ),
+    click.option("--cuda-graphs", is_flag=True, help="Record the engine's work on a GPU; see docs/gpu.md."),
+    click.option(
+        "--batch-size", type=click.IntRange(1, 65536), default=32, show_default=True, help="Pictures an engine call."
+    ),
+    click.option(
+        "--picture-timeout",
+        type=Number(0.1, 86400),
+        default=60.0,
+        show_default=True,
+        help="Seconds a picture may take.",
+    ),
+    device_option,
+    engine_option,
+    threads_option,
+)
+
+
+def _encoding_options(function: F) -> F:
+    """Adds the options of an encoder of pictures; the command gets them as `open_encoder`, which takes a bundle."""
+    names = ("fast_decode", "batch_size", "picture_timeout", "device", "engine", "threads", "decode", "cuda_graphs")
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **given: Any) -> Any:
+        options = {name: given.pop(name) for name in names}
+        return function(*arguments, open_encoder=partial(_open_encoder, **options), **given)
+
+    for option in reversed(_ENCODING):
+        call = option(call)
+    return call  # type: ignore[return-value]
+
+
+def _open_encoder(bundle: Bundle, **options: Any) -> Encoder:
+    encoder = Encoder(bundle, **options)
+    encoder.image_tower  # noqa: B018 (a bundle that cannot encode must fail before a gallery is made)
+    return encoder
+
+
+@click.command(epilog="Example:  clipret-search index bundle/ list.csv gallery/ --where \"split = 'val'\"")
+@click.argument("bundle", type=BUNDLE)
+@click.argument("source", type=LOCATION)
+@click.argument("gallery", type=GALLERY)
+@image_column_option
+@image_root_option
+@where_list_option
+@click.option("--prune", is_flag=True, help="Also delete pictures that SOURCE no longer names.")
+@_encoding_options
+@click.option("--ray", metavar="auto|HOST:PORT", help="Spread the work over a Ray cluster; see above.")
+@click.option("--workers", type=click.IntRange(1), help="With --ray: encoders; default: one a GPU, or what fits.")
+@json_option
+def index(
+    bundle: Path,
+    source: Path | str,
+    gallery: Path,
+    image_column: str | None,
+    image_root: Path | None,
+    where: str | None,
+    prune: bool,
+    open_encoder: "partial[Encoder]",
+    ray: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Encode the pictures of SOURCE with BUNDLE into GALLERY.
+
+    \b
+    SOURCE is
+      a folder, walked recursively, or one picture
+      a .csv, .tsv or .jsonl list with a column of paths; its other columns become metadata, for query --where
+      .tar shards (webdataset), as shards/{000..127}.tar or a folder of them; .json and .txt beside a picture are
+        its metadata
+      a .zip, or a .parquet with paths or with the pictures themselves
+      pictures, .tar or .parquet files of a store, as s3://bucket/shards/{000..999}.tar, gs://…, hdfs://…
+
+    Run it again to add new and changed pictures, after an interruption too: what GALLERY holds already is not encoded
+    twice, not even under another name. Pictures that cannot be read are skipped, counted, and named with the
+    reason in GALLERY/skipped.tsv.
+
+    --fast-decode reads large JPEGs two to four times faster; pixels then differ a little from those that the model
+    was trained on (benchmarks/README.md has the figures).
+
+    --ray auto spreads the work over the Ray cluster of this machine, or over this machine alone where there is none;
+    --ray HOST:PORT over another. Bundle and local sources lie at the same path on every machine of it; GALLERY is
+    written here. docs/cluster.md says more.
+    """
+    if workers is not None and ray is None:
+        raise click.UsageError("--workers counts the encoders of a cluster: name it with --ray")
+    model = Bundle.open(bundle)
+
+    def target() -> Gallery:
+        if not (gallery / "gallery.json").exists():
+            return Gallery.create(gallery, model, opened.root)
+        held = Gallery.open(gallery)
+        return held if len(held) else held.rooted(opened.root)  # a run that found nothing has made it
+
+    if ray is None:
+        encoder = open_encoder(model)
+        opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
+        with target() as into:
+            _fill(into, opened, as_json, partial(index_pictures, into, encoder, opened, prune=prune), prune=prune)
+        return
+    from clipret.indexing.ray_cluster import connect, index_on_cluster
+    from clipret.indexing.ray_worker import Settings
+
+    opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
+    settings = Settings(model.path.absolute(), model.fingerprint, **open_encoder.keywords)
+    with connect(ray, settings, workers) as pool, target() as into:
+        click.echo(f"{pool.workers} workers of {pool.settings.threads} threads", err=True)
+        _fill(into, opened, as_json, partial(index_on_cluster, into, pool, opened, prune=prune), prune=prune)
+
+
+@click.command(epilog="Example:  clipret-search add gallery/ more/ holiday.zip list.csv")
+@click.argument("gallery", type=GALLERY)
+@click.argument("sources", type=FILE, nargs=-1, required=True, metavar="SOURCE...")
+@image_column_option
+@image_root_option
+@where_list_option
+@bundle_option
+@_encoding_options
+@json_option
+def add(
+    gallery: Path,
+    sources: tuple[Path, ...],
+    image_column: str | None,
+    image_root: Path | None,
+    where: str | None,
+    bundle: Path | None,
+    open_encoder: Callable[[Bundle], Encoder],
+    as_json: bool,
+) -> None:
+    """Encode the pictures of each SOURCE into GALLERY, beside those that it holds.
+
+    A SOURCE is whatever index takes: a folder, a picture, a list, archives. The bundle is the one that GALLERY was made
+    with; --bundle says where it lies now, if it was moved. What no SOURCE names stays in GALLERY. New and changed
+    pictures are encoded and others are not, so that it can be run again after an interruption.
+
+    Pictures below GALLERY's root (clipret-search info) are named relative to it, others by their whole path.
+
+    --fast-decode reads large JPEGs faster, see clipret-search index; use it where it was used for the others.
+    """
+    with Gallery.open(gallery) as target:
+        encoder = open_encoder(target.bundle(bundle))
+        opened = [open_source(one, image_column=image_column, image_root=image_root, where=where) for one in sources]
+        joined = _joined(opened)
+        _fill(target, joined, as_json, partial(index_pictures, target, encoder, joined))
+
+
+def _joined(sources: Sequence[Source]) -> Source:
+    """Several sources as one, in their order; the paths of its items are absolute, or addresses."""
+    if len(sources) == 1:
+        return sources[0]
+    columns = dict.fromkeys(column for source in sources for column in source.columns)
+    counts = [source.count for source in sources if source.count is not None]
+
+    def items() -> Iterator[Item]:
+        for source in sources:
+            top = source.root.absolute()
+            for item in source:
+                yield item if "://" in item.path else replace(item, path=(top / item.path).as_posix())
+
+    return Source(Path("/"), tuple(columns), sum(counts) if len(counts) == len(sources) else None, items)
+
+
+def _fill(
+    target: Gallery, source: Source, as_json: bool, run: Callable[..., IndexReport], *, prune: bool = False
+) -> None:
+    """Index into a gallery, and say what was done."""
+    report = run(partial(progress, total=source.count, desc="index", unit="pictures"))
+    total = len(target)
+    for path, reason in report.skipped[:SHOWN]:
+        click.echo(printable(f"skipped {path}: {reason}"), err=True)
+    if len(report.skipped) > SHOWN:
+        click.echo(f"… and {len(report.skipped) - SHOWN} more in {target.path / 'skipped.tsv'}", err=True)
+    if as_json:
+        print_json(_as_dict(report, total))
+        return
+    removed = f", {report.removed} removed" if prune else ""
+    click.echo(
+        f"{target.path}: {total} pictures ({report.added} added, {report.changed} changed, "
+        f"{report.unchanged} unchanged, {len(report.skipped)} skipped{removed}), {report.rate:.0f} pictures/s"
+    )
+    stages = report.stages
+    if report.seconds > 1:  # shorter, and there is nothing to make faster
+        click.echo(
+            f"{report.seconds:.1f} s: engine {stages.engine_seconds:.1f}, waiting for pixels {stages.wait_seconds:.1f} "
+            f"(decoding took {stages.decode_seconds:.1f} in its threads), writing {report.write_seconds:.1f}; "
+            f"the limit is the {report.limit}",
+            err=True,
+        )
+
+
+def _as_dict(report: IndexReport, total: int) -> dict[str, object]:
+    stages = report.stages
+    return {
+        "added": report.added,
+        "changed": report.changed,
+        "copied": report.copied,
+        "unchanged": report.unchanged,
+        "removed": report.removed,
+        "skipped": [{"path": path, "reason": reason} for path, reason in report.skipped],
+        "total": total,
+        "seconds": round(report.seconds, 3),
+        "pictures_per_second": round(report.rate, 2),
+        "decode_seconds": round(stages.decode_seconds, 3),
+        "wait_seconds": round(stages.wait_seconds, 3),
+        "engine_seconds": round(stages.engine_seconds, 3),
+        "write_seconds": round(report.write_seconds, 3),
+        "limit": report.limit,
+    }
+
+
+@click.command(epilog='Example:  clipret-search remove gallery/ red/0.jpg 17 --where "hour < 6"')
+@click.argument("gallery", type=GALLERY)
+@click.argument("pictures", nargs=-1)
+@where_option
+@json_option
+def remove(gallery: Path, pictures: tuple[str, ...], where: str | None, as_json: bool) -> None:
+    """Delete pictures from GALLERY: by path, by id, or all for which --where holds.
+
+    The picture files are not touched. Nothing finds the pictures any more at once; clipret-search compact gives the
+    room of their rows back. An index run adds them again while their files are in its source.
+    """
+    if not pictures and where is None:
+        raise click.UsageError("name pictures by path or id, or choose them with --where")
+    with Gallery.open(gallery) as opened:
+        with opened.writing():
+            ids = [_id(opened, name) for name in pictures]
+            if where is not None:
+                ids += opened.select(where).tolist()
+            removed = opened.remove(ids)
+        if as_json:
+            print_json({"removed": removed, "total": len(opened)})
+        else:
+            click.echo(f"{opened.path}: {removed} removed, {len(opened)} pictures left")
+
+
+def _id(gallery: Gallery, name: str) -> int:
+    """A picture may be called 17: a path goes before an id."""
+    if name in gallery.database.by_path([name]) or not (name.isascii() and name.isdecimal() and len(name) < 19):
+        return gallery.id_of(name)
+    if not len(gallery.select(f"id = {name}")):
+        raise ClipretError(f"{gallery.path} holds no picture {name}: clipret-search query --json shows ids")
+    return int(name)
+
+
+@click.command(epilog="Example:  clipret-search compact gallery/")
+@click.argument("gallery", type=GALLERY)
+@json_option
+def compact(gallery: Path, as_json: bool) -> None:
+    """Write GALLERY anew without its deleted rows, in few large files.
+
+    Worth it after many small additions or many deletions: searches get faster and the room of deleted rows comes back.
+    They find the same before and after; a service goes on while this runs. It needs room for the rows a second time.
+    """
+    with Gallery.open(gallery) as opened:
+        dropped = compact_gallery(opened, partial(progress, desc="compact", unit="shards"))
+        if as_json:
+            print_json({"dropped": dropped, "total": len(opened)})
+        else:
+            click.echo(f"{opened.path}: {len(opened)} pictures, {dropped} deleted rows dropped")
+
+
+@click.command(epilog="Example:  clipret-search info gallery/ --duplicates")
+@click.argument("gallery", type=GALLERY)
+@click.option("--duplicates", is_flag=True, help="Also list the pictures whose files are equal byte for byte.")
+@json_option
+def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
+    """Tell what GALLERY holds: pictures, files, the model, and the columns that --where can use."""
+    with Gallery.open(gallery) as opened:
+        stored = opened.read()
+        groups = opened.duplicates()
+        size = sum(_size(file) for file in opened.path.iterdir())
+        facts = {
+            "pictures": len(opened),
+            "deleted rows": len(stored.ids) - len(opened),
+            "shards": len(stored.shards),
+            "bytes": size,
+            "embedding": f"float16 [{opened.info.embedding_dim}]",
+            "duplicates": sum(map(len, groups)) - len(groups),
+            "root": opened.info.root,
+            "bundle": opened.info.bundle,
+            "fingerprint": opened.info.fingerprint,
+            "columns": ["id", "path", "size", "mtime_ns", "hash", *opened.columns()],
+        }
+    if as_json:
+        print_json(facts | ({"duplicate_groups": groups} if duplicates else {}))
+        return
+    lines = [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in facts.items()]
+    click.echo(headed(show_table(("of the gallery", ""), [(name, printable(value)) for name, value in lines])))
+    for group in groups if duplicates else []:
+        click.echo("\n" + "\n".join(map(printable, group)))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # a writer has just renamed it
+        return 0

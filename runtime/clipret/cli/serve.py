@@ -1,0 +1,108 @@
+"""clipret-search serve: galleries on the network, for people and for programs."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from clipret.cli.options import BUNDLE, FILE, SEARCHED, Number, device_option, engine_option, threads_option
+from clipret.cli.rerank_options import prompts_option, read_texts, rerank_options
+from clipret.errors import ClipretError, require
+from clipret.inference.encoder import Encoder
+from clipret.inference.tower import EngineChoice
+from clipret.search.prompts import Prompts
+from clipret.search.rerank import Rerank
+from clipret.server.limits import MIB, Limits
+
+__all__ = ["serve_command"]
+
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+
+
+@click.command("serve", epilog="Example:  clipret-search serve gallery/ --port 8000")
+@click.argument("galleries", type=SEARCHED, nargs=-1, required=True, metavar="GALLERY...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all there are.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--allow-host", "hosts", metavar="NAME", multiple=True, help="A name that this machine is asked by.")
+@click.option("--token-file", type=FILE, help="File with the token for adding and deleting; else they are off.")
+@click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
+@prompts_option
+@rerank_options
+@click.option("--max-upload", type=click.IntRange(1), default=32, show_default=True, help="MiB of a request.")
+@click.option("--timeout", type=Number(1, 86400), default=30.0, show_default=True, help="Seconds of a request.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Queries answered at once.")
+@click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="Of each GALLERY, where it is not where it was.")
+@device_option
+@engine_option
+@threads_option
+def serve_command(
+    galleries: tuple[Path | str, ...],
+    host: str,
+    port: int,
+    hosts: tuple[str, ...],
+    token_file: Path | None,
+    templates: tuple[str, ...],
+    prompts: Prompts,
+    rerank: Rerank,
+    reference: Path | None,
+    max_upload: int,
+    timeout: float,
+    batch: int,
+    bundles: tuple[Path, ...],
+    device: str,
+    engine: EngineChoice,
+    threads: int | None,
+) -> None:
+    """Serve one or several galleries: a page for people, an API for programs.
+
+    \b
+    The page is at the address that this prints; /docs there describes the API:
+        curl 'http://127.0.0.1:8000/search?q=a+red+truck&k=5&where=hour<6'
+        curl -F picture=@car.jpg http://127.0.0.1:8000/search
+
+    Galleries that other processes change are read anew within a second, while searches go on. With several galleries
+    the page compares what they find side by side. Anybody who reaches the address may search: by default that is this
+    machine alone. With --token-file (or the token in CLIPRET_TOKEN) pictures can be added and deleted through the API.
+
+    --prompts and re-ranking hold for every search and give what  clipret-search query  gives with them. Queries come
+    one at a time here: --adapt and --reciprocal look at no other, and --hubness needs --reference.
+    """
+    require("fastapi", "serve")
+    require("uvicorn", "serve")
+    require("python_multipart", "serve")
+    from clipret.server.milvus_backend import open_served
+    from clipret.server.run import open_service, serve
+    from clipret.server.snapshot import Manner
+
+    if templates and prompts.rules:
+        raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
+    texts = () if reference is None else tuple(read_texts(reference))
+    manner = Manner(templates or prompts.forms, rerank, texts)
+    if bundles and len(bundles) != len(galleries):
+        raise click.UsageError(f"{len(bundles)} times --bundle for {len(galleries)} galleries: give one for each")
+    encoders = dict[str, Encoder]()
+    opened = list[tuple[Path | str, Encoder]]()
+    for number, path in enumerate(galleries):
+        with open_served(path) as gallery:
+            bundle = gallery.bundle(bundles[number] if bundles else None)
+        encoder = encoders.setdefault(
+            bundle.fingerprint, Encoder(bundle, device=device, engine=engine, threads=threads)
+        )
+        opened.append((path, encoder))
+    known = None if host in ("0.0.0.0", "::") and not hosts else {*_LOCAL, host, *hosts}
+    limits = replace(Limits(), body=max_upload * MIB, seconds=timeout, batch=batch)
+    with open_service(opened, limits=limits, token=_token(token_file), hosts=known, manner=manner) as it:
+        serve(it, host, port, lambda address: click.echo(f"serving {', '.join(it.desks)} at {address}"))
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("CLIPRET_TOKEN") or None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClipretError(f"{file} cannot be read ({error}): put the token into it") from None
+    if not token:
+        raise ClipretError(f"{file} is empty: put the token into it")
+    return token

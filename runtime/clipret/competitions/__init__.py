@@ -1,0 +1,1 @@
+"""What two competitions ask for: completed labels, one-to-one assignment, submission files."""

@@ -1,0 +1,229 @@
+"""What a gallery of a given size takes: hours, processors, storage, memory, each with its formula and where it is from.
+
+A line is "measured" (on this model, in benchmarks/results/), "computed" (from another measurement, by the formula
+shown), or "given" by the user. Nothing is guessed: what was never measured, such as a GPU's rate, is asked for.
+"""
+
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clipret.errors import ClipretError
+
+__all__ = ["Ask", "Line", "plan", "read_rates"]
+
+Origin = Literal["measured", "computed", "given", "missing"]
+_HNSW_M = 16  # of Milvus's own default
+_BATCH = "16"  # queries ranked together: what a service under load gathers
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is planned. `hours`: to encode in; None where the machines are given instead. `rate`: pictures a second of
+    one GPU with this model, as measured by the user; `tflops`: 10^12 operations a second that a GPU sustains there.
+    `milvus_qps`: queries a second that one query node answers, from eval --against on the user's own index."""
+
+    pictures: int
+    model: str
+    precision: str = "bf16"
+    qps: float = 0.0
+    gpus: int = 0
+    cores: int = 0
+    hours: float | None = None
+    rate: float | None = None
+    tflops: float | None = None
+    picture: str = "0.3 MP"
+    kilobytes: float | None = None
+    milvus_qps: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """`value` in `unit`; None where something is missing, which `formula` then says."""
+
+    part: str
+    name: str
+    value: float | None
+    unit: str
+    formula: str
+    origin: Origin
+
+
+def read_rates(file: Path | None = None) -> dict[str, Any]:
+    """The rates that came with the package, or those of a file of the same form. Raises ClipretError."""
+    try:
+        text = (importlib.resources.files("clipret.diagnostics") / "rates.json" if file is None else file).read_text(
+            encoding="utf-8"
+        )
+        value: dict[str, Any] = json.loads(text)
+        for name in ("models", "encode", "decode", "rank", "gallery"):
+            value[name]
+    except OSError as error:
+        raise ClipretError(f"{file or 'rates.json'} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ClipretError(
+            f"{file or 'rates.json'} holds no rates ({error}): benchmarks/make_rates.py writes it"
+        ) from None
+    return value
+
+
+def plan(ask: Ask, rates: Mapping[str, Any]) -> list[Line]:
+    """The lines of a plan, in the order in which they build on each other. Raises ClipretError for what has no rate."""
+    model = _pick(rates["models"], ask.model, "model")
+    encode = _Encoding(ask, model, rates)
+    lines = [*encode.lines(), *_storage(ask, model, rates)]
+    if ask.qps:
+        lines += _searching(ask, model, rates)
+    return lines
+
+
+def _pick(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    if name not in table:
+        raise ClipretError(f"there are no rates of {kind} {name}: choose one of {', '.join(table)}, or pass --rates")
+    return table[name]
+
+
+class _Encoding:
+    def __init__(self, ask: Ask, model: Mapping[str, float], rates: Mapping[str, Any]) -> None:
+        self.ask, self.model, self.rates = ask, model, rates
+        self.part = "encoding"
+
+    def lines(self) -> list[Line]:
+        ask, encode, decode = self.ask, self.rates["encode"], self.rates["decode"]
+        lines = list[Line]()
+        gflops = _pick(encode["gflops_a_core"], ask.precision, "precision")
+        if ask.model == encode["model"]:
+            core = encode["pictures_a_core_second"][ask.precision]
+            how: tuple[str, Origin] = (encode["measured_on"], "measured")
+        else:
+            core = gflops / self.model["image_gflop"]
+            how = (
+                f"{gflops:g} GFLOP/s a core ({encode['measured_on']}) / {self.model['image_gflop']:g} GFLOP a picture",
+                "computed",
+            )
+        lines.append(self._line("a core, tower alone", core, "pictures/s", *how))
+        milliseconds = _pick(decode["core_ms_a_picture"], ask.picture, "picture size")["default"]
+        origin = f"a JPEG of {ask.picture}, {decode['measured_on']}"
+        lines.append(self._line("decoding", milliseconds, "core ms/picture", origin, "measured"))
+        both = 1 / (1 / core + milliseconds / 1000)
+        formula = f"1 / (1/{core:.4g} + {milliseconds:g} ms)"
+        lines.append(self._line("a core, with decoding", both, "pictures/s", formula, "computed"))
+        hours = ask.pictures / both / 3600
+        lines.append(
+            self._line("on processors", hours, "core hours", f"{ask.pictures:.3g} / {both:.4g} / 3600", "computed")
+        )
+        lines += self._time("cores", ask.cores, hours, "core hours")
+        lines += self._gpu(milliseconds)
+        if ask.kilobytes is None:
+            lines.append(self._missing("to be read", "TB", "pass --kilobytes, of a picture in its store"))
+        else:
+            total = ask.pictures * ask.kilobytes * 1e3
+            formula = f"{ask.pictures:.3g} x {ask.kilobytes:g} kB"
+            lines.append(self._line("to be read", total / 1e12, "TB", formula, "given"))
+            if ask.hours is not None:
+                network = 8 * total / (3600 * ask.hours) / 1e9
+                formula = f"8 x {total / 1e12:.3g} TB / {ask.hours:g} h"
+                lines.append(self._line("from the store", network, "Gbit/s", formula, "computed"))
+        return lines
+
+    def _time(self, what: str, count: int, work: float, unit: str) -> list[Line]:
+        """Hours on so many machines, or machines for so many hours."""
+        if self.ask.hours is not None:
+            need = math.ceil(work / self.ask.hours)
+            return [
+                self._line(
+                    f"{what} for {self.ask.hours:g} h",
+                    need,
+                    what,
+                    f"{work:.4g} {unit} / {self.ask.hours:g} h",
+                    "computed",
+                )
+            ]
+        if count:
+            return [self._line(f"on {count} {what}", work / count, "hours", f"{work:.4g} {unit} / {count}", "computed")]
+        return []
+
+    def _gpu(self, milliseconds: float) -> list[Line]:
+        ask = self.ask
+        if ask.rate is not None:
+            rate = ask.rate
+            lines = [self._line("a GPU", rate, "pictures/s", "--rate", "given")]
+        elif ask.tflops is not None:
+            rate = 1000 * ask.tflops / self.model["image_gflop"]
+            formula = f"{ask.tflops:g} TFLOP/s (--tflops) / {self.model['image_gflop']:g} GFLOP a picture"
+            lines = [self._line("a GPU", rate, "pictures/s", formula, "computed")]
+        else:
+            advice = "no GPU was measured: pass --rate, of clipret-search index there, or --tflops"
+            return [self._missing("a GPU", "pictures/s", advice)]
+        hours = ask.pictures / rate / 3600
+        formula = f"{ask.pictures:.3g} / {rate:.4g} / 3600"
+        lines.append(self._line("on GPUs", hours, "GPU hours", formula, "computed"))
+        lines += self._time("GPUs", ask.gpus, hours, "GPU hours")
+        cores = rate * milliseconds / 1000
+        formula = f"{rate:.4g} pictures/s x {milliseconds:g} ms"
+        lines.append(self._line("cores that decode for a GPU", cores, "cores", formula, "computed"))
+        return lines
+
+    def _line(self, name: str, value: float, unit: str, formula: str, origin: Origin) -> Line:
+        return Line(self.part, name, value, unit, formula, origin)
+
+    def _missing(self, name: str, unit: str, formula: str) -> Line:
+        return Line(self.part, name, None, unit, formula, "missing")
+
+
+def _storage(ask: Ask, model: Mapping[str, float], rates: Mapping[str, Any]) -> list[Line]:
+    dim, part = int(model["dim"]), "storage"
+    database = rates["gallery"]["database_bytes_a_picture"]
+    many = f"{ask.pictures:.3g}"
+    each: list[tuple[str, float, str, Origin]] = [
+        ("rows, float16", 2 * dim, f"{many} x 2 x {dim}", "computed"),
+        ("codes, 8 bits", dim, f"{many} x {dim}", "computed"),
+        ("database", database, f"{many} x {database:g}: {rates['gallery']['measured_on']}, no metadata", "measured"),
+    ]
+    lines = [Line(part, name, ask.pictures * size / 1e9, "GB", formula, origin) for name, size, formula, origin in each]
+    total = sum(line.value or 0 for line in lines)
+    lines.append(Line(part, "a gallery", total, "GB", "the three above", "computed"))
+    return lines
+
+
+def _searching(ask: Ask, model: Mapping[str, float], rates: Mapping[str, Any]) -> list[Line]:
+    dim, encode, rank, part = int(model["dim"]), rates["encode"], rates["rank"], "searching"
+    many, lines = f"{ask.pictures:.3g}", list[Line]()
+    if ask.model == encode["model"]:
+        texts, how = encode["queries_a_core_second"][ask.precision], encode["measured_on"]
+        origin: Origin = "measured"
+    else:
+        texts = encode["gflops_a_core"][ask.precision] / model["text_gflop"]
+        how, origin = (
+            f"{encode['gflops_a_core'][ask.precision]:g} GFLOP/s a core / {model['text_gflop']:g} GFLOP",
+            "computed",
+        )
+    lines.append(Line(part, "texts a core", texts, "texts/s", how, origin))
+    formula = f"{ask.qps:g} / {texts:.4g}"
+    lines.append(Line(part, "cores for texts", ask.qps / texts, "cores", formula, "computed"))
+    measured = rank["core_ms_a_query"][_BATCH]
+    query = measured * ask.pictures / rank["rows"] * dim / rank["dim"]
+    ratio = f"{many} / {rank['rows']:.0e} x {dim} / {rank['dim']}"
+    formula = f"{measured:g} ms ({rank['measured_on']}, {_BATCH} at once) x {ratio}"
+    lines.append(Line(part, "exact ranking", query, "core ms/query", formula, "computed"))
+    formula = f"{ask.qps:g} x {query:.4g} ms"
+    lines.append(Line(part, "cores for exact ranking", ask.qps * query / 1000, "cores", formula, "computed"))
+    lines.append(Line(part, "memory, exact", ask.pictures * dim / 1e9, "GB", f"codes: {many} x {dim}", "computed"))
+    for name, size, formula in (
+        ("memory, Milvus FLAT or IVF_FLAT", 4 * dim, f"{many} x 4 x {dim}"),
+        ("memory, Milvus IVF_SQ8", dim, f"{many} x {dim}"),
+        ("memory, Milvus HNSW", 4 * dim + 8 * _HNSW_M, f"{many} x (4 x {dim} + 2 x {_HNSW_M} links x 4)"),
+    ):
+        lines.append(Line(part, name, ask.pictures * size / 1e9, "GB", formula, "computed"))
+    if ask.milvus_qps is None:
+        advice = "pass --milvus-qps: what  clipret-search eval milvus+URI QUERIES --against exact  says of a node"
+        lines.append(Line(part, "Milvus query nodes", None, "nodes", advice, "missing"))
+    else:
+        nodes = math.ceil(ask.qps / ask.milvus_qps)
+        formula = f"{ask.qps:g} / {ask.milvus_qps:g} (--milvus-qps), each with all of the index"
+        lines.append(Line(part, "Milvus query nodes", nodes, "nodes", formula, "computed"))
+    return lines

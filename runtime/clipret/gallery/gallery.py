@@ -1,0 +1,382 @@
+"""The gallery: the folder of stored rows, readable with numpy and sqlite3 alone.
+
+    gallery.json        format version, bundle fingerprint, dimension, where pictures and bundle lie
+    rows-000017.npy     immutable shard, float16 [n,D]: the truth that results are exact against
+    codes-000017.npy    uint8 [n,D], made from the rows: what the first stage of the exact search reads
+    gallery.db          sqlite: shards, a row for each picture, metadata (the schema is in clipret.gallery.database)
+
+A shard is written under a temporary name, synced and renamed; the sqlite transaction that names it is the commit.
+What no transaction names never happened and is swept by the next writer.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.bundle import Bundle
+from clipret.errors import ClipretError
+from clipret.files import write_file
+from clipret.gallery.database import Database, Picture, ShardEntry, inherit_metadata, name_shard, write_metadata
+from clipret.gallery.shards import ids_and_live, open_codes, open_rows, sweep, write_shard
+from clipret.ranking.quantization import Codes, mean, quantise
+from clipret.sources.item import Value
+
+__all__ = ["FORMAT", "Gallery", "GalleryInfo", "Picture", "Stored"]
+
+FORMAT = 2
+_RETRIES = 5  # of a reader that compaction has taken the files away from
+
+T = TypeVar("T")
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GalleryInfo:
+    """gallery.json. `bundle` is where the bundle was at indexing time: the fingerprint decides, not the place.
+    `mirrored`: each row is the mean of a picture and its mirror image, and `indexing.flip` alone adds to them."""
+
+    format: int
+    fingerprint: str
+    embedding_dim: int
+    root: str
+    bundle: str
+    bundle_relative: str
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a gallery holds: shards float16 [n,D]; through all of them in order, each row's id (int64 [N],
+    ascending) and whether it is live (bool [N]; None when all are); the codes of each shard."""
+
+    shards: list[npt.NDArray[np.float16]]
+    ids: Ids
+    live: npt.NDArray[np.bool_] | None
+    codes: list[Codes]
+
+
+class Gallery:
+    """An opened gallery. Reading needs no lock and sees the last commit at the time of reading."""
+
+    def __init__(self, path: Path, info: GalleryInfo) -> None:
+        self.path = path
+        self.info = info
+
+    @classmethod
+    def create(cls, path: str | Path, bundle: Bundle, root: Path, mirrored: bool = False) -> Self:
+        """Make an empty gallery in a folder that is new or empty. Raises ClipretError."""
+        folder = Path(path).absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(not entry.name.startswith(("gallery.db", ".gallery.json")) for entry in folder.iterdir()):
+                raise ClipretError(f"{folder} is not empty and no gallery: choose a new folder")
+            Database.create(folder)
+        except OSError as error:
+            raise ClipretError(f"{folder} cannot be made: {error.strerror}; choose another place") from None
+        except sqlite3.Error as error:
+            raise ClipretError(f"{folder} cannot hold a gallery: {error}; choose a new folder") from None
+        info = GalleryInfo(
+            format=FORMAT,
+            fingerprint=bundle.fingerprint,
+            embedding_dim=bundle.manifest.embedding_dim,
+            root=os.path.abspath(root),  # noqa: PTH100 (without .., by which nothing would be found again)
+            bundle=str(bundle.path),
+            bundle_relative=os.path.relpath(bundle.path, folder),
+            mirrored=mirrored,
+        )
+        # Last: a folder without gallery.json is no gallery yet, and making one may start over.
+        write_file(folder / "gallery.json", _json(info))
+        return cls(folder, info)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open for reading or appending. Raises ClipretError when `path` is no gallery or one of another format."""
+        folder = Path(path).absolute()
+        file = folder / "gallery.json"
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+            if value["format"] != FORMAT:
+                raise ClipretError(
+                    f"{folder} has gallery format {value['format']}, this clipret reads {FORMAT}: index again"
+                )
+            info = GalleryInfo(**value)
+            for field in fields(info):
+                if type(getattr(info, field.name)) is not field.type:
+                    raise ValueError(f"{field.name} is {getattr(info, field.name)!r}")
+        except (FileNotFoundError, NotADirectoryError):
+            raise ClipretError(
+                f"{folder} is no gallery (no gallery.json): make one with clipret-search index"
+            ) from None
+        except OSError as error:
+            raise ClipretError(f"{file} cannot be read: {error.strerror}; mend its permissions") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ClipretError(f"{file} is damaged ({error}): restore it or index again") from None
+        return cls(folder, info)
+
+    def rooted(self, root: Path) -> Self:
+        """The same gallery with another folder that its paths are relative to: for one that holds no picture."""
+        info = replace(self.info, root=os.path.abspath(root))  # noqa: PTH100
+        if info != self.info:
+            write_file(self.path / "gallery.json", _json(info))
+        return type(self)(self.path, info)
+
+    @cached_property
+    def database(self) -> Database:
+        return Database(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if "database" in self.__dict__:
+            self.database.close()
+            del self.__dict__["database"]
+
+    def bundle(self, path: str | Path | None = None) -> Bundle:
+        """The bundle that made these rows: `path`, or where it lay when the gallery was made.
+
+        Raises ClipretError when none is found or the one given has another fingerprint.
+        """
+        if path is not None:
+            bundle = Bundle.open(path)
+            self.check(bundle)
+            return bundle
+        places = (self.path / self.info.bundle_relative, Path(self.info.bundle))
+        for place in places:
+            if (place / "bundle.json").is_file():
+                bundle = Bundle.open(place.resolve())
+                self.check(bundle)
+                return bundle
+        raise ClipretError(f"the bundle of {self.path} is not at {self.info.bundle} any more: name it with --bundle")
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise ClipretError unless `bundle` gives the embeddings that this gallery holds."""
+        if bundle.fingerprint != self.info.fingerprint:
+            raise ClipretError(
+                f"gallery {self.path} was made with another bundle (fingerprint {self.info.fingerprint[:12]}…, "
+                f"{bundle.path} has {bundle.fingerprint[:12]}…): use that one or index into a new gallery"
+            )
+
+    def __len__(self) -> int:
+        return self.database.count()
+
+    def read(self) -> Stored:
+        """Everything that is committed at this moment, memory-mapped.
+
+        Raises ClipretError for a shard that is missing or of another shape than the database says.
+        """
+        entries, deleted, shards, codes = self.consistent(lambda entry: open_codes(self.path, entry))
+        return Stored(shards, *ids_and_live(entries, deleted), codes)
+
+    def consistent(
+        self, more: Callable[[ShardEntry], T]
+    ) -> tuple[list[ShardEntry], Ids, list[npt.NDArray[np.float16]], list[T]]:
+        """The shards of one moment, the ids deleted by then, the shards' rows, and `more` of each shard."""
+        for attempt in range(_RETRIES):
+            entries, deleted = self.database.snapshot()
+            try:
+                return entries, deleted, [open_rows(self.path, e) for e in entries], [more(e) for e in entries]
+            except FileNotFoundError as error:
+                lost = error
+            if attempt and [e.number for e in self.database.snapshot()[0]] == [e.number for e in entries]:
+                break  # nobody compacts: it is really missing
+        advice = "compact the gallery" if Path(lost.filename).name.startswith("codes") else "restore it or index again"
+        raise ClipretError(f"{lost.filename} is missing: {advice}")
+
+    def paths(self, ids: Sequence[int] | Ids) -> list[str]:
+        """The stored path of each id. Raises ClipretError for an id that compaction has removed."""
+        return [picture.path for picture in self.pictures_of(ids)]
+
+    def pictures_of(self, ids: Sequence[int] | Ids) -> list[Picture]:
+        """What is known of each picture, deleted or not. Raises ClipretError for an id that compaction has removed."""
+        found = self.database.pictures(ids)
+        lost = next((int(number) for number in ids if int(number) not in found), None)
+        if lost is not None:
+            raise ClipretError(f"{self.path} holds no picture {lost} any more: open the gallery again")
+        return [found[int(number)] for number in ids]
+
+    def metadata(self, ids: Sequence[int] | Ids) -> list[dict[str, Value]]:
+        """The metadata of each picture: every column, None where it has no value."""
+        found, empty = self.database.metadata(ids), dict.fromkeys(self.columns())
+        return [dict(found.get(int(number), empty)) for number in ids]
+
+    def columns(self) -> list[str]:
+        """The metadata columns."""
+        return self.database.columns()
+
+    def select(self, where: str) -> Ids:
+        """The ids of pictures for which an SQL expression holds, such as  camera = 'A3' and hour < 6;  ascending.
+
+        Its columns are id, path, size, mtime_ns, hash and those of the metadata. Raises ClipretError.
+        """
+        return self.database.select(where)
+
+    def id_of(self, picture: str) -> int:
+        """The id of a live picture, by its stored path or its place on disk. Raises ClipretError for no such one."""
+        names = dict.fromkeys((picture, self.stored_path(Path(picture))))
+        found = self.database.by_path(list(names))
+        if not found:
+            raise ClipretError(f"{self.path} holds no picture {picture}: clipret-search query shows how it names them")
+        return next(iter(found.values()))[0]
+
+    def ids_by_path(self) -> dict[str, int]:
+        """The id of every live picture by its stored path."""
+        return dict(self.database.query("SELECT path, id FROM rows WHERE deleted = 0"))
+
+    def pictures(self) -> dict[str, Picture]:
+        """Every live picture by its stored path."""
+        rows = self.database.query("SELECT path, size, mtime_ns, hash FROM rows WHERE deleted = 0")
+        return {row[0]: Picture(*row) for row in rows}
+
+    def duplicates(self) -> list[list[str]]:
+        """The paths of live pictures whose files are equal byte for byte, oldest first, a list for each file."""
+        rows = self.database.query(
+            "SELECT hash, path FROM rows WHERE deleted = 0 AND hash IN "
+            "(SELECT hash FROM rows WHERE deleted = 0 AND hash <> '' GROUP BY hash HAVING count(*) > 1) ORDER BY id"
+        )
+        groups: dict[str, list[str]] = {}
+        for digest, path in rows:
+            groups.setdefault(digest, []).append(path)
+        return list(groups.values())
+
+    def stored_path(self, file: Path) -> str:
+        """How the database names a file: relative to the root where it lies below it, else absolute."""
+        # abspath takes .. out of it; Path.resolve would follow links out of the root.
+        absolute = Path(os.path.abspath(file))  # noqa: PTH100
+        root = Path(self.info.root)
+        return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.as_posix()
+
+    def file(self, stored: str) -> Path:
+        """Where the picture with this stored path lies."""
+        return Path(self.info.root, stored)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one writer, after sweeping what an interrupted one left. Raises ClipretError beside another."""
+        files = [file for file in (self.path, self.path / "gallery.db") if file.exists()]
+        if not all(os.access(file, os.W_OK) for file in files):
+            raise ClipretError(f"{self.path} cannot be written: mend its permissions, or work on a copy")
+        try:
+            # sqlite's own lock, on a database of nothing: the same on every system, and it ends with its process.
+            with contextlib.closing(sqlite3.connect(self.path / "gallery.lock", timeout=0)) as lock:
+                lock.execute("BEGIN EXCLUSIVE")
+                self.sweep()
+                yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise ClipretError(
+                    f"another process is writing to {self.path}: wait for it to end, then try again"
+                ) from None
+            raise ClipretError(f"{self.path} cannot be written: {error}; mend its permissions") from None
+
+    def sweep(self) -> None:
+        """Remove files that no transaction names. Only inside `writing()`."""
+        try:
+            sweep(self.path, {number for (number,) in self.database.query("SELECT number FROM shards")})
+        except OSError as error:
+            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; mend its permissions") from None
+
+    @contextlib.contextmanager
+    def refusable(self) -> Iterator[None]:
+        """What the disk refuses inside the block becomes a ClipretError."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            locked = "locked" in str(error)
+            advice = "close what reads it for so long" if locked else "free space, or change what it names"
+            raise ClipretError(
+                f"{self.path} cannot be written ({error}): {advice}; what was committed before is kept"
+            ) from None
+
+    def append(
+        self,
+        pictures: Sequence[Picture],
+        rows: npt.NDArray[np.floating[Any]],
+        metadata: Sequence[Mapping[str, Value]] | None = None,
+    ) -> None:
+        """Commit one shard: float32 or float16 rows [n,D] of n pictures. Only inside `writing()`.
+
+        A picture whose path is there already takes the old one's place. Raises ClipretError when the disk refuses or
+        a row is not finite; nothing is then changed.
+        """
+        if len(pictures) != len(rows):
+            raise ClipretError(f"{len(rows)} rows for {len(pictures)} pictures: give one for each")
+        if not len(pictures):
+            return
+        stored = np.ascontiguousarray(rows, dtype=np.float16)
+        if not np.isfinite(stored).all():
+            raise ClipretError("an embedding is not finite: the image tower overflowed; export the model again")
+        number, first = self.database.next_shard(), self.database.next_id()
+        codes = self._quantised(stored)
+        replaced = self.database.by_path([picture.path for picture in pictures])
+        ids = np.arange(first, first + len(stored), dtype=np.int64)
+        with self.refusable():
+            write_shard(self.path, number, stored, codes)
+            with self.database.transaction() as transaction:
+                entry = ShardEntry(number, ids, codes.center, codes.scale, codes.residual, codes.reach)
+                name_shard(transaction, entry)
+                transaction.executemany(
+                    "UPDATE rows SET deleted = 1 WHERE path = ? AND deleted = 0", ((p.path,) for p in pictures)
+                )
+                transaction.executemany(
+                    "INSERT INTO rows (id, shard, path, size, mtime_ns, hash) VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        (row, number, p.path, p.size, p.mtime_ns, p.hash)
+                        for row, p in zip(ids.tolist(), pictures, strict=True)
+                    ),
+                )
+                places = zip(ids.tolist(), pictures, strict=True)
+                inherit_metadata(transaction, {new: replaced[p.path][0] for new, p in places if p.path in replaced})
+                if metadata is not None:
+                    write_metadata(transaction, ids.tolist(), metadata)
+
+    def _quantised(self, rows: npt.NDArray[np.float16]) -> Codes:
+        """With the center and scale of the last shard, so that the search can scan the two as one, unless its center
+        comes from far fewer rows than these are."""
+        last = self.database.query("SELECT center, scale FROM shards ORDER BY number DESC LIMIT 1")
+        if last:
+            center, scale = last[0]
+            first = self.database.query("SELECT length(ids) / 8 FROM shards WHERE center = ? LIMIT 1", center)
+            if len(rows) < 4 * first[0][0]:
+                return quantise(rows, np.frombuffer(center, "<f4"), scale)
+        return quantise(rows, mean(rows))
+
+    def update(self, changes: Mapping[int, tuple[Picture, Mapping[str, Value]]]) -> None:
+        """Keep new records and metadata of pictures whose embeddings stay. Only inside `writing()`.
+
+        Raises ClipretError when the disk refuses; nothing is then changed.
+        """
+        if not changes:
+            return
+        with self.refusable(), self.database.transaction() as transaction:
+            transaction.executemany(
+                "UPDATE rows SET path = ?, size = ?, mtime_ns = ?, hash = ? WHERE id = ?",
+                [(p.path, p.size, p.mtime_ns, p.hash, number) for number, (p, _) in changes.items()],
+            )
+            write_metadata(transaction, list(changes), [metadata for _, metadata in changes.values()])
+
+    def remove(self, ids: Sequence[int] | Ids) -> int:
+        """Delete pictures; their rows stay in the files until `compact`. Only inside `writing()`.
+
+        Returns how many there were; ids of none are passed over. Raises ClipretError when the disk refuses.
+        """
+        with self.refusable(), self.database.transaction() as transaction:
+            return transaction.executemany(
+                "UPDATE rows SET deleted = 1 WHERE id = ? AND deleted = 0", [(int(number),) for number in ids]
+            ).rowcount
+
+
+def _json(info: GalleryInfo) -> str:
+    return json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,13 @@
+"""What this machine can do: processors and GPUs."""
+
+from typing import TYPE_CHECKING
+
+from clipret._faces import lazy_face
+
+if TYPE_CHECKING:
+    from clipret.hardware.cpu import cpu_count
+    from clipret.hardware.cuda import gpu_count
+
+__all__ = ["cpu_count", "gpu_count"]
+
+__getattr__ = lazy_face(__name__, {"cpu": ["cpu_count"], "cuda": ["gpu_count"]})

@@ -1,0 +1,12 @@
+"""From images to a gallery."""
+
+from typing import TYPE_CHECKING
+
+from clipret._faces import lazy_face
+
+if TYPE_CHECKING:
+    from clipret.indexing.index import IndexReport, index_pictures
+
+__all__ = ["IndexReport", "index_pictures"]
+
+__getattr__ = lazy_face(__name__, {"index": ["IndexReport", "index_pictures"]})

@@ -1,0 +1,13 @@
+"""From a bundle to embeddings: tokenizer, towers, decoding ahead of them."""
+
+from typing import TYPE_CHECKING
+
+from clipret._faces import lazy_face
+
+if TYPE_CHECKING:
+    from clipret.inference.encoder import Encoder
+    from clipret.inference.tokenizer import Tokenizer
+
+__all__ = ["Encoder", "Tokenizer"]
+
+__getattr__ = lazy_face(__name__, {"encoder": ["Encoder"], "tokenizer": ["Tokenizer"]})

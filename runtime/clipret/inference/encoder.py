@@ -1,0 +1,237 @@
+"""The encoder: pictures and texts in, unit rows out, decode threads running ahead of the engine."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clipret.bundle import Bundle
+from clipret.errors import ClipretError
+from clipret.hardware.cpu import cpu_count
+from clipret.images.decode import PictureFile, load, read_picture
+from clipret.images.nvimagecodec import GpuDecoder
+from clipret.inference.decode_pool import Batch, Decoding
+from clipret.inference.tokenizer import Tokenizer
+from clipret.inference.tower import EngineChoice, Tower, open_tower, pick_device
+from clipret.sources.item import Item
+
+__all__ = ["EncodeStats", "EncodedBatch", "Encoder", "PictureSource"]
+
+T = TypeVar("T")
+Rows = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+PictureSource = Path | bytes | Image.Image | Pixels | PictureFile | Item
+
+_AHEAD = 2  # batches decoded ahead of the engines: at 224 px and batch 32 each costs 4.6 MiB
+
+
+@dataclass(frozen=True)
+class EncodedBatch(Generic[T]):
+    """`rows` float32 [n,D] belong to `items` [n], in the order of the input; `skipped` could not be decoded."""
+
+    rows: Rows
+    items: list[T]
+    skipped: list[tuple[T, str]] = field(default_factory=list)
+
+
+@dataclass
+class EncodeStats:
+    """Where the time of one `encode_images` went, kept up to date while it runs.
+
+    `decode_seconds` are summed over the decode threads and `engine_seconds` over the engines, so that both may exceed
+    `seconds`, the time from the start to the last batch; in `wait_seconds` of it no pixels were ready.
+    """
+
+    pictures: int = 0
+    skipped: int = 0
+    decode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    engine_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def limit(self) -> Literal["decode", "engine"]:
+        """What more of would make it faster: decode threads, where the engine waits a fifth of the time for them."""
+        return "decode" if 4 * self.wait_seconds > self.engine_seconds else "engine"
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return self.pictures / self.seconds if self.seconds else 0.0
+
+
+class Encoder:
+    """Encodes with the two towers of a bundle; each is opened when it is first needed.
+
+    `device`: "auto", "cpu", "cuda", "cuda:N", or several with commas between them, which share the pictures of one
+    stream. `engine`: see `open_tower`. `threads`: decode threads and engine threads, default the processors there are.
+    `fast_decode`: see `images.load`. `decode`: "gpu" has JPEGs decoded by nvImageCodec, see `GpuDecoder`.
+    `cuda_graphs`: see `OnnxTower`. `picture_timeout`: seconds after which a picture is skipped.
+    Raises ClipretError as `open_tower` does.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        engine: EngineChoice = "auto",
+        threads: int | None = None,
+        batch_size: int = 32,
+        fast_decode: bool = False,
+        picture_timeout: float = 60.0,
+        cuda_graphs: bool = False,
+        decode: Literal["pillow", "gpu"] = "pillow",
+    ) -> None:
+        if fast_decode and decode == "gpu":
+            raise ClipretError("a JPEG is decoded either fast by Pillow or by nvImageCodec: leave one of the two out")
+        self.bundle = bundle
+        self.device = device
+        self.engine: EngineChoice = engine
+        self.threads = threads or cpu_count()
+        self.batch_size = batch_size
+        self.fast_decode = fast_decode
+        self.picture_timeout = picture_timeout
+        self.cuda_graphs = cuda_graphs
+        self.decode = decode
+        self.stats = EncodeStats()
+
+    @cached_property
+    def devices(self) -> list[str]:
+        """Of each image tower; "auto" is what it was found to mean."""
+        names = [name.strip() for name in self.device.split(",")]
+        return [pick_device(self.bundle, self.engine) if name == "auto" else name for name in names]
+
+    @cached_property
+    def image_towers(self) -> list[Tower]:
+        share = max(self.threads // len(self.devices), 1)
+        graphs = self.cuda_graphs
+        return [open_tower(self.bundle, "image", device, share, self.engine, graphs) for device in self.devices]
+
+    @property
+    def image_tower(self) -> Tower:
+        return self.image_towers[0]
+
+    @cached_property
+    def text_tower(self) -> Tower:
+        return open_tower(self.bundle, "text", self.devices[0], self.threads, self.engine, self.cuda_graphs)
+
+    def engine_name(self, tower: str) -> str:
+        """What runs a tower ("image" or "text"), for reports; opens it where that has not happened."""
+        return self.image_tower.name if tower == "image" else self.text_tower.name
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_bundle(self.bundle)
+
+    def encode_texts(self, texts: Sequence[str]) -> Rows:
+        """Unit rows float32 [N,D] in the order of `texts`. Raises ClipretError for a blank text."""
+        rows = np.empty((len(texts), self.bundle.manifest.embedding_dim), dtype=np.float32)
+        if not texts:
+            return rows
+        places = {text: at for at, text in enumerate(dict.fromkeys(texts))}  # captions repeat: each is encoded once
+        ids = self.tokenizer(list(places))
+        unique = rows if len(places) == len(texts) else np.empty((len(places), rows.shape[1]), dtype=np.float32)
+        lengths = _lengths(ids, self.bundle.manifest.text.pad_id)
+        trimmed = self.bundle.manifest.text.pad_to == "longest"
+        # Texts of like length share a batch, so that short ones do not pay for the longest.
+        order = np.argsort(lengths, kind="stable")
+        for low in range(0, len(order), self.batch_size):
+            part = order[low : low + self.batch_size]
+            width = int(lengths[part].max()) if trimmed else ids.shape[1]
+            unique[part] = self.text_tower.run(np.ascontiguousarray(ids[part, :width]))
+        return rows if unique is rows else unique[[places[text] for text in texts]]
+
+    def encode_images(
+        self, items: Iterable[T], read: Callable[[T], PictureSource] | None = None
+    ) -> Iterator[EncodedBatch[T]]:
+        """Encode a stream of any length in order, a batch at a time, with bounded memory.
+
+        `items` are paths, files' bytes, Pillow pictures, arrays uint8 [H,W,3], or what `open_source` gives: the
+        pictures of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the picture.
+        An item whose picture raises a PictureError, or takes longer than `picture_timeout`, comes back in `skipped` of
+        its batch with the reason. `stats` follows.
+        """
+        stats = self.stats = EncodeStats()
+        began = time.perf_counter()
+        turns, _ = self._turns(), self.gpu_decoder  # opened here, not by all threads at once
+        decoding = Decoding(
+            items,
+            lambda item: self._decode(item if read is None else read(item)),
+            self.bundle.manifest.image.size,
+            self.batch_size,
+            threads=self.threads,
+            batches=_AHEAD + len(turns),
+            timeout=self.picture_timeout,
+        )
+        with decoding:
+            for batch, rows, seconds in _run(decoding, turns, self.bundle.manifest.embedding_dim):
+                encoded = EncodedBatch(rows, batch.items, batch.skipped)
+                decoding.release(batch)
+                stats.pictures += len(encoded.items)
+                stats.skipped += len(encoded.skipped)
+                stats.engine_seconds += seconds
+                stats.decode_seconds, stats.wait_seconds = decoding.decode_seconds, decoding.wait_seconds
+                stats.seconds = time.perf_counter() - began
+                yield encoded
+
+    def _turns(self) -> list[Tower]:
+        """The image towers by turns, each as often as it may run at once."""
+        most = max(tower.lanes for tower in self.image_towers)
+        return [tower for turn in range(most) for tower in self.image_towers if turn < tower.lanes]
+
+    @cached_property
+    def gpu_decoder(self) -> GpuDecoder | None:
+        return GpuDecoder(self.devices[0]) if self.decode == "gpu" else None
+
+    def _decode(self, source: Any) -> Pixels:
+        if isinstance(source, Item):
+            source = source.read()
+        if isinstance(source, PictureFile):
+            source = source.content
+        spec = self.bundle.manifest.image
+        if self.gpu_decoder is not None and isinstance(source, Path):
+            source = read_picture(source).content
+        if self.gpu_decoder is not None and isinstance(source, bytes):
+            return self.gpu_decoder.load(source, spec)
+        return load(source, spec, fast=True) if self.fast_decode else load(source, spec)
+
+
+def _run(decoding: Decoding[T], turns: list[Tower], dim: int) -> Iterator[tuple[Batch[T], Rows, float]]:
+    """The batches in their order, with rows float32 [n,D] and the seconds that an engine took, each batch on the
+    tower whose turn it is."""
+
+    def run(tower: Tower, batch: Batch[T]) -> tuple[Rows, float]:
+        began = time.perf_counter()
+        rows = tower.run(batch.pixels) if batch.items else np.empty((0, dim), dtype=np.float32)
+        return rows, time.perf_counter() - began
+
+    if len(turns) == 1:  # in the caller's own thread, where nothing can go wrong between two
+        for batch in decoding:
+            yield batch, *run(turns[0], batch)
+        return
+    # Leaving the pool waits for the batches that are on a device: an engine must not be torn down while it runs.
+    with ThreadPoolExecutor(len(turns), thread_name_prefix="engine") as pool:
+        flying = deque[tuple[Batch[T], Future[tuple[Rows, float]]]]()
+        for number, batch in enumerate(decoding):
+            flying.append((batch, pool.submit(run, turns[number % len(turns)], batch)))
+            if len(flying) == len(turns):
+                first, future = flying.popleft()
+                yield first, *future.result()
+        for first, future in flying:
+            yield first, *future.result()
+
+
+def _lengths(ids: npt.NDArray[np.int64], pad_id: int) -> npt.NDArray[np.int64]:
+    """Tokens of each row of ids [N,L] up to the last that is no padding, at least 1; int64 [N]."""
+    used = ids != pad_id
+    lengths: npt.NDArray[np.int64] = np.where(used.any(axis=1), ids.shape[1] - used[:, ::-1].argmax(axis=1), 1)
+    return lengths

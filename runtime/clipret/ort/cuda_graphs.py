@@ -1,0 +1,132 @@
+"""A session of onnxruntime's on a device: staged copies, fixed addresses, CUDA graphs for the shapes that come often.
+
+A CUDA graph is a recording of every kernel of a run, its shapes and addresses included; replayed, it costs one launch
+instead of hundreds. It is only right for the very shape and the very addresses, hence: a lane's input and output
+lie where they lay; a shape gets a graph of its own number once it has come several times; every other shape runs
+with the number -1, which onnxruntime never records. The first rows of a graph are compared with those of a plain run.
+"""
+
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.errors import EngineWarning, one_line, require
+from clipret.hardware.cuda import Copies, HostCopies
+
+__all__ = ["BoundSession"]
+
+Rows = npt.NDArray[np.float32]
+
+_OFTEN = 3  # times a shape has come before it gets a graph: a recording is two runs
+_MOST = 8  # graphs of a lane: each holds some device memory
+_ALIKE = 1e-3  # of a component of a unit row, between a graph and a plain run: half precision differs by its last bit
+_NUMBERS = itertools.count(1)  # of graphs, each once in a process: two lanes of a session must not share any
+_GRAPH = "gpu_graph_id"  # onnxruntime's name for the number of a recording in its run options
+
+
+class BoundSession:
+    """A session with its input and output in memory of a device ("cuda", or "cpu" where there is none) at fixed
+    addresses, and pinned memory that batches are staged in. One thread at a time.
+
+    `graphs`: the session records CUDA graphs (`enable_cuda_graph`). `submit(run)` calls run() and waits for it, in the
+    one thread that all graphs of the session belong to.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        kind: str,
+        number: int,
+        *,
+        graphs: bool = False,
+        submit: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
+        self._ort = require("onnxruntime", "gpu" if kind == "cuda" else "cpu")
+        self._session, self._device = session, (kind, number)
+        self._binding = session.io_binding()
+        self._input, self._output = session.get_inputs()[0].name, session.get_outputs()[0].name
+        self._dim = int(session.get_outputs()[0].shape[-1])
+        self._copies = Copies(number) if kind == "cuda" else HostCopies()
+        self._records = self._graphs = graphs  # what a session does, what we ask for
+        self._submit = submit or (lambda run: run())
+        self._seen = Counter[tuple[int, ...]]()
+        self.recorded: dict[tuple[int, ...], int] = {}  # the number of each shape's graph
+        self._batch = self._rows = self._buffer(1)
+
+    def run(self, batch: npt.NDArray[Any]) -> Rows:
+        """As `Tower.run`."""
+        shape = batch.shape
+        rows = np.empty((shape[0], self._dim), np.float32)
+        self._reserve(batch.nbytes, rows.nbytes)
+        staged = self._batch.host[: batch.nbytes]
+        staged.view(batch.dtype).reshape(shape)[...] = batch
+        self._copies.to_device(self._batch.address, staged)
+        self._seen[shape] += 1
+        number = self.recorded.get(shape, -1)
+        self._compute(batch.dtype, shape, number)
+        self._take(rows)
+        if number < 0 and self._graphs and self._seen[shape] >= _OFTEN and len(self.recorded) < _MOST:
+            self._record(batch.dtype, shape, rows)
+        return rows
+
+    def _record(self, dtype: Any, shape: tuple[int, ...], expected: Rows) -> None:
+        """A graph of this shape, if it gives the rows that the plain run gave; else no graphs any more."""
+        number = next(_NUMBERS)
+        rows = np.empty_like(expected)
+        try:
+            for _ in range(2):  # onnxruntime records in the first or the second run; the last is a replay
+                self._compute(dtype, shape, number)
+            self._take(rows)
+            problem = "" if np.allclose(rows, expected, rtol=0, atol=_ALIKE) else "its rows differ"
+        except Exception as error:  # onnxruntime raises a dozen types of its own, all unexported
+            problem = one_line(error)
+        if problem:
+            self._graphs = False
+            warnings.warn(f"no CUDA graphs: {problem}", EngineWarning, stacklevel=4)
+        else:
+            self.recorded[shape] = number
+
+    def _compute(self, dtype: Any, shape: tuple[int, ...], number: int) -> None:
+        self._binding.bind_input(self._input, *self._device, dtype.type, shape, self._batch.address)
+        self._binding.bind_output(self._output, *self._device, np.float32, (shape[0], self._dim), self._rows.address)
+        options = self._ort.RunOptions()
+        if self._records:
+            options.add_run_config_entry(_GRAPH, str(number))
+
+        def run() -> None:
+            self._session.run_with_iobinding(self._binding, options)
+            self._binding.synchronize_outputs()  # the copy that follows is in another stream
+
+        self._submit(run)
+
+    def _take(self, rows: Rows) -> None:
+        staged = self._rows.host[: rows.nbytes]
+        self._copies.to_host(staged, self._rows.address)
+        rows[...] = staged.view(np.float32).reshape(rows.shape)
+
+    def _reserve(self, batch: int, rows: int) -> None:
+        """Buffers of at least so many bytes. New ones have new addresses: graphs of the old ones are given up."""
+        if batch > self._batch.size or rows > self._rows.size:
+            if release := getattr(self._session, "release_captured_graph", None):  # onnxruntime from 1.30 on
+                for number in self.recorded.values():
+                    release(number)
+            self.recorded.clear()
+            self._batch = self._buffer(max(batch, self._batch.size))
+            self._rows = self._buffer(max(rows, self._rows.size))
+
+    def _buffer(self, size: int) -> "_Buffer":
+        return _Buffer(size, self._ort, self._device, self._copies)
+
+
+class _Buffer:
+    """`size` bytes on the device at `address`, and as many in `host`, which they are copied from and to."""
+
+    def __init__(self, size: int, ort: Any, device: tuple[str, int], copies: HostCopies) -> None:
+        self.size, self.host = size, copies.host(size)
+        self._value = ort.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, *device)
+        self.address: int = self._value.data_ptr()

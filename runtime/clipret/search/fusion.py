@@ -1,0 +1,255 @@
+"""One ranking from several: galleries of different models, and result files, over the same pictures.
+
+Pictures are matched by their stored path. Of several galleries those pictures count that all of them hold.
+
+    sum   the weighted sum of the similarities; right where the models have similar scales
+    z     the same with each query's similarities brought to mean 0 and deviation 1 over the gallery, or over the
+          list where the source is a file; no model then outweighs another by its scale alone
+    rrf   reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009): the sum of weight / (60 + rank) over the
+          sources that have the picture among their first `depth`; needs no scores
+
+The first two are exact: lists are lengthened until no picture outside them could still be among the first k (the
+threshold algorithm of Fagin, Lotem and Naor, 2001), which is seldom far. Where a result file does not
+list a picture, its score there is taken to be that of the last picture that it lists.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.errors import ClipretError
+from clipret.ranking.ranker import snap
+from clipret.ranking.rows import StoredRows, widened
+from clipret.search.results import Found
+from clipret.search.searcher import Searcher
+
+__all__ = ["HOW", "How", "Source", "merge"]
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+How = Literal["sum", "z", "rrf"]
+HOW: tuple[How, ...] = ("sum", "z", "rrf")
+
+_RRF = 60  # of the paper: the first rank counts 2 % more than the second
+_QUERIES = 64  # queries at a time
+_ROWS = 16384  # rows whose scores are summed up at a time
+
+
+@dataclass
+class Source:
+    """A gallery or a result file, its weight, and the texts that it answers (None: all).
+
+    `name` is for messages. Exactly one of `searcher` and `results` is given.
+    """
+
+    name: str
+    searcher: Searcher | None = None
+    results: dict[str, Found] | None = None
+    weight: float = 1.0
+    answers: frozenset[str] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < np.inf:
+            raise ClipretError(f"the weight of {self.name} is {self.weight}: use a number above 0")
+
+    def asks(self, text: str) -> bool:
+        return self.answers is None or text in self.answers
+
+
+def merge(
+    sources: Sequence[Source], texts: Sequence[str], k: int = 10, *, how: How = "z", depth: int = 1000
+) -> list[Found]:
+    """The k best pictures of each text by all sources that answer it, best first; ties by age in the first gallery.
+
+    `depth` is of rrf alone. Raises ClipretError when a text has no source, a result file lacks a text or has no
+    scores where they are needed, and when the galleries have no picture in common.
+    """
+    if k < 1:
+        raise ClipretError(f"k is {k}: ask for at least one result")
+    groups = defaultdict[tuple[int, ...], list[int]](list)
+    for at, text in enumerate(texts):
+        chosen = tuple(number for number, source in enumerate(sources) if source.asks(text))
+        if not chosen:
+            raise ClipretError(f"no source answers the text {text!r}: name one for the texts that no rule fits")
+        for number in chosen:
+            results = sources[number].results
+            if results is not None and text not in results:
+                raise ClipretError(f"{sources[number].name} has no results for {text!r}: make it with the same texts")
+            if results is not None and how != "rrf" and results[text].scores is None:
+                raise ClipretError(f"{sources[number].name} has no scores: merge it with rrf, which needs none")
+        groups[chosen].append(at)
+    merged: dict[int, Found] = {}
+    for chosen, places in groups.items():
+        fusion = _Fusion([sources[number] for number in chosen], how, max(depth, k))
+        for low in range(0, len(places), _QUERIES):
+            part = places[low : low + _QUERIES]
+            merged.update(zip(part, fusion.ranked([texts[at] for at in part], k), strict=True))
+    return [merged[at] for at in range(len(texts))]
+
+
+class _Pictures:
+    """The pictures that count, numbered: all that every gallery holds, or all that some result lists."""
+
+    def __init__(self, sources: Sequence[Source], texts: Sequence[str] | None) -> None:
+        searchers = [source.searcher for source in sources if source.searcher is not None]
+        held = [searcher.gallery.ids_by_path() for searcher in searchers]
+        if held:
+            common = set(held[0]).intersection(*held[1:])
+            self.paths = sorted(common, key=lambda path: held[0][path])
+        else:
+            lists = [source.results[text].paths for source in sources if source.results for text in texts or ()]
+            self.paths = list(dict.fromkeys(path for paths in lists for path in paths))
+        if not self.paths:
+            raise ClipretError(
+                f"{' and '.join(source.name for source in sources)} have no picture in common: index them from the "
+                "same folder, so that the same picture has the same path"
+            )
+        self.number = {path: at for at, path in enumerate(self.paths)}
+        self.positions: list[Ids] = []  # of each gallery: the position of each picture in it
+        self.numbers: list[Ids] = []  # of each gallery: the picture at each position, -1 for one that does not count
+        for searcher, ids in zip(searchers, held, strict=True):
+            stored = searcher.stored.ids
+            positions = np.searchsorted(stored, np.array([ids[path] for path in self.paths]))
+            numbers = np.full(len(stored), -1, dtype=np.int64)
+            numbers[positions] = np.arange(len(self.paths))
+            self.positions.append(positions)
+            self.numbers.append(numbers)
+
+
+class _Fusion:
+    """The merging of some sources; they are the same for all texts that it is asked for."""
+
+    def __init__(self, sources: Sequence[Source], how: How, depth: int) -> None:
+        self.how, self.depth = how, depth
+        self.sources = sources
+        self.galleries = [(source, source.searcher) for source in sources if source.searcher is not None]
+        self.files = [(source, source.results) for source in sources if source.results is not None]
+
+    @cached_property
+    def pictures(self) -> _Pictures:
+        return _Pictures(self.sources, None)
+
+    @cached_property
+    def rows(self) -> list[StoredRows]:
+        return [StoredRows(searcher.ranker.shards) for _, searcher in self.galleries]
+
+    @cached_property
+    def moments(self) -> list[tuple[Floats, Floats]]:
+        """Of each gallery the mean [D] and the covariance [D,D] of the rows that count: a query's similarities have the
+        mean q·m and the variance q·C·q."""
+        found = []
+        for rows, positions in zip(self.rows, self.pictures.positions, strict=True):
+            D = rows.shards[0].shape[1]
+            total, square = np.zeros(D), np.zeros((D, D))
+            order = np.sort(positions)
+            for low in range(0, len(order), _ROWS):
+                part = widened(rows.take(order[low : low + _ROWS])).astype(np.float64)
+                total += part.sum(axis=0)
+                square += part.T @ part
+            mean = total / len(order)
+            found.append((mean, square / len(order) - np.outer(mean, mean)))
+        return found
+
+    def ranked(self, texts: Sequence[str], k: int) -> list[Found]:
+        pictures = self.pictures if self.galleries else _Pictures(self.sources, texts)
+        queries = [snap(searcher.embed(texts)) for _, searcher in self.galleries]
+        if self.how == "rrf":
+            return list(self._fused_ranks(pictures, texts, queries, k))
+        listed = [[_listed(results[text], pictures, self.how) for text in texts] for _, results in self.files]
+        scales = [self._scale(at, rows) for at, rows in enumerate(queries)]
+        found: list[Found | None] = [None] * len(texts)
+        depth, count = max(2 * k, 64), len(pictures.paths)
+        left = list(range(len(texts)))
+        while left:
+            tops = [self._top(pictures, at, rows[left], depth) for at, rows in enumerate(queries)]
+            unsure = []
+            for line, text in enumerate(left):
+                lists = [top[1][line] for top in tops] + [file[text].numbers for file in listed]
+                numbers = np.unique(np.concatenate(lists))
+                total, bound = np.zeros(len(numbers)), 0.0
+                for at, (source, _) in enumerate(self.galleries):
+                    mean, deviation = scales[at][0][text], scales[at][1][text]
+                    owner = np.full(len(numbers), text)
+                    own = self.rows[at].scores(pictures.positions[at][numbers], owner, queries[at])
+                    total += source.weight * ((own - mean) / deviation)
+                    bound += source.weight * ((tops[at][0][line][-1] - mean) / deviation)
+                for (source, _), file in zip(self.files, listed, strict=True):
+                    total += source.weight * file[text].scores(numbers)
+                    bound += source.weight * file[text].floor
+                order = np.lexsort((numbers, -total))[:k]
+                # Every operation above is monotone, rounding included: what is not listed has at most `bound`.
+                sure = not tops or depth >= count or (len(order) == k and total[order[-1]] > bound)
+                if sure:
+                    names = tuple(pictures.paths[number] for number in numbers[order])
+                    found[text] = Found(names, tuple(total[order].tolist()))
+                else:
+                    unsure.append(text)
+            left, depth = unsure, 4 * depth
+        return [one for one in found if one is not None]
+
+    def _scale(self, at: int, queries: Floats) -> tuple[Floats, Floats]:
+        """What is taken off each query's similarities and what they are divided by, [Q] each."""
+        if self.how == "sum":
+            return np.zeros(len(queries)), np.ones(len(queries))
+        mean, covariance = self.moments[at]
+        variance = np.maximum(np.einsum("qd,de,qe->q", queries, covariance, queries), 0)
+        return queries @ mean, _or_one(np.sqrt(variance))
+
+    def _top(self, pictures: _Pictures, at: int, queries: Floats, depth: int) -> tuple[Floats, Ids]:
+        """The first pictures of a gallery, by their numbers, among those that count."""
+        _, searcher = self.galleries[at]
+        scores, positions = searcher.ranker.rank(queries, depth, among=pictures.numbers[at] >= 0)
+        return scores, pictures.numbers[at][positions]
+
+    def _fused_ranks(
+        self, pictures: _Pictures, texts: Sequence[str], queries: Sequence[Floats], k: int
+    ) -> Iterator[Found]:
+        tops = [self._top(pictures, at, rows, self.depth)[1] for at, rows in enumerate(queries)]
+        for line, text in enumerate(texts):
+            fused = defaultdict[int, float](float)
+            lists = [(source, top[line].tolist()) for (source, _), top in zip(self.galleries, tops, strict=True)]
+            for source, results in self.files:
+                known = [pictures.number.get(path, -1) for path in results[text].paths[: self.depth]]
+                lists.append((source, known))
+            for source, numbers in lists:
+                for rank, number in enumerate(numbers, 1):
+                    if number >= 0:
+                        fused[number] += source.weight / (_RRF + rank)
+            best = sorted(fused, key=lambda number: (-fused[number], number))[:k]
+            yield Found(tuple(pictures.paths[number] for number in best), tuple(fused[number] for number in best))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a file says of one text: numbers of pictures, ascending, their scores, and the score of any other."""
+
+    numbers: Ids
+    values: Floats
+    floor: float
+
+    def scores(self, numbers: Ids) -> Floats:
+        scores = np.full(len(numbers), self.floor)
+        _, own, there = np.intersect1d(self.numbers, numbers, assume_unique=True, return_indices=True)
+        scores[there] = self.values[own]
+        return scores
+
+
+def _listed(found: Found, pictures: _Pictures, how: How) -> _Listed:
+    values = np.array(found.scores or (), dtype=np.float64)
+    if how == "z" and len(values):
+        values = (values - values.mean()) / float(_or_one(np.array([values.std()]))[0])
+    numbers = np.array([pictures.number.get(path, -1) for path in found.paths], dtype=np.int64)
+    order = np.argsort(numbers)
+    order = order[numbers[order] >= 0]
+    return _Listed(numbers[order], values[order], float(values.min()) if len(values) else 0.0)
+
+
+def _or_one(deviation: Floats) -> Floats:
+    """Where all similarities are the same there is nothing to divide by."""
+    return np.where(deviation > 1e-12, deviation, 1.0)

@@ -1,0 +1,331 @@
+"""The service's addresses: what each of them takes and gives, as FastAPI declares it."""
+
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.responses import JSONResponse
+
+from clipret.images.decode import PictureError
+from clipret.server.limits import DeniedError, Limits, NotFoundError, RequestError
+from clipret.server.metrics import Metrics
+from clipret.server.middleware import Guard
+from clipret.server.openapi import ADD_BODY, FAILURES, SEARCH_BODY, WRITE_FAILURES, describe, handle_failures
+from clipret.server.requests import Bodies, checked, kind_of, metadata_of, search_of
+from clipret.server.schemas import (
+    AddResponse,
+    Choice,
+    GalleryFacts,
+    Health,
+    Id,
+    Score,
+    SearchRequest,
+    SearchResponse,
+)
+from clipret.server.service import Answer, Desk, Threads
+from clipret.server.thumbnails import SIDES, Thumbnails, original
+
+__all__ = ["Service", "create_app"]
+
+STATIC = Path(__file__).parent / "static"
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+GalleryName = Annotated[str | None, Query(description="Which gallery; default: the first.")]
+
+
+@dataclass
+class Service:
+    """What the application needs: galleries by name, the first being the default, and what they share."""
+
+    desks: Mapping[str, Desk]
+    threads: Threads
+    limits: Limits
+    metrics: Metrics
+    token: str | None = None
+    hosts: Collection[str] | None = None
+    thumbnails: Thumbnails = field(init=False)
+    bodies: Bodies = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thumbnails = Thumbnails(self.limits.thumbnails)
+        self.bodies = Bodies(self.limits)
+
+    def desk(self, name: str | None) -> Desk:
+        if name is None:
+            return next(iter(self.desks.values()))
+        if name not in self.desks:
+            raise NotFoundError("there is no gallery of that name: GET /galleries lists them")
+        return self.desks[name]
+
+
+def create_app(service: Service) -> Guard:
+    """The application, behind its guard."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for desk in service.desks.values():
+            await desk.start()
+        yield
+        for desk in service.desks.values():
+            await desk.stop()
+
+    app = FastAPI(
+        title="clipret",
+        description="Exact search of pictures by text and picture.",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=FAILURES,
+    )
+    handle_failures(app)
+    describe(app)
+    _add_search(app, service)
+    _add_pictures(app, service)
+    _add_writing(app, service)
+    _add_facts(app, service)
+    _add_page(app)
+    return Guard(app, service.limits, service.metrics, service.hosts)
+
+
+def _add_search(app: FastAPI, service: Service) -> None:
+    limits = service.limits
+
+    async def answered(desk: Desk, request: SearchRequest, pixels: Sequence[Any]) -> JSONResponse:
+        began = time.perf_counter()
+        queries = checked(request, pixels, limits)
+        answer = await desk.search(
+            queries, request.k, where=request.where, exclude=request.exclude, min_score=request.min_score
+        )
+        return JSONResponse(_shown(desk, answer, time.perf_counter() - began))
+
+    @app.get("/search", response_model=SearchResponse, summary="Search by text, or for pictures like one")
+    async def search(
+        q: Annotated[list[str], Query(description="A text; several are queries of their own.")] = [],  # noqa: B006
+        like: Annotated[list[Id], Query(description="A picture of the gallery, by id, added to each query.")] = [],  # noqa: B006
+        minus: Annotated[list[str], Query(description="What the pictures shall not show.")] = [],  # noqa: B006
+        minus_weight: Annotated[float, Query(ge=0, le=10, allow_inf_nan=False)] = 0.5,
+        k: Annotated[int, Query(ge=1, le=limits.k, description="How many pictures a query.")] = 20,
+        where: Annotated[str | None, Query(description="SQL over the gallery's columns, e.g. hour < 6")] = None,
+        exclude: Annotated[list[Id], Query(description="Pictures that are not wanted, by id.")] = [],  # noqa: B006
+        min_score: Annotated[Score | None, Query()] = None,
+        gallery: GalleryName = None,
+    ) -> Response:
+        """The k best pictures of each query, best first. A score is the cosine of picture and query, or what re-ranking
+        makes of it: see GET /galleries."""
+        also = [{"id": number} for number in like]
+        against = [{"text": text, "weight": -minus_weight} for text in minus]
+        bases = [[{"text": text}] for text in q] or ([[]] if like else [])
+        if not bases:
+            raise RequestError("q is missing: name a text, or a picture with like")
+        queries = [{"parts": [*base, *also, *against]} for base in bases]
+        request = SearchRequest.model_validate(
+            {"queries": queries, "k": k, "where": where, "exclude": exclude, "min_score": min_score}
+        )
+        return await answered(service.desk(gallery), request, [])
+
+    @app.post(
+        "/search",
+        response_model=SearchResponse,
+        openapi_extra=SEARCH_BODY,
+        summary="Search by texts, pictures of the gallery and uploads, with weights",
+    )
+    async def search_by_body(request: Request) -> Response:
+        """JSON, or multipart with uploads that the JSON in its field `search` refers to."""
+        if kind_of(request) == "application/json":
+            asked = SearchRequest.model_validate_json(await service.bodies.json(request))
+            return await answered(service.desk(asked.gallery), asked, [])
+        async with service.bodies.form(request) as (fields, files):
+            asked = search_of(fields, len(files))
+            desk = service.desk(asked.gallery)
+            pixels = await service.bodies.each(files, desk.pixels)
+        return await answered(desk, asked, pixels)
+
+
+def _shown(desk: Desk, answer: Answer, seconds: float) -> dict[str, Any]:
+    """A SearchResponse. Addresses are relative, so that the service also works below a prefix of a proxy."""
+    own = f"?gallery={quote(desk.name, safe='')}"
+    results = []
+    for hits in answer.results:
+        shown = []
+        for hit in hits:
+            # With the bytes' own name in the address a browser may keep it for good.
+            address = f"{hit.id}{own}" + (f"&v={hit.picture.hash[:12]}" if hit.picture.hash else "")
+            shown.append(
+                {
+                    "rank": hit.rank,
+                    "id": hit.id,
+                    "score": hit.score,
+                    "path": desk.shown_path(hit.picture),
+                    "metadata": hit.metadata,
+                    "picture": f"pictures/{address}",
+                    "thumbnail": f"thumbnails/{address}",
+                }
+            )
+        results.append({"hits": shown})
+    state = answer.state
+    facts = {"gallery": desk.name, "state": state.number, "pictures": state.count, "seconds": round(seconds, 6)}
+    return {**facts, "results": results}
+
+
+def _add_pictures(app: FastAPI, service: Service) -> None:
+    Number = Annotated[Id, InPath(description="A picture's id.")]
+    Version = Annotated[str | None, Query(max_length=64, description="Lets a browser keep the answer.")]
+
+    async def sent(request: Request, desk: Desk, id: int, v: str | None, side: int) -> Response:
+        state = desk.state
+        picture = state.picture(id)
+        root = Path(state.gallery.info.root)
+        tag = f'"{picture.hash[:24] or f"{picture.size}-{picture.mtime_ns}"}-{side}"'
+        keep = "private, max-age=31536000, immutable" if v and picture.hash.startswith(v) else "no-cache"
+        headers = {"ETag": tag, "Cache-Control": keep}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        work: Callable[[], tuple[bytes, str]]
+        if side:
+            work = lambda: (service.thumbnails.get(root, picture, side), "image/jpeg")  # noqa: E731
+        else:
+            work = lambda: original(root, picture)  # noqa: E731
+        try:
+            content, kind = await desk.in_pictures(work)
+        except PictureError as error:
+            raise NotFoundError(f"picture {id} cannot be shown: {error}") from None
+        return Response(content, media_type=kind, headers=headers)
+
+    Side = Annotated[int, Query(ge=16, le=SIDES[-1], description="Longest side in pixels, rounded up to one there is.")]
+    images = {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
+
+    @app.get("/pictures/{id}", response_class=Response, responses={200: images}, summary="A picture's own file")
+    async def picture(request: Request, id: Number, gallery: GalleryName = None, v: Version = None) -> Response:
+        return await sent(request, service.desk(gallery), id, v, 0)
+
+    @app.get("/thumbnails/{id}", response_class=Response, responses={200: images}, summary="A picture made small")
+    async def thumbnail(
+        request: Request, id: Number, gallery: GalleryName = None, v: Version = None, side: Side = 320
+    ) -> Response:
+        return await sent(request, service.desk(gallery), id, v, next(one for one in SIDES if one >= side))
+
+
+def _add_writing(app: FastAPI, service: Service) -> None:
+    def permitted(authorization: Annotated[str | None, Header()] = None) -> None:
+        if service.token is None:
+            raise DeniedError("this service only reads: start it with --token-file to change galleries", 403)
+        given = (authorization or "").removeprefix("Bearer ").encode()
+        if not hmac.compare_digest(given, service.token.encode()):
+            raise DeniedError("the token is missing or wrong: send it as  Authorization: Bearer TOKEN", 401)
+
+    guarded: dict[str, Any] = {"dependencies": [Depends(permitted)], "responses": WRITE_FAILURES}
+
+    @app.post(
+        "/galleries/{name}/add", response_model=AddResponse, openapi_extra=ADD_BODY, summary="Add pictures", **guarded
+    )
+    async def add(request: Request, name: str) -> Response:
+        """All pictures of the request or none; those whose bytes the gallery got this way before stay as they are."""
+        desk = service.desk(name)
+        async with service.bodies.form(request) as (fields, files):
+            metadata = metadata_of(fields.get("metadata"))
+            added = await desk.add(await service.bodies.each(files, desk.read), metadata)
+        pictures = [{"id": number, "new": new} for number, new in added]
+        return JSONResponse({"pictures": pictures, "state": desk.state.number})
+
+    @app.delete("/galleries/{name}/pictures/{id}", response_model=Health, summary="Delete a picture", **guarded)
+    async def remove(name: str, id: Annotated[Id, InPath()]) -> Response:
+        """Nothing finds it any more. Its file stays where it was indexed from, and goes where it was added here."""
+        await service.desk(name).remove(id)
+        return JSONResponse({"status": "deleted"})
+
+
+def _add_facts(app: FastAPI, service: Service) -> None:
+    @app.get("/galleries", response_model=list[GalleryFacts], summary="The galleries served")
+    async def galleries() -> list[dict[str, Any]]:
+        return [
+            {
+                "name": desk.name,
+                "pictures": desk.state.count,
+                "state": desk.state.number,
+                "model": desk.encoder.bundle.manifest.model,
+                "columns": desk.state.filterable,
+                "rerank": desk.manner.rerank.steps,
+                "writable": service.token is not None,
+                "reload_failing": desk.trouble is not None,
+            }
+            for desk in service.desks.values()
+        ]
+
+    @app.get("/galleries/{name}/choices", summary="Columns with few values, for filters")
+    async def choices(name: str) -> dict[str, list[Choice]]:
+        desk = service.desk(name)
+        found = await desk.choices()
+        return {
+            column: [Choice(value=value, pictures=count) for value, count in rows] for column, rows in found.items()
+        }
+
+    @app.get("/healthz", response_model=Health, summary="Whether the process answers")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", response_model=Health, summary="Whether searches are answered")
+    async def readyz() -> dict[str, str]:
+        for desk in service.desks.values():  # a search through the engine, the ranker and the queue
+            await desk.search([[("ready", 1.0)]], 1)
+        return {"status": "ready"}
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        summary="Counters, in Prometheus' text format",
+    )
+    async def metrics() -> Response:
+        gauges = [
+            gauge
+            for desk in service.desks.values()
+            for gauge in (
+                ("clipret_waiting", {"gallery": desk.name}, float(len(desk.batcher))),
+                ("clipret_pictures", {"gallery": desk.name}, float(desk.state.count)),
+                ("clipret_reloads_total", {"gallery": desk.name}, float(desk.reloads)),
+                ("clipret_reload_failing", {"gallery": desk.name}, float(desk.trouble is not None)),
+            )
+        ]
+        return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_page(app: FastAPI) -> None:
+    """The page. Its files are read once: no name that a client sends ever reaches the disk."""
+    files = dict[str, tuple[bytes, str, str]]()
+    for file in sorted(STATIC.iterdir()):
+        content = file.read_bytes()
+        files[file.name] = (content, KINDS[file.suffix], f'"{blake2b(content, digest_size=12).hexdigest()}"')
+
+    def sent(request: Request, name: str) -> Response:
+        if name not in files:
+            raise NotFoundError("there is no such file")
+        content, kind, tag = files[name]
+        headers = {"ETag": tag, "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=kind, headers=headers)
+
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return sent(request, "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return sent(request, "docs.html")
+
+    @app.get("/static/{name}", include_in_schema=False)
+    async def static(request: Request, name: str) -> Response:
+        return sent(request, name)

@@ -1,0 +1,89 @@
+"""uvicorn's HTTP/1.1 with two limits that it lacks: time for a request's header, and open connections."""
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from clipret.server.limits import Limits
+
+__all__ = ["protocol"]
+
+_LINGER = 1.0  # seconds in which a client may notice that it was refused, before it is cut off; no more than a body
+
+
+def protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """A protocol class that closes connections whose next header is not there after `limits.header_seconds`: a client
+    that sends a byte a minute would otherwise keep its connection for ever. Where there are more than
+    `limits.connections`, the one that has kept us waiting longest, for a request or for the rest of one, gives way to
+    the new one, so that clients which say nothing cannot keep out those which do."""
+    waiting = dict["Limited", None]()  # those that owe us something, in the order of their waiting
+
+    class Limited(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+        _dropped = 0  # bytes of a body that came after its refusal
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait()
+            if len(self.connections) > limits.connections:
+                oldest = next(iter(waiting))
+                oldest._leave()
+                oldest.transport.close()
+
+        def data_received(self, data: bytes) -> None:
+            if self._refused():
+                self._dropped += len(data)
+                if self._dropped > limits.body:
+                    self._close()
+                    return
+            super().data_received(data)
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._leave()
+            super().connection_lost(exc)
+
+        def _leave(self) -> None:
+            waiting.pop(self, None)
+            self._stop()
+
+        def _wait(self) -> None:
+            """Start the clock where a header is awaited and it does not run yet; stop it where none is."""
+            if self.cycle is None or self.cycle.response_complete:
+                waiting.setdefault(self)
+                if self._late is None:
+                    self._late = self.loop.call_later(limits.header_seconds, self._close)
+                return
+            self._stop()
+            if self.conn.their_state is h11.SEND_BODY:
+                waiting.setdefault(self)
+            else:
+                waiting.pop(self, None)
+
+        def _stop(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _close(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+        def on_response_complete(self) -> None:
+            self._stop()  # uvicorn's own keep-alive time runs from here to the next byte
+            if self._refused():  # time to see that, no more
+                self._dropped = 0
+                self._late = self.loop.call_later(_LINGER, self._close)
+            waiting.pop(self, None)  # it has had its turn: to the end of the line
+            waiting[self] = None
+            super().on_response_complete()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._wait()  # another request was there already
+
+        def _refused(self) -> bool:
+            """Whether the request was answered before its body had ended."""
+            done = self.cycle is not None and self.cycle.response_complete
+            return done and self.conn.their_state is h11.SEND_BODY
+
+    return Limited

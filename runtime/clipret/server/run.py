@@ -1,0 +1,123 @@
+"""The service as a process: galleries opened, threads started, uvicorn run until it is told to stop."""
+
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+
+from clipret.errors import ClipretError
+from clipret.gallery.gallery import Gallery
+from clipret.hardware.cpu import cpu_count
+from clipret.inference.encoder import Encoder
+from clipret.milvus.collection import Address
+from clipret.server.app import Service, create_app
+from clipret.server.limits import Limits
+from clipret.server.metrics import Metrics
+from clipret.server.protocol import protocol
+from clipret.server.service import Desk, Threads
+from clipret.server.snapshot import Manner
+
+__all__ = ["listen", "make_server", "open_service", "serve"]
+
+_BACKLOG = 2048
+_FILES = 256  # that the process needs besides its connections
+
+
+@contextlib.contextmanager
+def open_service(
+    galleries: Sequence[tuple[Path | str, Encoder]],
+    *,
+    limits: Limits | None = None,
+    token: str | None = None,
+    hosts: Collection[str] | None = None,
+    manner: Manner | None = None,
+) -> Iterator[Service]:
+    """Galleries ready to be searched, each with the encoder of its bundle. Raises ClipretError.
+
+    A gallery goes by the name of its folder, or of the collection that milvus+URI names; with a number where two are
+    called the same. `token`: what changes to galleries need, None where there shall be none; `hosts`: see `Guard`;
+    `manner`: of every search.
+    """
+    limits = limits or Limits()
+    metrics = Metrics()
+    with contextlib.ExitStack() as stack:
+
+        def pool(threads: int, name: str) -> ThreadPoolExecutor:
+            return stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix=name))
+
+        decoders = max(2, cpu_count())
+        threads = Threads(pool(1, "engine"), pool(decoders, "pictures"), pool(4, "filters"), pool(1, "files"))
+        desks = dict[str, Desk]()
+        for path, encoder in galleries:
+            folder = path if isinstance(path, str) else Gallery.open(path).path
+            called = Address.parse(folder).name if isinstance(folder, str) else folder.name
+            names = (called if number == 1 else f"{called}-{number}" for number in range(1, 1 << 30))
+            name = next(name for name in names if name not in desks)
+
+            def note(size: int, name: str = name) -> None:
+                metrics.observe("clipret_batch_size", size, gallery=name)
+
+            desks[name] = Desk(name, folder, encoder, limits, threads, manner or Manner(), note)
+            desks[name].load()
+        yield Service(desks, threads, limits, metrics, token, hosts)
+
+
+def serve(service: Service, host: str, port: int, started: Callable[[str], None]) -> None:
+    """Answer at http://HOST:PORT/ until SIGINT or SIGTERM, then finish what is under way; port 0 takes a free one.
+
+    `started` is given the address. Raises ClipretError when it cannot be had.
+    """
+    listening = listen(host, port)
+    _allow_files(service.limits.connections + _FILES)
+    # uvicorn raises the signal again once it has finished: that must end Python, not kill it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    name = f"[{host}]" if ":" in host else host
+    with listening, contextlib.suppress(KeyboardInterrupt):
+        started(f"http://{name}:{listening.getsockname()[1]}/")
+        make_server(service).run([listening])
+
+
+def make_server(service: Service) -> uvicorn.Server:
+    """A server for sockets that listen; `run` ends once its `should_exit` is set and no request is under way."""
+    config = uvicorn.Config(
+        create_app(service),
+        http=protocol(service.limits),
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=int(service.limits.seconds) + 1,
+    )
+    return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ClipretError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ClipretError(f"{host} port {port} cannot be listened on: {reason}; choose another with --port") from None
+    # Connections inherit it. asyncio sets it itself, but not where the socket comes from create_server, and an answer's
+    # body would wait 40 ms for the client to acknowledge its header (Nagle's algorithm).
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have so many files and connections open, as far as it may."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < count:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))

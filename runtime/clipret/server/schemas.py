@@ -1,0 +1,125 @@
+"""The service's requests and answers as they travel: pydantic models, from which the OpenAPI document is made."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clipret.sources.item import Value
+
+__all__ = [
+    "AddResponse",
+    "Added",
+    "Choice",
+    "Failure",
+    "GalleryFacts",
+    "Health",
+    "PictureFound",
+    "QueryAsked",
+    "QueryResult",
+    "SearchRequest",
+    "SearchResponse",
+]
+
+Id = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+Weight = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Score = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PartAsked(_Strict):
+    """Exactly one of `text`, `id` (a picture of the gallery) and `picture` (an upload, counted from 0)."""
+
+    text: str | None = None
+    id: Id | None = None
+    picture: Annotated[int, Field(ge=0, le=63)] | None = None
+    weight: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _one(self) -> "PartAsked":
+        if sum(value is not None for value in (self.text, self.id, self.picture)) != 1:
+            raise ValueError("a part is one of text, id and picture")
+        return self
+
+
+class QueryAsked(_Strict):
+    """The weighted sum of its parts; a negative weight moves away from one."""
+
+    parts: Annotated[list[PartAsked], Field(min_length=1, max_length=64)]
+
+
+class SearchRequest(_Strict):
+    """One search: several queries are answered from the same state of the gallery."""
+
+    queries: Annotated[list[str | QueryAsked], Field(min_length=1, max_length=64)]
+    k: Annotated[int, Field(ge=1)] = 20
+    gallery: str | None = None
+    where: str | None = None
+    exclude: Annotated[list[Id], Field(max_length=1000)] = []
+    min_score: Score | None = None
+
+
+class PictureFound(BaseModel):
+    """A picture found; `picture` and `thumbnail` are addresses relative to the service's own."""
+
+    rank: int
+    id: int
+    score: float
+    path: str
+    metadata: dict[str, Value]
+    picture: str
+    thumbnail: str
+
+
+class QueryResult(BaseModel):
+    hits: list[PictureFound]
+
+
+class SearchResponse(BaseModel):
+    """`state` counts what was loaded of the gallery: all results are of the same one."""
+
+    gallery: str
+    state: int
+    pictures: int
+    seconds: float
+    results: list[QueryResult]
+
+
+class GalleryFacts(BaseModel):
+    """`rerank`: the steps after which a score is no cosine any more; mostly none."""
+
+    name: str
+    pictures: int
+    state: int
+    model: str
+    columns: list[str]
+    rerank: list[str]
+    writable: bool
+    reload_failing: bool
+
+
+class Choice(BaseModel):
+    value: Value
+    pictures: int
+
+
+class Added(BaseModel):
+    id: int
+    new: bool
+
+
+class AddResponse(BaseModel):
+    pictures: list[Added]
+    state: int
+
+
+class Health(BaseModel):
+    status: str
+
+
+class Failure(BaseModel):
+    """Every answer of a status from 400 on."""
+
+    error: str

@@ -1,0 +1,368 @@
+"""One gallery being served: its present state, searches in micro-batches, additions and removals."""
+
+import asyncio
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clipret.errors import ClipretError
+from clipret.files import write_file
+from clipret.gallery.gallery import Gallery, Picture
+from clipret.images.decode import PictureError, load
+from clipret.inference.encoder import Encoder
+from clipret.search.searcher import Part, Query, Searcher
+from clipret.server.batcher import Batcher
+from clipret.server.limits import ConflictError, Limits, NotFoundError, RequestError
+from clipret.server.milvus_backend import open_served, state_of, watch_of
+from clipret.server.snapshot import Manner, State, Watch
+from clipret.sources.item import Value, free_names, picture_file
+
+__all__ = ["FORMATS", "Answer", "Ask", "Content", "Desk", "Found", "Threads"]
+
+T = TypeVar("T")
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+Content = str | int | npt.NDArray[np.uint8]
+"""Of a part of a query: a text, the id of a picture of the gallery, or the pixels of another."""
+
+# Format in Pillow's words: the ending of its files, and its media type.
+FORMATS = {
+    "JPEG": (".jpg", "image/jpeg"),
+    "MPO": (".jpg", "image/jpeg"),
+    "PNG": (".png", "image/png"),
+    "WEBP": (".webp", "image/webp"),
+    "GIF": (".gif", "image/gif"),
+    "BMP": (".bmp", "image/bmp"),
+    "TIFF": (".tif", "image/tiff"),
+    "AVIF": (".avif", "image/avif"),
+}
+_CHUNK = 8  # pictures added that are encoded in one go, between the searches
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Where a service works. `engine` has one thread: towers and rankers are not made for more."""
+
+    engine: Executor
+    pictures: Executor
+    filters: Executor
+    files: Executor
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """A search of one state. Each query is a weighted sum of its parts, see `clipret.search.searcher.Query`."""
+
+    state: State
+    queries: tuple[tuple[tuple[Content, float], ...], ...]
+    k: int
+    where: str | None = None
+    mask: Mask | None = None
+    exclude: frozenset[int] = frozenset()
+    min_score: float | None = None
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Asks of one group are ranked together; those for many pictures do not slow those for few."""
+        return (self.state.number, self.where, self.exclude, self.min_score, (self.k - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Found:
+    """One picture found, as `clipret.search.searcher.Hit`, with what the same state knows of it."""
+
+    rank: int
+    id: int
+    score: float
+    picture: Picture
+    metadata: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What each query of an ask found."""
+
+    state: State
+    results: list[list[Found]]
+
+
+@dataclass
+class Desk:
+    """A gallery under its `name`. Everything but `load` and what it hands to threads runs in the event loop.
+
+    The state may be replaced at any await; whoever answers a request reads `state` once.
+    """
+
+    name: str
+    path: Path | str  # a folder, or milvus+URI
+    encoder: Encoder
+    limits: Limits
+    threads: Threads
+    manner: Manner = field(default_factory=Manner)
+    note: Callable[[int], None] = lambda _: None
+    reloads: int = 0
+    trouble: str | None = None
+    _watch: Watch = field(init=False)
+    _state: State | None = None
+    _reference: Floats | None = None
+
+    def __post_init__(self) -> None:
+        self._watch = watch_of(self.path)
+        self._embedder = Searcher(open_served(self.path), self.encoder, templates=self.manner.templates)
+        self._refreshing = asyncio.Lock()
+        self._following: asyncio.Task[None] | None = None
+        self.batcher = Batcher[Ask, Answer](
+            self.answer,
+            self.threads.engine,
+            most=self.limits.batch,
+            gather=self.limits.gather,
+            waiting=self.limits.waiting,
+            size=lambda ask: sum(map(len, ask.queries)),
+            note=self.note,
+        )
+
+    @property
+    def state(self) -> State:
+        assert self._state is not None  # `load` comes first
+        return self._state
+
+    def load(self) -> None:
+        """Read the gallery and open the towers, before anybody asks. Raises ClipretError."""
+        if self.manner.reference:
+            self._reference = self._embedder.embed(list(dict.fromkeys(self.manner.reference)))
+        self._renew()
+        self.encoder.encode_texts(["a picture"])
+        size = self.encoder.bundle.manifest.image.size
+        self.encoder.image_tower.run(np.zeros((1, size, size, 3), np.uint8))
+
+    async def start(self) -> None:
+        self.batcher.start()
+        self._following = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._following
+        await self.batcher.stop()
+        self._watch.close()
+
+    async def refresh(self) -> None:
+        """Take up what was committed before this call; the old state answers until the new one can."""
+        async with self._refreshing:
+            try:
+                await self._in(self.threads.files, self._renew)
+                self.trouble = None
+            except Exception as error:  # whatever it is, the old state answers and the next look may succeed
+                self.trouble = str(error)
+
+    async def _follow(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await self.refresh()
+            # A gallery that grows all the time does not keep the machine busy with reading it.
+            await asyncio.sleep(max(self.limits.reload, loop.time() - began))
+
+    def _renew(self) -> None:
+        if not self._watch.changed():
+            return
+        try:
+            self._state = state_of(self.path, self.reloads + 1, self.encoder, self.manner.rerank, self._reference)
+        except BaseException:
+            self._watch.close()  # what was not read is still news
+            raise
+        self.reloads += 1
+
+    async def search(
+        self,
+        queries: Sequence[Sequence[tuple[Content, float]]],
+        k: int,
+        *,
+        where: str | None = None,
+        exclude: Sequence[int] = (),
+        min_score: float | None = None,
+    ) -> Answer:
+        """The k best of each query in the present state, as `Searcher.search` or a `Reranker` finds them.
+
+        Raises RequestError.
+        """
+        if min_score is not None and self.manner.rerank.steps:
+            raise RequestError("min_score is a cosine, which this service re-ranks: leave it out")
+        state = self.state
+        mask = None
+        if where is not None:
+            mask = await self._in(self.threads.filters, lambda: state.mask(where, self.limits.where_seconds))
+        asked = tuple(tuple(query) for query in queries)
+        return await self.batcher.submit(Ask(state, asked, k, where, mask, frozenset(exclude), min_score))
+
+    async def pixels(self, content: bytes) -> npt.NDArray[np.uint8]:
+        """A picture that a stranger sent, as the tower's input. Raises RequestError."""
+        try:
+            return await self._in(self.threads.pictures, lambda: load(content, self.encoder.bundle.manifest.image))
+        except PictureError as error:
+            raise RequestError(f"the picture cannot be used: {error}") from None
+
+    async def in_pictures(self, work: Callable[[], T]) -> T:
+        """Run what reads or decodes a picture where that belongs."""
+        return await self._in(self.threads.pictures, work)
+
+    async def choices(self) -> dict[str, list[tuple[Value, int]]]:
+        """`State.choices` of the present state."""
+        state = self.state
+        return await self._in(self.threads.filters, lambda: state.choices)
+
+    def shown_path(self, picture: Picture) -> str:
+        """The stored path; of a picture that `add` brought without where the gallery lies."""
+        file = Path(picture.path)
+        below = isinstance(self.path, Path) and file.is_relative_to(self.path)
+        return file.relative_to(self.path).as_posix() if below else picture.path
+
+    def answer(self, asks: list[Ask]) -> list[Answer | Exception]:
+        """Embed everything at once, rank what belongs together at once. In the engine's thread."""
+        known = self._embedded([part for ask in asks for query in ask.queries for part, _ in query])
+        results: list[Answer | Exception] = []
+        groups = dict[tuple[object, ...], list[tuple[int, Floats]]]()
+        for at, ask in enumerate(asks):
+            try:
+                rows = np.array([_sum(ask.state, query, known) for query in ask.queries])
+            except RequestError as error:
+                results.append(error)
+            else:
+                results.append(Answer(ask.state, []))
+                groups.setdefault(ask.group, []).append((at, rows))
+        for group in groups.values():
+            self._rank(group, asks, results)
+        return results
+
+    def _rank(self, group: list[tuple[int, Floats]], asks: list[Ask], results: list[Answer | Exception]) -> None:
+        first = asks[group[0][0]]
+        state, mask = first.state, first.mask
+        if first.exclude:
+            mask = state.without(mask, first.exclude)
+        together = np.concatenate([rows for _, rows in group])
+        scores, positions = state.rank(together, max(asks[at].k for at, _ in group), mask, first.min_score)
+        known = state.known(state.ids[np.unique(positions[positions >= 0])].tolist())
+        lines = zip(positions, scores, strict=True)
+        for at, rows in group:
+            lists = list[list[Found]]()
+            for line, line_scores in (next(lines) for _ in rows):
+                ids, k = state.ids[line[line >= 0]].tolist(), asks[at].k
+                best = zip(ids[:k], line_scores.tolist(), strict=False)
+                lists.append([Found(rank, one, score, *known[one]) for rank, (one, score) in enumerate(best, 1)])
+            results[at] = Answer(state, lists)
+
+    def _embedded(self, parts: Sequence[Content]) -> dict[str | int, Floats]:
+        """The row of each text by itself, and of each picture's pixels by their id()."""
+        texts = list(dict.fromkeys(part for part in parts if isinstance(part, str)))
+        pixels = [part for part in parts if isinstance(part, np.ndarray)]
+        rows = self._embedder.embed([*texts, *(Query((Part(picture),)) for picture in pixels)])
+        return dict(zip([*texts, *map(id, pixels)], rows, strict=True))
+
+    async def read(self, content: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
+        """A picture that is to be added: its bytes, and the tower's input. Raises RequestError."""
+        return content, await self.pixels(content)
+
+    async def add(
+        self, pictures: Sequence[tuple[bytes, npt.NDArray[np.uint8]]], metadata: Mapping[str, Value]
+    ) -> list[tuple[int, bool]]:
+        """Take pictures into the gallery, with the same metadata each: id of each, and whether it is new.
+
+        Their files are kept in the gallery's folder `added`, under names made from their bytes, so that nothing that a
+        client says can name a place. All of them or, with the reason, none. Raises RequestError.
+        """
+        contents = [content for content, _ in pictures]
+        rows = list[Floats]()
+        for low in range(0, len(pictures), _CHUNK):
+            part = [Query((Part(square),)) for _, square in pictures[low : low + _CHUNK]]
+            rows.extend(await self._in(self.threads.engine, partial(self._embedder.embed, part)))
+        unique = {picture_file(content, 0).digest: (content, row) for content, row in zip(contents, rows, strict=True)}
+        ids = await self._in(self.threads.files, lambda: self._write(unique, metadata))
+        await self.refresh()
+        return [ids[picture_file(content, 0).digest] for content in contents]
+
+    def _write(
+        self, pictures: Mapping[str, tuple[bytes, Floats]], metadata: Mapping[str, Value]
+    ) -> dict[str, tuple[int, bool]]:
+        names = free_names(list(metadata))
+        record = {names[name]: value for name, value in metadata.items()}
+        with self._writing() as gallery:
+            folder = gallery.path / "added"
+            folder.mkdir(exist_ok=True)
+            records = dict[str, Picture]()
+            for digest, (content, _) in pictures.items():
+                file = folder / f"{digest}{_suffix(content)}"
+                if not file.exists():
+                    write_file(file, content)
+                stored = gallery.stored_path(file)
+                records[digest] = Picture(stored, len(content), file.stat().st_mtime_ns, digest)
+            held = gallery.database.by_path([one.path for one in records.values()])
+            new = [digest for digest, one in records.items() if one.path not in held]
+            if record:
+                gallery.update({number: (one, record) for number, one in held.values()})
+            if new:
+                rows = np.array([pictures[digest][1] for digest in new], np.float32)
+                gallery.append([records[digest] for digest in new], rows, [record] * len(new) if record else None)
+            found = gallery.database.by_path([one.path for one in records.values()])
+            return {digest: (found[one.path][0], digest in new) for digest, one in records.items()}
+
+    async def remove(self, number: int) -> None:
+        """Delete a picture from the gallery; its file too where `add` made it. Raises RequestError."""
+        await self._in(self.threads.files, lambda: self._remove(number))
+        await self.refresh()
+
+    def _remove(self, number: int) -> None:
+        with self._writing() as gallery:
+            picture = gallery.database.pictures([number]).get(number)
+            if picture is None or not gallery.remove([number]):
+                raise NotFoundError(f"there is no picture {number}")
+            file = gallery.file(picture.path)
+            if file.parent == gallery.path / "added":
+                file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Gallery]:
+        """The gallery, with its one lock for writers; what it cannot do is told without its place on disk."""
+        try:
+            if isinstance(self.path, str):
+                raise ClipretError(f"{self.name} is changed by clipret-search export: change its gallery, then export")
+            with Gallery.open(self.path) as gallery, gallery.writing():
+                yield gallery
+        except ClipretError as error:
+            raise ConflictError(str(error).replace(str(self.path), self.name)) from None
+        except OSError as error:
+            raise ConflictError(f"{self.name} cannot be written: {error.strerror}") from None
+
+    async def _in(self, executor: Executor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+
+def _sum(state: State, query: Sequence[tuple[Content, float]], known: Mapping[str | int, Floats]) -> Floats:
+    """The row of a query, float64 [D], as `Searcher.embed` makes it."""
+    parts = list[tuple[Floats, float]]()
+    for content, weight in query:
+        held = content if isinstance(content, str) else id(content)
+        parts.append((state.row(content) if isinstance(content, int) else known[held], weight))
+    row: Floats = np.zeros_like(parts[0][0])
+    for part, weight in parts:
+        row += weight * part
+    length = float(np.linalg.norm(row))
+    if length < 1e-6:
+        raise RequestError("the parts of the query cancel out: change them or their weights")
+    if len(parts) > 1 or parts[0][1] != 1:
+        row /= length
+    return row
+
+
+def _suffix(content: bytes) -> str:
+    with Image.open(io.BytesIO(content)) as image:
+        return FORMATS.get(image.format or "", (".img", ""))[0]

@@ -1,0 +1,66 @@
+"""Pictures of a gallery for browsers: their own files, and thumbnails."""
+
+import io
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from PIL import Image
+
+from clipret.gallery.gallery import Picture
+from clipret.images.decode import PictureError, decode, jpeg, thumbnail
+from clipret.server.service import FORMATS
+from clipret.sources.source import read_stored
+
+__all__ = ["SIDES", "Thumbnails", "original"]
+
+SIDES = (160, 320, 640, 1600)  # longest sides of thumbnails, pixels: few, so that one is found again
+
+
+def original(root: Path, picture: Picture) -> tuple[bytes, str]:
+    """The bytes of a picture's file and their media type.
+
+    Raises PictureError when it cannot be read or is no picture any more, whatever its name says: that a gallery once
+    held a picture there is no reason to hand out what lies there now.
+    """
+    content = read_stored(root, picture.path).content
+    return content, FORMATS[_open(content).format or ""][1]
+
+
+class Thumbnails:
+    """JPEGs of pictures, the last used ones in at most `room` bytes of memory. From any thread."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self._used = room, 0
+        self._kept = OrderedDict[tuple[Path, Picture, int], bytes]()
+        self._lock = threading.Lock()
+
+    def get(self, root: Path, picture: Picture, side: int) -> bytes:
+        """A picture, upright, within a square of `side`, without its metadata. Raises PictureError."""
+        key = (root, picture, side)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = jpeg(thumbnail(read_stored(root, picture.path).content, side))
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = made
+                self._used += len(made)
+            while self._used > self._room:
+                self._used -= len(self._kept.popitem(last=False)[1])
+        return made
+
+
+def _open(content: bytes) -> Image.Image:
+    """The picture with its header read and nothing decoded."""
+    try:
+        image = Image.open(io.BytesIO(content))
+    except Exception:  # a bomb's warning too, where warnings are errors
+        decode(content)  # names what is wrong
+        raise PictureError("not a picture") from None
+    if image.format not in FORMATS:
+        raise PictureError("not a picture that a browser shows")
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise PictureError("too many pixels")
+    return image

@@ -1,0 +1,102 @@
+"""TensorRT plans in a bundle, built by the real builder of TensorRT for RTX, which needs no GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from clipret.bundle import Bundle
+from clipret.errors import ClipretError
+from clipret.inference.encoder import Encoder
+from clipret_export.cli import main
+from clipret_export.engines import PlanRequest, add_plans
+from clipret_export.pipeline import export_bundle
+from clipret_export.samples import TEXTS, Sample, pictures
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+
+def test_an_export_with_plans(model: str, tmp_path: Path) -> None:
+    command = [model, str(tmp_path / "bundle"), "--fp16", "--tensorrt-rtx", "sm_89,sm_120", "--batch", "1,8"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(tmp_path / "bundle")
+    keys = [f"rtx-{trt.__version__}-{arch}" for arch in ("sm_89", "sm_120")]
+    assert list(bundle.manifest.engines) == keys
+    assert f"TensorRT plans: {', '.join(keys)}" in result.stdout
+    assert "tensorrt_rtx: not run" in result.stdout
+    for key in keys:
+        assert bundle.manifest.engines[key].batch == [1, 8]
+        for name in ("image", "text"):
+            assert bundle.file(f"engines/{key}/{name}.plan").stat().st_size > 10_000
+    report = json.loads(bundle.file("verify.json").read_text())
+    assert report["plans"]["tensorrt_rtx"].startswith("not run: ")
+
+
+def test_plans_are_added_without_the_model(model: str, tmp_path: Path) -> None:
+    """The bundle stays the same bundle: a gallery that was made with it keeps accepting it."""
+    before = export_bundle(model, tmp_path / "bundle", precision="fp16")
+    result = CliRunner().invoke(main, ["engines", str(tmp_path / "bundle"), "--tensorrt-rtx"])
+    assert result.exit_code == 0, result.output
+    after = Bundle.open(tmp_path / "bundle")
+    assert after.fingerprint == before.fingerprint
+    assert list(after.manifest.engines) == [f"rtx-{trt.__version__}-sm_80+"]
+    assert set(after.manifest.files) - set(before.manifest.files) == {
+        f"engines/rtx-{trt.__version__}-sm_80+/{name}.plan" for name in ("image", "text")
+    }
+    assert len(Encoder(after).encode_texts(TEXTS)) == len(TEXTS)
+
+
+def test_a_changed_tower_gets_no_plan(model: str, tmp_path: Path) -> None:
+    bundle = export_bundle(model, tmp_path / "bundle")
+    with (bundle.path / "text.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ClipretError, match=r"text\.onnx"):
+        add_plans(bundle.path, PlanRequest("tensorrt_rtx"))
+    assert not (bundle.path / "engines").exists()
+
+
+def test_int8_is_for_cpus(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, picture in enumerate(pictures(4)):
+        picture.save(folder / f"{number}.png")
+    (folder / "list.csv").write_text("path,title\n" + "".join(f"{n}.png,title {n}\n" for n in range(4)))
+    data = Sample(folder / "list.csv")
+    with pytest.raises(ClipretError, match="export with --fp16"):
+        export_bundle(
+            model,
+            tmp_path / "bundle",
+            precision="int8",
+            calibration_data=data,
+            plans=[PlanRequest("tensorrt_rtx")],
+        )
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_cannot_be_built_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    for options, message in (
+        (["--tensorrt-rtx", "sm_99"], "builds nothing for 'sm_99'"),
+        (["--tensorrt-rtx", "--batch", "0"], "make no plan"),
+        (["--tensorrt-rtx", "--timing-cache", "cache"], "leave the timing cache out"),
+    ):
+        result = CliRunner().invoke(main, ["no-such-model", str(tmp_path / "bundle"), *options])
+        assert result.exit_code == 1
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ([], 2, "name what to build"),
+        (["--tensorrt-rtx", "--batch", "1,many"], 2, "is no list of numbers"),
+        (["--tensorrt-rtx", "sm_99"], 1, "builds nothing for 'sm_99'"),
+    ],
+)
+def test_wrong_requests(options: list[str], status: int, message: str, model: str, tmp_path: Path) -> None:
+    export_bundle(model, tmp_path / "bundle")
+    result = CliRunner().invoke(main, ["engines", str(tmp_path / "bundle"), *options])
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert Bundle.open(tmp_path / "bundle").manifest.engines == {}

@@ -1,0 +1,190 @@
+"""What the gate lets through and what it refuses: every fault here is one that real exporters ship."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from clipret.bundle import Bundle
+from clipret.errors import ClipretError
+from clipret_export import pipeline, towers
+from clipret_export.cli import main
+from clipret_export.parity import LIMITS, check_bundle, load_reference, run_gate
+from clipret_export.pipeline import export_bundle
+from clipret_export.samples import Sample, pictures
+
+
+def swapped_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and std in BGR order."""
+
+    def make(loaded: Any) -> torch.nn.Module:
+        tower = towers.ImageTower(loaded)
+        tower.scale, tower.shift = tower.scale.flip(0), tower.shift.flip(0)
+        return tower
+
+    monkeypatch.setattr(pipeline, "ImageTower", make)
+
+
+def baked_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text graph that only runs at the full context length."""
+    write = pipeline.write_onnx
+
+    def fixed(*args: Any, dynamic: dict[int, str], **options: Any) -> int:
+        return write(*args, dynamic={0: dynamic[0]}, **options)
+
+    monkeypatch.setattr(pipeline, "write_onnx", fixed)
+
+
+def baked_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = pipeline.write_onnx
+
+    def fixed(*args: Any, dynamic: dict[int, str], **options: Any) -> int:
+        return write(*args, dynamic={axis: name for axis, name in dynamic.items() if axis}, **options)
+
+    monkeypatch.setattr(pipeline, "write_onnx", fixed)
+
+
+def wrong_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest that squashes where the model was trained on padded squares."""
+    describe = pipeline._manifest
+
+    def wrong(*args: Any) -> Any:
+        manifest = describe(*args)
+        return replace(manifest, image=replace(manifest.image, resize="squash"))
+
+    monkeypatch.setattr(pipeline, "_manifest", wrong)
+
+
+def lost_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(loaded: Any) -> torch.nn.Module:
+        tower = towers.TextTower(loaded)
+        loaded.model.pooled_text.ln_final = torch.nn.Identity()
+        return tower
+
+    monkeypatch.setattr(pipeline, "TextTower", make)
+
+
+def off_by_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the right direction and of another length: no cosine shows it."""
+
+    class Scaled(towers.TextTower):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return 1.5 * super().forward(tokens)
+
+    monkeypatch.setattr(pipeline, "TextTower", Scaled)
+
+
+@pytest.mark.parametrize(
+    ("damage", "tower"),
+    [
+        (swapped_normalisation, "image"),
+        (baked_length, "text"),
+        (baked_batch, "image"),
+        (wrong_resize, "image"),
+        (lost_layer_norm, "text"),
+        (off_by_a_factor, "text"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_wrong_bundle_is_never_written(
+    damage: Callable[[pytest.MonkeyPatch], None],
+    tower: str,
+    precision: Any,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "_ATTEMPTS", 1)
+    damage(monkeypatch)
+    with pytest.raises(ClipretError, match=f"{tower} tower"):
+        export_bundle(model, tmp_path / "bundle", precision=precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_runs_again_without_the_model(model: str, tmp_path: Path) -> None:
+    bundle = export_bundle(model, tmp_path / "bundle")
+    report = run_gate(bundle, load_reference(bundle), LIMITS["fp32"])
+    assert report.problems == {}
+    written = json.loads((bundle.path / "verify.json").read_text())
+    assert report.image.min_cosine == pytest.approx(written["image"]["min_cosine"], abs=1e-9)
+    stricter = run_gate(bundle, load_reference(bundle), replace(LIMITS["fp32"], cosine=1 + 1e-9))
+    assert set(stricter.problems) == {"image", "text"}
+
+
+def test_nan_is_a_problem(model: str, tmp_path: Path) -> None:
+    bundle = export_bundle(model, tmp_path / "bundle")
+    expected = load_reference(bundle)
+    broken = replace(expected, image=np.full_like(expected.image, np.nan))
+    assert "cosine nan" in run_gate(bundle, broken, LIMITS["int8"]).problems["image"][0]
+
+
+def write_pictures(folder: Path) -> Path:
+    """Twelve pictures with a title each, one of them broken, as a list."""
+    folder.mkdir()
+    lines = ["path,title"]
+    for number, picture in enumerate(pictures()):
+        picture.save(folder / f"{number}.png")
+        lines.append(f"{number}.png,picture number {number}")
+    (folder / "5.png").write_bytes(b"no picture")
+    (folder / "list.csv").write_text("\n".join(lines))
+    return folder / "list.csv"
+
+
+def test_the_users_own_pictures_count(model: str, tmp_path: Path) -> None:
+    """Recall of torch and of the bundle over the list; what cannot be read is named and left out of both."""
+    source = write_pictures(tmp_path / "own")
+    bundle = export_bundle(model, tmp_path / "bundle", precision="fp16", verify_data=Sample(source))
+    report = json.loads((bundle.path / "verify.json").read_text())
+    assert (report["pictures"], report["texts"]) == (11, 11)
+    assert report["recall"] == report["recall_torch"]
+    assert [Path(path).name for path, _ in report["skipped"]] == ["5.png"]
+    again = check_bundle(bundle, LIMITS["fp16"], data=Sample(source))
+    assert again.recall == report["recall"]
+    with pytest.raises(ClipretError, match="was not exported with these"):
+        check_bundle(bundle, LIMITS["fp16"], data=Sample(source, limit=4))
+    folder = export_bundle(model, tmp_path / "by-folder", verify_data=Sample(tmp_path / "own"))
+    assert json.loads((folder.path / "verify.json").read_text())["recall"] is None
+
+
+def test_a_lost_recall_is_a_problem(model: str, tmp_path: Path) -> None:
+    from clipret_export.reference import reference
+    from clipret_training.models.load import load_model
+
+    source = write_pictures(tmp_path / "own")
+    bundle = export_bundle(model, tmp_path / "bundle")
+    expected, _ = reference(load_model(model), Sample(source).read())
+    assert expected.pairs is not None
+    assert run_gate(bundle, expected, LIMITS["fp32"]).problems == {}
+    # torch as it would be if every title were found at once
+    assert expected.data_text is not None
+    perfect = replace(expected, data_text=expected.data_image)
+    report = run_gate(bundle, perfect, replace(LIMITS["fp32"], cosine=-1))
+    assert "recall@1 differs" in " ".join(report.problems["text"])
+
+
+def test_the_command_checks_a_bundle(model: str, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    assert CliRunner().invoke(main, [model, str(bundle)]).exit_code == 0
+    good = CliRunner().invoke(main, ["check", str(bundle)])
+    assert good.exit_code == 0, good.output
+    assert "smallest cosine" in good.stdout
+    as_json = CliRunner().invoke(main, ["check", str(bundle), "--json"])
+    assert json.loads(as_json.stdout)["problems"] == {}
+    bad = CliRunner().invoke(main, ["check", str(bundle), "--min-cosine", "1.1"])
+    assert bad.exit_code == 1
+    assert "smallest cosine" in bad.stderr
+    assert len(bad.stderr.strip().splitlines()) == 1
+
+
+def test_a_bundle_without_a_reference(model: str, tmp_path: Path) -> None:
+    bundle = export_bundle(model, tmp_path / "bundle")
+    manifest = replace(bundle.manifest, files={k: v for k, v in bundle.manifest.files.items() if k != "reference.npz"})
+    (bundle.path / "bundle.json").write_text(manifest.to_json())
+    with pytest.raises(ClipretError, match=r"holds no reference\.npz"):
+        load_reference(Bundle.open(bundle.path))

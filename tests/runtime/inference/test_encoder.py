@@ -1,0 +1,208 @@
+"""The encoder: any kind of picture, several towers on one stream, skipped pictures, and where its time goes."""
+
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from clipret.bundle import Bundle
+from clipret.images.decode import PictureError, find_pictures, read_picture
+from clipret.inference import encoder as encoders
+from clipret.inference.encoder import Encoder, EncodeStats
+from clipret.sources.source import open_source
+
+Rows = npt.NDArray[np.float32]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture
+def pictures(colour_folder: Path) -> list[Path]:
+    return find_pictures(colour_folder)
+
+
+def rows_of(encoder: Encoder, items: Any, read: Any = None) -> Rows:
+    return np.concatenate([batch.rows for batch in encoder.encode_images(items, read)])
+
+
+def test_a_picture_may_be_given_in_any_form(bundle: Bundle, pictures: list[Path]) -> None:
+    encoder = Encoder(bundle, batch_size=5)
+    expected = rows_of(encoder, pictures)
+    assert expected.shape == (12, 8)
+    forms: dict[str, Any] = {
+        "bytes": [path.read_bytes() for path in pictures],
+        "pillow": [Image.open(io.BytesIO(path.read_bytes())) for path in pictures],
+        "file": [read_picture(path) for path in pictures],
+        "item": list(open_source(pictures[0].parent.parent)),
+        "array": [np.asarray(Image.open(path).convert("RGB")) for path in pictures],
+    }
+    for name, items in forms.items():
+        np.testing.assert_array_equal(rows_of(encoder, items), expected, err_msg=name)
+        np.testing.assert_array_equal(rows_of(encoder, range(12), items.__getitem__), expected, err_msg=name)
+
+
+def test_what_cannot_be_read_is_skipped_with_the_reason(bundle: Bundle, pictures: list[Path]) -> None:
+    def read(path: Path) -> bytes:
+        if path == pictures[1]:
+            raise PictureError("withdrawn")
+        return b"" if path == pictures[2] else path.read_bytes()
+
+    encoder = Encoder(bundle, batch_size=4)
+    batches = list(encoder.encode_images(pictures, read))
+    assert [item for batch in batches for item in batch.items] == [pictures[0], *pictures[3:]]
+    skipped = [(path, reason) for batch in batches for path, reason in batch.skipped]
+    assert skipped[0] == (pictures[1], "withdrawn")
+    assert [path for path, _ in skipped] == pictures[1:3]
+    rows = np.concatenate([batch.rows for batch in batches])
+    np.testing.assert_array_equal(rows, rows_of(encoder, pictures)[[0, *range(3, 12)]])
+
+
+def test_a_batch_of_nothing_but_broken_pictures(bundle: Bundle) -> None:
+    (batch,) = Encoder(bundle).encode_images([b"", b"no"])
+    assert (batch.rows.shape, batch.items, len(batch.skipped)) == ((0, 8), [], 2)
+
+
+def test_a_picture_that_hangs_is_skipped(bundle: Bundle, pictures: list[Path]) -> None:
+    released = threading.Event()
+
+    def read(path: Path) -> Path:
+        if path == pictures[5]:
+            released.wait()
+        return path
+
+    encoder = Encoder(bundle, batch_size=4, threads=1, picture_timeout=0.2)
+    batches = list(encoder.encode_images(pictures, read))
+    released.set()
+    assert [told for batch in batches for told in batch.skipped] == [(pictures[5], "took longer than 0.2 s")]
+    rows = np.concatenate([batch.rows for batch in batches])
+    np.testing.assert_array_equal(rows, np.delete(rows_of(encoder, pictures), 5, axis=0))
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_several_towers_share_a_stream(bundle: Bundle, pictures: list[Path], count: int) -> None:
+    one, two = Encoder(bundle, device="cpu", batch_size=2), Encoder(bundle, device="cpu, cpu", batch_size=2)
+    assert len(two.image_towers) == 2
+    assert two.image_towers[0] is not two.image_towers[1]
+    batches = list(two.encode_images(pictures[:count]))
+    assert [item for batch in batches for item in batch.items] == pictures[:count]
+    rows = np.concatenate([batch.rows for batch in batches])
+    np.testing.assert_array_equal(rows, rows_of(one, pictures[:count]))
+    np.testing.assert_array_equal(two.encode_texts(["red"]), one.encode_texts(["red"]))
+
+
+class Slow:
+    """A tower with two lanes that notes who ran it and lets a later batch overtake an earlier one."""
+
+    name = "slow"
+
+    def __init__(self, number: int, lanes: int, ran: list[int]) -> None:
+        self.number, self.lanes, self.ran = number, lanes, ran
+        self.overtaken = threading.Event()
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> Rows:
+        self.ran.append(self.number)
+        if len(self.ran) == 1:
+            assert self.overtaken.wait(10)
+        self.overtaken.set()
+        return batch.reshape(len(batch), -1)[:, :8].astype(np.float32)
+
+
+def test_the_order_holds_where_a_batch_overtakes_another(bundle: Bundle) -> None:
+    ran: list[int] = []
+    encoder = Encoder(bundle, batch_size=2)
+    towers = [Slow(0, 2, ran), Slow(1, 1, ran)]
+    towers[1].overtaken = towers[0].overtaken
+    encoder.image_towers = towers  # type: ignore[assignment]
+    pictures = [np.full((16, 16, 3), value, dtype=np.uint8) for value in range(19)]
+    assert rows_of(encoder, pictures)[:, 0].tolist() == list(range(19))
+    assert (ran.count(0), ran.count(1)) == (7, 3)
+
+
+def test_an_engine_that_fails_tells_so(bundle: Bundle, pictures: list[Path]) -> None:
+    class Broken(Slow):
+        def run(self, batch: npt.NDArray[np.uint8]) -> Rows:
+            raise RuntimeError(f"out of memory at {len(batch)}")
+
+    for lanes in (1, 2):
+        encoder = Encoder(bundle, batch_size=2)
+        encoder.image_towers = [Broken(0, lanes, [])]
+        with pytest.raises(RuntimeError, match="out of memory at 2"):
+            list(encoder.encode_images(pictures))
+
+
+def test_who_stops_early_gets_back_at_once(bundle: Bundle, pictures: list[Path]) -> None:
+    released = threading.Event()
+
+    def endless() -> Iterator[Path]:
+        while True:
+            yield from pictures
+
+    def read(path: Path) -> Path:
+        if encoder.stats.pictures:
+            released.wait()
+        return path
+
+    for device in ("cpu", "cpu,cpu"):
+        encoder = Encoder(bundle, device=device, batch_size=3)
+        stream = encoder.encode_images(endless(), read)
+        assert next(stream).items == pictures[:3]
+        stream.close()  # type: ignore[attr-defined]
+    released.set()
+
+
+def test_the_statistics_add_up(bundle: Bundle, pictures: list[Path]) -> None:
+    encoder = Encoder(bundle, batch_size=4)
+    assert encoder.stats == EncodeStats()
+    seen = 0
+    for batch in encoder.encode_images([*pictures, b"broken"]):
+        seen += len(batch.items)
+        assert encoder.stats.pictures == seen
+    stats = encoder.stats
+    assert (stats.pictures, stats.skipped) == (12, 1)
+    assert 0 < stats.wait_seconds + stats.engine_seconds <= stats.seconds
+    assert stats.decode_seconds > 0
+    assert stats.rate == 12 / stats.seconds
+    list(encoder.encode_images(pictures[:1]))
+    assert (encoder.stats.pictures, encoder.stats.skipped, stats.pictures) == (1, 0, 12)
+
+
+def test_the_limit_is_where_the_time_goes() -> None:
+    assert EncodeStats(wait_seconds=1.0, engine_seconds=3.0).limit == "decode"
+    assert EncodeStats(wait_seconds=0.5, engine_seconds=3.0).limit == "engine"
+    assert EncodeStats().rate == 0
+
+
+def test_fast_decoding_is_asked_for_only_where_it_is_wanted(
+    bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, bool]] = []
+
+    def load(*_: Any, **options: bool) -> npt.NDArray[np.uint8]:
+        asked.append(options)
+        return np.zeros((16, 16, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(encoders, "load", load)
+    rows_of(Encoder(bundle), pictures[:1])
+    rows_of(Encoder(bundle, fast_decode=True), pictures[:1])
+    assert asked == [{}, {"fast": True}]
+
+
+def test_a_text_is_encoded_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(bundle, batch_size=2)
+    texts = ["red", "a green one", "red", "blue", "a green one", "red"]
+    expected = np.concatenate([Encoder(bundle).encode_texts([text]) for text in texts])
+    run, shapes = encoder.text_tower.run, list[tuple[int, ...]]()
+    monkeypatch.setattr(encoder.text_tower, "run", lambda ids: (shapes.append(ids.shape), run(ids))[1])
+    np.testing.assert_array_equal(encoder.encode_texts(texts), expected)
+    assert [shape[0] for shape in shapes] == [2, 1]
+    assert shapes[0][1] < shapes[1][1]  # short texts do not pay for a long one
+    assert encoder.encode_texts([]).shape == (0, 8)

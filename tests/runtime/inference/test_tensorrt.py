@@ -1,0 +1,293 @@
+"""Which plan fits, what is said when none does, and a tower on a pretended TensorRT and CUDA."""
+
+import ctypes
+import dataclasses
+import gc
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipret.bundle import Bundle, Engine
+from clipret.errors import ClipretError, EngineWarning
+from clipret.hardware.cuda import gpu_arch
+from clipret.inference import tower as towers
+from clipret.inference.tensorrt import TensorRTTower, choose_engine, explain
+from clipret.inference.tower import open_tower
+
+FULL = Engine("tensorrt", "10.13.0.35", "sm_90", [1, 64])
+EXACT = Engine("tensorrt_rtx", "1.7.1.116", "sm_89", [64])
+AMPERE = Engine("tensorrt_rtx", "1.7.1.116", "sm_80+", [64])
+HELD = {"ampere": AMPERE, "full": FULL, "exact": EXACT}
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "arch", "key"),
+    [
+        ("tensorrt", "10.13.0.35", "sm_90", "full"),
+        ("tensorrt", "10.13.0.35", "sm_89", None),
+        ("tensorrt", "10.13.3.9", "sm_90", None),
+        ("tensorrt", "1.7.1.116", "sm_89", None),
+        ("tensorrt_rtx", "1.7.1.116", "sm_89", "exact"),
+        ("tensorrt_rtx", "1.7.1.116", "sm_86", "ampere"),
+        ("tensorrt_rtx", "1.7.1.116", "sm_120", "ampere"),
+        ("tensorrt_rtx", "1.7.1.116", "sm_75", None),
+        ("tensorrt_rtx", "1.7.2.1", "sm_89", None),
+    ],
+)
+def test_a_plan_fits_its_library_version_and_architecture(library: Any, version: str, arch: str, key: str) -> None:
+    assert choose_engine(HELD, library, version, arch) == key
+    assert choose_engine({}, library, version, arch) is None
+
+
+def test_the_explanation_names_what_there_is_what_is_here_and_the_command() -> None:
+    told = explain({"a": FULL, "b": AMPERE}, {"tensorrt_rtx": "1.8.0.1"}, "sm_89")
+    assert "for TensorRT 10.13.0.35 on sm_90, TensorRT for RTX 1.7.1.116 on sm_80+" in told
+    assert "this machine has sm_89 with TensorRT for RTX 1.8.0.1" in told
+    assert told.endswith("clipret-export engines BUNDLE --tensorrt-rtx sm_89")
+    told = explain({"a": FULL}, {}, "sm_90")
+    assert "this machine has sm_90 with no TensorRT" in told
+    assert told.endswith("--tensorrt")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    """The tiny bundle, its manifest naming one plan."""
+    opened = Bundle.open(tiny_bundle)
+    return Bundle(opened.path, dataclasses.replace(opened.manifest, engines={"trt-10.13.0.35-sm_90": FULL}))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A pretended machine; its towers are what they were opened with."""
+    has: dict[str, Any] = {"arch": "sm_90", "versions": {"tensorrt": "10.13.0.35"}}
+    monkeypatch.setattr(towers, "gpu_arch", lambda _gpu: has["arch"])
+    monkeypatch.setattr(towers, "installed", lambda: has["versions"])
+    monkeypatch.setattr(towers, "load_library", lambda name: SimpleNamespace(__version__=has["versions"][name]))
+    monkeypatch.setattr(towers, "TensorRTTower", lambda *given: given)
+    monkeypatch.setattr(towers, "OnnxTower", lambda *given: given)
+    monkeypatch.setattr(Bundle, "file", lambda self, name: self.path / name)
+    return has
+
+
+def test_the_plan_that_fits_is_used(bundle: Bundle, machine: dict[str, Any]) -> None:  # noqa: ARG001
+    plan = bundle.path / "engines/trt-10.13.0.35-sm_90/image.plan"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_tower(bundle, "image", "cuda:1") == (plan, "tensorrt", 1)
+        assert open_tower(bundle, "image", "cuda", engine="tensorrt") == (plan, "tensorrt", 0)
+        assert open_tower(bundle, "image", "cuda", 2, engine="onnxruntime") == (bundle.path / "image.onnx", "cuda", 2)
+        assert open_tower(bundle, "image", "cpu", 2) == (bundle.path / "image.onnx", "cpu", 2)
+
+
+def test_a_plan_that_does_not_fit_falls_back_aloud(bundle: Bundle, machine: dict[str, Any]) -> None:
+    machine["arch"] = "sm_89"
+    with pytest.warns(EngineWarning, match=r"onnxruntime runs instead of TensorRT.*on sm_90, this machine has sm_89"):
+        assert open_tower(bundle, "text", "cuda", 1) == (bundle.path / "text.onnx", "cuda", 1)
+    with pytest.raises(ClipretError, match="clipret-export engines BUNDLE --tensorrt"):
+        open_tower(bundle, "text", "cuda", engine="tensorrt")
+    machine["versions"] = {"tensorrt_rtx": "1.7.1.116"}
+    with pytest.raises(ClipretError, match=r"has sm_89 with TensorRT for RTX 1\.7\.1\.116"):
+        open_tower(bundle, "text", "cuda", engine="tensorrt_rtx")
+
+
+def test_a_bundle_without_plans_asks_for_nothing(tiny_bundle: Path, machine: dict[str, Any]) -> None:
+    machine["versions"] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_tower(Bundle.open(tiny_bundle), "image", "cuda", 1)[1:] == ("cuda", 1)  # type: ignore[index]
+
+
+def test_a_plan_that_fails_to_load_falls_back_aloud(
+    bundle: Bundle, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ClipretError("the driver is too old")
+
+    monkeypatch.setattr(towers, "TensorRTTower", refuse)
+    assert machine["arch"] == "sm_90"
+    with pytest.warns(EngineWarning, match="instead of TensorRT: the driver is too old"):
+        open_tower(bundle, "image", "cuda")
+
+
+def test_plans_do_not_run_on_a_cpu(bundle: Bundle) -> None:
+    with pytest.raises(ClipretError, match="tensorrt plans run on a GPU, not on cpu"):
+        open_tower(bundle, "image", "cpu", engine="tensorrt")
+    with pytest.raises(ClipretError, match="device 'cuda:x' is unknown"):
+        open_tower(bundle, "image", "cuda:x")
+
+
+class Memory:
+    """The calls of cuda.bindings.runtime that a tower makes, on the memory of this process."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaDeviceAttr = SimpleNamespace(  # noqa: N815
+        cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
+    )
+
+    def __init__(self) -> None:
+        self.held: dict[int, Any] = {}
+        self.streams = 0
+        self.fails = 0
+
+    def cudaSetDevice(self, _device: int) -> tuple[int]:  # noqa: N802
+        return (self.fails,)
+
+    def cudaGetErrorString(self, _error: int) -> tuple[int, bytes]:  # noqa: N802
+        return 0, b"out of memory"
+
+    def cudaDeviceGetAttribute(self, name: int, _device: int) -> tuple[int, int]:  # noqa: N802
+        return 0, {75: 12, 76: 0}[name]
+
+    def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
+        self.streams += 1
+        return 0, 7
+
+    def cudaStreamSynchronize(self, _stream: int) -> tuple[int]:  # noqa: N802
+        return (0,)
+
+    def cudaStreamDestroy(self, _stream: int) -> tuple[int]:  # noqa: N802
+        self.streams -= 1
+        return (0,)
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:  # noqa: N802
+        buffer = ctypes.create_string_buffer(size)
+        self.held[ctypes.addressof(buffer)] = buffer
+        return 0, ctypes.addressof(buffer)
+
+    def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
+        del self.held[address]
+        return (0,)
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, _stream: int) -> tuple[int]:  # noqa: N802
+        buffer = self.held[to if kind == 1 else source]
+        assert size <= len(buffer)
+        ctypes.memmove(to, source, size)
+        return (0,)
+
+
+class Plan:
+    """Engine and context in one: two profiles, of batches 1 to 2 and 3 to 5; a row is (sum, length) of its tokens."""
+
+    num_optimization_profiles = 2
+
+    def __init__(self) -> None:
+        self.profile = 0
+        self.calls: list[tuple[int, tuple[int, ...]]] = []
+
+    def create_execution_context(self) -> "Plan":
+        self.address: dict[str, int] = {}
+        return self
+
+    def get_tensor_name(self, at: int) -> str:
+        return ("tokens", "rows")[at]
+
+    def get_tensor_profile_shape(self, _name: str, profile: int) -> list[tuple[int, int]]:
+        return [[(1, 1), (2, 4), (2, 6)], [(3, 1), (5, 4), (5, 6)]][profile]
+
+    def get_tensor_dtype(self, _name: str) -> str:
+        return "int64"
+
+    def get_tensor_shape(self, _name: str) -> tuple[int, int]:
+        return (-1, 2)
+
+    def set_optimization_profile_async(self, profile: int, _stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, int]) -> bool:
+        low, _, high = self.get_tensor_profile_shape(name, self.profile)
+        self.shape = shape
+        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.address[name] = address
+        return True
+
+    def execute_async_v3(self, _stream: int) -> bool:
+        self.calls.append((self.profile, self.shape))
+        count, length = self.shape
+        tokens = np.ctypeslib.as_array((ctypes.c_int64 * (count * length)).from_address(self.address["tokens"]))
+        rows = np.ctypeslib.as_array((ctypes.c_float * (count * 2)).from_address(self.address["rows"]))
+        rows.reshape(count, 2)[:] = np.stack([tokens.reshape(count, length).sum(axis=1), [length] * count], axis=1)
+        return True
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    memory = Memory()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", memory)
+    return memory
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    made = Plan()
+    severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)
+    module = SimpleNamespace(
+        __version__="10.13.0.35",
+        ILogger=type("ILogger", (), {"Severity": severity}),
+        Runtime=lambda _log: SimpleNamespace(deserialize_cuda_engine=lambda data: made if data == b"plan" else None),
+        nptype=np.dtype,
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    return made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "text.plan").write_bytes(b"plan")
+    return tmp_path / "text.plan"
+
+
+def test_a_batch_of_any_size_runs_in_the_profiles_that_hold_it(cuda: Memory, plan: Plan, file: Path) -> None:
+    tower = TensorRTTower(file, "tensorrt")
+    assert tower.name == "TensorRT 10.13.0.35"
+    rng = np.random.default_rng(0)
+    for count, length in ((1, 6), (4, 3), (2, 1), (5, 2), (12, 4)):
+        tokens = rng.integers(0, 100, (count, length * 2))[:, ::2]  # not contiguous
+        rows = tower.run(tokens)
+        assert (rows.dtype, rows.shape) == (np.float32, (count, 2))
+        np.testing.assert_array_equal(rows[:, 0], tokens.sum(axis=1))
+    assert [(profile, shape[0]) for profile, shape in plan.calls] == [
+        (0, 1),
+        (1, 4),
+        (0, 2),
+        (1, 5),
+        (1, 5),
+        (1, 5),
+        (0, 2),
+    ]
+    assert cuda.held
+    del tower
+    gc.collect()
+    assert (cuda.held, cuda.streams) == ({}, 0)
+
+
+def test_a_shape_beyond_the_profiles_and_a_broken_plan(cuda: Memory, plan: Plan, file: Path) -> None:
+    tower = TensorRTTower(file, "tensorrt")
+    with pytest.raises(ClipretError, match=r"cannot run a batch of shape \(1, 7\)"):
+        tower.run(np.zeros((1, 7), dtype=np.int64))
+    assert not plan.calls
+    cuda.fails = 2
+    with pytest.raises(ClipretError, match=r"CUDA cannot be used \(out of memory\)"):
+        tower.run(np.zeros((1, 1), dtype=np.int64))
+    cuda.fails = 0
+    file.write_bytes(b"broken")
+    with pytest.raises(ClipretError, match=r"text\.plan does not run in TensorRT 10\.13\.0\.35"):
+        TensorRTTower(file, "tensorrt")
+
+
+def test_the_architecture_of_a_gpu(cuda: Memory) -> None:
+    assert cuda.fails == 0
+    assert gpu_arch() == "sm_120"
+
+
+def test_without_cudas_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(ClipretError, match="pip install cuda-bindings"):
+        gpu_arch()

@@ -1,0 +1,199 @@
+"""Sessions with fixed addresses, staged copies and recorded graphs: the logic of a GPU, on the CPU provider."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from clipret.errors import ClipretError, EngineWarning
+from clipret.hardware import cuda
+from clipret.inference.tower import OnnxTower
+from clipret.ort.cuda_graphs import _MOST, _OFTEN, BoundSession
+
+
+def opened(path: Path) -> Any:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def pictures(count: int, session: Any, seed: int = 0) -> np.ndarray:
+    side = session.get_inputs()[0].shape[1]
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def test_rows_are_those_of_a_plain_run_in_any_batch(tiny_bundle: Path) -> None:
+    session = opened(tiny_bundle / "image.onnx")
+    bound = BoundSession(session, "cpu", 0)
+    for size in (1, 3, 2, 7, 7, 1):  # growing and shrinking
+        batch = pictures(size, session, size)
+        [expected] = session.run(None, {session.get_inputs()[0].name: batch})
+        rows = bound.run(batch)
+        np.testing.assert_allclose(rows, expected, atol=1e-6)
+        bound.run(pictures(size, session, 99))
+        np.testing.assert_allclose(rows, expected, atol=1e-6)  # they are the caller's own, not the buffer
+    assert not bound.recorded
+
+
+def test_texts_of_several_lengths(tiny_bundle: Path) -> None:
+    session = opened(tiny_bundle / "text.onnx")
+    bound = BoundSession(session, "cpu", 0)
+    for shape in ((2, 5), (4, 3), (1, 8)):
+        batch = np.random.default_rng(0).integers(1, 5, shape)
+        [expected] = session.run(None, {session.get_inputs()[0].name: batch})
+        np.testing.assert_allclose(bound.run(batch), expected, atol=1e-6)
+
+
+class Session:
+    """A real session that notes the graph number of each run; with `lose` a replay writes nothing, as a graph that was
+    recorded for other addresses would."""
+
+    def __init__(self, path: Path, lose: bool = False) -> None:
+        self.real, self.lose = opened(path), lose
+        self.numbers: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.numbers.append(int(options.get_run_config_entry("gpu_graph_id")))
+        if self.numbers[-1] < 0 or not self.lose:
+            self.real.run_with_iobinding(binding, options)
+
+
+def test_only_a_shape_that_comes_often_goes_through_a_graph(tiny_bundle: Path) -> None:
+    session = Session(tiny_bundle / "image.onnx")
+    bound = BoundSession(session, "cpu", 0, graphs=True)
+    large, small = pictures(5, session), pictures(2, session)
+    for _ in range(_OFTEN):
+        bound.run(large)
+    bound.run(small)
+    assert set(bound.recorded) == {large.shape}
+    number = bound.recorded[large.shape]
+    assert session.numbers == [-1] * _OFTEN + [number, number] + [-1]
+    bound.run(large)
+    assert session.numbers[-1] == number
+    # A larger batch moves the buffers: the graph knows the old addresses and is given up.
+    bound.run(pictures(6, session))
+    assert not bound.recorded
+    assert session.numbers[-1] == -1
+    for size in range(1, 2 * _MOST):
+        for _ in range(_OFTEN + 1):
+            bound.run(pictures(min(size, 6), session))
+    assert len(bound.recorded) <= _MOST
+
+
+def test_two_lanes_share_no_graph(tiny_bundle: Path) -> None:
+    session = Session(tiny_bundle / "image.onnx")
+    one, two = (BoundSession(session, "cpu", 0, graphs=True) for _ in range(2))
+    for _ in range(_OFTEN):
+        one.run(pictures(2, session))
+        two.run(pictures(2, session))
+    assert set(one.recorded.values()).isdisjoint(two.recorded.values())
+
+
+def test_a_graph_with_other_rows_is_never_used(tiny_bundle: Path) -> None:
+    session = Session(tiny_bundle / "image.onnx", lose=True)
+    bound = BoundSession(session, "cpu", 0, graphs=True)
+    batch = pictures(3, session)
+    [expected] = session.real.run(None, {session.get_inputs()[0].name: batch})
+
+    def spoil(run: Any) -> None:  # whatever lies in the output when a run begins
+        ctypes.memset(bound._rows.address, 0, bound._rows.size)
+        run()
+
+    bound._submit = spoil
+    with pytest.warns(EngineWarning, match="no CUDA graphs: its rows differ"):  # noqa: PT031
+        for _ in range(_OFTEN):
+            rows = bound.run(batch)
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+    np.testing.assert_allclose(bound.run(batch), expected, atol=1e-6)
+    assert not bound.recorded
+
+
+def test_graphs_are_for_gpus_alone(tiny_bundle: Path) -> None:
+    tower = OnnxTower(tiny_bundle / "image.onnx", "cpu", 1, graphs=True)  # no warning: there is nothing to lose
+    assert tower.lanes == 1
+
+
+class Driver:
+    """The calls of CUDA's driver that copies make, on the memory of this process."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Any] = {}
+        self.streams = 0
+        self.fails = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuStreamSynchronize"):
+            return lambda *_: self.fails
+        raise AttributeError(name)
+
+    def cuStreamCreate(self, _stream: Any, flags: ctypes.c_uint) -> int:  # noqa: N802
+        assert flags.value == 1
+        self.streams += 1
+        return 0
+
+    def cuStreamDestroy_v2(self, _stream: Any) -> int:  # noqa: N802
+        self.streams -= 1
+        return 0
+
+    def cuMemAllocHost_v2(self, address: Any, size: ctypes.c_size_t) -> int:  # noqa: N802
+        buffer = ctypes.create_string_buffer(size.value)
+        address._obj.value = ctypes.addressof(buffer)
+        self.held[ctypes.addressof(buffer)] = buffer
+        return 0
+
+    def cuMemFreeHost(self, address: ctypes.c_void_p) -> int:  # noqa: N802
+        del self.held[address.value or 0]
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, to: Any, source: Any, size: Any, _stream: Any) -> int:  # noqa: N802
+        assert source.value in self.held  # pinned
+        ctypes.memmove(to.value, source.value, size.value)
+        return 0
+
+    def cuMemcpyDtoHAsync_v2(self, to: Any, source: Any, size: Any, _stream: Any) -> int:  # noqa: N802
+        assert to.value in self.held
+        ctypes.memmove(to.value, source.value, size.value)
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:  # noqa: N802
+        free._obj.value, total._obj.value = 5, 7
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    cuda._context.cache_clear()
+    monkeypatch.setattr(cuda, "_driver", lambda: made)
+    return made
+
+
+def test_a_batch_goes_through_pinned_memory(driver: Driver, tiny_bundle: Path) -> None:
+    session = opened(tiny_bundle / "image.onnx")
+    bound = BoundSession(session, "cpu", 0)
+    bound._copies = cuda.Copies(0)
+    batch = pictures(3, session)
+    [expected] = session.run(None, {session.get_inputs()[0].name: batch})
+    np.testing.assert_allclose(bound.run(batch), expected, atol=1e-6)
+    assert len(driver.held) == 2
+    bound.run(pictures(4, session))  # larger buffers, and the old ones are given back
+    assert len(driver.held) == 2
+    assert cuda.free_memory(0) == 5
+    del bound
+    assert (len(driver.held), driver.streams) == (0, 0)
+    driver.fails = 2
+    with pytest.raises(ClipretError, match="cuCtxSetCurrent failed with error 2"):
+        cuda.free_memory(0)
+
+
+def test_without_a_driver_it_says_so() -> None:
+    from clipret.hardware.cuda import gpu_count
+
+    if gpu_count():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ClipretError, match=r"use --device cpu|nvidia-smi"):
+        cuda.device_name(0)

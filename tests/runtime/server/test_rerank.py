@@ -1,0 +1,187 @@
+"""Prompt rules and re-ranking of a service: what `clipret-search query` finds with the same options."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from clipret import Bundle, Gallery
+from clipret.cli import main
+from clipret.errors import ClipretError
+from clipret.search.prompts import Prompts
+from clipret.search.rerank import Rerank
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+from clipret.server.snapshot import Manner
+
+RULES = """
+[[rule]]
+name = "vehicle"
+words = ["car", "truck"]
+strip = ["a", "car"]
+templates = ["{} grey", "blue {}"]
+
+[[rule]]
+name = "rest"
+templates = ["{}", "white {}"]
+"""
+TEXTS = ("a red car", "green", "grey truck", "红色")
+REFERENCE = ("red", "grey", "blue cyan", "black", "a yellow car")
+
+
+def queried(gallery: Path, *options: str, texts: tuple[str, ...] = TEXTS) -> Any:
+    """Of each text, what `clipret-search query --json` finds."""
+    arguments = ["query", str(gallery), *texts, "-k", "9", "--json", *options]
+    result = CliRunner().invoke(main, arguments, prog_name="clipret-search", catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return [[line(hit) for hit in one["hits"]] for one in json.loads(result.stdout)]
+
+
+def served(reply: Any) -> Any:
+    assert reply.status == 200, reply.body
+    return [[line(hit) for hit in one["hits"]] for one in reply.json["results"]]
+
+
+def line(hit: Any) -> tuple[Any, ...]:
+    return hit["rank"], hit["id"], hit["score"], hit["path"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rerank"),
+    [
+        ("", Rerank()),
+        ("--adapt 5 --adapt-weight 0.4", Rerank(adapt=5, adapt_weight=0.4)),
+        ("--reciprocal 7", Rerank(reciprocal=7)),
+        ("--hubness nnn --hubness-neighbours 2", Rerank(hubness="nnn", neighbours=2)),
+        ("--hubness dual-softmax --temperature 20", Rerank(hubness="dual-softmax", temperature=20)),
+        ("--adapt 3 --hubness nnn --reciprocal 6", Rerank(adapt=3, hubness="nnn", reciprocal=6)),
+    ],
+)
+@pytest.mark.parametrize("ruled", [False, True])
+def test_a_service_finds_what_query_finds(
+    serving: Callable[..., Any], listed_gallery: Path, tmp_path: Path, options: str, rerank: Rerank, ruled: bool
+) -> None:
+    given, prompts, reference = options.split(), Prompts(), ()
+    if ruled:
+        (tmp_path / "rules.toml").write_text(RULES)
+        given += ["--prompts", str(tmp_path / "rules.toml")]
+        prompts = Prompts.read(tmp_path / "rules.toml")
+    if rerank.hubness != "none":
+        (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
+        given += ["--reference", str(tmp_path / "reference.txt")]
+        reference = REFERENCE
+    client = serving(listed_gallery, manner=Manner(prompts.forms, rerank, reference))
+    wanted = queried(listed_gallery, *given)
+    assert served(client.get("/search", q=TEXTS, k=9)) == wanted
+    # No text's answer depends on those it is asked with.
+    assert [served(client.get("/search", q=text, k=9))[0] for text in TEXTS] == wanted
+    assert served(client.get("/search", q="green", k=2)) == [wanted[1][:2]]
+    only = ["--where", "number < 2", "--exclude", "red/0.jpg"]
+    number = Gallery.open(listed_gallery).id_of("red/0.jpg")
+    reply = client.get("/search", q=TEXTS, k=9, where="number < 2", exclude=number)
+    assert served(reply) == queried(listed_gallery, *given, *only)
+    assert client.get("/galleries").json[0]["rerank"] == rerank.steps
+    nothing = client.get("/search", q="red", where="number > 99")
+    assert served(nothing) == [[]]
+    if rerank.steps or ruled:
+        assert wanted != queried(listed_gallery)
+    if rerank.steps:
+        assert "min_score is a cosine" in client.get("/search", q="red", min_score=0.1).error
+
+
+def test_the_steps_hold_for_pictures_and_for_a_gallery_that_changed(
+    serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path
+) -> None:
+    options = ["--adapt", "4", "--reciprocal", "8"]
+    client = serving(listed_gallery, token="secret", manner=Manner(rerank=Rerank(adapt=4, reciprocal=8)))
+    file = colour_folder / "blue" / "1.jpeg"
+    reply = client.upload(
+        "/search", [file.read_bytes()], {"search": '{"queries": [{"parts": [{"picture": 0}]}], "k": 9}'}
+    )
+    assert served(reply) == queried(listed_gallery, "--picture", str(file), *options, texts=())
+    before = queried(listed_gallery, *options)
+    head = {"Authorization": "Bearer secret"}
+    for number in (2, 5):
+        assert client.ask("DELETE", f"/galleries/gallery/pictures/{number}", headers=head).status == 200
+    after = queried(listed_gallery, *options)
+    assert after != before
+    assert served(client.get("/search", q=TEXTS, k=9)) == after
+
+
+def test_hubness_of_a_gallery_that_changed_is_measured_anew(
+    serving: Callable[..., Any], listed_gallery: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
+    options = ["--hubness", "nnn", "--reference", str(tmp_path / "reference.txt")]
+    client = serving(listed_gallery, token="secret", manner=Manner(rerank=Rerank(hubness="nnn"), reference=REFERENCE))
+    picture = (tmp_path / "pictures" / "green" / "2.png").read_bytes() + b" "
+    added = client.upload("/galleries/gallery/add", [picture], Authorization="Bearer secret")
+    assert added.status == 200, added.body
+    wanted = [[(*one[:3], Path(one[3]).name) for one in hits] for hits in queried(listed_gallery, *options)]
+    found = served(client.get("/search", q=TEXTS, k=9))
+    assert [[(*one[:3], Path(one[3]).name) for one in hits] for hits in found] == wanted
+    assert 13 in {number for hits in found for _, number, *_ in hits}
+
+
+def test_every_step_answers_on_an_empty_gallery(serving: Callable[..., Any], tiny_bundle: Path, tmp_path: Path) -> None:
+    with Gallery.create(tmp_path / "empty", Bundle.open(tiny_bundle), tmp_path):
+        pass
+    every = Rerank(adapt=5, hubness="dual-softmax", reciprocal=5)
+    client = serving(tmp_path / "empty", manner=Manner(rerank=every, reference=("red",)))
+    assert served(client.get("/search", q=["red", "blue"])) == [[], []]
+
+
+def test_what_depends_on_other_queries_is_refused() -> None:
+    with pytest.raises(ClipretError, match="name fixed texts with --reference"):
+        Manner(rerank=Rerank(hubness="nnn"))
+
+
+def test_the_command_has_the_options_of_query(listed_gallery: Path, tmp_path: Path) -> None:
+    def refused(*options: str) -> str:
+        result = CliRunner().invoke(main, ["serve", str(listed_gallery), *options], prog_name="clipret-search")
+        assert result.exit_code in (1, 2)
+        return result.stderr
+
+    (tmp_path / "rules.toml").write_text(RULES)
+    (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
+    assert "name fixed texts with --reference" in refused("--hubness", "nnn")
+    assert "say the same in two ways" in refused("--template", "a {}", "--prompts", str(tmp_path / "rules.toml"))
+    of_query = {option for one in main.commands["query"].params for option in one.opts}
+    of_serve = {option for one in main.commands["serve"].params for option in one.opts}
+    shared = {
+        option for option in of_query if re.match("--(prompts|adapt|hubness|temperature|reference|recip)", option)
+    }
+    assert shared <= of_serve
+    options = ["--prompts", "rules.toml", "--adapt", "4", "--hubness", "nnn", "--reference", "reference.txt"]
+    command = [sys.executable, "-m", "clipret.cli", "serve", str(listed_gallery), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(
+        [*command, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as it:
+        try:
+            assert it.stdout is not None
+            found = re.search(r":(\d+)/", it.stdout.readline())
+            assert found
+            from http.client import HTTPConnection
+
+            connection = HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+            connection.request("GET", "/search?q=a+red+car&k=9")
+            hits = [line(hit) for hit in json.load(connection.getresponse())["results"][0]["hits"]]
+            connection.close()
+        finally:
+            it.terminate()
+    options = [str(tmp_path / one) if "." in one else one for one in options]
+    [wanted] = queried(listed_gallery, *options, texts=("a red car",))
+    assert [one[1] for one in hits] == [one[1] for one in wanted]
+    np.testing.assert_allclose([one[2] for one in hits], [one[2] for one in wanted])

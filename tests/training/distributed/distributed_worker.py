@@ -1,0 +1,63 @@
+"""One of the processes that torchrun starts for test_distributed.py.
+
+FOLDER: writes FOLDER/gradients-RANK.pt. PARAMS OUT STEP: trains, and is gone after that step.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import clipret_training.fit as module
+from clipret_training.config import FitConfig
+from clipret_training.data.batches import TextBatch
+from clipret_training.distributed.world import World, average_gradients, join
+from clipret_training.loss import LossConfig
+from clipret_training.models.load import load_model
+from clipret_training.step import Batch, GradientStep
+
+
+def gradients(folder: Path, world: World, *, local_loss: bool, parts: int) -> dict[str, torch.Tensor]:
+    """Those of the share of this process of a batch, averaged over the processes."""
+    model = load_model(str(folder / "tiny-clip")).model.train()
+    saved = torch.load(folder / "batch.pt", weights_only=True)
+    mine = slice(world.rank, None, world.size)
+    ids = saved["ids"][mine]
+    texts = TextBatch(torch.arange(len(ids)), tuple(ids.tensor_split(parts)), torch.arange(len(ids)))
+    keys = torch.arange(len(saved["images"]))[mine, None]
+    batch = Batch(saved["images"][mine], texts, keys, keys)
+    step = GradientStep(
+        model, LossConfig(local_loss=local_loss), precision="fp32", device=torch.device("cpu"), parts=parts
+    )
+    step(batch, 1)
+    average_gradients(model.parameters(), world)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with join("cpu") as world:
+        cases = [(local, parts) for local in (False, True) for parts in (1, 2)]
+        found = [gradients(folder, world, local_loss=local, parts=parts) for local, parts in cases]
+        torch.save(found, folder / f"gradients-{world.rank}.pt")
+
+
+def die(params: Path, out: Path, last: int) -> None:
+    original = module._Training._step
+
+    def step(self: Any, *arguments: Any) -> Any:
+        if self.at.step > last:
+            os._exit(9)
+        return original(self, *arguments)
+
+    module._Training._step = step  # type: ignore[method-assign]
+    module.fit(FitConfig.read(params), out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        die(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

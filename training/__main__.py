@@ -1,5 +1,0 @@
-"""python -m clipret.training: the command clipret-train, for torchrun."""
-
-from clipret.training.cli import main
-
-main()

@@ -1,0 +1,12 @@
+"""The command clipret-train."""
+
+from typing import TYPE_CHECKING
+
+from clipret._faces import lazy_face
+
+if TYPE_CHECKING:
+    from clipret_training.cli.app import main
+
+__all__ = ["main"]
+
+__getattr__ = lazy_face(__name__, {"app": ["main"]})

@@ -1,0 +1,72 @@
+"""clipret-train run: a pipeline from raw files to an answer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from clipret.console import show_table
+from clipret.errors import ClipretError
+from clipret_training.pipelines.pipeline import Pipeline, StepRecord, pipeline_names, pipeline_text, run_pipeline
+
+__all__ = ["run"]
+
+_COUNTS = ("queries", "missing_pictures", "queries_left_out")  # of eval: the same in every step
+
+
+@click.command(
+    epilog="Example:  clipret-train run traffic --out work --set labels=train_label.txt --set images=train_images"
+)
+@click.argument("recipe", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="The folder for everything that the steps make.")
+@click.option("--set", "given", metavar="NAME=VALUE", multiple=True, help='A value; a list as ["--epochs", "10"].')
+@click.option("--show", is_flag=True, help="Print the recipe and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def run(recipe: str | None, out: Path | None, given: tuple[str, ...], show: bool, as_json: bool) -> None:
+    """Do the steps of RECIPE, a pipeline of clipret's or a .toml file; without RECIPE, list those there are.
+
+    A step that is done already is kept; run it again after an interruption, with another value, or with a changed
+    recipe, and only what that changes is done anew. Prints what each step took and, where it measures, what it
+    brought compared with the measurement before it.
+    """
+    if recipe is None:
+        click.echo(show_table(["pipeline", "for"], [[name, purpose] for name, purpose in pipeline_names().items()]))
+        return
+    if show:
+        click.echo(pipeline_text(recipe), nl=False)
+        return
+    if out is None:
+        raise click.UsageError("name the folder for the results with --out")
+    values = {}
+    for assignment in given:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ClipretError(f"--set {assignment!r} is no NAME=VALUE: write for example --set model=clipret-small")
+        values[name] = value
+    records = run_pipeline(Pipeline.read(recipe, values), out, _report)
+    if as_json:
+        click.echo(json.dumps({name: asdict(record) for name, record in records.items()}, indent=2))
+        return
+    click.echo(_table(records))
+
+
+def _report(step: str, state: str) -> None:
+    click.echo(f"step {step}: {state}", err=True)
+
+
+def _table(records: Mapping[str, StepRecord]) -> str:
+    names = dict.fromkeys(name for record in records.values() for name in record.metrics or {})
+    names = {name: None for name in names if name not in _COUNTS}
+    rows, before = [], dict[str, float]()
+    for step, record in records.items():
+        metrics = record.metrics or {}
+        compared = records[record.against].metrics or {} if record.against in records else before
+        cells = []
+        for name in names:
+            change = f" ({metrics[name] - compared[name]:+.4f})" if name in metrics and name in compared else ""
+            cells.append(f"{metrics[name]:.4f}{change}" if name in metrics else "")
+        before = metrics or before
+        rows.append([step, f"{record.seconds:.1f}", f"{record.cpu_seconds:.1f}", *cells])
+    return show_table(["step", "seconds", "CPU seconds", *names], rows)

@@ -1,0 +1,88 @@
+"""clipret-train soup: one model out of several trainings of it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from clipret.console import show_table
+from clipret.errors import ClipretError, require
+
+__all__ = ["soup"]
+
+FILE = click.Path(path_type=Path)
+
+EPILOG = """
+\b
+Examples
+  The mean of three runs from the same start:
+    clipret-train soup run1 run2 run3 --out soup --how uniform
+  From the best of them down, what does no harm on a list that none was trained on:
+    clipret-train soup run1 run2 run3 --out soup --how greedy --val val.csv
+  Half way between a run and what it started from:
+    clipret-train soup run --out robust --how wise --alpha 0.5
+
+\b
+Next:  clipret-export soup bundle
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", type=FILE, required=True, help="The run folder to make; it must not exist or be empty.")
+@click.option(
+    "--how",
+    type=click.Choice(("uniform", "greedy", "wise")),
+    required=True,
+    help="The mean of all; the mean of those that help; between a run and its original.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="wise: 0 is the original, 1 the run.",
+)
+@click.option("--original", metavar="M", help="wise: what RUN started from; default: what its params.toml says.")
+@click.option("--val", type=FILE, help="greedy: the list that decides; uniform, wise: a list to measure the result on.")
+@click.option("--val-where", metavar="SQL", help="Only rows of --val for which this holds.")
+@click.option("--image-root", type=FILE, help="What paths in the list are relative to; default: its folder.")
+@click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected.")
+@click.option("--title-column", metavar="NAME", help="Column of the titles; default: detected.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N, to measure on.")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads; default: all there are.")
+def soup(
+    runs: tuple[str, ...],
+    out: Path,
+    how: Literal["uniform", "greedy", "wise"],
+    alpha: float,
+    original: str | None,
+    val: Path | None,
+    **given: Any,
+) -> None:
+    """Average the weights of RUN... into a run folder, which loads, trains and exports as any other.
+
+    A RUN is a run folder (its best checkpoint), a checkpoint file of one, or anything else that --model of fit takes.
+    All must be of one architecture and, to be worth averaging, go back to the same start. No training is needed and
+    the result is as fast as one model (Wortsman et al., 2022).
+    """
+    for package in ("torch", "open_clip", "safetensors", "tomli_w"):
+        require(package, "train")
+    from clipret_training.soups import Measure, cook
+
+    if how == "wise" and len(runs) != 1:
+        raise ClipretError(f"--how wise mixes one run with its original and {len(runs)} are named: name one")
+    if how != "wise" and len(runs) < 2:
+        raise ClipretError(f"--how {how} averages several runs and one is named: name more, or use --how wise")
+    if how == "greedy" and val is None:
+        raise ClipretError("--how greedy needs a list to decide on: pass --val, a list that no run was trained on")
+    if original is not None and how != "wise":
+        raise ClipretError(f"--original belongs to --how wise, not to --how {how}: leave it out")
+
+    root = given.pop("image_root")
+    measure = Measure(str(val), image_root=str(root) if root else None, **given) if val is not None else None
+    result = cook(runs, out, how, alpha, original, measure, lambda line: click.echo(line, err=True))
+    rows = [[name, *cells] for name, cells in result.table()]
+    if rows:
+        click.echo(show_table(["weights", "recall@10", "mean recall", "in the soup"], rows))
+    click.echo(f"{', '.join(result.soup.ingredients)} in {out}. Next:  clipret-export {out} BUNDLE")

@@ -1,0 +1,1 @@
+"""From rows of an annotations file to batches."""

@@ -1,0 +1,212 @@
+"""One loader for every model: clipret-small, open_clip's, a run folder, a checkpoint of a run."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from clipret.bundle import ImageSpec, TextSpec
+from clipret.errors import ClipretError, one_line
+from clipret_training.models import chinese_clip as chinese
+from clipret_training.models import small
+from clipret_training.models.loaded import LoadedModel, file_sha256, weights_sha256
+from clipret_training.models.lora import ADAPTER_CONFIG, base_of, merge_adapter
+from clipret_training.models.openclip import CONFIG, load_open_clip, rebuild_open_clip
+from clipret_training.models.tokenizer import learn_tokenizer
+
+__all__ = ["SMALL", "LoadedModel", "anchored", "architecture", "describe", "load_model"]
+
+SMALL = "clipret-small"
+_FORMAT = 1
+_VOCABULARY = 6000
+_WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = None) -> LoadedModel:
+    """Load a model from
+
+    - a run folder (its best checkpoint), or a .safetensors file in a run's `checkpoints`;
+    - MODEL or MODEL:PRETRAINED, where MODEL is `clipret-small` or an architecture of open_clip and PRETRAINED one
+      of its tags or a checkpoint file (.safetensors, or .pt loaded as weights only);
+    - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json;
+    - a folder (or hf-hub:ORG/REPO) of Hugging Face's ChineseCLIPModel, or a clip_cn_*.pt of OFA-Sys, with a vocab.txt
+      beside it; chinese-clip-SIZE[:FILE], SIZE being rn50, vit-b-16, vit-l-14, vit-l-14-336 or vit-h-14;
+    - a folder with a LoRA adapter in PEFT's layout, which names the model that it is merged into.
+
+    Weights that `source` does not name are random, drawn with `seed`. `captions` are what a new clipret-small learns
+    its vocabulary from. The model is in eval mode. Raises ClipretError.
+    """
+    path = Path(source)
+    if (path / ADAPTER_CONFIG).is_file():
+        return merge_adapter(path, load_model(base_of(path), seed=seed))
+    if (path / "model.json").is_file():
+        best = path / "checkpoints" / "best.safetensors"
+        return _load_run(path, best if best.is_file() else best.with_name("last.safetensors"), source)
+    if (path / CONFIG).is_file():
+        return load_open_clip(f"local-dir:{path}", None, seed=seed)
+    if chinese.is_folder(path):
+        return chinese.load_chinese_clip(path, source)
+    if path.is_dir():
+        kind = chinese.model_type(path)
+        raise ClipretError(
+            f"{path} is no model: it holds neither model.json (a run), {CONFIG}, {ADAPTER_CONFIG} nor a Chinese-CLIP"
+            + (f" (its config.json is of a {kind!r})" if kind else "")
+        )
+    if path.suffix in _WEIGHTS and ":" not in source:
+        if _is_chinese_checkpoint(path):
+            return chinese.load_chinese_clip(path, source)
+        return _load_run(_run_of(path), path, source)
+    if source == SMALL:
+        return _new_small(captions, seed)
+    name, pretrained = _split(source)
+    if name == SMALL:
+        raise ClipretError(f"{SMALL} has no pretrained weights: train it, then name the run's folder")
+    if name.startswith(f"{chinese.FAMILY}-"):
+        return chinese.new_chinese_clip(name, pretrained, seed=seed)
+    if name.startswith("hf-hub:") and (folder := chinese.hub_folder(name.removeprefix("hf-hub:"))) is not None:
+        return chinese.load_chinese_clip(folder, source)
+    return load_open_clip(name, pretrained, seed=seed)
+
+
+def architecture(source: str) -> tuple[str, bool]:
+    """The architecture's name and whether it starts from weights, without loading anything."""
+    path = Path(source)
+    if (path / ADAPTER_CONFIG).is_file():
+        return architecture(base_of(path))[0], True
+    run = path if (path / "model.json").is_file() else path.parent.parent
+    if chinese.is_folder(path) or (path.suffix in _WEIGHTS and _is_chinese_checkpoint(path)):
+        return "Chinese-CLIP", True
+    if (run / "model.json").is_file() and path.exists():
+        return _read_description(run)["name"], True
+    name, pretrained = _split(source)
+    return name, pretrained is not None or ":" in name or path.is_dir()
+
+
+def anchored(source: str) -> str:
+    """The same model whatever the working folder: a folder's or file's part made absolute, other names as they are."""
+    if Path(source).exists():
+        return str(Path(source).absolute())
+    scheme, colon, place = source.partition(":")
+    is_file = Path(place).suffix in _WEIGHTS and Path(place).is_file()  # and no tag
+    if (scheme == "local-dir" and place) or (is_file and scheme != "hf-hub"):
+        return f"{scheme}{colon}{Path(place).absolute()}"
+    return source
+
+
+def _is_chinese_checkpoint(path: Path) -> bool:
+    return not (path.parent.parent / "model.json").is_file() and chinese.is_checkpoint(path)
+
+
+def describe(loaded: LoadedModel) -> dict[str, str]:
+    """The files, by name, that a run folder needs beside its checkpoints."""
+    description: dict[str, Any] = {
+        "format": _FORMAT,
+        "name": loaded.name,
+        "source": loaded.source,
+        "source_sha256": loaded.source_sha256,
+        "image": dataclasses.asdict(loaded.image),
+        "mean": loaded.mean,
+        "std": loaded.std,
+        "text": dataclasses.asdict(loaded.text),
+    }
+    files = {"tokenizer.json": loaded.tokenizer_json}
+    if loaded.name == SMALL:
+        description["small"] = loaded.config
+    elif loaded.config.get("family") == chinese.FAMILY:
+        description["chinese"] = loaded.config
+    else:
+        files[CONFIG] = json.dumps(loaded.config, indent=2) + "\n"
+    files["model.json"] = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    return files
+
+
+def _split(source: str) -> tuple[str, str | None]:
+    if source.startswith(("hf-hub:", "local-dir:")):
+        return source, None
+    name, colon, pretrained = source.partition(":")
+    if colon and not pretrained:
+        raise ClipretError(f"model {source!r} ends in a colon: name a tag or a checkpoint file after it")
+    return name, pretrained or None
+
+
+def _new_small(captions: Sequence[str] | None, seed: int) -> LoadedModel:
+    if captions is None:
+        raise ClipretError(f"{SMALL} has no weights of its own: train it with clipret-train fit, then name the run")
+    tokenizer_json = learn_tokenizer(captions, _VOCABULARY)
+    config = small.SmallConfig(vocab_size=len(json.loads(tokenizer_json)["model"]["vocab"]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = small.SmallClip(config).eval()
+    return LoadedModel(
+        model=model,
+        name=SMALL,
+        config=dataclasses.asdict(config),
+        image=small.IMAGE,
+        mean=small.MEAN,
+        std=small.STD,
+        text=small.TEXT,
+        tokenizer_json=tokenizer_json,
+        source=SMALL,
+        source_sha256=weights_sha256(model),
+    )
+
+
+def _run_of(checkpoint: Path) -> Path:
+    run = checkpoint.parent.parent
+    if not checkpoint.is_file():
+        raise ClipretError(f"checkpoint {checkpoint} does not exist: check the path")
+    if not (run / "model.json").is_file():
+        raise ClipretError(
+            f"{checkpoint} does not say what model it belongs to: put the architecture before it, as in "
+            f"ViT-B-32:{checkpoint}"
+        )
+    return run
+
+
+def _load_run(run: Path, checkpoint: Path, source: str) -> LoadedModel:
+    value = _read_description(run)
+    with _readable_run(run):
+        tokenizer_json = (run / "tokenizer.json").read_text(encoding="utf-8")
+        if value["name"] == SMALL:
+            model: nn.Module = small.SmallClip(small.SmallConfig(**value["small"])).eval()
+            model.load_state_dict(load_file(checkpoint))
+        elif "chinese" in value:
+            model = chinese.rebuild(value["chinese"], checkpoint)
+        else:
+            model = rebuild_open_clip(run, checkpoint)
+        return LoadedModel(
+            model=model,
+            name=value["name"],
+            config=value.get("small") or value.get("chinese") or json.loads((run / CONFIG).read_text(encoding="utf-8")),
+            image=ImageSpec(**value["image"]),
+            mean=tuple(value["mean"]),
+            std=tuple(value["std"]),
+            text=TextSpec(**value["text"]),
+            tokenizer_json=tokenizer_json,
+            source=source,
+            source_sha256=file_sha256(checkpoint),
+        )
+
+
+def _read_description(run: Path) -> dict[str, Any]:
+    with _readable_run(run):
+        value: dict[str, Any] = json.loads((run / "model.json").read_text(encoding="utf-8"))
+        if value["format"] != _FORMAT:
+            raise ValueError(f"its format is {value['format']}, this clipret reads format {_FORMAT}")
+        return value
+
+
+@contextlib.contextmanager
+def _readable_run(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = one_line(error)
+        raise ClipretError(f"run {run} cannot be loaded: {reason}; train it again or name another") from None

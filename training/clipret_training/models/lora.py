@@ -1,0 +1,107 @@
+"""Adapters in the layout of Hugging Face's PEFT, merged into the model that they were trained on.
+
+A merged model has no trace of PEFT: the same classes and parameter names as its base, so it trains and exports as
+any other. LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685
+"""
+
+import contextlib
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from clipret.errors import ClipretError
+from clipret_training.models.attention import PARTS, pack_attention, split_attention, splittable
+from clipret_training.models.loaded import LoadedModel, file_sha256
+
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "base_of", "merge_adapter"]
+
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's own names
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def base_of(folder: Path) -> str:
+    """What `load_model` calls the model under the adapter in `folder`: its `base_model_name_or_path`, where a path may
+    be relative to `folder`. Raises ClipretError when the adapter names none."""
+    with _readable(folder):
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise ValueError(
+                f"its {ADAPTER_CONFIG} does not say what model it belongs to: write it there as base_model_name_or_path"
+            )
+    scheme, colon, place = base.rpartition(":")  # local-dir:FOLDER and MODEL:FILE too
+    beside = folder / place
+    if place and beside.resolve() == folder.resolve():
+        raise ClipretError(f"adapter {folder} names itself as its base: put it into a folder of its own")
+    return f"{scheme}{colon}{beside}" if place and beside.exists() else base
+
+
+def merge_adapter(folder: Path, base: LoadedModel) -> LoadedModel:
+    """`base` with the adapter in `folder` added to its weights; they are in adapter_model.safetensors or .bin.
+
+    The module of `base` is changed in place and is that of the result. Raises ClipretError when a file is missing,
+    broken or holds code, when a target matches no module of the model, and when weights and modules do not pair off;
+    PEFT passes over most of these in silence and leaves a tower as it was.
+    """
+    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise ClipretError(f"adapter {folder} has no weights: expected {' or '.join(ADAPTER_WEIGHTS)} in it")
+    with _readable(folder):
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        model = _merged(base.model, folder, weights)
+    digest = hashlib.sha256(base.source_sha256.encode())
+    for part in (folder / ADAPTER_CONFIG, file):
+        digest.update(file_sha256(part).encode())
+    return replace(base, model=model, source=str(folder), source_sha256=digest.hexdigest())
+
+
+def _merged(base: Any, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict  # takes seconds
+
+    config = PeftConfig.from_pretrained(str(folder))
+    trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    targets = config.target_modules
+    # An adapter of our own may sit on queries, keys or values alone, for which the model has no layers.
+    named = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights}
+    split_attention(base, [name for name in splittable(base) if any(f"{name}.{part}" in named for part in PARTS)])
+    adapted: Any = PeftModel(base, config)
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(f"its type {config.peft_type} cannot be merged into a model")
+    if isinstance(targets, set | list):
+        matched: list[str] = adapted.base_model.targeted_module_names
+        unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in matched)]
+        if unmatched:
+            raise ValueError(f"its target {sorted(unmatched)[0]!r} matches no module of the model")
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if extra := sorted(weights.keys() - expected.keys()):
+        raise ValueError(f"its weight {extra[0]} belongs to no module of the model ({len(extra)} such weights)")
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise ValueError(f"it lacks the weight {missing[0]} ({len(missing)} such weights)")
+    set_peft_model_state_dict(adapted, weights)
+    model = adapted.merge_and_unload()
+    pack_attention(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])  # PEFT froze them
+    return model
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise ClipretError(
+            f"adapter {folder} holds more than weights and could run code when it is loaded: save it as .safetensors"
+        ) from None
+    except Exception as error:  # PEFT's, torch's and safetensors' errors have no common base
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ClipretError(f"adapter {folder} cannot be merged: {text[:300]}") from None

@@ -1,0 +1,297 @@
+"""Models of open_clip: built-in architectures, checkpoint files, local folders and the Hugging Face hub."""
+
+import contextlib
+import difflib
+import json
+import logging
+import pickle
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub import hf_hub_download
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor, nn
+
+from clipret.bundle import ImageSpec, TextSpec
+from clipret.errors import ClipretError, one_line
+from clipret.inference.tokenizer import Tokenizer
+from clipret_training.models.hub_tokenizer import tokenizer_file
+from clipret_training.models.loaded import LoadedModel, file_sha256, weights_sha256
+
+__all__ = ["CONFIG", "ShortTextCLIP", "load_open_clip", "model_names", "rebuild_open_clip"]
+
+CONFIG = "open_clip_config.json"  # open_clip's own name for the file that rebuilds a model
+_TEXT_MODEL = "text_model"  # our addition to it: the configuration of a text tower of transformers
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def model_names() -> list[str]:
+    names: list[str] = open_clip.list_models()
+    return names
+
+
+def load_open_clip(name: str, pretrained: str | None, *, seed: int) -> LoadedModel:
+    """An open_clip model with the weights of `pretrained` (a tag or a file), of its folder or hub, or random ones.
+
+    `name`: a built-in architecture, `local-dir:FOLDER` or `hf-hub:ORG/REPO`. A text tower of transformers gets its
+    configuration from the hub, or from a folder that `hf_model_name` names, seen from FOLDER; a tokenizer other than
+    CLIP's from the hub or, as in open_clip, from FOLDER.
+
+    Raises ClipretError for an unknown name or tag, a hub that cannot be reached, a checkpoint that is broken, holds
+    code, or does not fit, and for preprocessing or a tokenizer that a bundle cannot describe.
+    """
+    config = _read_config(name)
+    if pretrained is not None:
+        _check_pretrained(name, pretrained)
+    tokenizer_json, text = _tokenizer(name, config["model_cfg"]["text_cfg"])
+    model = _build(name, pretrained, config, seed)
+    preprocess = model.visual.preprocess_cfg
+    kept = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess}
+    if isinstance(getattr(model, "text", None), HFTextEncoder):
+        kept[_TEXT_MODEL] = json.loads(model.text.config.to_json_string())
+    file = Path(pretrained) if pretrained is not None and Path(pretrained).is_file() else None
+    return LoadedModel(
+        model=model,
+        name=Path(name.removeprefix("local-dir:")).name if name.startswith("local-dir:") else name,
+        config=kept,
+        image=_image_spec(name, preprocess),
+        mean=_per_channel(preprocess["mean"]),
+        std=_per_channel(preprocess["std"]),
+        text=replace(text, pad_to="longest") if _takes_short_texts(model, tokenizer_json, text) else text,
+        tokenizer_json=tokenizer_json,
+        source=name if pretrained is None else f"{name}:{pretrained}",
+        source_sha256=file_sha256(file) if file is not None else weights_sha256(model),
+    )
+
+
+def rebuild_open_clip(folder: Path, weights: Path) -> Any:
+    """The module of a `LoadedModel.config` that lies in `folder`, with the state dict in `weights`; no hub is asked.
+
+    Raises ClipretError when either cannot be read or they do not fit.
+    """
+    name = f"local-dir:{folder}"
+    return _build(name, None, _read_config(name), seed=0, weights=weights)
+
+
+def _build(name: str, pretrained: str | None, config: dict[str, Any], seed: int, weights: Path | None = None) -> Any:
+    """open_clip's model in eval mode, with the class that takes short texts where there is one."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        _readable_errors(f"model {name}" if pretrained is None else f"model {name}:{pretrained}"),
+        _readable_text_cfg(name, config) as text_cfg,
+    ):
+        torch.manual_seed(seed)
+        model = open_clip.create_model(name, pretrained=pretrained, load_weights=weights is None, text_cfg=text_cfg)
+        if weights is not None:
+            open_clip.load_checkpoint(model, str(weights))
+    _adapt(model)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _readable_text_cfg(name: str, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The `text_cfg` with an `hf_model_name` that transformers finds, and without weights from there."""
+    text_cfg = config["model_cfg"]["text_cfg"]
+    place = text_cfg.get("hf_model_name")
+    if not place:
+        yield text_cfg
+    elif _TEXT_MODEL in config:
+        with tempfile.TemporaryDirectory(prefix="clipret-") as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config[_TEXT_MODEL]), encoding="utf-8")
+            yield {**text_cfg, "hf_model_name": folder, "hf_model_pretrained": False}
+    else:
+        beside = Path(name.removeprefix("local-dir:")) / place
+        found = str(beside) if name.startswith("local-dir:") and beside.is_dir() else place
+        yield {**text_cfg, "hf_model_name": found, "hf_model_pretrained": False}
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    """The content of an open_clip_config.json; for a built-in architecture only its `model_cfg`."""
+    scheme, _, place = name.partition(":")
+    try:
+        if scheme == "local-dir":
+            file = Path(place) / CONFIG
+        elif scheme == "hf-hub":
+            file = Path(hf_hub_download(place, CONFIG))
+        elif (model_cfg := open_clip.get_model_config(name)) is not None:
+            return {"model_cfg": model_cfg}
+        else:
+            near = difflib.get_close_matches(name, ["clipret-small", *model_names()], n=3, cutoff=0.4)
+            raise ClipretError(
+                f"model {name!r} is unknown: " + (f"did you mean {', '.join(near)}?" if near else _LIST_MODELS)
+            )
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config["model_cfg"]["text_cfg"]  # a KeyError here is clearer than one in open_clip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ClipretError(f"model {name} cannot be read: {one_line(error)}; check the name and the network") from None
+    return config
+
+
+_LIST_MODELS = 'see  python -c "import open_clip; print(open_clip.list_models())"'
+
+
+def _tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[str, TextSpec]:
+    """The tokenizer's file and a TextSpec that pads to the context."""
+    source = text_cfg.get("hf_tokenizer_name")
+    # A configuration that was downloaded must not switch on code from the hub.
+    options = {"trust_remote_code": False} if source else {}
+    with _readable_errors(f"the tokenizer {source or ''} of {name}".replace("  ", " ")):
+        return tokenizer_file(open_clip.get_tokenizer(name, **options))
+
+
+def _check_pretrained(name: str, pretrained: str) -> None:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags:
+        return
+    file = Path(pretrained)
+    if file.suffix not in _WEIGHTS:
+        near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0) or ["none"]
+        raise ClipretError(
+            f"{name} has no pretrained weights {pretrained!r} (nearest: {', '.join(near)}): name one of its tags "
+            f"or a file ({', '.join(_WEIGHTS)})"
+        )
+    if not file.is_file():
+        raise ClipretError(f"checkpoint {file} does not exist: check the path")
+
+
+@contextlib.contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    """What open_clip raises, in any of a dozen types, or merely warns of, as one line; its log lines are muted."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # Weights trained with QuickGELU give plausible, wrong embeddings with GELU; open_clip only warns.
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            yield
+    except UserWarning:
+        name, _, tag = what.removeprefix("model ").partition(":")
+        raise ClipretError(
+            f"{what}: these weights were trained with QuickGELU and {name} has GELU: use {name}-quickgelu:{tag}"
+        ) from None
+    except pickle.UnpicklingError:
+        raise ClipretError(
+            f"{what}: the checkpoint holds more than weights and could run code when it is loaded: "
+            "save its state dict alone, best as .safetensors"
+        ) from None
+    except Exception as error:  # the hub's, torch's and safetensors' errors have no common base
+        raise ClipretError(f"{what} cannot be loaded: {one_line(error)}") from None
+    finally:
+        logging.disable(disabled)
+
+
+def _image_spec(name: str, preprocess: dict[str, Any]) -> ImageSpec:
+    """open_clip's preprocessing as an ImageSpec. Raises ClipretError for what it cannot say."""
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    known = {
+        "interpolation": ("bilinear", "bicubic", "random"),
+        "resize_mode": ("shortest", "longest", "squash"),
+        "mode": ("RGB",),
+    }
+    for key, values in known.items():
+        if preprocess[key] not in values:
+            raise ClipretError(f"model {name} wants {key} {preprocess[key]!r}: supported are {', '.join(values)}")
+    if height != width:
+        raise ClipretError(f"model {name} wants pictures of {height} x {width} pixels: supported are squares")
+    return ImageSpec(
+        size=height,
+        resize=preprocess["resize_mode"],
+        # `random` is for training; open_clip itself takes bicubic when it does not train
+        interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
+        fill=preprocess["fill_color"],
+    )
+
+
+def _per_channel(value: float | Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (value,) * 3 if isinstance(value, int | float) else value
+    return red, green, blue
+
+
+class ShortTextCLIP(open_clip.CLIP):  # type: ignore[misc]
+    """open_clip.CLIP whose encode_text also takes texts shorter than the context.
+
+    The original adds its whole positional embedding and so computes all 77 positions of "a red car". A causal tower
+    reads its result at the end-of-text token, which no later position reaches: cutting them changes nothing.
+    """
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        L = text.shape[1]
+        x = self.token_embedding(text) + self.positional_embedding[:L]  # [B,L,W]
+        x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:L, :L]))
+        x = text_global_pool(x, text, self.text_pool_type, eos_token_id=self.text_eos_id)  # [B,W]
+        if isinstance(self.text_projection, nn.Linear):
+            x = self.text_projection(x)
+        elif self.text_projection is not None:
+            x = x @ self.text_projection
+        return nn.functional.normalize(x, dim=-1) if normalize else x
+
+
+class _ShortTextTransformer(TextTransformer):  # type: ignore[misc]
+    """The same for the text tower of open_clip.CustomTextCLIP, which only forgets to cut its mask."""
+
+    def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        L = text.shape[1]
+        x, attn_mask = super()._embeds(text)
+        return x, attn_mask[:L, :L]
+
+
+class _RawCoCa(open_clip.CoCa):  # type: ignore[misc]
+    """open_clip.CoCa that, like the other models, normalises on request only."""
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        rows: Tensor = super().encode_image(images, normalize)
+        return rows
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        rows: Tensor = super().encode_text(text, normalize)
+        return rows
+
+
+def _adapt(model: Any) -> None:
+    """Give `model` the one interface of `LoadedModel`. Only classes change: weights and names stay."""
+    text: Any = getattr(model, "text", None)
+    if isinstance(model, open_clip.CoCa):
+        model.__class__ = _RawCoCa
+        return
+    for tower in (model.visual, text):
+        if hasattr(tower, "output_tokens"):
+            tower.output_tokens = False  # or encode_image and encode_text would return a tuple
+    if text is None and model.attn_mask is not None and model.text_pool_type in ("argmax", "eos"):
+        model.__class__ = ShortTextCLIP
+    if type(text) is TextTransformer and _reads_one_token_causally(text):
+        text.__class__ = _ShortTextTransformer
+
+
+def _reads_one_token_causally(text: TextTransformer) -> bool:
+    return text.attn_mask is not None and text.cls_emb is None and text.pool_type in ("argmax", "eos")
+
+
+@torch.inference_mode()
+def _takes_short_texts(model: Any, tokenizer_json: str, spec: TextSpec) -> bool:
+    """Whether texts may be cut to the longest of their batch: known from the towers and measured all the same."""
+    text = getattr(model, "text", None)
+    if isinstance(text, HFTextEncoder):
+        safe = text.config.pad_token_id == spec.pad_id  # else its attention mask lets pads in
+    elif isinstance(model, ShortTextCLIP) or isinstance(text, _ShortTextTransformer):
+        # The largest id of a text may be its first pad, unless that is zero.
+        safe = spec.pad_id == 0 or (model.text_pool_type if text is None else text.pool_type) == "eos"
+    else:
+        safe = False
+    if not safe:
+        return False
+    padded, short = (
+        model.encode_text(torch.from_numpy(Tokenizer(tokenizer_json, replace(spec, pad_to=pad_to))(_SHORT)), True)
+        for pad_to in ("context", "longest")
+    )
+    return bool((padded - short).abs().max() <= 1e-5)
+
+
+_SHORT = ("a red car", "two dogs on a beach")

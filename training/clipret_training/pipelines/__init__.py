@@ -1,0 +1,1 @@
+"""Recipes of commands that are run once each."""

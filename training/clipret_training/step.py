@@ -1,0 +1,153 @@
+"""The gradients of one step: towers, loss and backward pass, at once or in parts that give the same gradients."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipret_training.data.batches import TextBatch
+from clipret_training.loss import LossBatch, LossConfig, compute_loss, positive_mask, retrieval_accuracy
+from clipret_training.optim.schedule import seed_of
+from clipret_training.tuning.precision import Precision, autocast, float32_attention
+
+__all__ = ["Batch", "GradientStep", "StepResult"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process adds to a step. images: float32 [B,3,S,S], mean and deviation taken out, on the device.
+    image_keys int64 [B,K] and text_keys int64 [T,L]: which belong together, see `LossBatch`; so are the attributes.
+    negatives: token ids int64 [N,L] of texts that are no picture's."""
+
+    images: Tensor
+    texts: TextBatch
+    image_keys: Tensor
+    text_keys: Tensor
+    image_attributes: Tensor | None = None
+    text_attributes: Tensor | None = None
+    negatives: Tensor | None = None
+    negative_keys: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """accuracy: the share of captions whose nearest picture among this process's is a right one. broken: places in the
+    batch of pictures whose embedding, or whose captions' embedding, is no number."""
+
+    loss: float
+    accuracy: float
+    broken: tuple[int, ...]
+
+
+class GradientStep:
+    """Adds the gradients of a batch to the parameters of `model`, times `scale` where a loss is scaled.
+
+    With `parts` > 1 the towers never see more than that share of a batch at once: their rows are computed without
+    gradients first, the loss gives each row its gradient, and then each part is computed again to pass it on. The loss
+    is that of the whole batch, and so are the gradients (Gao et al., Scaling Deep Contrastive Learning Batch Size under
+    Memory Limited Setup, 2021; open_clip's --accum-freq). Costs a second forward pass. Only batch normalisation
+    sees the difference: its statistics are those of a part.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: LossConfig,
+        *,
+        precision: Precision,
+        device: torch.device,
+        parts: int = 1,
+        compiled: bool = False,
+        seed: tuple[int | str, ...] = (0,),
+    ) -> None:
+        self._model, self._loss, self._seed = model, loss, seed
+        self._precision, self._device, self._parts = precision, device, parts
+        self._encode_image: Callable[[Tensor], Tensor] = model.encode_image
+        self._encode_text: Callable[[Tensor], Tensor] = model.encode_text
+        if compiled:
+            self._encode_image = torch.compile(model.encode_image)
+            self._encode_text = torch.compile(model.encode_text, dynamic=True)  # a batch's longest text varies
+
+    def __call__(self, batch: Batch, step: int, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> StepResult:
+        """Every process of a training must call it at once. Where the loss is no number, no gradient is made."""
+        images, texts = batch.images.tensor_split(self._parts), list(batch.texts.groups)
+        if batch.negatives is not None and len(batch.negatives):
+            texts += batch.negatives.tensor_split(min(self._parts, len(batch.negatives)))
+        encoders = [self._part(self._encode_image, part, step, "image", n) for n, part in enumerate(images)]
+        encoders += [
+            self._part(self._encode_text, part.to(self._device), step, "text", n) for n, part in enumerate(texts)
+        ]
+        if self._parts == 1:
+            rows = [encode() for encode in encoders]
+        else:
+            with torch.no_grad(), _frozen_statistics(self._model):
+                rows = [encode() for encode in encoders]
+            rows = [part.requires_grad_() for part in rows]
+        first, behind = len(images), len(images) + len(batch.texts.groups)
+        image_rows, text_rows = torch.cat(rows[:first]), batch.texts.ordered(rows[first:behind])
+        negative_rows = torch.cat(rows[behind:]) if len(rows) > behind else text_rows[:0]
+        loss = self.compute_loss(batch, image_rows, text_rows, negative_rows)
+        result = self._result(batch, loss, image_rows, text_rows)
+        if not result.broken and torch.isfinite(loss):
+            self._backward(scale(loss), None)
+            if self._parts > 1:
+                for encode, part in zip(encoders, rows, strict=True):
+                    self._backward(encode(), part.grad)
+        return result
+
+    def _backward(self, outputs: Tensor, gradients: Tensor | None) -> None:
+        with float32_attention(self._precision, self._device):
+            torch.autograd.backward(outputs, gradients)
+
+    def _part(
+        self, encode: Callable[[Tensor], Tensor], inputs: Tensor, step: int, tower: str, number: int
+    ) -> Callable[[], Tensor]:
+        """A function that gives unit rows float32, the same whenever it is called: dropout is seeded."""
+        seed = seed_of(*self._seed, step, tower, number)
+
+        def run() -> Tensor:
+            torch.manual_seed(seed)
+            with autocast(self._precision, self._device):
+                rows = encode(inputs)
+            return F.normalize(rows.float(), dim=-1)
+
+        return run
+
+    def compute_loss(self, batch: Batch, image_rows: Tensor, text_rows: Tensor, negative_rows: Tensor) -> Tensor:
+        names = ("image_keys", "text_keys", "image_attributes", "text_attributes", "negative_keys")
+        rest = {name: value.to(self._device) for name in names if (value := getattr(batch, name)) is not None}
+        negatives = negative_rows if batch.negatives is not None else None
+        together = LossBatch(image_rows, text_rows, negative_rows=negatives, **rest)
+        return compute_loss(self._loss, together, self._model.logit_scale.exp(), self._bias())
+
+    def _bias(self) -> Tensor | None:
+        return getattr(self._model, "logit_bias", None) if self._loss.kind == "siglip" else None
+
+    def _result(self, batch: Batch, loss: Tensor, image_rows: Tensor, text_rows: Tensor) -> StepResult:
+        right = positive_mask(batch.image_keys, batch.text_keys).to(self._device)  # [B,T]
+        accuracy = retrieval_accuracy(image_rows, text_rows, right)
+        value, share = torch.stack([loss.detach(), accuracy]).tolist()  # one wait for the device
+        if torch.isfinite(loss):
+            return StepResult(value, share, ())
+        broken = ~image_rows.isfinite().all(dim=1)
+        broken |= (right & ~text_rows.isfinite().all(dim=1)).any(dim=1)
+        return StepResult(value, share, tuple(broken.nonzero()[:, 0].tolist()))
+
+
+@contextlib.contextmanager
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep batch normalisation's running statistics as they are: the same pictures will come once more."""
+    layers: Sequence[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, count) in zip(layers, before, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)

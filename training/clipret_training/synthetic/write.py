@@ -1,0 +1,87 @@
+"""Sets of scenes on disk: pictures, captions, queries with their answers."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from clipret.console import progress
+from clipret.files import new_folder
+from clipret_training.synthetic.draw import draw
+from clipret_training.synthetic.scene import COLORS, TYPES, Scene, Style
+from clipret_training.synthetic.words import LANGS, PERSON_QUERIES, captions, query
+
+__all__ = ["write_set"]
+
+_EACH = 3  # captions a scene and language
+_PERSON_EVERY = 5  # one scene in five shows a person
+
+
+def write_set(out: Path, *, count: int, style: Style, seed: int, workers: int = 1) -> None:
+    """Draw `count` scenes into the new folder `out`.
+
+        images/000000.jpg …
+        captions.csv        path,lang,title,kind,color,type: three English and three Chinese captions a picture
+        queries.csv         title,path,lang,color,type: a query for each colour and type, a row for each answer
+        person_queries.csv  title,path,lang: queries for people, a row for each answer
+
+    Every scene has a generator of its own, so the same seed gives the same bytes with any number of `workers`
+    (processes). The 66 pairs of colour and type occur equally often, to one. Raises ClipretError when `out` is not
+    empty; a run that is interrupted leaves nothing.
+    """
+    with new_folder(out) as folder:
+        (folder / "images").mkdir()
+        # Styles draw from different streams: the same seed must not give the same scenes twice.
+        seeds = np.random.SeedSequence([seed, int(style == "surveillance")]).spawn(count)
+        make = partial(_make, folder=folder, style=style)
+        pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
+        with pool as executor:
+            apply = partial(executor.map, chunksize=8) if executor is not None else map
+            drawn = list(progress(apply(make, range(count), seeds), total=count, desc="draw", unit="scene"))
+        scenes = [(name, scene) for name, scene, _ in drawn]
+        titles = [row for _, _, rows in drawn for row in rows]
+        _write(folder / "captions.csv", ("path", "lang", "title", "kind", "color", "type"), titles)
+        _write(folder / "queries.csv", ("title", "path", "lang", "color", "type"), _answers(scenes))
+        _write(folder / "person_queries.csv", ("title", "path", "lang"), _person_answers(scenes))
+
+
+Row = tuple[str, ...]
+Drawn = Sequence[tuple[str, Scene]]
+
+
+def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Style) -> tuple[str, Scene, list[Row]]:
+    rng = np.random.default_rng(seed)
+    person = number % _PERSON_EVERY == _PERSON_EVERY - 1
+    scene = Scene.pedestrian(rng) if person else Scene.vehicle(rng, number - number // _PERSON_EVERY)
+    name = f"images/{number:06d}.jpg"
+    draw(scene, rng, style).save(folder / name, quality=90)
+    titles = [(lang, title) for lang in LANGS for title in captions(scene, rng, lang, _EACH)]
+    return name, scene, [(name, lang, title, scene.kind, scene.color, scene.type) for lang, title in titles]
+
+
+def _answers(scenes: Drawn) -> Iterable[Row]:
+    for kind, color, lang in product(TYPES, COLORS, LANGS):
+        for name, scene in scenes:
+            if (scene.type, scene.color) == (kind, color):
+                yield query(color, kind, lang), name, lang, color, kind
+
+
+def _person_answers(scenes: Drawn) -> Iterable[Row]:
+    for english, chinese, answers in PERSON_QUERIES:
+        for lang, title in zip(LANGS, (english, chinese), strict=True):
+            for name, scene in scenes:
+                if scene.person is not None and answers(scene.person):
+                    yield title, name, lang
+
+
+def _write(file: Path, header: Row, rows: Iterable[Row]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    file.write_text(text.getvalue(), "utf-8")

@@ -1,0 +1,75 @@
+"""bf16 or fp16 where the processor multiplies in it; on a CPU attention stays in float32."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from clipret.errors import ClipretError, one_line
+
+__all__ = ["Precision", "autocast", "float32_attention", "native_precision", "open_device"]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def open_device(name: str) -> torch.device:
+    """Raises ClipretError when this torch or this machine has no such device."""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, with or without its CUDA build
+        reason = one_line(error)
+        raise ClipretError(f"device {name!r} cannot be used ({reason}): use cpu, cuda or cuda:N") from None
+    return device
+
+
+def native_precision(device: torch.device) -> Precision:
+    """bf16 where the hardware multiplies in it; elsewhere it is emulated and slower than fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+@contextlib.contextmanager
+def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run matrix products and convolutions in `precision` inside the block; weights stay float32."""
+    if precision == "fp32":
+        yield
+        return
+    with torch.autocast(device.type, _DTYPES[precision]), float32_attention(precision, device):
+        yield
+
+
+@contextlib.contextmanager
+def float32_attention(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Keep scaled_dot_product_attention in float32 where its backward pass would be slow: in half precision on a CPU,
+    twice to four times. A backward pass that computes activations again must run inside, as the forward pass did.
+
+    The function is replaced in torch's module, where nn.MultiheadAttention, open_clip and timm all look it up. A
+    TorchFunctionMode would see nn.MultiheadAttention as one call and not look inside.
+    """
+    if precision == "fp32" or device.type != "cpu":
+        yield
+        return
+    original = F.scaled_dot_product_attention
+
+    def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            named = {key: _widen(value) for key, value in kwargs.items()}
+            rows: torch.Tensor = original(_widen(query), *map(_widen, args), **named)
+        return rows.to(query.dtype)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _DTYPES.values() else value

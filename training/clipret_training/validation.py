@@ -1,0 +1,126 @@
+"""Recall on held-out pictures, measured as the search will measure it: whole pictures, float32, exact ranking."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clipret.errors import ClipretError
+from clipret.evaluation.metrics import Metrics, evaluate
+from clipret.pairs import PairSet
+from clipret.ranking.ranker import Ranker
+from clipret_training.data.batches import Pictures, Texts
+from clipret_training.distributed.world import World, gather_objects
+from clipret_training.models.loaded import LoadedModel
+
+__all__ = ["normalise", "quality", "recall"]
+
+_BATCH = 128
+Rows = npt.NDArray[np.float32]
+
+
+def normalise(loaded: LoadedModel, images: Tensor) -> Tensor:
+    """float32 [B,3,S,S] in 0..1 less the model's mean, over its deviation, in the layout convolutions like best."""
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (loaded.mean, loaded.std))
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def quality(metrics: dict[str, Any]) -> tuple[float, float]:
+    """What decides which epoch is the best: recall@10 by text, then the mean recall."""
+    return metrics["text_to_image"]["recall_at_10"], metrics["mean_recall"]
+
+
+@torch.no_grad()
+def recall(
+    loaded: LoadedModel,
+    pairs: PairSet,
+    pictures: Pictures,
+    texts: Texts,
+    device: torch.device,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """`text_to_image` and `image_to_text` as dictionaries of `Metrics`, and `mean_recall`, the mean of both ways'
+    recall@1, 5 and 10; pictures that cannot be read do not count.
+
+    A title is one query however many pictures it has. `pictures` are all of `pairs` or, with `world`, those whose
+    position is this process's rank modulo the number of processes; each then encodes its share, and all
+    get the result. Leaves the model in eval mode. Raises ClipretError when no picture can be read.
+    """
+    world = world or World(0, 1, device)
+    loaded.model.eval()
+    mine = range(world.rank, len(pairs.paths), world.size)
+    rounds = _rounds(len(pairs.paths), world)
+    shares = gather_objects(_encode_pictures(loaded, pictures, len(mine), rounds, device), world)
+    # Every rank's pictures by their positions in `pairs`, and the titles that any readable one has.
+    row_of: dict[int, int] = {}
+    for rank, (chosen, _) in enumerate(shares):
+        row_of |= {rank + world.size * place: len(row_of) + n for n, place in enumerate(chosen)}
+    if not row_of:
+        raise ClipretError(
+            f"none of the {len(pairs.paths)} held-out pictures can be read{pictures.example()}; check --image-root"
+        )
+    found = [[row_of[picture] for picture in owners if picture in row_of] for owners in pairs.of_title()]
+    asked = [title for title, rows in enumerate(found) if rows]
+    encoded = gather_objects(_encode_titles(loaded, texts, asked, device, world), world)
+    if not world.writes:
+        result: dict[str, Any] = gather_objects(None, world)[0]
+        return result
+    image_rows = np.concatenate([rows for _, rows in shares if len(rows)])
+    text_rows = np.empty((len(asked), image_rows.shape[1]), dtype=np.float32)
+    for rank, rows in enumerate(encoded):
+        text_rows[rank :: world.size] = rows
+    place_of = {title: place for place, title in enumerate(asked)}
+    of_picture = [[place_of[title] for title in pairs.of_picture[picture]] for picture in row_of]
+    result = {
+        "text_to_image": _measure(image_rows, text_rows, [found[title] for title in asked]),
+        "image_to_text": _measure(text_rows, image_rows, of_picture),
+    }
+    shares_found = [result[way][f"recall_at_{k}"] for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    result["mean_recall"] = sum(shares_found) / len(shares_found)
+    gather_objects(result, world)
+    return result
+
+
+def _encode_pictures(
+    loaded: LoadedModel, pictures: Pictures, count: int, rounds: int, device: torch.device
+) -> tuple[list[int], Rows]:
+    """Places among this process's pictures, and their rows."""
+    model: Any = loaded.model
+    places: list[int] = []
+    rows: list[Rows] = []
+    batches = iter(pictures.batches(range(count), _BATCH))
+    for _ in range(rounds):
+        # All processes run the model equally often: sharded weights are collected in it.
+        chosen, pixels = next(batches, ([], torch.zeros(1, loaded.image.size, loaded.image.size, 3, dtype=torch.uint8)))
+        images = pixels.to(device).permute(0, 3, 1, 2).float() / 255  # [B,3,S,S]
+        encoded = model.encode_image(normalise(loaded, images), normalize=True).float().cpu().numpy()
+        if chosen:
+            places += chosen
+            rows.append(encoded)
+    return places, np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+
+
+def _encode_titles(loaded: LoadedModel, texts: Texts, asked: Sequence[int], device: torch.device, world: World) -> Rows:
+    """The rows of every size-th of the titles."""
+    model: Any = loaded.model
+    mine = list(asked[world.rank :: world.size])
+    rows: list[Rows] = []
+    for number in range(_rounds(len(asked), world)):
+        titles = torch.tensor(mine[number * _BATCH : (number + 1) * _BATCH] or asked[:1])
+        encoded = model.encode_text(texts.ids(titles).to(device), normalize=True).float().cpu().numpy()
+        rows.append(encoded[: max(len(mine) - number * _BATCH, 0)])
+    return np.concatenate(rows)
+
+
+def _rounds(count: int, world: World) -> int:
+    """Batches of the process that has most of `count` things."""
+    most = -(-count // world.size)
+    return -(-most // _BATCH)
+
+
+def _measure(rows: Rows, queries: Rows, relevant: list[list[int]]) -> dict[str, float]:
+    metrics: Metrics = evaluate(Ranker(rows.astype(np.float16)), queries, relevant)
+    return metrics.to_dict()
