@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from machine import keep
 
-from clipret import Encoder, Gallery
+from clipret import Encoder, EncoderConfig, Gallery
 from clipret.tables import read_table
 
 STRANGERS = ("brown", "pink")
@@ -93,7 +93,7 @@ def quality(gallery: Path, work: Path, colors: dict[str, str]) -> dict[str, floa
     truth = json.loads((work / "truth.json").read_text())
     words = json.loads((work / "vocabulary.json").read_text())["slots"]["color"]
     with Gallery.open(gallery) as opened:
-        encoder, stored = Encoder(opened.bundle(), threads=1), opened.read()
+        encoder, stored = Encoder(opened.bundle(), EncoderConfig(threads=1)), opened.read()
         paths = opened.paths(stored.ids)
         rows = np.concatenate([np.asarray(shard) for shard in stored.shards]).astype(np.float64)
         split = {row["path"]: row["split"] for row in read_table(work / "captions.csv").rows}

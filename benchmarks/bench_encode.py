@@ -34,7 +34,7 @@ if hasattr(os, "sched_setaffinity"):
 import torch
 from machine import keep
 
-from clipret import Bundle, Encoder
+from clipret import Bundle, Encoder, EncoderConfig
 from clipret.images.decode import load
 
 NAME = "ViT-B-32"
@@ -188,7 +188,7 @@ def folder(made: dict[str, Bundle], pictures: Sequence[Path], rounds: int, work:
         return lambda paths: list(encoder.encode_images(paths))
 
     for name, engine in PRECISIONS.items():
-        runs[name] = encode(Encoder(made[name.split()[0]], device="cpu", engine=engine, threads=1))  # type: ignore[arg-type]
+        runs[name] = encode(Encoder(made[name.split()[0]], EncoderConfig(device="cpu", backend=engine, threads=1)))  # type: ignore[arg-type]
     bound: dict[str, Callable[[], object]] = {name: lambda at=run: at(pictures) for name, run in runs.items()}
     seconds = in_turn(bound, rounds)
     for name, taken in seconds.items():
@@ -273,7 +273,7 @@ def texts(made: dict[str, Bundle], captions: Sequence[str], rounds: int) -> dict
             for text in several[:16]:
                 model.encode_text(tokenizer([text]), normalize=True)
 
-    encoders = {name: Encoder(bundle, device="cpu", threads=1) for name, bundle in made.items()}
+    encoders = {name: Encoder(bundle, EncoderConfig(device="cpu", threads=1)) for name, bundle in made.items()}
     all_runs: dict[str, Callable[[], object]] = {"open_clip": many}
     all_runs |= {name: lambda at=encoder: at.encode_texts(several) for name, encoder in encoders.items()}
     single: dict[str, Callable[[], object]] = {"open_clip": one}

@@ -41,7 +41,8 @@ from suite import commit
 from clipret import Bundle
 from clipret.errors import ClipretError
 from clipret.hardware.cuda import device_name
-from clipret.inference.tower import EngineChoice, OnnxTower, open_tower
+from clipret.inference.config import EncoderConfig, EngineChoice
+from clipret.inference.tower import OnnxTower, open_tower
 from clipret.ort.graph import Node, Value, model
 
 SHAPES = {  # width, layers, patch, tokens, hidden, embedding of open_clip's picture towers
@@ -144,7 +145,7 @@ def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
     for library in libraries:
         if bundle.manifest.engines and importlib.util.find_spec(library):
             made[library] = lambda library=library: open_tower(  # type: ignore[misc]
-                bundle, "image", card.device, 4, library
+                bundle, "image", card.device, EncoderConfig(threads=4, backend=library)
             )
     return made
 
@@ -161,7 +162,7 @@ def towers(card: Card, bundle: Bundle) -> dict[str, Any]:
     failed: dict[str, str] = {}
     expected = None
     try:
-        expected = open_tower(bundle, "image", "cpu", 8).run(pictures[:2])
+        expected = open_tower(bundle, "image", "cpu", EncoderConfig(threads=8)).run(pictures[:2])
     except Exception as error:  # bf16 without OpenVINO
         failed["parity"] = f"the CPU cannot run it: {error}"
     ways = variants(card, bundle)
@@ -256,7 +257,7 @@ def decoding(card: Card, bundle: Bundle) -> dict[str, Any]:
             for _ in pool.map(run, files):
                 pass
             rate = len(files) / (time.perf_counter() - began)
-        encoder = Encoder(bundle, device=card.device, threads=threads, batch_size=batch, decode=way)  # type: ignore[arg-type]
+        encoder = Encoder(bundle, EncoderConfig(device=card.device, threads=threads, batch_size=batch, decode=way))  # type: ignore[arg-type]
         list(encoder.encode_images(files[:batch]))
         began = time.perf_counter()
         for _ in encoder.encode_images(files):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from machine import keep
 
-from clipret import Bundle, Encoder, Gallery, Searcher
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, Searcher
 from clipret.gallery.gallery import Picture
 
 TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-bundle"
@@ -74,7 +74,7 @@ def cold(gallery: Path, pairs: int) -> dict[str, float]:
 
 def warm(gallery: Path, bundle: Bundle) -> dict[str, float]:
     """Queries a second of CPU time on one core."""
-    searcher = Searcher(Gallery.open(gallery), Encoder(bundle, device="cpu", threads=1), resident=True)
+    searcher = Searcher(Gallery.open(gallery), Encoder(bundle, EncoderConfig(device="cpu", threads=1)), resident=True)
     asked = texts()
     searcher.search(["warm up"], 10)
     searcher.search([f"warm up {number}" for number in range(256)], 10)

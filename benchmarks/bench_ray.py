@@ -24,7 +24,7 @@ import psutil
 import ray
 from machine import keep
 
-from clipret import Bundle, Encoder, Gallery, index_pictures, open_source
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_pictures, open_source
 from clipret.indexing.ray_cluster import connect, index_on_cluster
 from clipret.indexing.ray_worker import Settings
 
@@ -73,12 +73,12 @@ def main() -> None:
     workers = asked.workers or [1 << power for power in range(cores.bit_length()) if 1 << power <= cores]
     pictures = sorted(asked.data.glob("*.jpg"))[: 2 * asked.pictures]
     bundle = Bundle.open(asked.bundle)
-    settings = Settings(asked.bundle.absolute(), bundle.fingerprint, device="cpu", threads=1)
+    settings = Settings(asked.bundle.absolute(), bundle.fingerprint, EncoderConfig(device="cpu", threads=1))
     ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
     taken: dict[str, dict[int, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as work:
         sizes = {n: archives(Path(work) / f"shards-{n}", pictures, n) for n in (asked.pictures, 2 * asked.pictures)}
-        encoder = Encoder(bundle, device="cpu", threads=1)
+        encoder = Encoder(bundle, EncoderConfig(device="cpu", threads=1))
 
         def run(name: str, count: int, size: int) -> None:
             source = open_source(sizes[size])

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from machine import keep
 
-from clipret import Encoder, Gallery, Ranker, Searcher
+from clipret import Encoder, EncoderConfig, Gallery, Ranker, Searcher
 from clipret.evaluation.evaluate import GroundTruth, measure, read_attribute_truth, read_ground_truth
 from clipret.evaluation.metrics import Metric
 from clipret.gallery.gallery import Stored
@@ -56,7 +56,7 @@ def cost(rank: Callable[[npt.NDArray[np.float64], int], Any], queries: npt.NDArr
 
 def of_gallery(arguments: argparse.Namespace) -> dict[str, Any]:
     gallery = Gallery.open(arguments.gallery)
-    searcher = Searcher(gallery, Encoder(gallery.bundle(), device="cpu", threads=1))
+    searcher = Searcher(gallery, Encoder(gallery.bundle(), EncoderConfig(device="cpu", threads=1)))
     if arguments.equal or arguments.includes:
         columns = {"equal": arguments.equal or (), "includes": arguments.includes or ()}
         truth = read_attribute_truth(searcher, arguments.queries, where=arguments.where, **columns)

@@ -33,7 +33,7 @@ from urllib.parse import quote
 from bench_query import TINY, make_gallery, texts
 from machine import keep
 
-from clipret import Bundle, Encoder, Gallery, Searcher
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, Searcher
 
 CLIENTS = {1: 200, 8: 480, 64: 960}  # and requests of each round
 REMEMBERED = 17_000  # texts: more than a searcher keeps
@@ -46,7 +46,7 @@ def plain(gallery: Path, bundle: Path) -> None:
     from fastapi import FastAPI
 
     opened = Gallery.open(gallery)
-    searcher = Searcher(opened, Encoder(Bundle.open(bundle), device="cpu", threads=1), resident=True)
+    searcher = Searcher(opened, Encoder(Bundle.open(bundle), EncoderConfig(device="cpu", threads=1)), resident=True)
     searcher.search(["warm up"], 10)
     lock = threading.Lock()
     app = FastAPI()

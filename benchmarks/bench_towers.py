@@ -25,7 +25,8 @@ import torch
 from machine import keep, multiplications
 
 from clipret import Bundle
-from clipret.inference.tower import EngineChoice, open_tower
+from clipret.inference.config import EncoderConfig, EngineChoice
+from clipret.inference.tower import open_tower
 from clipret.ort.graph import Node, Value, model
 from clipret.ranking.rows import session
 from clipret_export.parity import LIMITS, check_bundle
@@ -122,7 +123,7 @@ def measure(made: dict[str, Bundle], batches: Sequence[int], rounds: int, work: 
         for engine in ENGINES[precision]:
             name = f"{precision} {engine}"
             try:
-                towers[name] = open_tower(bundle, "image", "cpu", 1, engine)
+                towers[name] = open_tower(bundle, "image", "cpu", EncoderConfig(threads=1, backend=engine))
                 accuracy[name] = parity(bundle, engine)
             except Exception as error:  # one engine that is missing or fails leaves the others their turn
                 towers.pop(name, None)

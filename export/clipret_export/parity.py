@@ -19,8 +19,8 @@ from PIL import Image
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, one_line
 from clipret.evaluation.metrics import evaluate
+from clipret.inference.config import EncoderConfig, EngineChoice
 from clipret.inference.encoder import Encoder
-from clipret.inference.tower import EngineChoice
 from clipret.pairs import PairSet
 from clipret.ranking.ranker import Ranker
 from clipret_export.samples import TEXTS, Sample, pictures
@@ -174,10 +174,11 @@ def run_gate(
         ("image", expected.image, made, expected.data_image),
         ("text", expected.text, TEXTS, expected.data_text),
     ):
-        encoder = Encoder(bundle, device=device, engine=engine)  # one tower at a time: two large ones fill a memory
+        # One tower at a time: two large ones fill a memory.
+        encoder = Encoder(bundle, EncoderConfig(device=device, backend=engine))
         found = []
         for size in batches:
-            encoder.batch_size = size
+            encoder.config = replace(encoder.config, batch_size=size)
             # Three pictures one by one are enough: a row either depends on its batch or does not.
             part = items if name == "text" else items[: max(size, 3)]
             found.append(_encode(encoder, name, part))
@@ -223,7 +224,7 @@ def check_bundle(
     if data is None:
         return report
     pairs = data.read()
-    encoder = Encoder(bundle, device=device, engine=engine)
+    encoder = Encoder(bundle, EncoderConfig(device=device, backend=engine))
     batches = list(encoder.encode_images(range(len(pairs.paths)), lambda at: pairs.paths[at]))
     kept = pairs.subset([at for batch in batches for at in batch.items])
     before = json.loads(bundle.file("verify.json").read_text(encoding="utf-8"))
@@ -288,7 +289,9 @@ def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | st
         raise
     except Exception as error:  # engines raise a dozen types of their own
         reason = one_line(error)
-        raise ClipretError(f"the {name} tower does not run in batches of {encoder.batch_size}: {reason}") from None
+        raise ClipretError(
+            f"the {name} tower does not run in batches of {encoder.config.batch_size}: {reason}"
+        ) from None
 
 
 def _compare(found: list[Rows], targets: Rows, builtin: Rows) -> TowerReport:

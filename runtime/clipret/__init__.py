@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from clipret.gallery.transfer import export_gallery, import_embeddings
     from clipret.images.decode import PictureError
     from clipret.indexing.index import IndexReport, index_pictures
+    from clipret.inference.config import EncoderConfig
     from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
     from clipret.inference.tokenizer import Tokenizer
     from clipret.ranking.ranker import Ranker
@@ -30,6 +31,7 @@ __all__ = [
     "EncodeStats",
     "EncodedBatch",
     "Encoder",
+    "EncoderConfig",
     "Gallery",
     "Hit",
     "ImageSpec",
@@ -64,6 +66,7 @@ __getattr__ = lazy_face(
         "gallery.transfer": ["export_gallery", "import_embeddings"],
         "images.decode": ["PictureError"],
         "indexing.index": ["IndexReport", "index_pictures"],
+        "inference.config": ["EncoderConfig"],
         "inference.encoder": ["EncodeStats", "EncodedBatch", "Encoder"],
         "inference.tokenizer": ["Tokenizer"],
         "ranking.ranker": ["Ranker"],

@@ -14,13 +14,25 @@ Everything that the runtime needs is in it and nothing is looked up anywhere els
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from clipret.errors import ClipretError
 
-__all__ = ["FORMAT", "Bundle", "Engine", "FileEntry", "ImageSpec", "Manifest", "TextSpec", "file_entry"]
+__all__ = [
+    "FORMAT",
+    "Bundle",
+    "Engine",
+    "FileEntry",
+    "ImageSpec",
+    "Manifest",
+    "TextSpec",
+    "check_bundle",
+    "file_entry",
+    "find_bundle",
+]
 
 FORMAT = 1
 
@@ -229,3 +241,32 @@ class Bundle:
             raise ClipretError(
                 f"{path} has changed since the export (sha256 {found[:12]}…, not {expected.sha256[:12]}…): {advice}"
             )
+
+
+def check_bundle(bundle: Bundle, fingerprint: str, owner: str) -> None:
+    """Raise ClipretError unless a bundle gives the embeddings that `owner` holds, which have this fingerprint."""
+    if bundle.fingerprint != fingerprint:
+        raise ClipretError(
+            f"{owner} was made with another bundle (fingerprint {fingerprint[:12]}…, "
+            f"{bundle.path} has {bundle.fingerprint[:12]}…): use that one or index into a new gallery"
+        )
+
+
+def find_bundle(given: str | Path | None, places: Sequence[Path], fingerprint: str, owner: str) -> Bundle:
+    """The bundle of embeddings: the one that is given, else the first that is there.
+
+    Args:
+        given: Its folder, where somebody says it.
+        places: Where it may lie; the last is where it was when the embeddings were made.
+        fingerprint: That of the embeddings.
+        owner: What holds them, for messages.
+
+    Raises:
+        ClipretError: There is none, or it has another fingerprint.
+    """
+    folders = [Path(given)] if given is not None else [one for one in places if (one / "bundle.json").is_file()]
+    if not folders:
+        raise ClipretError(f"the bundle of {owner} is not at {places[-1]} any more: name it with --bundle")
+    bundle = Bundle.open(folders[0] if given is not None else folders[0].resolve())
+    check_bundle(bundle, fingerprint, owner)
+    return bundle

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from clipret import Bundle, ClipretError, Encoder
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig
 from clipret_export.cli import main
 from clipret_export.pipeline import export_bundle
 from clipret_export.samples import TEXTS, pictures
@@ -39,7 +39,7 @@ def test_the_bundle_equals_open_clip_from_picture_to_row(bundle: Bundle, model: 
     images, texts = torch_rows(model)
     tolerance = {"fp32": 2e-6, "fp16": 2e-3}[bundle.manifest.precision]
     for size in (1, 3, 8):
-        encoder = Encoder(bundle, batch_size=size)
+        encoder = Encoder(bundle, EncoderConfig(batch_size=size))
         rows = np.concatenate([batch.rows for batch in encoder.encode_images(pictures(), lambda picture: picture)])
         np.testing.assert_allclose(rows, images, atol=tolerance)
         np.testing.assert_allclose(encoder.encode_texts(TEXTS), texts, atol=tolerance)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from clipret.errors import ClipretError
+from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret_export import pipeline
 from clipret_export.calibration import observe, overflows
@@ -285,11 +286,13 @@ def test_bf16_runs_in_openvino(model: str, tmp_path: Path) -> None:
     kinds = {tensor.data_type for tensor in onnx.load(bundle.path / "image.onnx").graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in kinds
     with pytest.raises(ClipretError, match="onnxruntime lacks on a CPU"):
-        Encoder(bundle, engine="onnxruntime").encode_texts(["a"])
+        Encoder(bundle, EncoderConfig(backend="onnxruntime")).encode_texts(["a"])
 
 
 def test_openvino_and_onnxruntime_agree(model: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     bundle = export_bundle(model, tmp_path / "bundle")
-    rows = [Encoder(bundle, engine=engine).encode_texts(TEXTS) for engine in ("onnxruntime", "openvino")]  # type: ignore[arg-type]
+    rows = [
+        Encoder(bundle, EncoderConfig(backend=engine)).encode_texts(TEXTS) for engine in ("onnxruntime", "openvino")
+    ]  # type: ignore[arg-type]
     np.testing.assert_allclose(*rows, rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from clipret import Bundle, Encoder, Gallery, index_pictures, open_source
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_pictures, open_source
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def listed_gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Pa
     lines = [f"{file.as_posix()},{file.parent},{file.stem}" for file in files]
     (colour_folder / "list.csv").write_text("\n".join(["path,colour,number", *lines]) + "\n")
     source = open_source(colour_folder / "list.csv")
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     with Gallery.create(tmp_path / "gallery", encoder.bundle, source.root) as made:
         index_pictures(made, encoder, source)
     return tmp_path / "gallery"
@@ -147,7 +147,7 @@ def serving(tiny_bundle: Path) -> Iterator[Callable[..., Client]]:
     pytest.importorskip("fastapi", reason="needs the extra serve")
     from clipret.server.run import listen, make_server, open_service
 
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
     with contextlib.ExitStack() as stack:
 
         def start(*galleries: Path, **options: Any) -> Client:

@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 import clipret
-from clipret import Bundle, Encoder, Gallery, Searcher
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, Searcher
 from clipret.bundle import FileEntry, ImageSpec, Manifest, TextSpec
 from clipret.cli import main
 from clipret.gallery.gallery import GalleryInfo
@@ -99,7 +99,7 @@ def test_the_code_of_the_format_pages_reads_what_clipret_reads() -> None:
     names["database"].close()
     bundle = Bundle.open("bundle")
     assert names["fingerprint"] == bundle.fingerprint == names["info"]["fingerprint"]
-    encoder = Encoder(bundle, device="cpu", threads=1)
+    encoder = Encoder(bundle, EncoderConfig(device="cpu", threads=1))
     np.testing.assert_allclose(names["rows"].shape, (10, bundle.manifest.embedding_dim))
     with Gallery.open("gallery") as gallery:
         searcher = Searcher(gallery, encoder)

@@ -9,13 +9,12 @@ import numpy as np
 from clipret.cli.options import (
     FILE,
     Number,
-    bundle_option,
-    device_option,
-    engine_option,
+    Runtime,
+    config_options,
     image_root_option,
     json_option,
     print_json,
-    threads_option,
+    runtime_options,
     title_column_option,
     where_option,
 )
@@ -25,7 +24,7 @@ from clipret.competitions.assignment import assign
 from clipret.competitions.submission import FORMS, Form, Sample, named, product_answer, traffic_answer
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.inference.tower import EngineChoice
+from clipret.inference.config import EncoderConfig
 from clipret.search.fusion import HOW, How, Source, merge
 from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
@@ -55,9 +54,7 @@ __all__ = ["merge_command", "submit"]
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
 @click.option("--depth", type=click.IntRange(1), default=1000, show_default=True, help="Pictures of a list, for rrf.")
 @prompts_option
-@device_option
-@engine_option
-@threads_option
+@config_options
 def merge_command(
     sources: tuple[Path, ...],
     texts: Path,
@@ -68,9 +65,7 @@ def merge_command(
     k: int,
     depth: int,
     prompts: Prompts,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    config: EncoderConfig,
 ) -> None:
     """Rank pictures by several SOURCES together: galleries of different models, and result files. Prints a result file.
 
@@ -94,7 +89,7 @@ def merge_command(
     fitting = {text: fits.name if (fits := prompts.rule(text)) is not None else "other" for text in queries}
     opened = []
     for number, path in enumerate(sources):
-        searcher, results = _open(path, prompts, None, device, engine, threads)
+        searcher, results = _open(path, prompts, Runtime(config))
         chosen = only[number] if only else "all"
         answers = None if chosen == "all" else frozenset(text for text, name in fitting.items() if name == chosen)
         opened.append(Source(str(path), searcher, results, weights[number] if weights else 1.0, answers))
@@ -121,10 +116,7 @@ def merge_command(
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures a text in a .json answer.")
 @prompts_option
 @rerank_options
-@bundle_option
-@device_option
-@engine_option
-@threads_option
+@runtime_options
 @json_option
 def submit(
     source: Path,
@@ -142,10 +134,7 @@ def submit(
     prompts: Prompts,
     rerank: Rerank,
     reference: Path | None,
-    bundle: Path | None,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    runtime: Runtime,
     as_json: bool,
 ) -> None:
     """Answer TEXTS from SOURCE, a gallery or a result file, in a competition's format.
@@ -165,7 +154,7 @@ def submit(
     if one_to_one and not product:
         raise ClipretError("--one-to-one is for .csv answers: a .json one has several pictures a text")
     queries = read_texts(texts, title_column)
-    searcher, results = _open(source, prompts, bundle, device, engine, threads)
+    searcher, results = _open(source, prompts, runtime)
     taken = 1 if product else k
     if searcher is not None:
         found, paths = _search(searcher, queries, taken, leave_out, image_root, where, rerank, reference, one_to_one)
@@ -195,12 +184,10 @@ def submit(
         click.echo(f"{answer}: {len(queries)} texts, {pictures} different pictures")
 
 
-def _open(
-    path: Path, prompts: Prompts, bundle: Path | None, device: str, engine: EngineChoice, threads: int | None
-) -> tuple[Searcher | None, dict[str, Found] | None]:
+def _open(path: Path, prompts: Prompts, runtime: Runtime) -> tuple[Searcher | None, dict[str, Found] | None]:
     """A gallery's searcher, or the results of a file."""
     if path.is_dir():
-        return open_searcher(path, bundle, device, engine, threads, prompts.forms), None
+        return open_searcher(path, runtime, prompts.forms), None
     return None, read_results(path)
 
 
@@ -217,7 +204,7 @@ def _search(
 ) -> tuple[list[list[str]], list[str]]:
     """The paths that each query found, and those of all pictures of the gallery."""
     held = searcher.gallery.ids_by_path()
-    unwanted = [] if leave_out is None else _unwanted(searcher, held, leave_out, image_root)
+    unwanted = [] if leave_out is None else _unwanted(searcher, leave_out, image_root)
     among = searcher.among(where, unwanted)
     rows = searcher.embed(queries)
     reranker = open_reranker(searcher, rerank, reference)
@@ -239,12 +226,12 @@ def _part(
     return ranked[0][which], ranked[1][which]
 
 
-def _unwanted(searcher: Searcher, held: dict[str, int], path: Path, image_root: Path | None) -> list[int]:
+def _unwanted(searcher: Searcher, path: Path, image_root: Path | None) -> list[int]:
     """The ids of the pictures of a list. Raises ClipretError when the gallery holds none of them."""
     table = read_table(path)
     image, root = pick_column(table, None, "image"), image_root or path.parent
     names = {row[image].strip() for row in table.rows}
-    found = [held[at] for name in names for at in (name, searcher.gallery.stored_path(root / name)) if at in held]
+    found = [number for _, number in searcher.find({name: root / name for name in names}).values()]
     if not found:
         raise ClipretError(
             f"none of the {len(names)} pictures of {path} is in the gallery (such as {sorted(names)[0]}): "

@@ -14,21 +14,18 @@ from clipret.cli.options import (
     GALLERY,
     PAGE,
     Number,
-    bundle_option,
-    device_option,
-    engine_option,
+    Runtime,
     image_column_option,
     image_root_option,
     json_option,
     print_json,
-    threads_option,
+    runtime_options,
 )
 from clipret.cli.search import open_searcher
 from clipret.competitions.completion import Guess, SlotReport, Vocabulary, complete_slot, fill_in
 from clipret.console import show_table
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.inference.tower import EngineChoice
 from clipret.ranking.rows import StoredRows
 from clipret.reports.page import Card, Section, write_page
 from clipret.search.searcher import Searcher
@@ -72,10 +69,7 @@ FILLED = "filled"  # the column that says which words were filled in
 @image_root_option
 @click.option("--html", type=PAGE, help="Also write a page to review: pictures with what was filled in, or not.")
 @json_option
-@bundle_option
-@device_option
-@engine_option
-@threads_option
+@runtime_options
 def complete(
     gallery: Path,
     captions: Path,
@@ -92,10 +86,7 @@ def complete(
     image_root: Path | None,
     html: Path | None,
     as_json: bool,
-    bundle: Path | None,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    runtime: Runtime,
 ) -> None:
     """Fill in what CAPTIONS do not say of the pictures in GALLERY, and write the list OUT to train with.
 
@@ -117,8 +108,8 @@ def complete(
     slots = slots or tuple(slot for slot in words.slots if slot != "brand")
     _check(table, words, slots, templates, caption, out)
     caption = caption or " ".join(f"{{{slot}}}" for slot in words.slots)
-    searcher = open_searcher(gallery, bundle, device, engine, threads)
-    with searcher.gallery:
+    searcher = open_searcher(gallery, runtime)
+    with searcher:
         rows, names, positions = _pictures(searcher, table, image, image_root)
         values = _known(table, names, rows, [slot for slot in words.slots if slot in table.columns])
         chosen = [None if sql is None else _chosen(captions, sql, image, names) for sql in (where, calibrate)]
@@ -210,13 +201,9 @@ def _pictures(
     rows: dict[str, list[dict[str, str]]] = {}
     for row in table.rows:
         rows.setdefault(row[image].strip(), []).append(row)
-    held, root = searcher.gallery.ids_by_path(), image_root or table.path.parent
-    names, ids = [], []
-    for name in rows:
-        stored = name if name in held else searcher.gallery.stored_path(root / name)
-        if stored in held:
-            names.append(name)
-            ids.append(held[stored])
+    root = image_root or table.path.parent
+    found = searcher.find({name: root / name for name in rows})
+    names, ids = list(found), [number for _, number in found.values()]
     if not names:
         raise ClipretError(
             f"gallery {searcher.gallery.path} holds none of the {len(rows)} pictures of {table.path} "

@@ -8,19 +8,16 @@ from clipret.cli.options import (
     FILE,
     GALLERY,
     SHOWN,
-    bundle_option,
-    device_option,
-    engine_option,
+    Runtime,
     json_option,
     print_json,
-    threads_option,
+    runtime_options,
 )
 from clipret.console import progress
 from clipret.errors import ClipretError, printable
 from clipret.gallery.gallery import Gallery
 from clipret.indexing.flip import mirror_gallery
 from clipret.inference.encoder import Encoder
-from clipret.inference.tower import EngineChoice
 
 __all__ = ["mirror"]
 
@@ -28,18 +25,12 @@ __all__ = ["mirror"]
 @click.command(epilog="Example:  clipret-search mirror gallery/ mirrored/")
 @click.argument("gallery", type=GALLERY)
 @click.argument("out", type=FILE)
-@bundle_option
-@device_option
-@engine_option
-@threads_option
+@runtime_options
 @json_option
 def mirror(
     gallery: Path,
     out: Path,
-    bundle: Path | None,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    runtime: Runtime,
     as_json: bool,
 ) -> None:
     """Make the gallery OUT, whose rows are the mean of each picture of GALLERY and its mirror image.
@@ -48,7 +39,7 @@ def mirror(
     any gallery, with the same bundle. Run it again to go on after an interruption, or after GALLERY has grown.
     """
     with Gallery.open(gallery) as opened:
-        encoder = Encoder(opened.bundle(bundle), device=device, engine=engine, threads=threads)
+        encoder = Encoder(opened.bundle(runtime.bundle), runtime.config)
         added, skipped = mirror_gallery(
             opened, out, encoder, lambda starts: progress(starts, desc="mirror", unit="4096 pictures")
         )

@@ -1,11 +1,9 @@
 """clipret-search index, add, remove, compact, info: what a gallery holds."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
@@ -16,15 +14,12 @@ from clipret.cli.options import (
     GALLERY,
     LOCATION,
     SHOWN,
-    Number,
     bundle_option,
-    device_option,
-    engine_option,
+    encoder_options,
     image_column_option,
     image_root_option,
     json_option,
     print_json,
-    threads_option,
     where_list_option,
     where_option,
 )
@@ -33,55 +28,15 @@ from clipret.errors import ClipretError, printable
 from clipret.gallery.compaction import compact_gallery
 from clipret.gallery.gallery import Gallery
 from clipret.indexing.index import IndexReport, index_pictures
+from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.sources.source import Item, Source, open_source
 
 __all__ = ["add", "compact", "index", "info", "remove"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-_ENCODING = (
-    click.option("--fast-decode", is_flag=True, help="Let JPEGs be shrunk while they are decoded; see above."),
-    click.option(
-        "--decode",
-        type=click.Choice(("pillow", "gpu")),
-        default="pillow",
-        show_default=True,
-        help="gpu: JPEGs by nvImageCodec; see docs/gpu.md.",
-    ),
-    click.option("--cuda-graphs", is_flag=True, help="Record the engine's work on a GPU; see docs/gpu.md."),
-    click.option(
-        "--batch-size", type=click.IntRange(1, 65536), default=32, show_default=True, help="Pictures an engine call."
-    ),
-    click.option(
-        "--picture-timeout",
-        type=Number(0.1, 86400),
-        default=60.0,
-        show_default=True,
-        help="Seconds a picture may take.",
-    ),
-    device_option,
-    engine_option,
-    threads_option,
-)
-
-
-def _encoding_options(function: F) -> F:
-    """Adds the options of an encoder of pictures; the command gets them as `open_encoder`, which takes a bundle."""
-    names = ("fast_decode", "batch_size", "picture_timeout", "device", "engine", "threads", "decode", "cuda_graphs")
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **given: Any) -> Any:
-        options = {name: given.pop(name) for name in names}
-        return function(*arguments, open_encoder=partial(_open_encoder, **options), **given)
-
-    for option in reversed(_ENCODING):
-        call = option(call)
-    return call  # type: ignore[return-value]
-
-
-def _open_encoder(bundle: Bundle, **options: Any) -> Encoder:
-    encoder = Encoder(bundle, **options)
+def _open_encoder(bundle: Bundle, config: EncoderConfig) -> Encoder:
+    encoder = Encoder(bundle, config)
     encoder.image_tower  # noqa: B018 (a bundle that cannot encode must fail before a gallery is made)
     return encoder
 
@@ -94,7 +49,7 @@ def _open_encoder(bundle: Bundle, **options: Any) -> Encoder:
 @image_root_option
 @where_list_option
 @click.option("--prune", is_flag=True, help="Also delete pictures that SOURCE no longer names.")
-@_encoding_options
+@encoder_options
 @click.option("--ray", metavar="auto|HOST:PORT", help="Spread the work over a Ray cluster; see above.")
 @click.option("--workers", type=click.IntRange(1), help="With --ray: encoders; default: one a GPU, or what fits.")
 @json_option
@@ -106,7 +61,7 @@ def index(
     image_root: Path | None,
     where: str | None,
     prune: bool,
-    open_encoder: "partial[Encoder]",
+    config: EncoderConfig,
     ray: str | None,
     workers: int | None,
     as_json: bool,
@@ -144,7 +99,7 @@ def index(
         return held if len(held) else held.rooted(opened.root)  # a run that found nothing has made it
 
     if ray is None:
-        encoder = open_encoder(model)
+        encoder = _open_encoder(model, config)
         opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
         with target() as into:
             _fill(into, opened, as_json, partial(index_pictures, into, encoder, opened, prune=prune), prune=prune)
@@ -153,9 +108,9 @@ def index(
     from clipret.indexing.ray_worker import Settings
 
     opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
-    settings = Settings(model.path.absolute(), model.fingerprint, **open_encoder.keywords)
+    settings = Settings(model.path.absolute(), model.fingerprint, config)
     with connect(ray, settings, workers) as pool, target() as into:
-        click.echo(f"{pool.workers} workers of {pool.settings.threads} threads", err=True)
+        click.echo(f"{pool.workers} workers of {pool.settings.encoder.threads} threads", err=True)
         _fill(into, opened, as_json, partial(index_on_cluster, into, pool, opened, prune=prune), prune=prune)
 
 
@@ -166,7 +121,7 @@ def index(
 @image_root_option
 @where_list_option
 @bundle_option
-@_encoding_options
+@encoder_options
 @json_option
 def add(
     gallery: Path,
@@ -175,7 +130,7 @@ def add(
     image_root: Path | None,
     where: str | None,
     bundle: Path | None,
-    open_encoder: Callable[[Bundle], Encoder],
+    config: EncoderConfig,
     as_json: bool,
 ) -> None:
     """Encode the pictures of each SOURCE into GALLERY, beside those that it holds.
@@ -189,7 +144,7 @@ def add(
     --fast-decode reads large JPEGs faster, see clipret-search index; use it where it was used for the others.
     """
     with Gallery.open(gallery) as target:
-        encoder = open_encoder(target.bundle(bundle))
+        encoder = _open_encoder(target.bundle(bundle), config)
         opened = [open_source(one, image_column=image_column, image_root=image_root, where=where) for one in sources]
         joined = _joined(opened)
         _fill(target, joined, as_json, partial(index_pictures, target, encoder, joined))

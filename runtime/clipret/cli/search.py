@@ -1,6 +1,6 @@
 """clipret-search query and eval: finding pictures, and measuring how well they are found."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,14 +11,12 @@ from clipret.cli.options import (
     PAGE,
     SEARCHED,
     Number,
-    bundle_option,
-    device_option,
-    engine_option,
+    Runtime,
     image_column_option,
     image_root_option,
     json_option,
     print_json,
-    threads_option,
+    runtime_options,
     title_column_option,
     where_list_option,
     where_option,
@@ -38,12 +36,12 @@ from clipret.evaluation.evaluate import (
 from clipret.evaluation.metrics import Metric, Metrics
 from clipret.gallery.gallery import Gallery
 from clipret.inference.encoder import Encoder
-from clipret.inference.tower import EngineChoice
+from clipret.openers import open_searchable
 from clipret.reports.page import Card, Section, write_page
 from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
 from clipret.search.results import read_results
-from clipret.search.searcher import Hit, Part, Query, Searcher
+from clipret.search.searcher import Forms, Hit, Part, Query, Searcher
 
 __all__ = ["eval_command", "open_searcher", "query"]
 
@@ -67,10 +65,7 @@ __all__ = ["eval_command", "open_searcher", "query"]
 @click.option("--html", type=PAGE, help="Also write a page with the pictures.")
 @show_option
 @json_option
-@bundle_option
-@device_option
-@engine_option
-@threads_option
+@runtime_options
 def query(
     gallery: Path | str,
     texts: tuple[str, ...],
@@ -89,10 +84,7 @@ def query(
     html: Path | None,
     show: str,
     as_json: bool,
-    bundle: Path | None,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    runtime: Runtime,
 ) -> None:
     """Find the pictures of GALLERY that fit each of TEXTS best.
 
@@ -116,9 +108,9 @@ def query(
     names, asked = zip(*_queries(texts, pictures, minus, minus_weight), strict=True)
     if templates and prompts.rules:
         raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
-    searcher = open_searcher(gallery, bundle, device, engine, threads, templates or prompts.forms)
-    with searcher.gallery:
-        unwanted = [searcher.gallery.id_of(path) for path in exclude]
+    searcher = open_searcher(gallery, runtime, templates or prompts.forms)
+    with searcher:
+        unwanted = [searcher.id_of(path) for path in exclude]
         if rerank.steps:
             embedded, among = searcher.embed(asked), searcher.among(where, unwanted)
             found = searcher.hits(*open_reranker(searcher, rerank, reference).rank(embedded, k, among=among))
@@ -128,7 +120,10 @@ def query(
         if html is not None:
             sections = [Section(name, [_card(hit) for hit in hits]) for name, hits in results]
             write_page(
-                html, title=f"clipret: {searcher.gallery.path.name}", facts=_gallery_facts(searcher), sections=sections
+                html,
+                title=f"clipret: {Path(searcher.searched.name).name}",
+                facts=_gallery_facts(searcher),
+                sections=sections,
             )
             click.echo(f"page: {html.absolute()}", err=True)
         if as_json:
@@ -197,10 +192,7 @@ def _queries(
 @click.option("--html", type=PAGE, help="Also write a page: charts, the worst queries, a sample of the others.")
 @click.option("--html-queries", type=click.IntRange(1), default=40, show_default=True, help="Queries it shows.")
 @json_option
-@bundle_option
-@device_option
-@engine_option
-@threads_option
+@runtime_options
 def eval_command(
     gallery: Path | str,
     queries: Path,
@@ -219,10 +211,7 @@ def eval_command(
     html: Path | None,
     html_queries: int,
     as_json: bool,
-    bundle: Path | None,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    runtime: Runtime,
 ) -> None:
     """Measure how well GALLERY answers QUERIES.
 
@@ -250,8 +239,8 @@ def eval_command(
         raise ClipretError("--results are ranked already: re-rank and prompt where they are made")
     if (rerank.steps or results is not None) and not chosen:
         chosen = [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
-    searcher = open_searcher(gallery, bundle, device, engine, threads, prompts.forms)
-    with searcher.gallery:
+    searcher = open_searcher(gallery, runtime, prompts.forms)
+    with searcher:
         if against is not None:
             _show_agreement(searcher, against, queries, title_column, as_json)
             return
@@ -290,7 +279,7 @@ def eval_command(
         if html is not None and evaluated is not None:
             from clipret.evaluation.report import write_report  # no other command needs it, and it needs numpy.random
 
-            title = f"clipret: evaluation of {searcher.gallery.path.name}"
+            title = f"clipret: evaluation of {Path(searcher.searched.name).name}"
             every = [*facts, *_gallery_facts(searcher)]
             write_report(html, searcher, evaluated, facts=every, title=title, queries=html_queries)
             click.echo(f"page: {html.absolute()}", err=True)
@@ -305,44 +294,32 @@ def eval_command(
     click.echo(headed(show_table(("metric", "value"), facts)))
 
 
-def open_searcher(
-    gallery: Path | str,
-    bundle: Path | None,
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
-    templates: Sequence[str] | Callable[[str], Sequence[str]] = ("{}",),
-) -> Searcher:
-    if isinstance(gallery, str):
-        from clipret.milvus.search import MilvusSearcher, open_milvus
-
-        there = open_milvus(gallery)
-        if there.changing:
-            click.echo(f"{there.address} is being changed, or an export was broken off: run that again", err=True)
-        encoder = Encoder(there.bundle(bundle), device=device, engine=engine, threads=threads)
-        return MilvusSearcher(there, encoder, templates=templates)
-    opened = Gallery.open(gallery)
-    encoder = Encoder(opened.bundle(bundle), device=device, engine=engine, threads=threads)
-    return Searcher(opened, encoder, templates=templates)
+def open_searcher(place: Path | str, runtime: Runtime, templates: Forms = ("{}",)) -> Searcher:
+    """A searcher of a gallery, or of the collection that milvus+URI names."""
+    opened = open_searchable(place)
+    if not isinstance(opened, Gallery) and opened.changing:
+        click.echo(f"{opened.name} is being changed, or an export was broken off: run that again", err=True)
+    return Searcher(opened, Encoder(opened.bundle(runtime.bundle), runtime.config), templates=templates)
 
 
 def _show_agreement(searcher: Searcher, against: str, queries: Path, title_column: str | None, as_json: bool) -> None:
     """eval milvus+URI QUERIES --against: what the index finds of the exact ranking."""
-    from clipret.milvus.search import MilvusSearcher, agreement
+    from clipret.milvus.search import MilvusCollection, agreement
 
-    if not isinstance(searcher, MilvusSearcher):
+    there = searcher.searched
+    if not isinstance(there, MilvusCollection):
         raise ClipretError("--against compares a Milvus collection with a gallery: name it as milvus+URI")
-    place = searcher.there.source if against == "exact" else Path(against)
+    place = there.source if against == "exact" else Path(against)
     texts = list(dict.fromkeys(read_texts(queries, title_column)))
-    with Gallery.open(place) as gallery:
-        found = agreement(searcher, Searcher(gallery, searcher.encoder, templates=searcher.templates), texts)
+    with Searcher(Gallery.open(place), searcher.encoder, templates=searcher.templates) as exact:
+        found = agreement(there, exact, texts)
     rate, exact_rate = found.queries / found.seconds, found.queries / found.exact_seconds
     if as_json:
         report = {f"recall@{k} of exact": value for k, value in found.recall.items()}
         rates = {"queries_per_second": round(rate, 1), "exact_queries_per_second": round(exact_rate, 1)}
-        print_json({"queries": found.queries, "index": searcher.there.collection.index(), **report, **rates})
+        print_json({"queries": found.queries, "index": there.client.index(), **report, **rates})
         return
-    facts = [("queries", f"{found.queries}"), ("index", searcher.there.collection.index())]
+    facts = [("queries", f"{found.queries}"), ("index", there.client.index())]
     facts += [(f"recall@{k} of exact", f"{100 * value:.2f}%") for k, value in found.recall.items()]
     facts += [("queries a second", f"{rate:.1f}"), ("exact, queries a second", f"{exact_rate:.1f}")]
     click.echo(headed(show_table(("against exact", "value"), facts)))
@@ -359,7 +336,7 @@ def _listed(searcher: Searcher, truth: GroundTruth, metrics: Sequence[Metric]) -
 
 def _gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:
     manifest = searcher.encoder.bundle.manifest
-    return (("pictures", f"{len(searcher.gallery):,}"), ("model", f"{manifest.model} {manifest.precision}"))
+    return (("pictures", f"{searcher.searched.count():,}"), ("model", f"{manifest.model} {manifest.precision}"))
 
 
 def _facts(metrics: Metrics) -> list[tuple[str, str]]:
@@ -378,8 +355,15 @@ def _card(hit: Hit) -> Card:
 
 
 def _as_dicts(searcher: Searcher, hits: Sequence[Hit]) -> list[dict[str, object]]:
-    metadata = searcher.gallery.metadata([hit.id for hit in hits])
+    metadata = searcher.searched.metadata([hit.id for hit in hits])
     return [
-        {"rank": hit.rank, "id": hit.id, "score": hit.score, "path": hit.path, "file": str(hit.file), "metadata": more}
-        for hit, more in zip(hits, metadata, strict=True)
+        {
+            "rank": hit.rank,
+            "id": hit.id,
+            "score": hit.score,
+            "path": hit.path,
+            "file": str(hit.file),
+            "metadata": metadata[hit.id],
+        }
+        for hit in hits
     ]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from clipret.cli.options import BUNDLE, FILE, SEARCHED, Number, device_option, engine_option, threads_option
+from clipret.cli.options import BUNDLE, FILE, SEARCHED, Number, config_options
 from clipret.cli.rerank_options import prompts_option, read_texts, rerank_options
 from clipret.errors import ClipretError, require
+from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
-from clipret.inference.tower import EngineChoice
+from clipret.openers import open_searchable
 from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
 from clipret.server.limits import MIB, Limits
@@ -33,9 +34,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 @click.option("--timeout", type=Number(1, 86400), default=30.0, show_default=True, help="Seconds of a request.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Queries answered at once.")
 @click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="Of each GALLERY, where it is not where it was.")
-@device_option
-@engine_option
-@threads_option
+@config_options
 def serve_command(
     galleries: tuple[Path | str, ...],
     host: str,
@@ -50,9 +49,7 @@ def serve_command(
     timeout: float,
     batch: int,
     bundles: tuple[Path, ...],
-    device: str,
-    engine: EngineChoice,
-    threads: int | None,
+    config: EncoderConfig,
 ) -> None:
     """Serve one or several galleries: a page for people, an API for programs.
 
@@ -71,7 +68,6 @@ def serve_command(
     require("fastapi", "serve")
     require("uvicorn", "serve")
     require("python_multipart", "serve")
-    from clipret.server.milvus_backend import open_served
     from clipret.server.run import open_service, serve
     from clipret.server.snapshot import Manner
 
@@ -82,17 +78,15 @@ def serve_command(
     if bundles and len(bundles) != len(galleries):
         raise click.UsageError(f"{len(bundles)} times --bundle for {len(galleries)} galleries: give one for each")
     encoders = dict[str, Encoder]()
-    opened = list[tuple[Path | str, Encoder]]()
+    places = list[tuple[Path | str, Encoder]]()
     for number, path in enumerate(galleries):
-        with open_served(path) as gallery:
-            bundle = gallery.bundle(bundles[number] if bundles else None)
-        encoder = encoders.setdefault(
-            bundle.fingerprint, Encoder(bundle, device=device, engine=engine, threads=threads)
-        )
-        opened.append((path, encoder))
+        with open_searchable(path) as opened:
+            bundle = opened.bundle(bundles[number] if bundles else None)
+        encoder = encoders.setdefault(bundle.fingerprint, Encoder(bundle, config))
+        places.append((path, encoder))
     known = None if host in ("0.0.0.0", "::") and not hosts else {*_LOCAL, host, *hosts}
     limits = replace(Limits(), body=max_upload * MIB, seconds=timeout, batch=batch)
-    with open_service(opened, limits=limits, token=_token(token_file), hosts=known, manner=manner) as it:
+    with open_service(places, limits=limits, token=_token(token_file), hosts=known, manner=manner) as it:
         serve(it, host, port, lambda address: click.echo(f"serving {', '.join(it.desks)} at {address}"))
 
 

@@ -80,7 +80,7 @@ def read_ground_truth(
     table = read_table(path, where)
     title, image = pick_column(table, title_column, "title"), pick_column(table, image_column, "image")
     root = image_root or path.parent
-    held = searcher.gallery.ids_by_path()
+    found = searcher.find({row[image]: root / row[image] for row in table.rows})
     relevant: dict[str, dict[str, None]] = {}
     lost: set[str] = set()
     for row in table.rows:
@@ -88,15 +88,14 @@ def read_ground_truth(
         if not text:
             raise ClipretError(f"{path} has a row with an empty {title} (picture {name}): remove it or fill it in")
         answers = relevant.setdefault(text, {})
-        stored = name if name in held else searcher.gallery.stored_path(root / name)
-        if stored in held:
-            answers[stored] = None
+        if name in found:
+            answers[found[name][0]] = None
         else:
             lost.add(name)
     answerable = {text: list(paths) for text, paths in relevant.items() if paths}
     if not answerable:
         raise ClipretError(
-            f"gallery {searcher.gallery.path} holds none of the {len(lost)} pictures of {path} "
+            f"gallery {searcher.searched.name} holds none of the {len(lost)} pictures of {path} "
             f"(the first: {sorted(lost)[0]}): set --image-root, or index those pictures"
         )
     return GroundTruth(answerable, len(lost), len(relevant) - len(answerable))

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipret.bundle import Bundle
+from clipret.bundle import Bundle, check_bundle, find_bundle
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.gallery.database import Database, Picture, ShardEntry, inherit_metadata, name_shard, write_metadata
@@ -30,7 +30,7 @@ from clipret.gallery.shards import ids_and_live, open_codes, open_rows, sweep, w
 from clipret.ranking.quantization import Codes, mean, quantise
 from clipret.sources.item import Value
 
-__all__ = ["FORMAT", "Gallery", "GalleryInfo", "Picture", "Stored"]
+__all__ = ["FORMAT", "Gallery", "GalleryInfo", "Picture", "Stored", "id_of", "stored_path"]
 
 FORMAT = 2
 _RETRIES = 5  # of a reader that compaction has taken the files away from
@@ -149,25 +149,12 @@ class Gallery:
 
         Raises ClipretError when none is found or the one given has another fingerprint.
         """
-        if path is not None:
-            bundle = Bundle.open(path)
-            self.check(bundle)
-            return bundle
         places = (self.path / self.info.bundle_relative, Path(self.info.bundle))
-        for place in places:
-            if (place / "bundle.json").is_file():
-                bundle = Bundle.open(place.resolve())
-                self.check(bundle)
-                return bundle
-        raise ClipretError(f"the bundle of {self.path} is not at {self.info.bundle} any more: name it with --bundle")
+        return find_bundle(path, places, self.info.fingerprint, f"gallery {self.path}")
 
     def check(self, bundle: Bundle) -> None:
         """Raise ClipretError unless `bundle` gives the embeddings that this gallery holds."""
-        if bundle.fingerprint != self.info.fingerprint:
-            raise ClipretError(
-                f"gallery {self.path} was made with another bundle (fingerprint {self.info.fingerprint[:12]}…, "
-                f"{bundle.path} has {bundle.fingerprint[:12]}…): use that one or index into a new gallery"
-            )
+        check_bundle(bundle, self.info.fingerprint, f"gallery {self.path}")
 
     def __len__(self) -> int:
         return self.database.count()
@@ -223,13 +210,13 @@ class Gallery:
         """
         return self.database.select(where)
 
-    def id_of(self, picture: str) -> int:
+    def ids_of(self, paths: Collection[str]) -> dict[str, int]:
+        """The ids of those of these stored paths that live pictures have."""
+        return {path: number for path, (number, *_) in self.database.by_path(list(paths)).items()}
+
+    def id_of(self, name: str) -> int:
         """The id of a live picture, by its stored path or its place on disk. Raises ClipretError for no such one."""
-        names = dict.fromkeys((picture, self.stored_path(Path(picture))))
-        found = self.database.by_path(list(names))
-        if not found:
-            raise ClipretError(f"{self.path} holds no picture {picture}: clipret-search query shows how it names them")
-        return next(iter(found.values()))[0]
+        return id_of(name, Path(self.info.root), self.ids_of, str(self.path))
 
     def ids_by_path(self) -> dict[str, int]:
         """The id of every live picture by its stored path."""
@@ -253,10 +240,7 @@ class Gallery:
 
     def stored_path(self, file: Path) -> str:
         """How the database names a file: relative to the root where it lies below it, else absolute."""
-        # abspath takes .. out of it; Path.resolve would follow links out of the root.
-        absolute = Path(os.path.abspath(file))  # noqa: PTH100
-        root = Path(self.info.root)
-        return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.as_posix()
+        return stored_path(file, Path(self.info.root))
 
     def file(self, stored: str) -> Path:
         """Where the picture with this stored path lies."""
@@ -380,3 +364,30 @@ class Gallery:
 
 def _json(info: GalleryInfo) -> str:
     return json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n"
+
+
+def id_of(name: str, root: Path, ids_of: Callable[[Collection[str]], dict[str, int]], owner: str) -> int:
+    """The id of a picture, by its stored path or its place on disk.
+
+    Args:
+        name: Either of the two; a stored path goes first.
+        root: What stored paths are relative to.
+        ids_of: Gives the ids of those stored paths that are there.
+        owner: What holds the pictures, for messages.
+
+    Raises:
+        ClipretError: There is no such picture.
+    """
+    place = stored_path(Path(name), root)
+    ids = ids_of((name, place))
+    for one in (name, place):
+        if one in ids:
+            return ids[one]
+    raise ClipretError(f"{owner} holds no picture {name}: clipret-search query shows how it names them")
+
+
+def stored_path(file: Path, root: Path) -> str:
+    """How a gallery with this root names a file: relative to the root where it lies below it, else absolute."""
+    # abspath takes .. out of it; Path.resolve would follow links out of the root.
+    absolute = Path(os.path.abspath(file))  # noqa: PTH100
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.as_posix()

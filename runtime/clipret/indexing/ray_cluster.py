@@ -168,10 +168,9 @@ class Pool:
         self._ray = ray
         there = ray.cluster_resources()
         processors, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-        self._gpus = 1 if gpus and settings.device != "cpu" else 0
-        if settings.threads is not None:
-            threads = settings.threads
-        else:
+        self._gpus = 1 if gpus and settings.encoder.device != "cpu" else 0
+        threads = settings.encoder.threads
+        if threads is None:
             threads = max(processors // gpus, 1) if self._gpus else min(_THREADS, max(processors, 1))
         most = min(gpus, processors // threads) if self._gpus else processors // threads
         workers = workers or most
@@ -182,7 +181,7 @@ class Pool:
                 "change --workers or --threads"
             )
         self.workers = workers
-        self.settings = replace(settings, threads=threads)
+        self.settings = replace(settings, encoder=replace(settings.encoder, threads=threads))
 
     def blocks(self, parts: Sequence[Part]) -> Iterator[Block]:
         """What the actors make of the parts, in their order."""
@@ -201,7 +200,7 @@ class Pool:
             compute=data.ActorPoolStrategy(
                 min_size=1, max_size=min(self.workers, len(rows)), max_tasks_in_flight_per_actor=2
             ),
-            num_cpus=self.settings.threads,
+            num_cpus=self.settings.encoder.threads,
             num_gpus=self._gpus,
         )
         expected = (parts[0].number, 0)

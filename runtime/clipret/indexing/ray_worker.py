@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +14,8 @@ import numpy.typing as npt
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError
 from clipret.images.decode import PictureError
+from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
-from clipret.inference.tower import EngineChoice
 from clipret.sources.item import Item, Value
 
 __all__ = ["Block", "Part", "Result", "Settings", "State", "encode_part"]
@@ -33,14 +32,7 @@ class Settings:
 
     bundle: Path
     fingerprint: str
-    device: str = "auto"
-    engine: EngineChoice = "auto"
-    threads: int | None = None
-    batch_size: int = 32
-    fast_decode: bool = False
-    picture_timeout: float = 60.0
-    cuda_graphs: bool = False
-    decode: Literal["pillow", "gpu"] = "pillow"
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def open(self) -> Encoder:
         """Raises ClipretError as `Encoder` does, and where the path leads to another bundle."""
@@ -49,17 +41,7 @@ class Settings:
             raise ClipretError(
                 f"{self.bundle} is another bundle on {platform.node()}: put the same one on all machines"
             )
-        encoder = Encoder(
-            bundle,
-            device=self.device,
-            engine=self.engine,
-            threads=self.threads,
-            batch_size=self.batch_size,
-            fast_decode=self.fast_decode,
-            picture_timeout=self.picture_timeout,
-            cuda_graphs=self.cuda_graphs,
-            decode=self.decode,
-        )
+        encoder = Encoder(bundle, self.encoder)
         encoder.image_tower  # noqa: B018 (what cannot encode must say so before it reads)
         return encoder
 

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -14,13 +14,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipret.bundle import Bundle
-from clipret.errors import ClipretError
-from clipret.hardware.cpu import cpu_count
 from clipret.images.decode import PictureFile, load, read_picture
 from clipret.images.nvimagecodec import GpuDecoder
+from clipret.inference.config import EncoderConfig
 from clipret.inference.decode_pool import Batch, Decoding
 from clipret.inference.tokenizer import Tokenizer
-from clipret.inference.tower import EngineChoice, Tower, open_tower, pick_device
+from clipret.inference.tower import Tower, open_tower, pick_device
 from clipret.sources.item import Item
 
 __all__ = ["EncodeStats", "EncodedBatch", "Encoder", "PictureSource"]
@@ -71,50 +70,31 @@ class EncodeStats:
 class Encoder:
     """Encodes with the two towers of a bundle; each is opened when it is first needed.
 
-    `device`: "auto", "cpu", "cuda", "cuda:N", or several with commas between them, which share the pictures of one
-    stream. `engine`: see `open_tower`. `threads`: decode threads and engine threads, default the processors there are.
-    `fast_decode`: see `images.load`. `decode`: "gpu" has JPEGs decoded by nvImageCodec, see `GpuDecoder`.
-    `cuda_graphs`: see `OnnxTower`. `picture_timeout`: seconds after which a picture is skipped.
-    Raises ClipretError as `open_tower` does.
+    Args:
+        bundle: The model.
+        config: How it is run; see `EncoderConfig`.
+
+    Raises:
+        ClipretError: As `open_tower` does, when a tower is first needed.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        device: str = "auto",
-        engine: EngineChoice = "auto",
-        threads: int | None = None,
-        batch_size: int = 32,
-        fast_decode: bool = False,
-        picture_timeout: float = 60.0,
-        cuda_graphs: bool = False,
-        decode: Literal["pillow", "gpu"] = "pillow",
-    ) -> None:
-        if fast_decode and decode == "gpu":
-            raise ClipretError("a JPEG is decoded either fast by Pillow or by nvImageCodec: leave one of the two out")
+    def __init__(self, bundle: Bundle, config: EncoderConfig | None = None) -> None:
         self.bundle = bundle
-        self.device = device
-        self.engine: EngineChoice = engine
-        self.threads = threads or cpu_count()
-        self.batch_size = batch_size
-        self.fast_decode = fast_decode
-        self.picture_timeout = picture_timeout
-        self.cuda_graphs = cuda_graphs
-        self.decode = decode
+        self.config = config or EncoderConfig()
         self.stats = EncodeStats()
 
     @cached_property
     def devices(self) -> list[str]:
         """Of each image tower; "auto" is what it was found to mean."""
-        names = [name.strip() for name in self.device.split(",")]
-        return [pick_device(self.bundle, self.engine) if name == "auto" else name for name in names]
+        names = [name.strip() for name in self.config.device.split(",")]
+        return [pick_device(self.bundle, self.config.backend) if name == "auto" else name for name in names]
 
     @cached_property
     def image_towers(self) -> list[Tower]:
-        share = max(self.threads // len(self.devices), 1)
-        graphs = self.cuda_graphs
-        return [open_tower(self.bundle, "image", device, share, self.engine, graphs) for device in self.devices]
+        share = max(self.config.thread_count // len(self.devices), 1)
+        return [
+            open_tower(self.bundle, "image", device, replace(self.config, threads=share)) for device in self.devices
+        ]
 
     @property
     def image_tower(self) -> Tower:
@@ -122,7 +102,7 @@ class Encoder:
 
     @cached_property
     def text_tower(self) -> Tower:
-        return open_tower(self.bundle, "text", self.devices[0], self.threads, self.engine, self.cuda_graphs)
+        return open_tower(self.bundle, "text", self.devices[0], self.config)
 
     def engine_name(self, tower: str) -> str:
         """What runs a tower ("image" or "text"), for reports; opens it where that has not happened."""
@@ -144,8 +124,8 @@ class Encoder:
         trimmed = self.bundle.manifest.text.pad_to == "longest"
         # Texts of like length share a batch, so that short ones do not pay for the longest.
         order = np.argsort(lengths, kind="stable")
-        for low in range(0, len(order), self.batch_size):
-            part = order[low : low + self.batch_size]
+        for low in range(0, len(order), self.config.batch_size):
+            part = order[low : low + self.config.batch_size]
             width = int(lengths[part].max()) if trimmed else ids.shape[1]
             unique[part] = self.text_tower.run(np.ascontiguousarray(ids[part, :width]))
         return rows if unique is rows else unique[[places[text] for text in texts]]
@@ -157,8 +137,8 @@ class Encoder:
 
         `items` are paths, files' bytes, Pillow pictures, arrays uint8 [H,W,3], or what `open_source` gives: the
         pictures of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the picture.
-        An item whose picture raises a PictureError, or takes longer than `picture_timeout`, comes back in `skipped` of
-        its batch with the reason. `stats` follows.
+        An item whose picture raises a PictureError, or takes longer than `config.picture_timeout`, comes back in
+        `skipped` of its batch with the reason. `stats` follows.
         """
         stats = self.stats = EncodeStats()
         began = time.perf_counter()
@@ -167,10 +147,10 @@ class Encoder:
             items,
             lambda item: self._decode(item if read is None else read(item)),
             self.bundle.manifest.image.size,
-            self.batch_size,
-            threads=self.threads,
+            self.config.batch_size,
+            threads=self.config.thread_count,
             batches=_AHEAD + len(turns),
-            timeout=self.picture_timeout,
+            timeout=self.config.picture_timeout,
         )
         with decoding:
             for batch, rows, seconds in _run(decoding, turns, self.bundle.manifest.embedding_dim):
@@ -190,7 +170,7 @@ class Encoder:
 
     @cached_property
     def gpu_decoder(self) -> GpuDecoder | None:
-        return GpuDecoder(self.devices[0]) if self.decode == "gpu" else None
+        return GpuDecoder(self.devices[0]) if self.config.decode == "gpu" else None
 
     def _decode(self, source: Any) -> Pixels:
         if isinstance(source, Item):
@@ -202,7 +182,7 @@ class Encoder:
             source = read_picture(source).content
         if self.gpu_decoder is not None and isinstance(source, bytes):
             return self.gpu_decoder.load(source, spec)
-        return load(source, spec, fast=True) if self.fast_decode else load(source, spec)
+        return load(source, spec, fast=True) if self.config.fast_decode else load(source, spec)
 
 
 def _run(decoding: Decoding[T], turns: list[Tower], dim: int) -> Iterator[tuple[Batch[T], Rows, float]]:

@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, EngineWarning, one_line, require
-from clipret.hardware.cpu import cpu_count, int8_saturates
+from clipret.hardware.cpu import int8_saturates
 from clipret.hardware.cuda import gpu_arch, gpu_count
+from clipret.inference.config import EncoderConfig, EngineChoice
 from clipret.inference.tensorrt import (
     NAMES,
     Library,
@@ -28,10 +29,9 @@ from clipret.inference.tensorrt import (
 from clipret.ort.cuda_graphs import BoundSession
 from clipret.ort.session import CUDA, gpu_number, open_session, providers
 
-__all__ = ["EngineChoice", "OnnxTower", "OpenVinoTower", "Tower", "open_tower", "pick_device"]
+__all__ = ["OnnxTower", "OpenVinoTower", "Tower", "open_tower", "pick_device"]
 
 Rows = npt.NDArray[np.float32]
-EngineChoice = Literal["auto", "onnxruntime", "openvino"] | Library
 
 
 class Tower(Protocol):
@@ -44,16 +44,16 @@ class Tower(Protocol):
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
 
 
-def pick_device(bundle: Bundle, engine: EngineChoice = "auto") -> str:
+def pick_device(bundle: Bundle, backend: EngineChoice = "auto") -> str:
     """What device "auto" means here: "cuda" where there is a GPU and an engine that can use it, else "cpu".
 
     A bundle whose plans do not fit the GPU that there is, where nothing else can use it either, is an EngineWarning.
     """
-    if engine in ("tensorrt", "tensorrt_rtx"):
+    if backend in ("tensorrt", "tensorrt_rtx"):
         return "cuda"
-    if engine == "openvino" or not gpu_count():
+    if backend == "openvino" or not gpu_count():
         return "cpu"
-    if engine == "auto" and bundle.manifest.engines:
+    if backend == "auto" and bundle.manifest.engines:
         try:
             _fitting_plan(bundle, 0, installed())
         except ClipretError as error:
@@ -64,43 +64,44 @@ def pick_device(bundle: Bundle, engine: EngineChoice = "auto") -> str:
     return "cuda" if CUDA in providers() else "cpu"
 
 
-def open_tower(
-    bundle: Bundle,
-    name: str,
-    device: str = "cpu",
-    threads: int | None = None,
-    engine: EngineChoice = "auto",
-    graphs: bool = False,
-) -> Tower:
-    """The tower `name` ("image" or "text") of a bundle on `device` ("cpu", "cuda" or "cuda:N").
+def open_tower(bundle: Bundle, name: str, device: str = "cpu", config: EncoderConfig | None = None) -> Tower:
+    """One tower of a bundle, ready to run.
 
-    `threads`: of the engine on a CPU, default all processors. `engine`: "auto" takes a TensorRT plan of the bundle
-    where one fits the GPU and the installed library, else onnxruntime; plans that cannot be used are an EngineWarning.
-    `graphs`: see `OnnxTower`.
-    On a CPU it takes onnxruntime, OpenVINO for bf16, which onnxruntime does not have there, and for int8 if installed.
-    Raises ClipretError for changed bytes, a missing engine, a device that the engine cannot use, or a plan that was
-    asked for by its library and does not fit.
+    On a GPU the backend "auto" takes a TensorRT engine of the bundle where one fits the GPU and the installed library,
+    else onnxruntime; engines that cannot be used are an EngineWarning. On a CPU it takes onnxruntime, or OpenVINO for
+    bf16, which onnxruntime does not have there, and for int8 where it is installed.
+
+    Args:
+        bundle: The model.
+        name: "image" or "text".
+        device: "cpu", "cuda" or "cuda:N": where this tower runs; that of `config` may name several.
+        config: `backend`, `threads` and `cuda_graphs` of it count here.
+
+    Raises:
+        ClipretError: Changed bytes, a missing backend, a device that the backend cannot use, or an engine that was
+            asked for by its library and does not fit.
     """
-    gpu = gpu_number(device)
-    if engine in ("tensorrt", "tensorrt_rtx"):
+    config = config or EncoderConfig()
+    backend, gpu = config.backend, gpu_number(device)
+    if backend in ("tensorrt", "tensorrt_rtx"):
         if gpu is None:
-            raise ClipretError(f"{engine} plans run on a GPU, not on {device}: use --device cuda")
-        version = load_library(engine).__version__
-        return _plan_tower(bundle, name, gpu, {engine: version})
-    if engine == "auto" and gpu is not None and bundle.manifest.engines:
+            raise ClipretError(f"{backend} plans run on a GPU, not on {device}: use --device cuda")
+        version = load_library(backend).__version__
+        return _plan_tower(bundle, name, gpu, {backend: version})
+    if backend == "auto" and gpu is not None and bundle.manifest.engines:
         try:
             return _plan_tower(bundle, name, gpu, installed())
         except ClipretError as error:
             warnings.warn(f"onnxruntime runs instead of TensorRT: {error}", EngineWarning, stacklevel=2)
-    if engine == "openvino" and gpu is not None:
+    if backend == "openvino" and gpu is not None:
         raise ClipretError(f"OpenVINO runs on the CPU here, not on {device}: use --device cpu")
     precision = bundle.manifest.precision
-    if gpu is None and precision == "bf16" and engine == "onnxruntime":
+    if gpu is None and precision == "bf16" and backend == "onnxruntime":
         raise ClipretError(f"{bundle.path} is bf16, which onnxruntime lacks on a CPU: use OpenVINO or export fp16")
-    path, threads = bundle.file(f"{name}.onnx"), threads or cpu_count()
-    if engine == "openvino" or (engine == "auto" and gpu is None and _openvino_is_best(precision)):
+    path, threads = bundle.file(f"{name}.onnx"), config.thread_count
+    if backend == "openvino" or (backend == "auto" and gpu is None and _openvino_is_best(precision)):
         return OpenVinoTower(path, threads, precision == "bf16")
-    return OnnxTower(path, device, threads, graphs) if graphs else OnnxTower(path, device, threads)
+    return OnnxTower(path, device, threads, config.cuda_graphs)
 
 
 def _openvino_is_best(precision: str) -> bool:

@@ -1,21 +1,23 @@
 """Search over a gallery: embed texts and pictures, mix them where asked, rank all stored rows exactly."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipret.bundle import check_bundle
 from clipret.errors import ClipretError
-from clipret.gallery.gallery import Gallery, Stored
+from clipret.gallery.gallery import Gallery, Stored, id_of, stored_path
 from clipret.images.decode import PictureFile
 from clipret.inference.encoder import Encoder
-from clipret.ort.session import has_device
 from clipret.ranking.ranker import Ranker
+from clipret.search.searchable import Searchable
+from clipret.search.snapshot import GallerySnapshot
 from clipret.sources.source import read_stored
 
 __all__ = ["Forms", "Hit", "Part", "Query", "Searcher"]
@@ -61,51 +63,63 @@ class Hit:
 
 
 class Searcher:
-    """Searches the rows that the gallery held when they were first needed.
+    """Searches a gallery, as it was when its embeddings were first needed, or a collection in Milvus.
 
-    `templates`: a text is embedded as the mean of its forms in all of them, such as "a photo of a {}."; each form is
-    normalised before the mean is taken and the mean after it (Radford et al., Learning Transferable Visual Models
-    From Natural Language Supervision, 2021, section 3.1.4). A function gives each text the forms that suit it, such as
-    `Prompts.forms`. `resident`: keep codes in memory in the order that makes a single query fastest, for searchers
-    that live long. A text is embedded once, however often it is asked for.
-    Raises ClipretError when the encoder's bundle is not the one that made the gallery, or a template has no {}.
+    Args:
+        searched: What is searched; closed when the searcher is left as a context.
+        encoder: Of the bundle that made the embeddings.
+        templates: A text is embedded as the mean of its forms in all of them, such as "a photo of a {}."; each form is
+            normalised before the mean is taken and the mean after it (Radford et al., Learning Transferable Visual
+            Models From Natural Language Supervision, 2021, section 3.1.4). A function gives each text the forms that
+            suit it, such as `Prompts.forms`. A text is embedded once, however often it is asked for.
+        resident: Of a gallery, see `GallerySnapshot`; for searchers that live long.
+
+    Raises:
+        ClipretError: The encoder's bundle is not the one that made the embeddings, or a template has no {}.
     """
 
     def __init__(
         self,
-        gallery: Gallery,
+        searched: Gallery | Searchable,
         encoder: Encoder,
         *,
         templates: Forms = ("{}",),
         resident: bool = False,
     ) -> None:
-        gallery.check(encoder.bundle)
+        own = GallerySnapshot(searched, encoder, resident=resident) if isinstance(searched, Gallery) else searched
+        self.searched: Searchable = own
+        check_bundle(encoder.bundle, self.searched.fingerprint, self.searched.name)
         for template in () if callable(templates) else templates:
             if "{}" not in template:
                 raise ClipretError(f"template {template!r} has no {{}}: put one where the text belongs")
-        self.gallery = gallery
         self.encoder = encoder
         self.templates = templates if callable(templates) else tuple(templates) or ("{}",)
-        self.resident = resident
         self._known = OrderedDict[str, Floats]()
 
-    @cached_property
-    def stored(self) -> Stored:
-        return self.gallery.read()
+    def __enter__(self) -> Self:
+        return self
 
-    @cached_property
+    def __exit__(self, *_: object) -> None:
+        self.searched.close()
+
+    @property
+    def snapshot(self) -> GallerySnapshot:
+        """What is searched, where that is a gallery: for what looks at every embedding. Raises ClipretError."""
+        if isinstance(self.searched, GallerySnapshot):
+            return self.searched
+        raise ClipretError(f"{self.searched.name} does not give all of its embeddings: use the gallery itself")
+
+    @property
+    def gallery(self) -> Gallery:
+        return self.snapshot.gallery
+
+    @property
+    def stored(self) -> Stored:
+        return self.snapshot.stored
+
+    @property
     def ranker(self) -> Ranker:
-        stored, encoder = self.stored, self.encoder
-        # A TensorRT plan may run the towers where onnxruntime has no CUDA; the order is the same on the CPU.
-        device = encoder.devices[0] if has_device(encoder.devices[0]) else "cpu"
-        return Ranker(
-            stored.shards,
-            stored.live,
-            stored.codes,
-            threads=encoder.threads,
-            resident=self.resident and device == "cpu",
-            device=device,
-        )
+        return self.snapshot.ranker
 
     def search(
         self,
@@ -135,29 +149,44 @@ class Searcher:
         min_score: float | None = None,
     ) -> list[list[Hit]]:
         """The same for queries that are embedded already, [Q,D]."""
-        return self.hits(*self.ranker.rank(queries, k, among=self.among(where, exclude), min_score=min_score))
+        return self._hits(*self.searched.rank(queries, k, self.searched.filter(where, exclude), min_score))
 
     def hits(self, scores: Floats, positions: npt.NDArray[np.int64]) -> list[list[Hit]]:
         """What a ranking, [Q,K] each as `Ranker.rank` returns them, found."""
-        used = np.unique(positions[positions >= 0])
-        names = dict(zip(used.tolist(), self.gallery.paths(self.stored.ids[used]), strict=True))
-        return [
-            [
-                Hit(rank, int(self.stored.ids[at]), names[at], self.gallery.file(names[at]), score)
-                for rank, (at, score) in enumerate(zip(row, row_scores, strict=True), 1)
-                if at >= 0
-            ]
-            for row, row_scores in zip(positions.tolist(), scores.tolist(), strict=True)
-        ]
+        return self._hits(scores, self.snapshot.ids_at(positions))
+
+    def _hits(self, scores: Floats, ids: npt.NDArray[np.int64]) -> list[list[Hit]]:
+        """Of an image that was deleted between the ranking and this there is no record and no hit."""
+        records, root = self.searched.records(np.unique(ids[ids >= 0]).tolist()), self.searched.root
+        lines = []
+        for line, line_scores in zip(ids.tolist(), scores.tolist(), strict=True):
+            there = [(one, score) for one, score in zip(line, line_scores, strict=True) if one in records]
+            lines.append(
+                [
+                    Hit(rank, one, records[one].path, root / records[one].path, score)
+                    for rank, (one, score) in enumerate(there, 1)
+                ]
+            )
+        return lines
 
     def among(self, where: str | None = None, exclude: Collection[int] = ()) -> npt.NDArray[np.bool_] | None:
         """Which rows may be found, bool [N]; None for all. Raises ClipretError for a wrong expression."""
-        if where is None and not len(exclude):
-            return None
-        ids = self.stored.ids
-        among = np.ones(len(ids), bool) if where is None else np.isin(ids, self.gallery.select(where))
-        among &= ~np.isin(ids, np.fromiter(exclude, np.int64, len(exclude)))
-        return among
+        return self.snapshot.filter(where, exclude)
+
+    def find(self, files: Mapping[str, Path]) -> dict[str, tuple[str, int]]:
+        """The stored path and the id of the images that names stand for, as far as they are there.
+
+        Args:
+            files: Where the file of each name may lie. A name may also be a stored path itself, which goes first.
+        """
+        places = {name: stored_path(file, self.searched.root) for name, file in files.items()}
+        ids = self.searched.ids_of({*places, *places.values()})
+        stored = {name: name if name in ids else place for name, place in places.items()}
+        return {name: (path, ids[path]) for name, path in stored.items() if path in ids}
+
+    def id_of(self, name: str) -> int:
+        """The id of an image, by its stored path or its place on disk. Raises ClipretError for no such one."""
+        return id_of(name, self.searched.root, self.searched.ids_of, self.searched.name)
 
     def embed(self, queries: Sequence[str | Query]) -> Floats:
         """Unit rows float64 [Q,D]. Raises ClipretError as `search` does, and where the parts of a query cancel out."""

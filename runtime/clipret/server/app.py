@@ -185,9 +185,7 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
     Version = Annotated[str | None, Query(max_length=64, description="Lets a browser keep the answer.")]
 
     async def sent(request: Request, desk: Desk, id: int, v: str | None, side: int) -> Response:
-        state = desk.state
-        picture = state.picture(id)
-        root = Path(state.gallery.info.root)
+        root, picture = await desk.record(id)
         tag = f'"{picture.hash[:24] or f"{picture.size}-{picture.mtime_ns}"}-{side}"'
         keep = "private, max-age=31536000, immutable" if v and picture.hash.startswith(v) else "no-cache"
         headers = {"ETag": tag, "Cache-Control": keep}

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +19,20 @@ from clipret.files import write_file
 from clipret.gallery.gallery import Gallery, Picture
 from clipret.images.decode import PictureError, load
 from clipret.inference.encoder import Encoder
+from clipret.milvus.search import open_milvus
+from clipret.openers import open_searchable
+from clipret.search.searchable import Searchable
 from clipret.search.searcher import Part, Query, Searcher
 from clipret.server.batcher import Batcher
 from clipret.server.limits import ConflictError, Limits, NotFoundError, RequestError
-from clipret.server.milvus_backend import open_served, state_of, watch_of
-from clipret.server.snapshot import Manner, State, Watch
-from clipret.sources.item import Value, free_names, picture_file
+from clipret.server.snapshot import Manner, ServedSnapshot
+from clipret.server.watch import CollectionWatch, GalleryWatch, Watch
+from clipret.sources.item import RESERVED, Value, free_names, picture_file
 
 __all__ = ["FORMATS", "Answer", "Ask", "Content", "Desk", "Found", "Threads"]
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 Content = str | int | npt.NDArray[np.uint8]
 """Of a part of a query: a text, the id of a picture of the gallery, or the pixels of another."""
 
@@ -59,14 +61,28 @@ class Threads:
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
-    """A search of one state. Each query is a weighted sum of its parts, see `clipret.search.searcher.Query`."""
+class Snapshot:
+    """What a service answers from; `number` counts those that were loaded from 1."""
 
-    state: State
+    number: int
+    searched: Searchable
+    count: int
+
+    @property
+    def filterable(self) -> list[str]:
+        """The columns that a filter can use."""
+        return [*RESERVED, *self.searched.columns]
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """A search of one snapshot; `allowed` is its filter. Each query is a weighted sum of its parts, as a `Query` is."""
+
+    state: Snapshot
     queries: tuple[tuple[tuple[Content, float], ...], ...]
     k: int
     where: str | None = None
-    mask: Mask | None = None
+    allowed: Any = None
     exclude: frozenset[int] = frozenset()
     min_score: float | None = None
 
@@ -91,7 +107,7 @@ class Found:
 class Answer:
     """What each query of an ask found."""
 
-    state: State
+    state: Snapshot
     results: list[list[Found]]
 
 
@@ -112,12 +128,12 @@ class Desk:
     reloads: int = 0
     trouble: str | None = None
     _watch: Watch = field(init=False)
-    _state: State | None = None
+    _state: Snapshot | None = None
     _reference: Floats | None = None
 
     def __post_init__(self) -> None:
-        self._watch = watch_of(self.path)
-        self._embedder = Searcher(open_served(self.path), self.encoder, templates=self.manner.templates)
+        self._watch = CollectionWatch(self.path) if isinstance(self.path, str) else GalleryWatch(self.path)
+        self._embedder = Searcher(open_searchable(self.path), self.encoder, templates=self.manner.templates)
         self._refreshing = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
         self.batcher = Batcher[Ask, Answer](
@@ -131,7 +147,7 @@ class Desk:
         )
 
     @property
-    def state(self) -> State:
+    def state(self) -> Snapshot:
         assert self._state is not None  # `load` comes first
         return self._state
 
@@ -177,11 +193,20 @@ class Desk:
         if not self._watch.changed():
             return
         try:
-            self._state = state_of(self.path, self.reloads + 1, self.encoder, self.manner.rerank, self._reference)
+            searched = self._searched()
+            self._state = Snapshot(self.reloads + 1, searched, searched.count())
         except BaseException:
             self._watch.close()  # what was not read is still news
             raise
         self.reloads += 1
+
+    def _searched(self) -> Searchable:
+        rerank = self.manner.rerank
+        if isinstance(self.path, Path):
+            return ServedSnapshot(self.path, self.encoder, rerank, self._reference, self.limits.where_seconds)
+        if rerank.steps:
+            raise ClipretError("re-ranking looks at every picture, which Milvus does not give: serve the gallery")
+        return open_milvus(self.path)
 
     async def search(
         self,
@@ -198,12 +223,22 @@ class Desk:
         """
         if min_score is not None and self.manner.rerank.steps:
             raise RequestError("min_score is a cosine, which this service re-ranks: leave it out")
-        state = self.state
-        mask = None
-        if where is not None:
-            mask = await self._in(self.threads.filters, lambda: state.mask(where, self.limits.where_seconds))
+        state, allowed = self.state, None
+        if where is not None or exclude:
+            try:
+                allowed = await self._in(self.threads.filters, lambda: state.searched.filter(where, exclude))
+            except ClipretError as error:
+                raise RequestError(str(error).removeprefix("--")) from None
         asked = tuple(tuple(query) for query in queries)
-        return await self.batcher.submit(Ask(state, asked, k, where, mask, frozenset(exclude), min_score))
+        return await self.batcher.submit(Ask(state, asked, k, where, allowed, frozenset(exclude), min_score))
+
+    async def record(self, number: int) -> tuple[Path, Picture]:
+        """What the path of a picture is relative to, and its record. Raises NotFoundError."""
+        searched = self.state.searched
+        found = await self._in(self.threads.filters, lambda: searched.records([number]))
+        if number not in found:
+            raise NotFoundError(f"there is no picture {number}")
+        return searched.root, found[number]
 
     async def pixels(self, content: bytes) -> npt.NDArray[np.uint8]:
         """A picture that a stranger sent, as the tower's input. Raises RequestError."""
@@ -217,9 +252,11 @@ class Desk:
         return await self._in(self.threads.pictures, work)
 
     async def choices(self) -> dict[str, list[tuple[Value, int]]]:
-        """`State.choices` of the present state."""
-        state = self.state
-        return await self._in(self.threads.filters, lambda: state.choices)
+        """`ServedSnapshot.choices` of the present one; Milvus does not count values."""
+        searched = self.state.searched
+        if not isinstance(searched, ServedSnapshot):
+            return {}
+        return await self._in(self.threads.filters, lambda: searched.choices)
 
     def shown_path(self, picture: Picture) -> str:
         """The stored path; of a picture that `add` brought without where the gallery lies."""
@@ -234,7 +271,7 @@ class Desk:
         groups = dict[tuple[object, ...], list[tuple[int, Floats]]]()
         for at, ask in enumerate(asks):
             try:
-                rows = np.array([_sum(ask.state, query, known) for query in ask.queries])
+                rows = np.array([_sum(ask.state.searched, query, known) for query in ask.queries])
             except RequestError as error:
                 results.append(error)
             else:
@@ -246,20 +283,30 @@ class Desk:
 
     def _rank(self, group: list[tuple[int, Floats]], asks: list[Ask], results: list[Answer | Exception]) -> None:
         first = asks[group[0][0]]
-        state, mask = first.state, first.mask
-        if first.exclude:
-            mask = state.without(mask, first.exclude)
+        searched = first.state.searched
         together = np.concatenate([rows for _, rows in group])
-        scores, positions = state.rank(together, max(asks[at].k for at, _ in group), mask, first.min_score)
-        known = state.known(state.ids[np.unique(positions[positions >= 0])].tolist())
-        lines = zip(positions, scores, strict=True)
+        most = max(asks[at].k for at, _ in group)
+        try:
+            scores, ids = searched.rank(together, most, first.allowed, first.min_score)
+            found = np.unique(ids[ids >= 0]).tolist()
+            records, metadata = searched.records(found), searched.metadata(found)
+        except ClipretError as error:
+            for at, _ in group:
+                results[at] = RequestError(str(error).replace(searched.name, self.name))
+            return
+        lines = zip(ids.tolist(), scores.tolist(), strict=True)
         for at, rows in group:
             lists = list[list[Found]]()
             for line, line_scores in (next(lines) for _ in rows):
-                ids, k = state.ids[line[line >= 0]].tolist(), asks[at].k
-                best = zip(ids[:k], line_scores.tolist(), strict=False)
-                lists.append([Found(rank, one, score, *known[one]) for rank, (one, score) in enumerate(best, 1)])
-            results[at] = Answer(state, lists)
+                # What was deleted between the ranking and this, as may be in Milvus, is no result.
+                best = [(one, score) for one, score in zip(line, line_scores, strict=True) if one in records]
+                lists.append(
+                    [
+                        Found(rank, one, score, records[one], metadata.get(one, {}))
+                        for rank, (one, score) in enumerate(best[: asks[at].k], 1)
+                    ]
+                )
+            results[at] = Answer(first.state, lists)
 
     def _embedded(self, parts: Sequence[Content]) -> dict[str | int, Floats]:
         """The row of each text by itself, and of each picture's pixels by their id()."""
@@ -346,12 +393,18 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
-def _sum(state: State, query: Sequence[tuple[Content, float]], known: Mapping[str | int, Floats]) -> Floats:
+def _sum(searched: Searchable, query: Sequence[tuple[Content, float]], known: Mapping[str | int, Floats]) -> Floats:
     """The row of a query, float64 [D], as `Searcher.embed` makes it."""
     parts = list[tuple[Floats, float]]()
     for content, weight in query:
-        held = content if isinstance(content, str) else id(content)
-        parts.append((state.row(content) if isinstance(content, int) else known[held], weight))
+        if isinstance(content, int):
+            try:
+                stored = searched.row(content)
+            except ClipretError as error:
+                raise NotFoundError(str(error)) from None
+            parts.append((stored / (float(np.linalg.norm(stored)) or 1.0), weight))
+        else:
+            parts.append((known[content if isinstance(content, str) else id(content)], weight))
     row: Floats = np.zeros_like(parts[0][0])
     for part, weight in parts:
         row += weight * part

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,14 +27,13 @@ from clipret.errors import ClipretError
 from clipret.gallery.database import Database, Picture
 from clipret.gallery.gallery import Gallery, GalleryInfo
 from clipret.inference.encoder import Encoder
-from clipret.ranking.rows import StoredRows
 from clipret.search.rerank import Rerank, Reranker
-from clipret.search.searcher import Forms, Searcher
-from clipret.server.limits import NotFoundError, RequestError
-from clipret.sources.item import RESERVED, Value, scalar
+from clipret.search.searcher import Forms
+from clipret.search.snapshot import GallerySnapshot
+from clipret.sources.item import Value, scalar
 from clipret.tables import quoted
 
-__all__ = ["Manner", "State", "Watch"]
+__all__ = ["Manner", "ServedSnapshot"]
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -105,100 +104,93 @@ class _Filters(Database):
             return np.isin(ids, self.select(where))
         except ClipretError as error:
             if time.monotonic() >= end:
-                raise RequestError(f"where takes longer than {seconds:g} s: ask for something simpler") from None
+                raise ClipretError(f"where takes longer than {seconds:g} s: ask for something simpler") from None
             # The message names the folder of the copy, which is nobody's business.
             reason = str(error).replace(f" on {self._file.parent}", "").removeprefix("--")
-            raise RequestError(reason) from None
+            raise ClipretError(reason) from None
         finally:
             clock.cancel()
             clock.join()
 
 
-class State:
-    """One state of a gallery: its rows, a ranker over them, and what is known of its pictures.
+class ServedSnapshot(GallerySnapshot):
+    """One state of a gallery for a service: its embeddings, a ranker over them, and what is known of its images.
 
-    `number` counts the states of a service from 1; `reference` [R,D] are the rows of `Manner.reference`. Methods may be
-    called from any thread, but `rank` belongs to the engine's. Raises ClipretError as `Gallery.read` does.
+    Methods may be called from any thread, but `rank` belongs to the engine's.
+
+    Args:
+        path: The folder of the gallery.
+        encoder: As of `GallerySnapshot`.
+        rerank: The steps that `rank` takes.
+        reference: Float [R,D], the embeddings of `Manner.reference`.
+        seconds: That a filter may take.
+
+    Raises:
+        ClipretError: As `Gallery.read` does.
     """
 
     def __init__(
-        self, path: Path, number: int, encoder: Encoder, rerank: Rerank | None = None, reference: Floats | None = None
+        self,
+        path: Path,
+        encoder: Encoder,
+        rerank: Rerank | None = None,
+        reference: Floats | None = None,
+        seconds: float = 5.0,
     ) -> None:
-        self.number = number
         for attempt in range(_RETRIES):
-            self.gallery = _Copy(path, Gallery.open(path).info)
-            searcher = Searcher(self.gallery, encoder, resident=True)
+            self._copy = _Copy(path, Gallery.open(path).info)
+            super().__init__(self._copy, encoder, resident=True)
             try:
-                self.stored = searcher.stored
+                _ = self.stored
                 break
             except ClipretError:
-                self.gallery.close()
+                self.close()
                 if attempt == _RETRIES - 1:
                     raise
         # Made now, with whatever is measured once, and not at the first query.
-        self._ranker = searcher.ranker
+        ranker = self.ranker
         steps = rerank is not None and rerank.steps
-        self._reranker = Reranker(self.stored, self._ranker, rerank, reference) if rerank and steps else None
-        self.rows = StoredRows(self.stored.shards)
-        self.ids = self.stored.ids
-        self.count = len(self.gallery)
-        self.columns = self.gallery.columns()
+        self._reranker = Reranker(self.stored, ranker, rerank, reference) if rerank and steps else None
+        _ = self.columns
+        self._seconds = seconds
         self._lock = threading.Lock()  # of the copy's one connection
         self._masks = OrderedDict[str, Mask]()
 
-    def rank(self, rows: Floats, k: int, mask: Mask | None, min_score: float | None) -> tuple[Floats, Ids]:
-        """As `Ranker.rank`, or as `Reranker.rank`, which knows no least score."""
-        if self._reranker is not None:
-            return self._reranker.rank(rows, k, among=mask)
-        return self._ranker.rank(rows, k, among=mask, min_score=min_score)
+    def rank(
+        self, queries: npt.ArrayLike, k: int, allowed: Mask | None = None, min_score: float | None = None
+    ) -> tuple[Floats, Ids]:
+        """As `Searchable.rank`, with the steps of re-ranking, which know no least score."""
+        if self._reranker is None:
+            return super().rank(queries, k, allowed, min_score)
+        scores, positions = self._reranker.rank(queries, k, among=allowed)
+        return scores, self.ids_at(positions)
 
-    def without(self, mask: Mask | None, exclude: Collection[int]) -> Mask:
-        """The mask without these pictures."""
-        wanted = ~np.isin(self.ids, np.fromiter(exclude, np.int64, len(exclude)))
-        return wanted if mask is None else mask & wanted
-
-    def known(self, ids: Sequence[int]) -> dict[int, tuple[Picture, dict[str, Value]]]:
-        """Record and metadata of each of these pictures, by its id."""
+    def records(self, ids: Sequence[int]) -> dict[int, Picture]:
         with self._lock:
-            records = self.gallery.database.pictures(ids)
-            metadata = self.gallery.database.metadata(ids) if self.columns else {}
+            found = self.gallery.database.pictures(ids)
+        live, held = self.stored.live, self.stored.ids
+        if live is None:
+            return found
+        at = {number: int(np.searchsorted(held, number)) for number in found}
+        return {number: record for number, record in found.items() if at[number] < len(held) and live[at[number]]}
+
+    def metadata(self, ids: Sequence[int]) -> dict[int, dict[str, Value]]:
         empty: dict[str, Value] = dict.fromkeys(self.columns)
-        return {
-            number: (record, {name: scalar(value) for name, value in metadata.get(number, empty).items()})
-            for number, record in records.items()
-        }
-
-    def position(self, number: int) -> int:
-        """Where the row of a live picture is. Raises NotFoundError."""
-        at = int(np.searchsorted(self.ids, number))
-        live = self.stored.live
-        if at >= len(self.ids) or self.ids[at] != number or (live is not None and not live[at]):
-            raise NotFoundError(f"there is no picture {number}")
-        return at
-
-    def picture(self, number: int) -> Picture:
-        """The record of a live picture. Raises NotFoundError."""
-        self.position(number)
+        if not empty:
+            return {number: {} for number in ids}
         with self._lock:
-            return self.gallery.database.pictures([number])[number]
+            found = self.gallery.database.metadata(ids)
+        return {number: {name: scalar(value) for name, value in found.get(number, empty).items()} for number in ids}
 
-    def row(self, number: int) -> Floats:
-        """The stored row of a live picture, float64 [D], at unit length. Raises NotFoundError."""
-        row: Floats = self.rows.take(np.array([self.position(number)]))[0].astype(np.float64)
-        length = float(np.linalg.norm(row))
-        if length:
-            row /= length
-        return row
-
-    def mask(self, where: str, seconds: float) -> Mask:
-        """Which rows a filter lets through, bool [N]. Raises RequestError."""
+    def _mask(self, where: str) -> Mask:
+        """Raises ClipretError where the expression is wrong or takes too long."""
         with self._lock:
             if where in self._masks:
                 self._masks.move_to_end(where)
                 return self._masks[where]
-        filters = _Filters(self.gallery.folder)
+        filters = _Filters(self._copy.folder)
         try:
-            mask = filters.mask(where, self.ids, seconds)
+            mask = filters.mask(where, self.stored.ids, self._seconds)
         finally:
             filters.close()
         with self._lock:
@@ -211,48 +203,13 @@ class State:
     def choices(self) -> dict[str, list[tuple[Value, int]]]:
         """For each metadata column with few distinct values those values and how many pictures have each."""
         found = dict[str, list[tuple[Value, int]]]()
-        database = Database(self.gallery.folder)  # of its own: searches do not wait for it
         live = "FROM rows r JOIN metadata m ON m.id = r.id WHERE r.deleted = 0 AND"
-        for name in self.columns:
-            column = f"m.{quoted(name)}"
-            # Most columns with many values are left after few rows.
-            some = database.query(f"SELECT DISTINCT {column} {live} {column} IS NOT NULL LIMIT {_VALUES + 1}")
-            if 1 < len(some) <= _VALUES:
-                rows = database.query(f"SELECT {column}, count(*) {live} {column} IS NOT NULL GROUP BY 1 ORDER BY 1")
-                found[name] = [(scalar(value), int(count)) for value, count in rows]
-        database.close()
+        with contextlib.closing(Database(self._copy.folder)) as database:  # of its own: searches do not wait for it
+            for name in self.columns:
+                column = f"m.{quoted(name)}"
+                # Most columns with many values are left after few rows.
+                some = database.query(f"SELECT DISTINCT {column} {live} {column} IS NOT NULL LIMIT {_VALUES + 1}")
+                if 1 < len(some) <= _VALUES:
+                    counted = f"SELECT {column}, count(*) {live} {column} IS NOT NULL GROUP BY 1 ORDER BY 1"
+                    found[name] = [(scalar(value), int(count)) for value, count in database.query(counted)]
         return found
-
-    @property
-    def filterable(self) -> list[str]:
-        """The columns that a filter can use."""
-        return [*RESERVED, *self.columns]
-
-
-class Watch:
-    """Knows whether a gallery was changed, by this process or another. One thread at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._gallery: Gallery | None = None
-        self._seen: tuple[int, ...] = ()
-
-    def changed(self) -> bool:
-        """Whether it was since the last call; True at the first. Raises ClipretError where the gallery is gone."""
-        try:
-            status = (self.path / "gallery.db").stat()
-        except OSError as error:
-            raise ClipretError(f"{self.path} cannot be read: {error.strerror}; restore it or index again") from None
-        file = (status.st_dev, status.st_ino)
-        if self._gallery is None or self._seen[:2] != file:  # another file: the gallery was made anew
-            self.close()
-            self._gallery = Gallery.open(self.path)
-        # sqlite's own counter of what other connections have committed.
-        seen = (*file, int(self._gallery.database.query("PRAGMA data_version")[0][0]))
-        changed, self._seen = seen != self._seen, seen
-        return changed
-
-    def close(self) -> None:
-        if self._gallery is not None:
-            self._gallery.close()
-        self._gallery, self._seen = None, ()

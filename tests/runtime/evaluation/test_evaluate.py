@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, Searcher
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Searcher
 from clipret.cli import main
 from clipret.evaluation.evaluate import measure, read_attribute_truth
 from clipret.evaluation.metrics import Metric, average_precision
@@ -33,7 +33,7 @@ def gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def searcher(gallery: Path, tiny_bundle: Path) -> Searcher:
-    return Searcher(Gallery.open(gallery), Encoder(Bundle.open(tiny_bundle), device="cpu"))
+    return Searcher(Gallery.open(gallery), Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")))
 
 
 def write(path: Path, text: str) -> Path:

@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipret import Bundle, Encoder, Gallery, Searcher
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, Searcher
 from clipret.evaluation.evaluate import GroundTruth, evaluate_search, read_attribute_truth, read_ground_truth
 from clipret.evaluation.report import attributes, recall_curve, scores_of, worst
 
 
 @pytest.fixture
 def searcher(listed_gallery: Path, tiny_bundle: Path) -> Searcher:
-    return Searcher(Gallery.open(listed_gallery), Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1))
+    return Searcher(
+        Gallery.open(listed_gallery), Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
+    )
 
 
 def order_by_hand(searcher: Searcher, truth: GroundTruth) -> tuple[np.ndarray, list[list[str]]]:

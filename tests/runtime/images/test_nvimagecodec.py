@@ -12,6 +12,7 @@ from clipret.errors import ClipretError
 from clipret.images import nvimagecodec as gpu_decode
 from clipret.images.decode import PictureError, load
 from clipret.images.nvimagecodec import GpuDecoder
+from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 
 pytest.importorskip("nvidia.nvimgcodec")
@@ -75,9 +76,9 @@ def test_a_decoder_whose_pixels_are_others_is_refused(monkeypatch: pytest.Monkey
 
 def test_an_encoder_uses_it(tiny_bundle: Path, picture: Image.Image) -> None:
     content = file_of(picture)
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=2, decode="gpu")
-    plain = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=2)
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=2, decode="gpu"))
+    plain = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=2))
     one, other = (next(iter(it.encode_images([content, content]))).rows for it in (encoder, plain))
     np.testing.assert_allclose(one, other, atol=0.02)
     with pytest.raises(ClipretError, match="either"):
-        Encoder(Bundle.open(tiny_bundle), fast_decode=True, decode="gpu")
+        Encoder(Bundle.open(tiny_bundle), EncoderConfig(fast_decode=True, decode="gpu"))

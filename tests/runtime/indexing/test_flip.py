@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from clipret import Bundle, ClipretError, Encoder, Gallery
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery
 from clipret.cli import main
 from clipret.indexing.flip import mirror_gallery
 
@@ -70,7 +70,7 @@ def test_it_goes_on_and_follows_the_gallery(
     gallery: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clipret.indexing.flip._ROWS", 1)
-    encoder, out = Encoder(Bundle.open(tiny_bundle), device="cpu"), tmp_path / "mirrored"
+    encoder, out = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")), tmp_path / "mirrored"
 
     def two(starts):  # type: ignore[no-untyped-def]
         for number, start in enumerate(starts):
@@ -93,7 +93,7 @@ def test_it_goes_on_and_follows_the_gallery(
 
 
 def test_what_cannot_be_mirrored(gallery: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     Gallery.create(tmp_path / "elsewhere", encoder.bundle, tmp_path, mirrored=True).close()
     with Gallery.open(gallery) as opened, pytest.raises(ClipretError, match="holds pictures of"):
         mirror_gallery(opened, tmp_path / "elsewhere", encoder)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, IndexReport, index_pictures
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, IndexReport, index_pictures
 from clipret.gallery.compaction import compact_gallery
 from clipret.images.decode import find_pictures
 from clipret.sources.item import Item, broken_item
@@ -46,7 +46,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def index(folder: Path, bundle: Path, source: Path, **options: bool) -> IndexReport:
-    encoder, opened = Encoder(Bundle.open(bundle), device="cpu"), open_source(source)
+    encoder, opened = Encoder(Bundle.open(bundle), EncoderConfig(device="cpu")), open_source(source)
     exists = (folder / "gallery.json").exists()
     with Gallery.open(folder) if exists else Gallery.create(folder, encoder.bundle, opened.root) as gallery:
         return index_pictures(gallery, encoder, opened, **options)
@@ -219,7 +219,7 @@ def test_pictures_of_a_folder_that_cannot_be_read_have_not_vanished(
     # As open_source gives it; not made by chmod, since root may read every folder.
     rest = [item for item in open_source(colour_folder) if not item.path.startswith(("red", "blue"))]
     source = Source(colour_folder, (), None, lambda: iter([broken_item("red", "no permission"), *rest]))
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     with Gallery.open(tmp_path / "g") as gallery:
         report = index_pictures(gallery, encoder, source, prune=True)
     assert report.skipped == [("red", "no permission")]
@@ -312,7 +312,7 @@ def test_a_reader_sees_one_state_while_another_process_writes(
 
 def test_a_caller_that_stops_early_leaves_no_threads(pictures: Path, tiny_bundle: Path) -> None:
     files = [path for path in find_pictures(pictures) if path.stat().st_size > 100]
-    batches = Encoder(Bundle.open(tiny_bundle), batch_size=4).encode_images(files)
+    batches = Encoder(Bundle.open(tiny_bundle), EncoderConfig(batch_size=4)).encode_images(files)
     first = next(batches)
     assert [item.name for item in first.items] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
     batches.close()  # type: ignore[attr-defined]
@@ -328,7 +328,10 @@ def test_pictures_before_the_damage_are_kept(tiny_bundle: Path, colour_folder: P
         yield from list(open_source(colour_folder))[:5]
         raise ClipretError("the rest is damaged")
 
-    encoder, source = Encoder(Bundle.open(tiny_bundle), device="cpu"), Source(colour_folder, (), None, damaged)
+    encoder, source = (
+        Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")),
+        Source(colour_folder, (), None, damaged),
+    )
     with Gallery.create(tmp_path / "g", encoder.bundle, colour_folder) as gallery:
         with pytest.raises(ClipretError, match="the rest is damaged"):
             index_pictures(gallery, encoder, source)

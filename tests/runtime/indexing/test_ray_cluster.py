@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, Source, index_pictures, open_source
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Source, index_pictures, open_source
 from clipret.indexing.ray_cluster import Pool, connect, index_on_cluster
 from clipret.indexing.ray_worker import Part, Settings, encode_part
 from clipret.sources.item import Item
@@ -34,7 +34,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def settings(tiny_bundle: Path) -> Settings:
-    return Settings(tiny_bundle, Bundle.open(tiny_bundle).fingerprint, device="cpu", threads=1, batch_size=8)
+    config = EncoderConfig(device="cpu", threads=1, batch_size=8)
+    return Settings(tiny_bundle, Bundle.open(tiny_bundle).fingerprint, config)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def shards(tmp_path: Path) -> str:
 
 
 def alone(folder: Path, settings: Settings, source: Source) -> Gallery:
-    encoder = Encoder(Bundle.open(settings.bundle), device="cpu", threads=1, batch_size=8)
+    encoder = Encoder(Bundle.open(settings.bundle), EncoderConfig(device="cpu", threads=1, batch_size=8))
     gallery = Gallery.create(folder, encoder.bundle, source.root)
     index_pictures(gallery, encoder, source)
     return gallery

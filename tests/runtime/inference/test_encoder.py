@@ -14,6 +14,7 @@ from PIL import Image
 from clipret.bundle import Bundle
 from clipret.images.decode import PictureError, find_pictures, read_picture
 from clipret.inference import encoder as encoders
+from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder, EncodeStats
 from clipret.sources.source import open_source
 
@@ -35,7 +36,7 @@ def rows_of(encoder: Encoder, items: Any, read: Any = None) -> Rows:
 
 
 def test_a_picture_may_be_given_in_any_form(bundle: Bundle, pictures: list[Path]) -> None:
-    encoder = Encoder(bundle, batch_size=5)
+    encoder = Encoder(bundle, EncoderConfig(batch_size=5))
     expected = rows_of(encoder, pictures)
     assert expected.shape == (12, 8)
     forms: dict[str, Any] = {
@@ -56,7 +57,7 @@ def test_what_cannot_be_read_is_skipped_with_the_reason(bundle: Bundle, pictures
             raise PictureError("withdrawn")
         return b"" if path == pictures[2] else path.read_bytes()
 
-    encoder = Encoder(bundle, batch_size=4)
+    encoder = Encoder(bundle, EncoderConfig(batch_size=4))
     batches = list(encoder.encode_images(pictures, read))
     assert [item for batch in batches for item in batch.items] == [pictures[0], *pictures[3:]]
     skipped = [(path, reason) for batch in batches for path, reason in batch.skipped]
@@ -79,7 +80,7 @@ def test_a_picture_that_hangs_is_skipped(bundle: Bundle, pictures: list[Path]) -
             released.wait()
         return path
 
-    encoder = Encoder(bundle, batch_size=4, threads=1, picture_timeout=0.2)
+    encoder = Encoder(bundle, EncoderConfig(batch_size=4, threads=1, picture_timeout=0.2))
     batches = list(encoder.encode_images(pictures, read))
     released.set()
     assert [told for batch in batches for told in batch.skipped] == [(pictures[5], "took longer than 0.2 s")]
@@ -89,7 +90,10 @@ def test_a_picture_that_hangs_is_skipped(bundle: Bundle, pictures: list[Path]) -
 
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_several_towers_share_a_stream(bundle: Bundle, pictures: list[Path], count: int) -> None:
-    one, two = Encoder(bundle, device="cpu", batch_size=2), Encoder(bundle, device="cpu, cpu", batch_size=2)
+    one, two = (
+        Encoder(bundle, EncoderConfig(device="cpu", batch_size=2)),
+        Encoder(bundle, EncoderConfig(device="cpu, cpu", batch_size=2)),
+    )
     assert len(two.image_towers) == 2
     assert two.image_towers[0] is not two.image_towers[1]
     batches = list(two.encode_images(pictures[:count]))
@@ -118,7 +122,7 @@ class Slow:
 
 def test_the_order_holds_where_a_batch_overtakes_another(bundle: Bundle) -> None:
     ran: list[int] = []
-    encoder = Encoder(bundle, batch_size=2)
+    encoder = Encoder(bundle, EncoderConfig(batch_size=2))
     towers = [Slow(0, 2, ran), Slow(1, 1, ran)]
     towers[1].overtaken = towers[0].overtaken
     encoder.image_towers = towers  # type: ignore[assignment]
@@ -133,7 +137,7 @@ def test_an_engine_that_fails_tells_so(bundle: Bundle, pictures: list[Path]) -> 
             raise RuntimeError(f"out of memory at {len(batch)}")
 
     for lanes in (1, 2):
-        encoder = Encoder(bundle, batch_size=2)
+        encoder = Encoder(bundle, EncoderConfig(batch_size=2))
         encoder.image_towers = [Broken(0, lanes, [])]
         with pytest.raises(RuntimeError, match="out of memory at 2"):
             list(encoder.encode_images(pictures))
@@ -152,7 +156,7 @@ def test_who_stops_early_gets_back_at_once(bundle: Bundle, pictures: list[Path])
         return path
 
     for device in ("cpu", "cpu,cpu"):
-        encoder = Encoder(bundle, device=device, batch_size=3)
+        encoder = Encoder(bundle, EncoderConfig(device=device, batch_size=3))
         stream = encoder.encode_images(endless(), read)
         assert next(stream).items == pictures[:3]
         stream.close()  # type: ignore[attr-defined]
@@ -160,7 +164,7 @@ def test_who_stops_early_gets_back_at_once(bundle: Bundle, pictures: list[Path])
 
 
 def test_the_statistics_add_up(bundle: Bundle, pictures: list[Path]) -> None:
-    encoder = Encoder(bundle, batch_size=4)
+    encoder = Encoder(bundle, EncoderConfig(batch_size=4))
     assert encoder.stats == EncodeStats()
     seen = 0
     for batch in encoder.encode_images([*pictures, b"broken"]):
@@ -192,12 +196,12 @@ def test_fast_decoding_is_asked_for_only_where_it_is_wanted(
 
     monkeypatch.setattr(encoders, "load", load)
     rows_of(Encoder(bundle), pictures[:1])
-    rows_of(Encoder(bundle, fast_decode=True), pictures[:1])
+    rows_of(Encoder(bundle, EncoderConfig(fast_decode=True)), pictures[:1])
     assert asked == [{}, {"fast": True}]
 
 
 def test_a_text_is_encoded_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder(bundle, batch_size=2)
+    encoder = Encoder(bundle, EncoderConfig(batch_size=2))
     texts = ["red", "a green one", "red", "blue", "a green one", "red"]
     expected = np.concatenate([Encoder(bundle).encode_texts([text]) for text in texts])
     run, shapes = encoder.text_tower.run, list[tuple[int, ...]]()

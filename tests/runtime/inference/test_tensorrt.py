@@ -16,9 +16,11 @@ from clipret.bundle import Bundle, Engine
 from clipret.errors import ClipretError, EngineWarning
 from clipret.hardware.cuda import gpu_arch
 from clipret.inference import tower as towers
+from clipret.inference.config import EncoderConfig
 from clipret.inference.tensorrt import TensorRTTower, choose_engine, explain
 from clipret.inference.tower import open_tower
 
+ONE, TENSORRT = EncoderConfig(threads=1), EncoderConfig(backend="tensorrt")
 FULL = Engine("tensorrt", "10.13.0.35", "sm_90", [1, 64])
 EXACT = Engine("tensorrt_rtx", "1.7.1.116", "sm_89", [64])
 AMPERE = Engine("tensorrt_rtx", "1.7.1.116", "sm_80+", [64])
@@ -76,30 +78,31 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_the_plan_that_fits_is_used(bundle: Bundle, machine: dict[str, Any]) -> None:  # noqa: ARG001
     plan = bundle.path / "engines/trt-10.13.0.35-sm_90/image.plan"
+    two, onnxruntime = EncoderConfig(threads=2), EncoderConfig(threads=2, backend="onnxruntime")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_tower(bundle, "image", "cuda:1") == (plan, "tensorrt", 1)
-        assert open_tower(bundle, "image", "cuda", engine="tensorrt") == (plan, "tensorrt", 0)
-        assert open_tower(bundle, "image", "cuda", 2, engine="onnxruntime") == (bundle.path / "image.onnx", "cuda", 2)
-        assert open_tower(bundle, "image", "cpu", 2) == (bundle.path / "image.onnx", "cpu", 2)
+        assert open_tower(bundle, "image", "cuda", TENSORRT) == (plan, "tensorrt", 0)
+        assert open_tower(bundle, "image", "cuda", onnxruntime) == (bundle.path / "image.onnx", "cuda", 2, False)
+        assert open_tower(bundle, "image", "cpu", two) == (bundle.path / "image.onnx", "cpu", 2, False)
 
 
 def test_a_plan_that_does_not_fit_falls_back_aloud(bundle: Bundle, machine: dict[str, Any]) -> None:
     machine["arch"] = "sm_89"
     with pytest.warns(EngineWarning, match=r"onnxruntime runs instead of TensorRT.*on sm_90, this machine has sm_89"):
-        assert open_tower(bundle, "text", "cuda", 1) == (bundle.path / "text.onnx", "cuda", 1)
+        assert open_tower(bundle, "text", "cuda", ONE) == (bundle.path / "text.onnx", "cuda", 1, False)
     with pytest.raises(ClipretError, match="clipret-export engines BUNDLE --tensorrt"):
-        open_tower(bundle, "text", "cuda", engine="tensorrt")
+        open_tower(bundle, "text", "cuda", TENSORRT)
     machine["versions"] = {"tensorrt_rtx": "1.7.1.116"}
     with pytest.raises(ClipretError, match=r"has sm_89 with TensorRT for RTX 1\.7\.1\.116"):
-        open_tower(bundle, "text", "cuda", engine="tensorrt_rtx")
+        open_tower(bundle, "text", "cuda", EncoderConfig(backend="tensorrt_rtx"))
 
 
 def test_a_bundle_without_plans_asks_for_nothing(tiny_bundle: Path, machine: dict[str, Any]) -> None:
     machine["versions"] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert open_tower(Bundle.open(tiny_bundle), "image", "cuda", 1)[1:] == ("cuda", 1)  # type: ignore[index]
+        assert open_tower(Bundle.open(tiny_bundle), "image", "cuda", ONE)[1:] == ("cuda", 1, False)  # type: ignore[index]
 
 
 def test_a_plan_that_fails_to_load_falls_back_aloud(
@@ -116,7 +119,7 @@ def test_a_plan_that_fails_to_load_falls_back_aloud(
 
 def test_plans_do_not_run_on_a_cpu(bundle: Bundle) -> None:
     with pytest.raises(ClipretError, match="tensorrt plans run on a GPU, not on cpu"):
-        open_tower(bundle, "image", "cpu", engine="tensorrt")
+        open_tower(bundle, "image", "cpu", TENSORRT)
     with pytest.raises(ClipretError, match="device 'cuda:x' is unknown"):
         open_tower(bundle, "image", "cuda:x")
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, Part, Query, Searcher
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Part, Query, Searcher
 from clipret.cli import main
 from clipret.gallery.gallery import Picture
 from clipret.milvus.collection import Address, Collection, _advice
 from clipret.milvus.export import MilvusReport, export_to_milvus
 from clipret.milvus.filter import translate
-from clipret.milvus.search import MilvusSearcher, agreement, open_milvus
+from clipret.milvus.search import MilvusCollection, agreement, open_milvus
 
 pytest.importorskip("pymilvus", reason="needs the extra milvus")
 pytest.importorskip("milvus_lite", reason="needs the extra milvus")
@@ -65,11 +65,13 @@ def address(tmp_path: Path) -> Address:
 
 @pytest.fixture
 def encoder(tiny_bundle: Path) -> Encoder:
-    return Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
+    return Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
 
 
-def both(gallery: Gallery, address: Address, encoder: Encoder) -> tuple[Searcher, MilvusSearcher]:
-    return Searcher(gallery, encoder), MilvusSearcher(open_milvus(str(address)), encoder)
+def both(gallery: Gallery, address: Address, encoder: Encoder) -> tuple[Searcher, MilvusCollection, Searcher]:
+    """A searcher of the gallery; the collection and a searcher of it."""
+    collection = open_milvus(str(address))
+    return Searcher(gallery, encoder), collection, Searcher(collection, encoder)
 
 
 QUERIES = ["red", "a blue car", Query((Part("green"), Part("red", -0.5)))]
@@ -77,8 +79,8 @@ QUERIES = ["red", "a blue car", Query((Part("green"), Part("red", -0.5)))]
 
 def test_flat_finds_what_the_gallery_finds(gallery: Gallery, address: Address, encoder: Encoder) -> None:
     assert export_to_milvus(gallery, address) == MilvusReport(ROWS - 30, 0, ROWS - 30)
-    exact, there = both(gallery, address, encoder)
-    with there.gallery:
+    exact, collection, there = both(gallery, address, encoder)
+    with there:
         rows = np.concatenate([exact.embed(QUERIES), gallery.read().shards[0][[7, 500]].astype(np.float64)])
         for options in (
             {},
@@ -90,14 +92,22 @@ def test_flat_finds_what_the_gallery_finds(gallery: Gallery, address: Address, e
             # The same ids, paths, files and, bit for bit, scores; ten equal rows come by age.
             assert there.search_rows(rows, 10, **options) == exact.search_rows(rows, 10, **options)
         assert there.search(QUERIES, 3) == exact.search(QUERIES, 3)
-        assert len(there.gallery) == len(gallery)
-        assert there.gallery.columns() == gallery.columns()
-        assert there.gallery.metadata([1, 2000, 5]) == gallery.metadata([1, 2000, 5])
-        assert there.gallery.id_of("3/im_0010.jpg") == gallery.id_of("3/im_0010.jpg")
-        with pytest.raises(ClipretError, match="holds no picture"):
-            there.gallery.id_of("2/im_0100.jpg")  # it was deleted
-        with pytest.raises(ClipretError, match="cannot do that"):
-            there.gallery.read()
+        assert collection.count() == exact.searched.count() == ROWS - 30
+        assert collection.columns == exact.searched.columns
+        ids = [1, 2000, 5]
+        assert collection.metadata(ids) == exact.searched.metadata(ids)
+        assert collection.records(ids) == exact.searched.records(ids)
+        assert collection.records([100]) == {}  # it was deleted
+        np.testing.assert_array_equal(collection.row(5), exact.searched.row(5))
+        for searched in (collection, exact.searched):
+            with pytest.raises(ClipretError, match="there is no picture 100"):
+                searched.row(100)
+        assert there.id_of("3/im_0010.jpg") == exact.id_of("3/im_0010.jpg") == gallery.id_of("3/im_0010.jpg")
+        for searcher in (there, exact):
+            with pytest.raises(ClipretError, match="holds no picture"):
+                searcher.id_of("2/im_0100.jpg")
+        with pytest.raises(ClipretError, match="does not give all of its embeddings: use the gallery"):
+            _ = there.stored
 
 
 FILTERS = [
@@ -129,7 +139,7 @@ def test_filters_mean_the_same(gallery: Gallery, address: Address) -> None:
     there = open_milvus(str(address))
     with there:
         for where in FILTERS:
-            found = there.collection.query(there.expression(where), ["id"], limit=ROWS)
+            found = there.client.query(there.filter(where) or "", ["id"], limit=ROWS)
             expected = gallery.select(where).tolist()
             assert sorted(one["id"] for one in found) == expected, where
             assert 0 < len(expected) < ROWS - 30, where
@@ -176,12 +186,12 @@ def test_only_changes_are_sent(gallery: Gallery, address: Address, encoder: Enco
     [moved] = gallery.pictures_of([11])
     gallery.update({11: (moved, {"camera": None})})
     assert export_to_milvus(gallery, address) == MilvusReport(1, 1, ROWS - 32)
-    exact, there = both(gallery, address, encoder)
-    with there.gallery:
+    exact, collection, there = both(gallery, address, encoder)
+    with there:
         assert there.search_rows(rows, 5) == exact.search_rows(rows, 5)
         assert there.search(["red"], 5, where="new = 5") == exact.search(["red"], 5, where="new = 5")
-        assert there.gallery.metadata([10, 11]) == gallery.metadata([10, 11])
-        found = there.there.collection.query(there.there.expression("camera is null"), ["id"])
+        assert list(collection.metadata([10, 11]).values()) == gallery.metadata([10, 11])
+        found = collection.client.query(collection.filter("camera is null") or "", ["id"])
         assert sorted(one["id"] for one in found) == gallery.select("camera is null").tolist()
     # A part of the gallery alone: the collection becomes what is asked.
     assert export_to_milvus(gallery, address, where="hour = 3").total == len(gallery.select("hour = 3"))
@@ -208,10 +218,10 @@ def test_a_half_finished_export(
             open_milvus(str(address))
     monkeypatch.undo()
     assert export_to_milvus(gallery, address) == MilvusReport(ROWS - 30 - 2048, 0, ROWS - 30)
-    exact, there = both(gallery, address, encoder)
-    with there.gallery:
+    exact, collection, there = both(gallery, address, encoder)
+    with there:
         assert there.search(QUERIES, 10) == exact.search(QUERIES, 10)
-        assert not there.there.changing
+        assert not collection.changing
 
 
 def test_another_models_or_gallerys_collection(
@@ -237,7 +247,7 @@ def test_another_models_or_gallerys_collection(
         ):
             export_to_milvus(changed, address)
     with open_milvus(str(address)) as there:
-        assert len(there) == 1  # nothing was lost
+        assert there.count() == 1  # nothing was lost
 
 
 @pytest.mark.parametrize("index", ["IVF_FLAT", "HNSW"])
@@ -247,11 +257,11 @@ def test_what_an_index_loses_is_measured(index: str, gallery: Gallery, address: 
     found = dict[int, float]()
     for width in (1, 64):
         options = {"nprobe": width} if index == "IVF_FLAT" else {"ef": 12 if width == 1 else 400}
-        exact, there = both(gallery, Address(address.uri, address.name, options), encoder)
-        there.there.collection.address = Address(address.uri, address.name, options)
-        with there.gallery:
-            assert there.there.collection.index() == index
-            report = agreement(there, exact, ["red", "blue", "a green car", "grey"], ks=(1, 10))
+        exact, collection, there = both(gallery, Address(address.uri, address.name, options), encoder)
+        collection.client.address = Address(address.uri, address.name, options)
+        with there:
+            assert collection.client.index() == index
+            report = agreement(collection, exact, ["red", "blue", "a green car", "grey"], ks=(1, 10))
         found[width] = report.recall[10]
         assert report.seconds > 0
         assert report.exact_seconds > 0
@@ -259,10 +269,10 @@ def test_what_an_index_loses_is_measured(index: str, gallery: Gallery, address: 
     assert found[64] > 0.97
     # The index of a collection that exists is changed in place.
     assert export_to_milvus(gallery, address, index="FLAT") == MilvusReport(0, 0, ROWS - 30)
-    exact, there = both(gallery, address, encoder)
-    with there.gallery:
-        assert there.there.collection.index() == "FLAT"
-        assert agreement(there, exact, ["red", "blue"]).recall == {1: 1.0, 10: 1.0, 100: 1.0}
+    exact, collection, there = both(gallery, address, encoder)
+    with there:
+        assert collection.client.index() == "FLAT"
+        assert agreement(collection, exact, ["red", "blue"]).recall == {1: 1.0, 10: 1.0, 100: 1.0}
 
 
 def test_by_command(gallery: Gallery, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from clipret import Bundle, Encoder, Gallery, Searcher
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, Searcher
 from clipret.cli import main
 from clipret.errors import ClipretError
 from clipret.evaluation.charts import curve, histogram
@@ -277,7 +277,9 @@ def test_the_page_of_an_evaluation_shows_its_numbers(
 ) -> None:
     run("eval", listed_gallery, query_list, "--html", tmp_path / "p.html")
     page = Page.read(tmp_path / "p.html")
-    searcher = Searcher(Gallery.open(listed_gallery), Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1))
+    searcher = Searcher(
+        Gallery.open(listed_gallery), Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
+    )
     truth = read_ground_truth(searcher, query_list)
     result = evaluate_search(searcher, truth)
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, Searcher, index_pictures
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Searcher, index_pictures
 from clipret.search.prompts import Prompts
 from clipret.sources.source import open_source
 
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named(text: str, message: str, tmp_path: Path) -> None
 def test_a_searcher_averages_the_forms_as_unit_rows(
     prompts: Prompts, tiny_bundle: Path, colour_folder: Path, tmp_path: Path
 ) -> None:
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     source = open_source(colour_folder)
     with Gallery.create(tmp_path / "gallery", encoder.bundle, source.root) as gallery:
         index_pictures(gallery, encoder, source)

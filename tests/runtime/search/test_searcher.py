@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, Searcher
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Searcher
 from clipret.search.searcher import Part, Query
 
 
@@ -18,7 +18,7 @@ def gallery(listed_gallery: Path) -> Path:
 
 @pytest.fixture
 def searcher(gallery: Path, tiny_bundle: Path) -> Searcher:
-    return Searcher(Gallery.open(gallery), Encoder(Bundle.open(tiny_bundle), device="cpu"))
+    return Searcher(Gallery.open(gallery), Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")))
 
 
 def paths(hits: list) -> list[str]:
@@ -68,7 +68,7 @@ def test_bad_queries_are_errors(searcher: Searcher, tmp_path: Path) -> None:
 
 
 def test_templates_are_averaged_as_unit_rows(gallery: Path, tiny_bundle: Path) -> None:
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu")
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     searcher = Searcher(Gallery.open(gallery), encoder, templates=["a {} car", "the colour {}"])
     rows = encoder.encode_texts(["a red car", "the colour red"]).astype(np.float64)
     mean = rows.mean(axis=0)
@@ -96,7 +96,7 @@ def test_a_text_is_embedded_once(searcher: Searcher, monkeypatch: pytest.MonkeyP
 def test_a_text_needs_no_image_tower(gallery: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     (bundle / "image.onnx").unlink()
-    searcher = Searcher(Gallery.open(gallery), Encoder(Bundle.open(bundle), device="cpu"))
+    searcher = Searcher(Gallery.open(gallery), Encoder(Bundle.open(bundle), EncoderConfig(device="cpu")))
     assert len(searcher.search(["red"], 3)[0]) == 3
 
 

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from clipret import Bundle, Encoder, Gallery, Part, Query, Searcher
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, Part, Query, Searcher
 from clipret.cli import main
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -31,7 +31,9 @@ TEXTS = [f"{one} {two}" for one in ("red", "green", "blue", "grey") for two in (
 
 @pytest.fixture
 def searcher(listed_gallery: Path, tiny_bundle: Path) -> Searcher:
-    return Searcher(Gallery.open(listed_gallery), Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1))
+    return Searcher(
+        Gallery.open(listed_gallery), Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
+    )
 
 
 def hits(reply: Any) -> list[list[tuple[int, int, float, str]]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clipret import Bundle, Encoder, Gallery, index_pictures, open_source
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_pictures, open_source
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 api = pytest.importorskip("playwright.sync_api", reason="needs the extra dev")
@@ -266,7 +266,7 @@ def test_two_galleries_side_by_side(
     tiny_bundle: Path,
 ) -> None:
     (colour_folder / "red/0.jpg").rename(colour_folder / "red/new.jpg")
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
     with Gallery.create(tmp_path / "other", encoder.bundle, colour_folder) as other:
         index_pictures(other, encoder, open_source(colour_folder))
     client = serving(listed_gallery, tmp_path / "other")
@@ -354,7 +354,7 @@ def test_what_a_gallery_says_is_text_and_nothing_else(
     bad = "<img src=x onerror=document.title='taken'>"
     (colour_folder / "red/0.jpg").rename(colour_folder / f"{bad}.jpg")
     (colour_folder / "list.csv").write_text(f'path,"{bad}"\n"{bad}.jpg","{bad}"\ngreen/0.jpg,other\n')
-    encoder = Encoder(Bundle.open(tiny_bundle), device="cpu", threads=1)
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
     with Gallery.create(tmp_path / bad, encoder.bundle, colour_folder) as made:
         index_pictures(made, encoder, open_source(colour_folder / "list.csv"))
     with opened(browser, serving(tmp_path / bad), "?q=red&where=" + bad) as page:

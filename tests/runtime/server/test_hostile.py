@@ -331,7 +331,7 @@ def test_a_fault_is_told_to_the_log_alone(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from clipret.server.snapshot import State
+    from clipret.server.snapshot import ServedSnapshot
 
     client = serving(listed_gallery)
 
@@ -339,7 +339,7 @@ def test_a_fault_is_told_to_the_log_alone(
         raise RuntimeError(f"{listed_gallery} is broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(State, "known", broken)
+        patch.setattr(ServedSnapshot, "records", broken)
         for reply in (
             client.get("/search", q="red"),
             client.post("/search", {"queries": ["red"]}),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from clipret import Bundle, ClipretError, Encoder, Gallery, index_pictures, open_source
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, index_pictures, open_source
 from clipret.cli import main
 from clipret.images.decode import PictureError
 from clipret.sources.item import Held, without_bytes
@@ -50,7 +50,7 @@ def rows_of(gallery: Gallery) -> dict[str, tuple[float, ...]]:
 
 
 def filled(folder: Path, bundle: Path, source: str | Path) -> Gallery:
-    encoder, opened = Encoder(Bundle.open(bundle), device="cpu", threads=1), open_source(source)
+    encoder, opened = Encoder(Bundle.open(bundle), EncoderConfig(device="cpu", threads=1)), open_source(source)
     gallery = Gallery.create(folder, encoder.bundle, opened.root)
     index_pictures(gallery, encoder, opened)
     return gallery
@@ -92,7 +92,9 @@ def test_a_list_may_name_pictures_of_a_store(bucket: str, tiny_bundle: Path, tmp
     (tmp_path / "list.csv").write_text(f"path,hour\ns3://{bucket}/pictures/red/0.jpg,3\nbucket/pictures/red/1.jpeg,4\n")
     gallery = filled(tmp_path / "gallery", tiny_bundle, tmp_path / "list.csv")
     assert gallery.paths([1, 2]) == [f"s3://{bucket}/pictures/red/0.jpg", "bucket/pictures/red/1.jpeg"]
-    again = index_pictures(gallery, Encoder(Bundle.open(tiny_bundle), device="cpu"), open_source(tmp_path / "list.csv"))
+    again = index_pictures(
+        gallery, Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")), open_source(tmp_path / "list.csv")
+    )
     assert (again.unchanged, again.added, again.changed) == (2, 0, 0)
 
 

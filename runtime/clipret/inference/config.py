@@ -1,0 +1,49 @@
+"""How an encoder works: its settings as one object, from the command line to the worker of a cluster."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clipret.errors import ClipretError
+from clipret.hardware.cpu import cpu_count
+
+__all__ = ["EncoderConfig", "EngineChoice"]
+
+EngineChoice = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The settings of an `Encoder`, all of them.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:N", or several with commas between them, which share the images of one
+            stream.
+        backend: What runs the towers, see `open_tower`.
+        threads: Decode threads and threads of the backend; None: the processors there are.
+        batch_size: Images or texts that a tower is given at once, at most.
+        fast_decode: See `images.load`.
+        decode: "gpu" has JPEGs decoded by nvImageCodec, see `GpuDecoder`.
+        cuda_graphs: See `OnnxTower`.
+        picture_timeout: Seconds after which an image is skipped.
+
+    Raises:
+        ClipretError: Two settings exclude each other.
+    """
+
+    device: str = "auto"
+    backend: EngineChoice = "auto"
+    threads: int | None = None
+    batch_size: int = 32
+    fast_decode: bool = False
+    decode: Literal["pillow", "gpu"] = "pillow"
+    cuda_graphs: bool = False
+    picture_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.fast_decode and self.decode == "gpu":
+            raise ClipretError("a JPEG is decoded either fast by Pillow or by nvImageCodec: leave one of the two out")
+
+    @property
+    def thread_count(self) -> int:
+        """The threads that are meant."""
+        return self.threads or cpu_count()

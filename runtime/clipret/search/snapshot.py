@@ -1,0 +1,123 @@
+"""A gallery as it was at one moment, ready to be ranked."""
+
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clipret.errors import ClipretError
+from clipret.gallery.database import Picture
+from clipret.gallery.gallery import Gallery, Stored
+from clipret.inference.encoder import Encoder
+from clipret.ort.session import has_device
+from clipret.ranking.ranker import Ranker
+from clipret.ranking.rows import StoredRows
+from clipret.sources.item import Value
+
+__all__ = ["GallerySnapshot"]
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+class GallerySnapshot:
+    """The embeddings that a gallery held when they were first needed; a `Searchable`.
+
+    Args:
+        gallery: Closed with this.
+        encoder: Of its queries: its device and its threads are those of the ranking, too.
+        resident: Keep quantized embeddings in memory in the order that makes a single query fastest.
+    """
+
+    def __init__(self, gallery: Gallery, encoder: Encoder, *, resident: bool = False) -> None:
+        self.gallery = gallery
+        self._encoder = encoder
+        self._resident = resident
+
+    @property
+    def name(self) -> str:
+        return str(self.gallery.path)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.gallery.info.fingerprint
+
+    @property
+    def root(self) -> Path:
+        return Path(self.gallery.info.root)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        return self.gallery.columns()
+
+    @cached_property
+    def stored(self) -> Stored:
+        """The shards, ids and quantized embeddings of the moment."""
+        return self.gallery.read()
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """Ranks by positions in `stored`."""
+        stored, first = self.stored, self._encoder.devices[0]
+        # A TensorRT engine may run the towers where onnxruntime has no CUDA; the order is the same on the CPU.
+        device = first if has_device(first) else "cpu"
+        return Ranker(
+            stored.shards,
+            stored.live,
+            stored.codes,
+            threads=self._encoder.config.thread_count,
+            resident=self._resident and device == "cpu",
+            device=device,
+        )
+
+    def count(self) -> int:
+        return len(self.gallery)
+
+    def filter(self, where: str | None, exclude: Collection[int] = ()) -> Mask | None:
+        """Which embeddings may be found, bool [N]."""
+        if where is None and not len(exclude):
+            return None
+        allowed = np.ones(len(self.stored.ids), bool) if where is None else self._mask(where)
+        return allowed & ~np.isin(self.stored.ids, np.fromiter(exclude, np.int64, len(exclude)))
+
+    def _mask(self, where: str) -> Mask:
+        return np.isin(self.stored.ids, self.gallery.select(where))
+
+    def rank(
+        self, queries: npt.ArrayLike, k: int, allowed: Mask | None = None, min_score: float | None = None
+    ) -> tuple[Floats, Ids]:
+        scores, positions = self.ranker.rank(queries, k, among=allowed, min_score=min_score)
+        return scores, self.ids_at(positions)
+
+    def ids_at(self, positions: Ids) -> Ids:
+        """The ids at positions in `stored`, -1 where a position is -1; of any shape."""
+        if not len(self.stored.ids):
+            return positions
+        return np.where(positions >= 0, self.stored.ids[positions], -1)
+
+    def position(self, number: int) -> int:
+        """Where the embedding of a live image is in `stored`. Raises ClipretError for no such image."""
+        ids, live = self.stored.ids, self.stored.live
+        at = int(np.searchsorted(ids, number))
+        if at >= len(ids) or ids[at] != number or (live is not None and not live[at]):
+            raise ClipretError(f"there is no picture {number}")
+        return at
+
+    def records(self, ids: Sequence[int]) -> dict[int, Picture]:
+        return dict(zip(ids, self.gallery.pictures_of(ids), strict=True))
+
+    def metadata(self, ids: Sequence[int]) -> dict[int, dict[str, Value]]:
+        return dict(zip(ids, self.gallery.metadata(ids), strict=True))
+
+    def row(self, number: int) -> Floats:
+        row: Floats = StoredRows(self.stored.shards).take(np.array([self.position(number)]))[0].astype(np.float64)
+        return row
+
+    def ids_of(self, paths: Collection[str]) -> dict[str, int]:
+        return self.gallery.ids_of(paths)
+
+    def close(self) -> None:
+        self.gallery.close()
