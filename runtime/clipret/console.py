@@ -1,9 +1,10 @@
 """What the three commands share: errors as one line, progress bars, small tables."""
 
+import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import click
 
 from clipret.errors import ClipretError, printable
 
-__all__ = ["DefaultGroup", "Group", "headed", "progress", "show_table", "stages"]
+__all__ = ["DefaultGroup", "Group", "LazyGroup", "headed", "progress", "show_table", "stages"]
 
 T = TypeVar("T")
 
@@ -53,6 +54,28 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo(f"{self.name}: interrupted", err=True)
             context.exit(130)
+
+
+class LazyGroup(Group):
+    """A command whose subcommands are imported when they are called for, and all of them for --help.
+
+    Args:
+        lazy: "module:attribute" of each subcommand by its name, in the order of the help text.
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = lazy
+
+    def list_commands(self, context: click.Context) -> list[str]:  # noqa: ARG002 (click's own signature)
+        return list(self._lazy)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        if name not in self._lazy:
+            return None
+        module, _, attribute = self._lazy[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
 
 
 class DefaultGroup(Group):

@@ -21,7 +21,8 @@ IMAGES = sorted(DEPLOY.glob("Dockerfile.*"))
 
 def accepted(words: list[str]) -> None:
     """The options are those of the command."""
-    command = main.commands[words[0]]
+    command = main.get_command(click.Context(main), words[0])
+    assert command is not None
     command.make_parser(click.Context(command, **main.context_settings)).parse_args(words[1:])
 
 

@@ -2,21 +2,35 @@
 
 import click
 
-from clipret.cli.competition import merge_command, submit
-from clipret.cli.complete import complete
-from clipret.cli.completion import completion
-from clipret.cli.doctor import doctor
-from clipret.cli.flip import mirror
-from clipret.cli.gallery import add, compact, index, info, remove
-from clipret.cli.plan import plan_command
-from clipret.cli.search import eval_command, query
-from clipret.cli.serve import serve_command
-from clipret.cli.transfer import export_command, import_command
-from clipret.console import Group
+from clipret.console import LazyGroup
+
+# Loaded when they are called for: a query need not pay for what the other commands import.
+COMMANDS = {
+    "index": "clipret.cli.gallery:index",
+    "add": "clipret.cli.gallery:add",
+    "query": "clipret.cli.query:query",
+    "eval": "clipret.cli.evaluate:eval_command",
+    "merge": "clipret.cli.competition:merge_command",
+    "submit": "clipret.cli.competition:submit",
+    "complete": "clipret.cli.complete:complete",
+    "mirror": "clipret.cli.flip:mirror",
+    "info": "clipret.cli.gallery:info",
+    "remove": "clipret.cli.gallery:remove",
+    "compact": "clipret.cli.gallery:compact",
+    "export": "clipret.cli.transfer:export_command",
+    "import": "clipret.cli.transfer:import_command",
+    "serve": "clipret.cli.serve:serve_command",
+    "plan": "clipret.cli.plan:plan_command",
+    "doctor": "clipret.cli.doctor:doctor",
+    "completion": "clipret.cli.completion:completion",
+}
 
 
 @click.group(
-    "clipret-search", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    "clipret-search",
+    cls=LazyGroup,
+    lazy=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="clipret")
 def main() -> None:
@@ -30,25 +44,3 @@ def main() -> None:
     A bundle is a model ready to search with; clipret-export makes one. The tab key completes all this once
     clipret-search completion  has told your shell how.
     """
-
-
-for command in (
-    index,
-    add,
-    query,
-    eval_command,
-    merge_command,
-    submit,
-    complete,
-    mirror,
-    info,
-    remove,
-    compact,
-    export_command,
-    import_command,
-    serve_command,
-    plan_command,
-    doctor,
-    completion,
-):
-    main.add_command(command)

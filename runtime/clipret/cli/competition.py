@@ -19,7 +19,7 @@ from clipret.cli.options import (
     where_option,
 )
 from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts, rerank_options
-from clipret.cli.search import open_searcher
+from clipret.cli.searching import open_searcher
 from clipret.competitions.assignment import assign
 from clipret.competitions.submission import FORMS, Form, Sample, named, product_answer, traffic_answer
 from clipret.errors import ClipretError

@@ -21,7 +21,7 @@ from clipret.cli.options import (
     print_json,
     runtime_options,
 )
-from clipret.cli.search import open_searcher
+from clipret.cli.searching import open_searcher
 from clipret.competitions.completion import Guess, SlotReport, Vocabulary, complete_slot, fill_in
 from clipret.console import show_table
 from clipret.errors import ClipretError

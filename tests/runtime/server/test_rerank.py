@@ -15,6 +15,8 @@ from click.testing import CliRunner
 
 from clipret import Bundle, Gallery
 from clipret.cli import main
+from clipret.cli.query import query
+from clipret.cli.serve import serve_command
 from clipret.errors import ClipretError
 from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
@@ -154,8 +156,8 @@ def test_the_command_has_the_options_of_query(listed_gallery: Path, tmp_path: Pa
     (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
     assert "name fixed texts with --reference" in refused("--hubness", "nnn")
     assert "say the same in two ways" in refused("--template", "a {}", "--prompts", str(tmp_path / "rules.toml"))
-    of_query = {option for one in main.commands["query"].params for option in one.opts}
-    of_serve = {option for one in main.commands["serve"].params for option in one.opts}
+    of_query = {option for one in query.params for option in one.opts}
+    of_serve = {option for one in serve_command.params for option in one.opts}
     shared = {
         option for option in of_query if re.match("--(prompts|adapt|hubness|temperature|reference|recip)", option)
     }

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import tomli_w
@@ -135,7 +136,8 @@ def test_the_examples_commands_are_ours() -> None:
         for line in re.sub(r"\\\n", " ", file.read_text(encoding="utf-8")).splitlines():
             for program, module in (("clipret-train", "clipret_training.cli"), ("clipret-search", "clipret.cli")):
                 if (match := re.search(rf"{program} ([a-z]+) (.*)", line)) and not line.lstrip().startswith("#"):
-                    command = importlib.import_module(module).main.commands[match[1]]
+                    group = importlib.import_module(module).main
+                    command = group.get_command(click.Context(group), match[1])
                     known = {option for parameter in command.params for option in parameter.opts}
                     given = set(re.findall(r"(?<=\s)--[a-z-]+", " " + match[2]))
                     assert given <= known, (file.name, given - known)

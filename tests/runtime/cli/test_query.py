@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from clipret import Bundle, Encoder, Gallery, Searcher
 from clipret.cli import main
+from clipret.cli.app import COMMANDS
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -293,7 +294,7 @@ def test_nothing_is_written_to_the_home_folder(gallery: Path, tmp_path: Path) ->
 
 
 def test_help_has_an_example_for_every_command() -> None:
-    for command in main.commands:
+    for command in COMMANDS:
         text = run(command, "--help").stdout
         assert f"clipret-search {command} " in text.partition("Example:")[2]
 
