@@ -2,8 +2,7 @@
 
 import asyncio
 import contextlib
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,11 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from clipret.errors import ClipretError
-from clipret.files import write_file
-from clipret.gallery.gallery import Gallery, Picture
+from clipret.gallery.gallery import Picture
 from clipret.images.decode import PictureError, load
 from clipret.inference.encoder import Encoder
 from clipret.milvus.search import open_milvus
@@ -24,29 +21,19 @@ from clipret.openers import open_searchable
 from clipret.search.searchable import Searchable
 from clipret.search.searcher import Part, Query, Searcher
 from clipret.server.batcher import Batcher
-from clipret.server.limits import ConflictError, Limits, NotFoundError, RequestError
+from clipret.server.limits import Limits, NotFoundError, RequestError
 from clipret.server.snapshot import Manner, ServedSnapshot
 from clipret.server.watch import CollectionWatch, GalleryWatch, Watch
-from clipret.sources.item import RESERVED, Value, free_names, picture_file
+from clipret.server.writing import add_images, remove_image
+from clipret.sources.item import RESERVED, Value, picture_file
 
-__all__ = ["FORMATS", "Answer", "Ask", "Content", "Desk", "Found", "Threads"]
+__all__ = ["Answer", "Ask", "Content", "Desk", "Found", "Threads"]
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float64]
 Content = str | int | npt.NDArray[np.uint8]
 """Of a part of a query: a text, the id of a picture of the gallery, or the pixels of another."""
 
-# Format in Pillow's words: the ending of its files, and its media type.
-FORMATS = {
-    "JPEG": (".jpg", "image/jpeg"),
-    "MPO": (".jpg", "image/jpeg"),
-    "PNG": (".png", "image/png"),
-    "WEBP": (".webp", "image/webp"),
-    "GIF": (".gif", "image/gif"),
-    "BMP": (".bmp", "image/bmp"),
-    "TIFF": (".tif", "image/tiff"),
-    "AVIF": (".avif", "image/avif"),
-}
 _CHUNK = 8  # pictures added that are encoded in one go, between the searches
 
 
@@ -333,61 +320,14 @@ class Desk:
             part = [Query((Part(square),)) for _, square in pictures[low : low + _CHUNK]]
             rows.extend(await self._in(self.threads.engine, partial(self._embedder.embed, part)))
         unique = {picture_file(content, 0).digest: (content, row) for content, row in zip(contents, rows, strict=True)}
-        ids = await self._in(self.threads.files, lambda: self._write(unique, metadata))
+        ids = await self._in(self.threads.files, lambda: add_images(self.path, self.name, unique, metadata))
         await self.refresh()
         return [ids[picture_file(content, 0).digest] for content in contents]
 
-    def _write(
-        self, pictures: Mapping[str, tuple[bytes, Floats]], metadata: Mapping[str, Value]
-    ) -> dict[str, tuple[int, bool]]:
-        names = free_names(list(metadata))
-        record = {names[name]: value for name, value in metadata.items()}
-        with self._writing() as gallery:
-            folder = gallery.path / "added"
-            folder.mkdir(exist_ok=True)
-            records = dict[str, Picture]()
-            for digest, (content, _) in pictures.items():
-                file = folder / f"{digest}{_suffix(content)}"
-                if not file.exists():
-                    write_file(file, content)
-                stored = gallery.stored_path(file)
-                records[digest] = Picture(stored, len(content), file.stat().st_mtime_ns, digest)
-            held = gallery.database.by_path([one.path for one in records.values()])
-            new = [digest for digest, one in records.items() if one.path not in held]
-            if record:
-                gallery.update({number: (one, record) for number, one in held.values()})
-            if new:
-                rows = np.array([pictures[digest][1] for digest in new], np.float32)
-                gallery.append([records[digest] for digest in new], rows, [record] * len(new) if record else None)
-            found = gallery.database.by_path([one.path for one in records.values()])
-            return {digest: (found[one.path][0], digest in new) for digest, one in records.items()}
-
     async def remove(self, number: int) -> None:
         """Delete a picture from the gallery; its file too where `add` made it. Raises RequestError."""
-        await self._in(self.threads.files, lambda: self._remove(number))
+        await self._in(self.threads.files, lambda: remove_image(self.path, self.name, number))
         await self.refresh()
-
-    def _remove(self, number: int) -> None:
-        with self._writing() as gallery:
-            picture = gallery.database.pictures([number]).get(number)
-            if picture is None or not gallery.remove([number]):
-                raise NotFoundError(f"there is no picture {number}")
-            file = gallery.file(picture.path)
-            if file.parent == gallery.path / "added":
-                file.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Gallery]:
-        """The gallery, with its one lock for writers; what it cannot do is told without its place on disk."""
-        try:
-            if isinstance(self.path, str):
-                raise ClipretError(f"{self.name} is changed by clipret-search export: change its gallery, then export")
-            with Gallery.open(self.path) as gallery, gallery.writing():
-                yield gallery
-        except ClipretError as error:
-            raise ConflictError(str(error).replace(str(self.path), self.name)) from None
-        except OSError as error:
-            raise ConflictError(f"{self.name} cannot be written: {error.strerror}") from None
 
     async def _in(self, executor: Executor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(executor, work)
@@ -414,8 +354,3 @@ def _sum(searched: Searchable, query: Sequence[tuple[Content, float]], known: Ma
     if len(parts) > 1 or parts[0][1] != 1:
         row /= length
     return row
-
-
-def _suffix(content: bytes) -> str:
-    with Image.open(io.BytesIO(content)) as image:
-        return FORMATS.get(image.format or "", (".img", ""))[0]

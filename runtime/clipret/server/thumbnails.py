@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipret.gallery.gallery import Picture
 from clipret.images.decode import PictureError, decode, jpeg, thumbnail
-from clipret.server.service import FORMATS
+from clipret.server.writing import FORMATS
 from clipret.sources.source import read_stored
 
 __all__ = ["SIDES", "Thumbnails", "original"]
