@@ -53,7 +53,7 @@ def rows(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_rows_are_unit_means_with_the_mirror_image(gallery: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    encoder = Halves(Bundle.open(tiny_bundle), device="cpu")
+    encoder = Halves(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     with Gallery.open(gallery) as opened:
         assert mirror_gallery(opened, tmp_path / "mirrored", encoder) == (3, [])
     own, made = rows(gallery), rows(tmp_path / "mirrored")
