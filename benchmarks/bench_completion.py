@@ -121,7 +121,7 @@ def completed(data: Path, work: Path, truth: dict[str, str], unfamiliar: float, 
     out = work / f"completed-{unfamiliar}-{precision}.csv"
     options = ("--image-root", data / "images", "--vocabulary", work / "vocabulary.json", "--where", "split = 'train'")
     forms = [word for form in FORMS for word in ("--template", form.format("{color}"))]
-    limits = ("--unfamiliar", unfamiliar, "--precision", precision, "--json", "--threads", 1)
+    limits = ("--unfamiliar", unfamiliar, "--precision", precision, "--json", "--encoder", "threads=1")
     command = ("clipret-search", "complete", work / "none-gallery", work / "captions.csv", out)
     report = json.loads(run(*command, *options, *forms, *limits))[0]
     filled = {row["path"]: row["color"] for row in read_table(out).rows if row["filled"]}

@@ -76,9 +76,11 @@ def indexing(counts: Sequence[int]) -> list[dict[str, Any]]:
             folder = Path(name)
             write_pictures(folder / "pictures.zip", count)
             gallery = folder / "gallery"
-            seconds, mib = run("index", TINY, folder / "pictures.zip", gallery, "--threads", 1, "--device", "cpu")
+            seconds, mib = run(
+                "index", TINY, folder / "pictures.zip", gallery, "--encoder", "threads=1", "--device", "cpu"
+            )
             queries = [run("query", gallery, "a red picture", "--device", "cpu") for _ in range(3)]
-            again, _ = run("index", TINY, folder / "pictures.zip", gallery, "--threads", 1, "--device", "cpu")
+            again, _ = run("index", TINY, folder / "pictures.zip", gallery, *ONE)
             size = sum(file.stat().st_size for file in gallery.rglob("*") if file.is_file())
         points.append(
             {

@@ -77,7 +77,7 @@ def server(kind: str, gallery: Path, bundle: Path, core: int) -> Iterator[tuple[
     else:
         batch = "64" if kind == "batched" else "1"
         command = [sys.executable, "-m", "clipret.cli", "serve", str(gallery), "--bundle", str(bundle), "--port", "0"]
-        command += ["--threads", "1", "--batch", batch]
+        command += ["--encoder", "threads=1", "--batch", batch]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     ) as it:

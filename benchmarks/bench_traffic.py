@@ -34,11 +34,11 @@ templates = ["{}", "a {}"]
 CROP = ("--set", "resize=shortest")
 ZEROS = ("--set", "resize=longest", "--set", "fill=0")
 GREY = ("--set", "resize=longest", "--set", "fill=116")
-ADAPT = ("--adapt", "50")
+ADAPT = ("--rerank", "adapt=50")
 ALONE = {
-    "nearest-neighbour normalisation": ("--hubness", "nnn"),
-    "dual softmax": ("--hubness", "dual-softmax", "--temperature", "20"),
-    "k-reciprocal": ("--reciprocal", "100"),
+    "nearest-neighbour normalisation": ("--rerank", "hubness=nnn"),
+    "dual softmax": ("--rerank", "hubness=dual-softmax,temperature=20"),
+    "k-reciprocal": ("--rerank", "reciprocal=100"),
 }
 METRICS = ("mAP@10", "mAP", "recall@1")
 
@@ -102,7 +102,7 @@ class Seed:
 
     def evaluate(self, gallery: Path, *options: object) -> dict[str, dict[str, float]]:
         """mAP@10, mAP and recall@1 of the queries for vehicles and of those for persons."""
-        judge = ("--equal", "color", "--equal", "type", "--includes", "attributes", "--json", "--threads", 1)
+        judge = ("--equal", "color", "--equal", "type", "--includes", "attributes", "--json", "--encoder", "threads=1")
         wanted = [word for name in METRICS for word in ("--metric", name)]
         found = {}
         for kind in ("vehicle", "person"):
@@ -148,7 +148,7 @@ class Seed:
             "pad to square, grey": self.evaluate(first),
             "+ self-enhancement": self.evaluate(second),
             "+ prompts": self.evaluate(second, *self.prompts),
-            "+ re-ranking: --adapt 50": self.evaluate(second, *self.prompts, *ADAPT),
+            "+ re-ranking: adapt=50": self.evaluate(second, *self.prompts, *ADAPT),
         }
         result["+ merge with the first model"] = self.evaluate(second, "--results", self.merge(first, second, test))
         result["alone: query adaptation"] = self.evaluate(second, *ADAPT)

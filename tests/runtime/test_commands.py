@@ -145,8 +145,8 @@ def test_the_tab_key_completes(
     listed_gallery: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert complete("clipret-search qu") == ["plain,query"]
-    assert complete("clipret-search query g red --eng") == ["plain,--engine"]
-    assert "plain,openvino" in complete("clipret-search query g red --engine o")
+    assert complete("clipret-search query g red --back") == ["plain,--backend"]
+    assert "plain,openvino" in complete("clipret-search query g red --backend o")
     monkeypatch.chdir(tmp_path)
     assert complete("clipret-search info ga") == ["plain,gallery"]
     assert complete("clipret-search info pi") == ["dir,pi"]

@@ -10,7 +10,7 @@ from clipret.cli.options import (
     FILE,
     Number,
     Runtime,
-    config_options,
+    encoder_options,
     image_root_option,
     json_option,
     print_json,
@@ -54,7 +54,7 @@ __all__ = ["merge_command", "submit"]
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
 @click.option("--depth", type=click.IntRange(1), default=1000, show_default=True, help="Pictures of a list, for rrf.")
 @prompts_option
-@config_options
+@encoder_options
 def merge_command(
     sources: tuple[Path, ...],
     texts: Path,

@@ -81,8 +81,8 @@ def index(
     twice, not even under another name. Pictures that cannot be read are skipped, counted, and named with the
     reason in GALLERY/skipped.tsv.
 
-    --fast-decode reads large JPEGs two to four times faster; pixels then differ a little from those that the model
-    was trained on (benchmarks/README.md has the figures).
+    --encoder fast_decode reads large JPEGs two to four times faster; pixels then differ a little from those that
+    the model was trained on (benchmarks/README.md has the figures).
 
     --ray auto spreads the work over the Ray cluster of this machine, or over this machine alone where there is none;
     --ray HOST:PORT over another. Bundle and local sources lie at the same path on every machine of it; GALLERY is
@@ -141,7 +141,7 @@ def add(
 
     Pictures below GALLERY's root (clipret-search info) are named relative to it, others by their whole path.
 
-    --fast-decode reads large JPEGs faster, see clipret-search index; use it where it was used for the others.
+    --encoder fast_decode reads large JPEGs faster, see clipret-search index; use it where it was used for the others.
     """
     with Gallery.open(gallery) as target:
         encoder = _open_encoder(target.bundle(bundle), config)

@@ -4,13 +4,14 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
 from clipret.cli.completion import MarkedFolder, gallery_columns, list_columns
+from clipret.cli.settings import Settings, merged
 from clipret.inference.config import EncoderConfig, EngineChoice
 from clipret.milvus.collection import is_milvus
 from clipret.sources.remote import is_remote
@@ -50,45 +51,32 @@ class Number(click.FloatRange):
         return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
 
 
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; with commas: several that share."
-)
-engine_option = click.option(
-    "--engine",
-    "backend",
-    type=click.Choice(get_args(EngineChoice)),
-    default="auto",
-    show_default=True,
-    help="What runs the towers; auto: a plan that fits the GPU, else onnxruntime; on CPUs OpenVINO for bf16 and int8.",
-)
-threads_option = click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Processor threads; default: all there are."
-)
 bundle_option = click.option(
     "--bundle", type=BUNDLE, help="The bundle, where it is no longer where it was at indexing."
 )
-_ENCODING = (
-    click.option("--fast-decode", is_flag=True, help="Let JPEGs be shrunk while they are decoded; see above."),
+_ENCODER = (
     click.option(
-        "--decode",
-        type=click.Choice(("pillow", "gpu")),
-        default="pillow",
+        "--device",
+        default="auto",
         show_default=True,
-        help="gpu: JPEGs by nvImageCodec; see docs/gpu.md.",
-    ),
-    click.option("--cuda-graphs", is_flag=True, help="Record the engine's work on a GPU; see docs/gpu.md."),
-    click.option(
-        "--batch-size", type=click.IntRange(1, 65536), default=32, show_default=True, help="Pictures an engine call."
+        help="auto, cpu, cuda or cuda:N; with commas: several that share.",
     ),
     click.option(
-        "--picture-timeout",
-        type=Number(0.1, 86400),
-        default=60.0,
+        "--backend",
+        type=click.Choice(get_args(EngineChoice)),
+        default="auto",
         show_default=True,
-        help="Seconds a picture may take.",
+        help="What runs the towers; auto: a TensorRT engine that fits the GPU, else onnxruntime; on CPUs OpenVINO for "
+        "bf16 and int8.",
+    ),
+    click.option(
+        "--encoder",
+        type=Settings(EncoderConfig, leave_out=("device", "backend")),
+        multiple=True,
+        help="Tuning: threads=4, batch_size=64, fast_decode, decode=gpu, cuda_graphs, picture_timeout=10. See "
+        "docs/galleries.md.",
     ),
 )
-_RUNNING = (device_option, engine_option, threads_option)
 
 
 @dataclass(frozen=True)
@@ -100,25 +88,22 @@ class Runtime:
 
 
 def encoder_options(function: F) -> F:
-    """Adds all options of an encoder; the command gets them as `config`, an EncoderConfig."""
-    names = [field.name for field in fields(EncoderConfig)]
-    return _with_options(function, (*_ENCODING, *_RUNNING), names, lambda given: {"config": EncoderConfig(**given)})
-
-
-def config_options(function: F) -> F:
-    """Adds --device, --engine and --threads; the command gets them as `config`, an EncoderConfig."""
-    names = ("device", "backend", "threads")
-    return _with_options(function, _RUNNING, names, lambda given: {"config": EncoderConfig(**given)})
+    """Adds --device, --backend and --encoder; the command gets them as `config`, an EncoderConfig."""
+    return _with_options(function, _ENCODER, ("device", "backend", "encoder"), lambda given: {"config": _config(given)})
 
 
 def runtime_options(function: F) -> F:
-    """Adds --bundle, --device, --engine and --threads; the command gets them as `runtime`, a Runtime."""
+    """Adds the same and --bundle; the command gets them as `runtime`, a Runtime."""
 
     def made(given: dict[str, Any]) -> dict[str, Any]:
         bundle = given.pop("bundle")
-        return {"runtime": Runtime(EncoderConfig(**given), bundle)}
+        return {"runtime": Runtime(_config(given), bundle)}
 
-    return _with_options(function, (bundle_option, *_RUNNING), ("bundle", "device", "backend", "threads"), made)
+    return _with_options(function, (bundle_option, *_ENCODER), ("bundle", "device", "backend", "encoder"), made)
+
+
+def _config(given: dict[str, Any]) -> EncoderConfig:
+    return EncoderConfig(device=given["device"], backend=given["backend"], **merged(given["encoder"], "--encoder"))
 
 
 def _with_options(

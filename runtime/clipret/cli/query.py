@@ -37,7 +37,6 @@ __all__ = ["query"]
 @click.option(
     "--minus-weight", type=Number(-100, 100), default=0.5, show_default=True, help="How strongly --minus counts."
 )
-@click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
 @prompts_option
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
 @where_option
@@ -55,7 +54,6 @@ def query(
     pictures: tuple[Path, ...],
     minus: tuple[str, ...],
     minus_weight: float,
-    templates: tuple[str, ...],
     prompts: Prompts,
     k: int,
     where: str | None,
@@ -88,9 +86,7 @@ def query(
     if rerank.steps and min_score is not None:
         raise click.UsageError("--min-score is a cosine, which re-ranking changes: leave one of them out")
     names, asked = zip(*_queries(texts, pictures, minus, minus_weight), strict=True)
-    if templates and prompts.rules:
-        raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
-    searcher = open_searcher(gallery, runtime, templates or prompts.forms)
+    searcher = open_searcher(gallery, runtime, prompts.forms)
     with searcher:
         unwanted = [searcher.id_of(path) for path in exclude]
         if rerank.steps:

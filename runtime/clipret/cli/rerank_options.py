@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
-from clipret.cli.options import FILE, Number
+from clipret.cli.settings import Settings, merged
 from clipret.errors import ClipretError
 from clipret.search.prompts import Prompts
-from clipret.search.rerank import HUBNESS, Rerank, Reranker
+from clipret.search.rerank import Rerank, Reranker
 from clipret.search.searcher import Searcher
 from clipret.tables import pick_column, read_table
 
@@ -19,79 +19,48 @@ __all__ = ["open_reranker", "prompts_option", "read_texts", "rerank_options"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _read_prompts(context: click.Context, _parameter: click.Parameter, value: Path | None) -> Prompts:
-    return Prompts() if value is None or context.resilient_parsing else Prompts.read(value)
+def _read_prompts(context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> Prompts:
+    if not given or context.resilient_parsing:
+        return Prompts()
+    templates = [value for value in given if "{}" in value]
+    if len(templates) == len(given):
+        return Prompts.of_templates(templates)
+    if len(given) > 1:
+        raise click.UsageError("--prompts takes either templates or one file of rules: leave the other out.")
+    if not Path(given[0]).is_file():
+        raise ClipretError(f"--prompts {given[0]!r} has no {{}} for the text and is no file: write one of the two")
+    return Prompts.read(given[0])
 
 
 prompts_option = click.option(
     "--prompts",
-    type=FILE,
+    metavar="TEMPLATE|FILE",
+    multiple=True,
     callback=_read_prompts,
-    help="Rules, in TOML, for what a text becomes by what it speaks of: words stripped, templates, averaged.",
-)
-
-_OPTIONS = (
-    click.option(
-        "--adapt",
-        type=click.IntRange(0),
-        default=0,
-        metavar="N",
-        help="Move each query towards what its N first pictures share; 50 is usual. Looks at the gallery.",
-    ),
-    click.option("--adapt-weight", type=Number(0, 1), default=0.5, show_default=True, help="How far."),
-    click.option(
-        "--hubness",
-        type=click.Choice(HUBNESS),
-        default="none",
-        show_default=True,
-        help="Take from pictures that are near to every query. Transductive: looks at the other queries, "
-        "unless --reference names some.",
-    ),
-    click.option("--hubness-strength", type=Number(), default=0.75, show_default=True, help="Of nnn."),
-    click.option("--hubness-neighbours", type=int, default=16, show_default=True, help="Of nnn: queries a picture."),
-    click.option("--temperature", type=Number(), default=100.0, show_default=True, help="Of dual-softmax."),
-    click.option("--reference", type=FILE, help="Texts that hubness is measured with, e.g. those of the training."),
-    click.option(
-        "--reciprocal",
-        type=click.IntRange(0),
-        default=0,
-        metavar="N",
-        help="Order the N first pictures anew by the neighbours they share; 100 is usual. Looks at the gallery.",
-    ),
+    help='E.g. "a photo of a {}."; several are averaged. Or a TOML file of rules, by what a text speaks of.',
 )
 
 
 def rerank_options(function: F) -> F:
-    """Adds the options; the command gets them as `rerank`, a Rerank, and `reference`, a path or None."""
+    """Adds --rerank; the command gets `rerank`, a Rerank, and `reference`, a path or None."""
 
     @functools.wraps(function)
-    def call(
-        *arguments: Any,
-        adapt: int,
-        adapt_weight: float,
-        hubness: Any,
-        hubness_strength: float,
-        hubness_neighbours: int,
-        temperature: float,
-        reciprocal: int,
-        **more: Any,
-    ) -> Any:
-        rerank = Rerank(
-            adapt=adapt,
-            adapt_weight=adapt_weight,
-            hubness=hubness,
-            neighbours=hubness_neighbours,
-            strength=hubness_strength,
-            temperature=temperature,
-            reciprocal=reciprocal,
-        )
-        if more["reference"] is not None and hubness == "none":
-            raise ClipretError("--reference is for --hubness: choose nnn or dual-softmax with it")
-        return function(*arguments, rerank=rerank, **more)
+    def call(*arguments: Any, rerank: tuple[dict[str, Any], ...], **more: Any) -> Any:
+        settings = merged(rerank, "--rerank")
+        reference = settings.pop("reference", None)
+        how = Rerank(**settings)
+        if reference is not None and how.hubness == "none":
+            raise ClipretError("--rerank reference= is for hubness: set hubness=nnn or hubness=dual-softmax with it")
+        return function(*arguments, rerank=how, reference=reference, **more)
 
-    for option in reversed(_OPTIONS):
-        call = option(call)
-    return call  # type: ignore[return-value]
+    option = click.option(
+        "--rerank",
+        type=Settings(Rerank, files=("reference",)),
+        multiple=True,
+        help="Second thoughts about the ranking: adapt=50, reciprocal=100, hubness=nnn or dual-softmax, alone or "
+        "together. The last is measured on the other queries, or on the texts of reference=FILE. See docs/query.md.",
+    )
+    return option(call)  # type: ignore[return-value]
 
 
 def open_reranker(searcher: Searcher, rerank: Rerank, reference: Path | None) -> Reranker:

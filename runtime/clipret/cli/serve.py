@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from clipret.cli.options import BUNDLE, FILE, SEARCHED, Number, config_options
+from clipret.cli.options import BUNDLE, FILE, SEARCHED, Number, encoder_options
 from clipret.cli.rerank_options import prompts_option, read_texts, rerank_options
 from clipret.errors import ClipretError, require
 from clipret.inference.config import EncoderConfig
@@ -27,21 +27,19 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--allow-host", "hosts", metavar="NAME", multiple=True, help="A name that this machine is asked by.")
 @click.option("--token-file", type=FILE, help="File with the token for adding and deleting; else they are off.")
-@click.option("--template", "templates", metavar="TEXT", multiple=True, help='E.g. "a photo of a {}."; several: mean.')
 @prompts_option
 @rerank_options
 @click.option("--max-upload", type=click.IntRange(1), default=32, show_default=True, help="MiB of a request.")
 @click.option("--timeout", type=Number(1, 86400), default=30.0, show_default=True, help="Seconds of a request.")
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Queries answered at once.")
 @click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="Of each GALLERY, where it is not where it was.")
-@config_options
+@encoder_options
 def serve_command(
     galleries: tuple[Path | str, ...],
     host: str,
     port: int,
     hosts: tuple[str, ...],
     token_file: Path | None,
-    templates: tuple[str, ...],
     prompts: Prompts,
     rerank: Rerank,
     reference: Path | None,
@@ -63,7 +61,7 @@ def serve_command(
     machine alone. With --token-file (or the token in CLIPRET_TOKEN) pictures can be added and deleted through the API.
 
     --prompts and re-ranking hold for every search and give what  clipret-search query  gives with them. Queries come
-    one at a time here: --adapt and --reciprocal look at no other, and --hubness needs --reference.
+    one at a time here: adapt and reciprocal look at no other, and hubness needs a reference.
     """
     require("fastapi", "serve")
     require("uvicorn", "serve")
@@ -71,10 +69,8 @@ def serve_command(
     from clipret.server.run import open_service, serve
     from clipret.server.snapshot import Manner
 
-    if templates and prompts.rules:
-        raise click.UsageError("--template and --prompts say the same in two ways: keep one of them")
     texts = () if reference is None else tuple(read_texts(reference))
-    manner = Manner(templates or prompts.forms, rerank, texts)
+    manner = Manner(prompts.forms, rerank, texts)
     if bundles and len(bundles) != len(galleries):
         raise click.UsageError(f"{len(bundles)} times --bundle for {len(galleries)} galleries: give one for each")
     encoders = dict[str, Encoder]()

@@ -2,7 +2,7 @@
 
 Only the decoding moves; resizing stays Pillow's, on the decode threads. A GPU's inverse transform and its upsampling of
 colour round differently from libjpeg's, so pixels differ: by how much is measured before the first picture, and a
-decoder that differs more than `--fast-decode` ever did is refused. Whatever is not a plain, whole JPEG goes to Pillow,
+decoder that differs more than `fast_decode` ever did is refused. Whatever is not a plain, whole JPEG goes to Pillow,
 which also gives the reasons for what cannot be decoded.
 """
 
@@ -25,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 MOST_LEVELS = (
     1.0,
     20,
-)  # of 255, mean and largest: what --fast-decode differs at its worst, see images.decode.load
+)  # of 255, mean and largest: what fast_decode differs at its worst, see images.decode.load
 _END = b"\xff\xd9"
 
 
@@ -40,7 +40,7 @@ class GpuDecoder:
         try:
             self._library = require("nvidia.nvimgcodec", "nvjpeg")
         except (ImportError, OSError) as error:
-            raise ClipretError(f"nvImageCodec does not load ({error}): use --decode pillow") from None
+            raise ClipretError(f"nvImageCodec does not load ({error}): use decode=pillow") from None
         kind, _, number = device.partition(":")
         self._number = int(number or 0) if kind == "cuda" else None
         self._local = threading.local()  # a decoder for each thread: they are one thread's at a time
@@ -79,9 +79,9 @@ class GpuDecoder:
         try:
             decoded = self._decoder().decode(_samples()[0], params=self._local.params)
         except RuntimeError as error:
-            raise ClipretError(f"nvImageCodec cannot start ({one_line(error)}): use --decode pillow") from None
+            raise ClipretError(f"nvImageCodec cannot start ({one_line(error)}): use decode=pillow") from None
         if decoded is None:
-            raise ClipretError("nvImageCodec decodes no JPEG here (is nvidia-nvjpeg installed?): use --decode pillow")
+            raise ClipretError("nvImageCodec decodes no JPEG here (is nvidia-nvjpeg installed?): use decode=pillow")
 
     def _compare(self) -> tuple[float, int]:
         spec, worst = ImageSpec(64), (0.0, 0)
@@ -91,7 +91,7 @@ class GpuDecoder:
         if worst[0] > MOST_LEVELS[0] or worst[1] > MOST_LEVELS[1]:
             raise ClipretError(
                 f"nvImageCodec's pixels differ from Pillow's by {worst[0]:.2f} levels in the mean and {worst[1]} at "
-                f"most (allowed: {MOST_LEVELS[0]:g} and {MOST_LEVELS[1]}): use --decode pillow"
+                f"most (allowed: {MOST_LEVELS[0]:g} and {MOST_LEVELS[1]}): use decode=pillow"
             )
         return worst
 

@@ -178,7 +178,7 @@ class Pool:
             has = f"{processors} processors" + (f" and {gpus} GPUs" if self._gpus else "")
             raise ClipretError(
                 f"the cluster has {has}, which is room for {most} workers of {threads} threads, not {max(workers, 1)}: "
-                "change --workers or --threads"
+                "change --workers or --encoder threads="
             )
         self.workers = workers
         self.settings = replace(settings, encoder=replace(settings.encoder, threads=threads))

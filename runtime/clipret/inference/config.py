@@ -27,7 +27,7 @@ class EncoderConfig:
         picture_timeout: Seconds after which an image is skipped.
 
     Raises:
-        ClipretError: Two settings exclude each other.
+        ClipretError: A value is out of its range, or two settings exclude each other.
     """
 
     device: str = "auto"
@@ -40,6 +40,10 @@ class EncoderConfig:
     picture_timeout: float = 60.0
 
     def __post_init__(self) -> None:
+        for name, least, most in (("threads", 1, 1024), ("batch_size", 1, 65536), ("picture_timeout", 0.1, 86400)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ClipretError(f"{name} is {value}: use a number from {least} to {most}")
         if self.fast_decode and self.decode == "gpu":
             raise ClipretError("a JPEG is decoded either fast by Pillow or by nvImageCodec: leave one of the two out")
 

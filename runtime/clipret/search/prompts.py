@@ -56,6 +56,14 @@ class Prompts:
     rules: tuple[PromptRule, ...] = field(default=())
 
     @classmethod
+    def of_templates(cls, templates: Sequence[str]) -> Self:
+        """Every text in all of these templates, each with a {}. Raises ClipretError for one without."""
+        for template in templates:
+            if "{}" not in template:
+                raise ClipretError(f"template {template!r} has no {{}}: put one where the text belongs")
+        return cls((PromptRule("all", templates=tuple(templates)),))
+
+    @classmethod
     def read(cls, path: str | Path) -> Self:
         """Raises ClipretError for a file that cannot be read and for what is wrong in it, with the rule's name."""
         path = Path(path)

@@ -62,7 +62,7 @@ class Manner:
         if self.rerank.hubness != "none" and not self.reference:
             raise ClipretError(
                 "hubness is measured on the other queries, and those of a service come one at a time: "
-                "name fixed texts with --reference"
+                "name fixed texts with --rerank reference=FILE"
             )
 
 

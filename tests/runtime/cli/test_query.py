@@ -66,7 +66,7 @@ def test_results_equal_a_brute_force_over_the_stored_rows(gallery: Path, tiny_bu
 
 
 def test_rows_do_not_depend_on_batch_or_threads(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
-    for name, options in [("a", ["--batch-size", 1]), ("b", ["--batch-size", 7, "--threads", 3])]:
+    for name, options in [("a", ["--encoder", "batch_size=1"]), ("b", ["--encoder", "batch_size=7,threads=3"])]:
         run("index", tiny_bundle, colour_folder, tmp_path / name, *options)
     a, b = (np.load(tmp_path / name / "rows-000001.npy") for name in "ab")
     np.testing.assert_array_equal(a, b)
@@ -159,8 +159,8 @@ def test_query_by_picture_with_filters(gallery: Path, colour_folder: Path) -> No
     narrowed = found("red", "-k", 20, "--where", "path like 'red/%'", "--exclude", "red/0.jpg")
     assert narrowed == [path for path in found("red", "-k", 3) if path != "red/0.jpg"]
     assert found("red", "--min-score", 2) == []
-    assert found("red", "--template", "a {} car", "--template", "{}", "-k", 3) == found("red", "-k", 3)
-    assert "has no {}" in fails("query", gallery, "red", "--template", "a car")
+    assert found("red", "--prompts", "a {} car", "--prompts", "{}", "-k", 3) == found("red", "-k", 3)
+    assert "has no {}" in fails("query", gallery, "red", "--prompts", "a car")
     assert len(json.loads(run("query", gallery, "red", "red", "--json").stdout)) == 2
     assert "not a finite number" in run("query", gallery, "red", "--min-score", "nan", code=2).stderr
     assert "its columns are id, path" in fails("query", gallery, "red", "--where", "camera = 1")
@@ -245,11 +245,14 @@ def test_a_corrected_first_run_takes_its_own_folder(tiny_bundle: Path, colour_fo
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_what_is_no_number_is_refused(value: str, gallery: Path, tiny_bundle: Path, colour_folder: Path) -> None:
-    query = ("query", gallery, "red", "--hubness", "nnn")
-    for option in ("--hubness-strength", "--temperature", "--adapt-weight", "--minus-weight", "--min-score"):
+    query = ("query", gallery, "red")
+    for option in ("--minus-weight", "--min-score"):
         assert "Invalid value for '" + option in run(*query, option, value, code=2).stderr
-    words = ("index", tiny_bundle, colour_folder, gallery, "--picture-timeout", value)
-    assert "Invalid value for '--picture-timeout'" in run(*words, code=2).stderr
+    for setting in ("strength", "temperature", "adapt_weight"):
+        told = run(*query, "--rerank", f"hubness=nnn,{setting}={value}", code=2).stderr
+        assert f"{setting} is a finite number" in told
+    words = ("index", tiny_bundle, colour_folder, gallery, "--encoder", f"picture_timeout={value}")
+    assert "picture_timeout is a finite number" in run(*words, code=2).stderr
     assert "Invalid value for '--timeout'" in run("serve", gallery, "--timeout", value, code=2).stderr
 
 

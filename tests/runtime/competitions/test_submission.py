@@ -61,7 +61,7 @@ def test_traffic_from_gallery_to_file(gallery: Path, tmp_path: Path) -> None:
 def test_traffic_with_prompts_and_re_ranking(gallery: Path, tmp_path: Path) -> None:
     texts = write(tmp_path / "test.txt", "a crimson car\nblue\n")
     prompts = write(tmp_path / "p.toml", '[[rule]]\nname = "c"\nwords = ["crimson"]\ntemplates = ["red {}"]\n')
-    steps = ("--adapt", 3, "--hubness", "nnn", "--reciprocal", 8)
+    steps = ("--rerank", "adapt=3,hubness=nnn,reciprocal=8")
     run("submit", gallery, texts, tmp_path / "a.json", "--prompts", prompts, *steps)
     names = json.loads((tmp_path / "a.json").read_text())["results"][0]["image_names"]
     assert {name.split("-")[0] for name in names[:3]} == {"red"}
@@ -82,7 +82,7 @@ def test_a_refused_answer_writes_nothing(gallery: Path, tmp_path: Path) -> None:
     assert "name it, or write .json" in fails("submit", gallery, texts, tmp_path / "answer.csv")
     found = write(tmp_path / "found.json", run("query", gallery, "red", "--json").stdout)
     assert "has no results for text 2 ('blue')" in fails("submit", found, texts, out)
-    assert "is a result file: re-rank" in fails("submit", found, texts, out, "--adapt", 5)
+    assert "is a result file: re-rank" in fails("submit", found, texts, out, "--rerank", "adapt=5")
     assert not out.exists()
 
 
@@ -108,7 +108,7 @@ def test_products_one_to_one(gallery: Path, tmp_path: Path) -> None:
     queries = write(tmp_path / "q.csv", "title\n" + "red\n" * 2 + "红色\nblue\n")
     sample = write(tmp_path / "sample.csv", "path\nred-0\n")
     out = tmp_path / "submit.csv"
-    for arguments in ((), ("--hubness", "nnn")):
+    for arguments in ((), ("--rerank", "hubness=nnn")):
         run("submit", gallery, queries, out, "--sample", sample, "--one-to-one", *arguments)
         names = out.read_text().split()
         assert names[0] == "path"

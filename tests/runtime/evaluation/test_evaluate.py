@@ -126,13 +126,13 @@ def test_eval_measures_re_ranking_and_prompts(gallery: Path, tmp_path: Path) -> 
     plain = ("eval", gallery, queries, "--equal", "colour", "--json")
     assert json.loads(run(*plain).stdout)["recall_at_1"] == 1.0
     assert json.loads(run(*plain, "--prompts", prompts).stdout)["recall_at_1"] < 1.0
-    steps = ("--adapt", 3, "--hubness", "nnn", "--hubness-neighbours", 1, "--reciprocal", 6)
+    steps = ("--rerank", "adapt=3,hubness=nnn", "--rerank", "neighbours=1,reciprocal=6")
     values = json.loads(run(*plain, *steps).stdout)
     assert list(values)[:5] == ["queries", "recall@1", "recall@5", "recall@10", "mAP@10"]
     assert values["mAP@10"] == 1.0
     reference = write(tmp_path / "reference.txt", "grey\nblue\n")
-    assert run(*plain, "--hubness", "dual-softmax", "--reference", reference).stdout
-    assert "--reference is for --hubness" in run(*plain, "--reference", reference, code=1).stderr
+    assert run(*plain, "--rerank", f"hubness=dual-softmax,reference={reference}").stdout
+    assert "reference= is for hubness" in run(*plain, "--rerank", f"reference={reference}", code=1).stderr
     assert "--html shows the plain ranking" in run(*plain, *steps, "--html", tmp_path / "p.html", code=1).stderr
 
 
@@ -146,11 +146,11 @@ def test_eval_measures_a_result_file(gallery: Path, tmp_path: Path) -> None:
     assert short["mAP"] < json.loads(run(*plain).stdout)["mAP"]
     one = write(tmp_path / "o.json", run("query", gallery, "blue", "--json").stdout)
     assert "has no results for 'red blue'" in run(*plain, "--results", one, code=1).stderr
-    assert "ranked already" in run(*plain, "--results", few, "--adapt", 3, code=1).stderr
+    assert "ranked already" in run(*plain, "--results", few, "--rerank", "adapt=3", code=1).stderr
 
 
 def test_query_takes_prompts(gallery: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "p.toml", '[[rule]]\nname = "all"\nwords = ["azure"]\ntemplates = ["{} blue"]\n')
     found = json.loads(run("query", gallery, "azure", "-k", 3, "--prompts", prompts, "--json").stdout)
     assert {hit["path"].split("/")[0] for hit in found[0]["hits"]} == {"blue"}
-    assert run("query", gallery, "azure", "--prompts", prompts, "--template", "{}", code=2).stderr
+    assert run("query", gallery, "azure", "--prompts", prompts, "--prompts", "{}", code=2).stderr

@@ -70,7 +70,7 @@ def test_a_decoder_whose_pixels_are_others_is_refused(monkeypatch: pytest.Monkey
         return None if pixels is None else np.minimum(pixels, 252) + np.uint8(3)
 
     monkeypatch.setattr(GpuDecoder, "_decode", brighter)
-    with pytest.raises(ClipretError, match=r"differ from Pillow's by .* levels.*use --decode pillow"):
+    with pytest.raises(ClipretError, match=r"differ from Pillow's by .* levels.*use decode=pillow"):
         GpuDecoder("cpu")
 
 

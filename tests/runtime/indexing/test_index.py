@@ -80,7 +80,7 @@ def test_a_run_killed_at_fifty_instants_ends_as_an_undisturbed_one(
         return (killed / "gallery.json").exists(), len(list(killed.glob("rows-*.npy")))
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        arguments = ["index", str(tiny_bundle), str(pictures / "list.csv"), str(folder), "--batch-size", "8"]
+        arguments = ["index", str(tiny_bundle), str(pictures / "list.csv"), str(folder), "--encoder", "batch_size=8"]
         return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=-3, stderr=-3)
 
     assert start(tmp_path / "whole").wait() == 0
@@ -120,7 +120,7 @@ def test_ctrl_c_keeps_what_is_encoded(tiny_bundle: Path, tmp_path: Path) -> None
     Image.new("RGB", (20, 15), "red").save(buffer, "JPEG")
     for number in range(80):  # no two files are equal
         (tmp_path / f"p/{number:03d}.jpg").write_bytes(buffer.getvalue() + str(number).encode())
-    arguments = ["index", str(tiny_bundle), str(tmp_path / "p"), str(tmp_path / "g"), "--batch-size", "2"]
+    arguments = ["index", str(tiny_bundle), str(tmp_path / "p"), str(tmp_path / "g"), "--encoder", "batch_size=2"]
     # The process waits behind its second shard: however slow this one is, the signal comes in the middle of the work.
     waiting = (
         "import time; from pathlib import Path; from clipret import Gallery as G; append, n = G.append, []; "

@@ -226,7 +226,7 @@ def test_a_broken_archive_stops_no_other(cluster: Pool, settings: Settings, shar
 def test_too_small_a_cluster(cluster: Pool, settings: Settings) -> None:
     assert cluster.workers == 2
     with (
-        pytest.raises(ClipretError, match="room for 2 workers of 1 threads, not 3: change --workers or --threads"),
+        pytest.raises(ClipretError, match="room for 2 workers of 1 threads, not 3: change --workers or --encoder"),
         connect("auto", settings, 3),
     ):
         pass

@@ -313,8 +313,8 @@ def test_additions_and_deletions_while_64_clients_search(
                         str(tmp_path / "new.csv"),
                         "--device",
                         "cpu",
-                        "--threads",
-                        "1",
+                        "--encoder",
+                        "threads=1",
                     ]
                     result = CliRunner().invoke(main, command)
                     assert result.exit_code == 0, result.output

@@ -41,7 +41,18 @@ def command(gallery: Path, folder: Path, *options: str) -> Iterator[tuple[subpro
     """`clipret-search serve` as a process of its own, and its port."""
     (folder / "tmp").mkdir(exist_ok=True)
     environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1"}
-    line = [sys.executable, "-m", "clipret.cli", "serve", str(gallery), "--port", "0", "--threads", "1", *options]
+    line = [
+        sys.executable,
+        "-m",
+        "clipret.cli",
+        "serve",
+        str(gallery),
+        "--port",
+        "0",
+        "--encoder",
+        "threads=1",
+        *options,
+    ]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as it:
         try:
             assert it.stdout is not None

@@ -60,25 +60,25 @@ def line(hit: Any) -> tuple[Any, ...]:
     ("options", "rerank"),
     [
         ("", Rerank()),
-        ("--adapt 5 --adapt-weight 0.4", Rerank(adapt=5, adapt_weight=0.4)),
-        ("--reciprocal 7", Rerank(reciprocal=7)),
-        ("--hubness nnn --hubness-neighbours 2", Rerank(hubness="nnn", neighbours=2)),
-        ("--hubness dual-softmax --temperature 20", Rerank(hubness="dual-softmax", temperature=20)),
-        ("--adapt 3 --hubness nnn --reciprocal 6", Rerank(adapt=3, hubness="nnn", reciprocal=6)),
+        ("adapt=5,adapt_weight=0.4", Rerank(adapt=5, adapt_weight=0.4)),
+        ("reciprocal=7", Rerank(reciprocal=7)),
+        ("hubness=nnn,neighbours=2", Rerank(hubness="nnn", neighbours=2)),
+        ("hubness=dual-softmax,temperature=20", Rerank(hubness="dual-softmax", temperature=20)),
+        ("adapt=3,hubness=nnn,reciprocal=6", Rerank(adapt=3, hubness="nnn", reciprocal=6)),
     ],
 )
 @pytest.mark.parametrize("ruled", [False, True])
 def test_a_service_finds_what_query_finds(
     serving: Callable[..., Any], listed_gallery: Path, tmp_path: Path, options: str, rerank: Rerank, ruled: bool
 ) -> None:
-    given, prompts, reference = options.split(), Prompts(), ()
+    given, prompts, reference = ["--rerank", options] if options else [], Prompts(), ()
     if ruled:
         (tmp_path / "rules.toml").write_text(RULES)
         given += ["--prompts", str(tmp_path / "rules.toml")]
         prompts = Prompts.read(tmp_path / "rules.toml")
     if rerank.hubness != "none":
         (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
-        given += ["--reference", str(tmp_path / "reference.txt")]
+        given += ["--rerank", f"reference={tmp_path / 'reference.txt'}"]
         reference = REFERENCE
     client = serving(listed_gallery, manner=Manner(prompts.forms, rerank, reference))
     wanted = queried(listed_gallery, *given)
@@ -102,7 +102,7 @@ def test_a_service_finds_what_query_finds(
 def test_the_steps_hold_for_pictures_and_for_a_gallery_that_changed(
     serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path
 ) -> None:
-    options = ["--adapt", "4", "--reciprocal", "8"]
+    options = ["--rerank", "adapt=4,reciprocal=8"]
     client = serving(listed_gallery, token="secret", manner=Manner(rerank=Rerank(adapt=4, reciprocal=8)))
     file = colour_folder / "blue" / "1.jpeg"
     reply = client.upload(
@@ -122,7 +122,7 @@ def test_hubness_of_a_gallery_that_changed_is_measured_anew(
     serving: Callable[..., Any], listed_gallery: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
-    options = ["--hubness", "nnn", "--reference", str(tmp_path / "reference.txt")]
+    options = ["--rerank", f"hubness=nnn,reference={tmp_path / 'reference.txt'}"]
     client = serving(listed_gallery, token="secret", manner=Manner(rerank=Rerank(hubness="nnn"), reference=REFERENCE))
     picture = (tmp_path / "pictures" / "green" / "2.png").read_bytes() + b" "
     added = client.upload("/galleries/gallery/add", [picture], Authorization="Bearer secret")
@@ -142,7 +142,7 @@ def test_every_step_answers_on_an_empty_gallery(serving: Callable[..., Any], tin
 
 
 def test_what_depends_on_other_queries_is_refused() -> None:
-    with pytest.raises(ClipretError, match="name fixed texts with --reference"):
+    with pytest.raises(ClipretError, match="name fixed texts with --rerank reference=FILE"):
         Manner(rerank=Rerank(hubness="nnn"))
 
 
@@ -154,16 +154,25 @@ def test_the_command_has_the_options_of_query(listed_gallery: Path, tmp_path: Pa
 
     (tmp_path / "rules.toml").write_text(RULES)
     (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
-    assert "name fixed texts with --reference" in refused("--hubness", "nnn")
-    assert "say the same in two ways" in refused("--template", "a {}", "--prompts", str(tmp_path / "rules.toml"))
+    assert "name fixed texts with --rerank reference=FILE" in refused("--rerank", "hubness=nnn")
+    rules = str(tmp_path / "rules.toml")
+    assert "either templates or one file" in refused("--prompts", "a {}", "--prompts", rules)
+    assert "is no file" in refused("--prompts", "a car")
     of_query = {option for one in query.params for option in one.opts}
     of_serve = {option for one in serve_command.params for option in one.opts}
-    shared = {
-        option for option in of_query if re.match("--(prompts|adapt|hubness|temperature|reference|recip)", option)
-    }
-    assert shared <= of_serve
-    options = ["--prompts", "rules.toml", "--adapt", "4", "--hubness", "nnn", "--reference", "reference.txt"]
-    command = [sys.executable, "-m", "clipret.cli", "serve", str(listed_gallery), "--port", "0", "--threads", "1"]
+    assert {"--prompts", "--rerank", "--device", "--backend", "--encoder"} <= of_query & of_serve
+    options = ["--prompts", "rules.toml", "--rerank", "adapt=4,hubness=nnn,reference=reference.txt"]
+    command = [
+        sys.executable,
+        "-m",
+        "clipret.cli",
+        "serve",
+        str(listed_gallery),
+        "--port",
+        "0",
+        "--encoder",
+        "threads=1",
+    ]
     with subprocess.Popen(
         [*command, *options],
         stdout=subprocess.PIPE,
@@ -183,7 +192,8 @@ def test_the_command_has_the_options_of_query(listed_gallery: Path, tmp_path: Pa
             connection.close()
         finally:
             it.terminate()
-    options = [str(tmp_path / one) if "." in one else one for one in options]
+    there = f"adapt=4,hubness=nnn,reference={tmp_path / 'reference.txt'}"
+    options = ["--prompts", str(tmp_path / "rules.toml"), "--rerank", there]
     [wanted] = queried(listed_gallery, *options, texts=("a red car",))
     assert [one[1] for one in hits] == [one[1] for one in wanted]
     np.testing.assert_allclose([one[2] for one in hits], [one[2] for one in wanted])

@@ -77,7 +77,7 @@ def test_only_what_changes_is_done_anew(recipe: Path, tmp_path: Path) -> None:
     assert (out / "found.json").read_text() == found
     (tmp_path / "texts.txt").write_text("red\nblue\ngreen\n")
     assert states(recipe, out) == {"index": "kept", "search": "done"}
-    text = recipe.read_text().replace('"{out}/gallery"]', '"{out}/gallery", "--batch-size", "5"]')
+    text = recipe.read_text().replace('"{out}/gallery"]', '"{out}/gallery", "--encoder", "batch_size=5"]')
     recipe.write_text(text)
     assert states(recipe, out) == {"index": "done", "search": "done"}
 
@@ -187,7 +187,7 @@ def test_traffic_from_labels_to_answer(tmp_path: Path) -> None:
         "fit": '["--epochs", "1", "--threads", "1", "--batch-size", "32"]',
         "precision": "0.1",
         "unfamiliar": "0",
-        "rerank": '["--adapt", "5", "--hubness", "nnn"]',
+        "rerank": '["--rerank", "adapt=5,hubness=nnn"]',
     }
     given = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
     result = run("traffic", "--out", tmp_path / "work", *given, "--json")
