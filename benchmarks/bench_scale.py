@@ -46,6 +46,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 MANY = 64
 
+ONE = ("--encoder", "threads=1", "--device", "cpu")
+
 
 def run(*command: object) -> tuple[float, float]:
     """CPU seconds and peak MiB of `clipret-search` with these arguments."""
