@@ -140,8 +140,10 @@ class Seed:
         if not (work / "wise").exists():
             run("clipret-train", "soup", work / "tuned", "--how", "wise", "--alpha", 0.5, "--out", work / "wise")
         wise = self.index(work / "wise", "wise")
-        if not (work / "mirrored").exists():
-            run("clipret-search", "mirror", second, work / "mirrored")
+        flipped = work / "flipped"
+        if not flipped.exists():
+            pictures = (self.drawn / "test_pictures.csv", flipped, "--image-root", self.drawn / "test_images")
+            run("clipret-search", "index", grey / "second-bundle", *pictures, "--flip")
         result = {
             "baseline: centre crop": self.evaluate(crop),
             "pad to square, zeros": self.evaluate(zeros),
@@ -154,7 +156,7 @@ class Seed:
         result["alone: query adaptation"] = self.evaluate(second, *ADAPT)
         for name, options in ALONE.items():
             result[f"alone: {name}"] = self.evaluate(second, *options)
-        result["alone: mirror images"] = self.evaluate(work / "mirrored")
+        result["alone: flip averaging"] = self.evaluate(flipped)
         result["first model, tuned on the completed captions"] = self.evaluate(tuned)
         result["… WiSE-FT, half way"] = self.evaluate(wise)
         return result

@@ -17,7 +17,7 @@ from clipret import Gallery
 from clipret.cli import main
 
 JSON_ALWAYS = {"merge"}  # a result file is JSON
-NO_RESULT = {"serve", "completion"}  # goes on until it is told to stop; prints a script
+NO_RESULT = {"serve"}  # goes on until it is told to stop
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -64,24 +64,24 @@ def test_json_is_one_document_on_stdout(gallery: Path, tiny_bundle: Path, colour
     (tmp_path / "paths.txt").write_text("\n".join(paths))
     imported = answer("import", tiny_bundle, tmp_path / "rows.npy", tmp_path / "g2", "--paths", tmp_path / "paths.txt")
     assert imported["total"] == 12
-    assert answer("mirror", gallery, tmp_path / "mirrored") == {"added": 12, "skipped": []}
+    assert answer("index", tiny_bundle, colour_folder, tmp_path / "flipped", "--flip")["added"] == 12
     submitted = answer("submit", gallery, tmp_path / "texts.txt", tmp_path / "answer.json", "--names", "path")
     assert submitted["texts"] == 2
-    merged = json.loads(run("merge", gallery, tmp_path / "mirrored", "--texts", tmp_path / "texts.txt").stdout)
+    merged = json.loads(run("merge", gallery, tmp_path / "flipped", "--texts", tmp_path / "texts.txt").stdout)
     assert [one["query"] for one in merged] == ["red", "blue"]
     assert answer("remove", gallery, "red/0.jpg") == {"removed": 1, "total": 11}
     assert answer("compact", gallery) == {"dropped": 1, "total": 11}
-    assert answer("add", gallery, colour_folder / "red")["added"] == 1
+    assert answer("index", gallery, colour_folder / "red")["added"] == 1
 
 
 def test_exit_statuses(gallery: Path, tmp_path: Path) -> None:
     assert run("--help").stderr == ""
-    for arguments in (["info", tmp_path / "gone"], ["query", tmp_path / "gone", "red"], ["add", gallery, "gone.csv"]):
+    for arguments in (["info", tmp_path / "gone"], ["query", tmp_path / "gone", "red"], ["index", gallery, "gone.csv"]):
         failed = run(*arguments, code=1)
         assert failed.stdout == ""
         assert failed.stderr.startswith("clipret-search: ")
         assert len(failed.stderr.splitlines()) == 1
-    for arguments in (["infos"], ["query", gallery, "--unknown"], ["add", gallery]):
+    for arguments in (["infos"], ["query", gallery, "--unknown"], ["index", gallery], ["index", "a", "b"]):
         assert "Usage: clipret-search" in run(*arguments, code=2).stderr
 
 
@@ -99,7 +99,7 @@ def test_colours_go_to_terminals_and_not_against_no_color(
     assert b"\033" not in on_terminal([*command[:-1], str(tmp_path)], NO_COLOR="1")
 
 
-def test_add_keeps_what_its_sources_do_not_name(gallery: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_an_addition_keeps_what_its_sources_do_not_name(gallery: Path, colour_folder: Path, tmp_path: Path) -> None:
     more, single = tmp_path / "more", tmp_path / "single.png"
     more.mkdir()
     Image.new("RGB", (9, 9), "yellow").save(more / "a.png")
@@ -107,7 +107,7 @@ def test_add_keeps_what_its_sources_do_not_name(gallery: Path, colour_folder: Pa
     Image.new("RGB", (9, 9), "cyan").save(single)
     Image.new("RGB", (9, 9), "black").save(colour_folder / "new.png")
     (tmp_path / "list.csv").write_text("path,kind\npictures/new.png,night\npictures/red/0.jpg,day\n")
-    report = answer("add", gallery, more, single, tmp_path / "list.csv")
+    report = answer("index", gallery, more, single, tmp_path / "list.csv")
     assert (report["added"], report["unchanged"], report["removed"], report["total"]) == (3, 1, 0, 15)
     assert [one["path"] for one in report["skipped"]] == [str(more / "broken.jpg")]
     with Gallery.open(gallery) as opened:
@@ -117,18 +117,18 @@ def test_add_keeps_what_its_sources_do_not_name(gallery: Path, colour_folder: Pa
         assert opened.paths(opened.select("kind = 'day'")) == ["red/0.jpg"]
     found = answer("query", gallery, "yellow", "cyan", "black", "-k", 1)
     assert [Path(one["hits"][0]["path"]).name for one in found] == ["a.png", "single.png", "new.png"]
-    again = run("add", gallery, more, single, tmp_path / "list.csv").stdout
+    again = run("index", gallery, more, single, tmp_path / "list.csv").stdout
     assert "15 pictures (0 added, 0 changed, 4 unchanged, 1 skipped)" in again
 
 
-def test_add_finds_the_bundle_or_is_told(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_an_addition_finds_the_bundle_or_is_told(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     run("index", bundle, colour_folder / "red", tmp_path / "g")
     bundle.rename(tmp_path / "moved")
-    assert "name it with --bundle" in run("add", tmp_path / "g", colour_folder / "blue", code=1).stderr
-    report = answer("add", tmp_path / "g", colour_folder / "blue", "--bundle", tmp_path / "moved")
+    assert "name it with --bundle" in run("index", tmp_path / "g", colour_folder / "blue", code=1).stderr
+    report = answer("index", tmp_path / "g", colour_folder / "blue", "--bundle", tmp_path / "moved")
     assert (report["added"], report["total"]) == (3, 6)
-    assert "no gallery.json" in run("add", tmp_path / "new", colour_folder / "blue", code=1).stderr
+    assert "name BUNDLE SOURCE... GALLERY" in run("index", tmp_path / "new", colour_folder / "blue", code=2).stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -139,6 +139,12 @@ def complete(line: str) -> list[str]:
     result = CliRunner(env=asked).invoke(main, [], prog_name="clipret-search")
     assert result.stderr == ""
     return result.stdout.strip().splitlines()
+
+
+@pytest.mark.parametrize(("shell", "sign"), [("bash", "complete -o"), ("zsh", "#compdef"), ("fish", "complete --no")])
+def test_the_script_for_each_shell(shell: str, sign: str) -> None:
+    asked = {"_CLIPRET_SEARCH_COMPLETE": f"{shell}_source"}
+    assert sign in CliRunner(env=asked).invoke(main, [], prog_name="clipret-search").stdout
 
 
 def test_the_tab_key_completes(
@@ -157,6 +163,7 @@ def test_the_tab_key_completes(
     Path("queries.jsonl").write_text(json.dumps({"title": "red", "language": "en"}) + "\n")
     assert complete("clipret-search eval gallery queries.csv --where la") == ["plain,lang"]
     assert complete("clipret-search eval gallery queries.jsonl --title-column l") == ["plain,language"]
+    assert complete("clipret-search index bundle queries.csv new --where la") == ["plain,lang"]
     assert complete("clipret-search eval gallery gone.csv --where la") == []
     assert complete("clipret-search query gone red --where la") == []
     assert complete(f"clipret-search query {listed_gallery} red --where co") == ["plain,colour"]
@@ -166,12 +173,3 @@ def test_the_tab_key_completes(
         "plain,--minus-weight",
         "plain,--min-score",
     ]
-
-
-@pytest.mark.parametrize(("shell", "sign"), [("bash", "complete -o"), ("zsh", "#compdef"), ("fish", "complete --no")])
-def test_the_script_for_each_shell(shell: str, sign: str) -> None:
-    script = run("completion", shell).stdout
-    assert sign in script
-    assert "_CLIPRET_SEARCH_COMPLETE" in script
-    if shutil.which(shell):
-        subprocess.run([shell, "-n"], input=script, text=True, check=True)

@@ -7,13 +7,11 @@ from clipret.console import LazyGroup
 # Loaded when they are called for: a query need not pay for what the other commands import.
 COMMANDS = {
     "index": "clipret.cli.gallery:index",
-    "add": "clipret.cli.gallery:add",
     "query": "clipret.cli.query:query",
     "eval": "clipret.cli.evaluate:eval_command",
     "merge": "clipret.cli.competition:merge_command",
     "submit": "clipret.cli.competition:submit",
     "complete": "clipret.cli.complete:complete",
-    "mirror": "clipret.cli.flip:mirror",
     "info": "clipret.cli.gallery:info",
     "remove": "clipret.cli.gallery:remove",
     "compact": "clipret.cli.gallery:compact",
@@ -22,7 +20,6 @@ COMMANDS = {
     "serve": "clipret.cli.serve:serve_command",
     "plan": "clipret.cli.plan:plan_command",
     "doctor": "clipret.cli.doctor:doctor",
-    "completion": "clipret.cli.completion:completion",
 }
 
 
@@ -41,6 +38,6 @@ def main() -> None:
     clipret-search query GALLERY "a red sedan"         find the best ten
     clipret-search eval GALLERY queries.csv            recall@k, mAP@10
 
-    A bundle is a model ready to search with; clipret-export makes one. The tab key completes all this once
-    clipret-search completion  has told your shell how.
+    A bundle is a model ready to search with; clipret-export makes one. For the tab key in bash, zsh (zsh_source) and
+    fish (fish_source):  eval "$(_CLIPRET_SEARCH_COMPLETE=bash_source clipret-search)"
     """

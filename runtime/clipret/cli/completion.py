@@ -1,4 +1,4 @@
-"""Shell completion: what a half-typed command of clipret-search can become; and clipret-search completion."""
+"""Shell completion: what a half-typed command of clipret-search can become."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from clipret.errors import ClipretError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["MarkedFolder", "completion", "gallery_columns", "list_columns"]
+__all__ = ["MarkedFolder", "gallery_columns", "list_columns"]
 
 _HEAD = 1 << 16  # bytes of a list in which its header is looked for
 
@@ -21,9 +21,9 @@ _HEAD = 1 << 16  # bytes of a list in which its header is looked for
 class MarkedFolder(click.Path):
     """A folder that a file in it makes a gallery or a bundle: those are offered first, then any folder to go on in."""
 
-    def __init__(self, marker: str) -> None:
+    def __init__(self, marker: str, otherwise: str = "dir") -> None:
         super().__init__(path_type=Path)
-        self._marker = marker
+        self._marker, self._otherwise = marker, otherwise  # what is offered where there is no such folder
 
     def shell_complete(
         self,
@@ -44,7 +44,7 @@ class MarkedFolder(click.Path):
             names = []
         if names:
             return [CompletionItem(f"{before}{slash}{name}") for name in names]
-        return [CompletionItem(incomplete, type="dir")]
+        return [CompletionItem(incomplete, type=self._otherwise)]
 
 
 def gallery_columns(context: click.Context, _parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -62,8 +62,10 @@ def gallery_columns(context: click.Context, _parameter: click.Parameter, incompl
 def list_columns(context: click.Context, _parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """The columns of the list that was named before."""
     given = _given(context)
-    named = next((given[name] for name in ("queries", "source", "captions", "texts") if name in given), None)
-    return [] if named is None else _offered(_header(Path(named)), incomplete)
+    named = [given[name] for name in ("queries", "captions", "texts") if name in given]
+    named += map(str, context.params.get("places") or context.args)
+    headers = [header for one in named if Path(one).is_file() and (header := _header(Path(one)))]
+    return _offered(headers[0], incomplete) if headers else []
 
 
 def _given(context: click.Context) -> dict[str, str]:
@@ -90,29 +92,3 @@ def _header(path: Path) -> list[str]:
         return next(csv.reader([line], delimiter=max(",\t;|", key=line.count)))
     except (OSError, ValueError, IndexError, csv.Error):
         return []
-
-
-@click.command(
-    epilog="Example:  clipret-search completion bash > ~/.local/share/bash-completion/completions/clipret-search"
-)
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@click.pass_context
-def completion(context: click.Context, shell: str) -> None:
-    """Print the script that makes SHELL complete clipret-search with the tab key.
-
-    It completes commands, options and their choices, galleries, bundles and files, and the columns that --where and
-    its like can name.
-
-    \b
-    bash   clipret-search completion bash > ~/.local/share/bash-completion/completions/clipret-search
-    zsh    clipret-search completion zsh > "${fpath[1]}/_clipret-search"    (then start zsh anew)
-    fish   clipret-search completion fish > ~/.config/fish/completions/clipret-search.fish
-
-    For one session of bash:  eval "$(clipret-search completion bash)"
-    """
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    assert kind is not None  # click has these three
-    made = kind(context.find_root().command, {}, "clipret-search", "_CLIPRET_SEARCH_COMPLETE")
-    click.echo(kind.source_template % made.source_vars())

@@ -9,10 +9,8 @@ import click
 
 from clipret.bundle import Bundle
 from clipret.cli.options import (
-    BUNDLE,
-    FILE,
     GALLERY,
-    LOCATION,
+    PLACE,
     SHOWN,
     bundle_option,
     encoder_options,
@@ -32,7 +30,7 @@ from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.sources.source import Item, Source, open_source
 
-__all__ = ["add", "compact", "index", "info", "remove"]
+__all__ = ["compact", "index", "info", "remove"]
 
 
 def _open_encoder(bundle: Bundle, config: EncoderConfig) -> Encoder:
@@ -42,31 +40,35 @@ def _open_encoder(bundle: Bundle, config: EncoderConfig) -> Encoder:
 
 
 @click.command(epilog="Example:  clipret-search index bundle/ list.csv gallery/ --where \"split = 'val'\"")
-@click.argument("bundle", type=BUNDLE)
-@click.argument("source", type=LOCATION)
-@click.argument("gallery", type=GALLERY)
+@click.argument("places", type=PLACE, nargs=-1, required=True, metavar="BUNDLE SOURCE... GALLERY | GALLERY SOURCE...")
 @image_column_option
 @image_root_option
 @where_list_option
-@click.option("--prune", is_flag=True, help="Also delete pictures that SOURCE no longer names.")
+@click.option("--prune", is_flag=True, help="Also delete pictures that no SOURCE names any more.")
+@click.option("--flip", is_flag=True, help="Of a new GALLERY: average each picture and its horizontal flip; see above.")
+@bundle_option
 @encoder_options
 @click.option("--ray", metavar="auto|HOST:PORT", help="Spread the work over a Ray cluster; see above.")
 @click.option("--workers", type=click.IntRange(1), help="With --ray: encoders; default: one a GPU, or what fits.")
 @json_option
 def index(
-    bundle: Path,
-    source: Path | str,
-    gallery: Path,
+    places: tuple[Path | str, ...],
     image_column: str | None,
     image_root: Path | None,
     where: str | None,
     prune: bool,
+    flip: bool,
+    bundle: Path | None,
     config: EncoderConfig,
     ray: str | None,
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Encode the pictures of SOURCE with BUNDLE into GALLERY.
+    """Encode the pictures of each SOURCE with BUNDLE into GALLERY.
+
+    \b
+    clipret-search index BUNDLE SOURCE... GALLERY    a new gallery, or the same again
+    clipret-search index GALLERY SOURCE...           into a gallery that is there, with its own bundle
 
     \b
     SOURCE is
@@ -79,10 +81,14 @@ def index(
 
     Run it again to add new and changed pictures, after an interruption too: what GALLERY holds already is not encoded
     twice, not even under another name. Pictures that cannot be read are skipped, counted, and named with the
-    reason in GALLERY/skipped.tsv.
+    reason in GALLERY/skipped.tsv. What no SOURCE names stays, unless --prune says otherwise. Pictures below GALLERY's
+    root (clipret-search info) are named relative to it, others by their whole path.
+
+    --flip makes a gallery whose embeddings are the mean of each picture and its horizontal flip, for a second pass of
+    the image tower. GALLERY remembers it.
 
     --encoder fast_decode reads large JPEGs two to four times faster; pixels then differ a little from those that
-    the model was trained on (benchmarks/README.md has the figures).
+    the model was trained on (benchmarks/README.md has the figures). Use it for all pictures of a gallery or for none.
 
     --ray auto spreads the work over the Ray cluster of this machine, or over this machine alone where there is none;
     --ray HOST:PORT over another. Bundle and local sources lie at the same path on every machine of it; GALLERY is
@@ -90,64 +96,50 @@ def index(
     """
     if workers is not None and ray is None:
         raise click.UsageError("--workers counts the encoders of a cluster: name it with --ray")
-    model = Bundle.open(bundle)
+    model, sources, folder = _places(places, bundle)
+    encoder = _open_encoder(model, config) if ray is None else None  # what cannot encode must fail before all else
+    opened = _joined(
+        [open_source(one, image_column=image_column, image_root=image_root, where=where) for one in sources]
+    )
 
     def target() -> Gallery:
-        if not (gallery / "gallery.json").exists():
-            return Gallery.create(gallery, model, opened.root)
-        held = Gallery.open(gallery)
-        return held if len(held) else held.rooted(opened.root)  # a run that found nothing has made it
+        if not (folder / "gallery.json").exists():
+            return Gallery.create(folder, model, opened.root, mirrored=flip)
+        held = Gallery.open(folder)
+        if flip and not held.info.mirrored:
+            raise ClipretError(f"{folder} holds pictures as they are, without their flips: choose a new folder")
+        # A run that found nothing has made it.
+        return held if len(held) or places[0] == folder else held.rooted(opened.root)
 
-    if ray is None:
-        encoder = _open_encoder(model, config)
-        opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
+    if encoder is not None:
         with target() as into:
             _fill(into, opened, as_json, partial(index_pictures, into, encoder, opened, prune=prune), prune=prune)
         return
     from clipret.indexing.ray_cluster import connect, index_on_cluster
     from clipret.indexing.ray_worker import Settings
 
-    opened = open_source(source, image_column=image_column, image_root=image_root, where=where)
-    settings = Settings(model.path.absolute(), model.fingerprint, config)
-    with connect(ray, settings, workers) as pool, target() as into:
+    flipped = flip or ((folder / "gallery.json").exists() and Gallery.open(folder).info.mirrored)
+    settings = Settings(model.path.absolute(), model.fingerprint, config, flipped)
+    with connect(str(ray), settings, workers) as pool, target() as into:
         click.echo(f"{pool.workers} workers of {pool.settings.encoder.threads} threads", err=True)
         _fill(into, opened, as_json, partial(index_on_cluster, into, pool, opened, prune=prune), prune=prune)
 
 
-@click.command(epilog="Example:  clipret-search add gallery/ more/ holiday.zip list.csv")
-@click.argument("gallery", type=GALLERY)
-@click.argument("sources", type=FILE, nargs=-1, required=True, metavar="SOURCE...")
-@image_column_option
-@image_root_option
-@where_list_option
-@bundle_option
-@encoder_options
-@json_option
-def add(
-    gallery: Path,
-    sources: tuple[Path, ...],
-    image_column: str | None,
-    image_root: Path | None,
-    where: str | None,
-    bundle: Path | None,
-    config: EncoderConfig,
-    as_json: bool,
-) -> None:
-    """Encode the pictures of each SOURCE into GALLERY, beside those that it holds.
-
-    A SOURCE is whatever index takes: a folder, a picture, a list, archives. The bundle is the one that GALLERY was made
-    with; --bundle says where it lies now, if it was moved. What no SOURCE names stays in GALLERY. New and changed
-    pictures are encoded and others are not, so that it can be run again after an interruption.
-
-    Pictures below GALLERY's root (clipret-search info) are named relative to it, others by their whole path.
-
-    --encoder fast_decode reads large JPEGs faster, see clipret-search index; use it where it was used for the others.
-    """
-    with Gallery.open(gallery) as target:
-        encoder = _open_encoder(target.bundle(bundle), config)
-        opened = [open_source(one, image_column=image_column, image_root=image_root, where=where) for one in sources]
-        joined = _joined(opened)
-        _fill(target, joined, as_json, partial(index_pictures, target, encoder, joined))
+def _places(places: Sequence[Path | str], bundle: Path | None) -> tuple[Bundle, Sequence[Path | str], Path]:
+    """The bundle, the sources and the gallery that a command line names, in either of its two forms."""
+    first, last = places[0], places[-1]
+    if isinstance(first, Path) and (first / "gallery.json").is_file():
+        if len(places) < 2:
+            raise click.UsageError(f"{first} is a gallery: name what is to be indexed into it behind it")
+        with Gallery.open(first) as held:
+            return held.bundle(bundle), places[1:], first
+    if len(places) < 3:
+        raise click.UsageError("name BUNDLE SOURCE... GALLERY, or GALLERY SOURCE... for a gallery that is there")
+    if bundle is not None:
+        raise click.UsageError("--bundle is for a GALLERY that is named first: here the bundle is the first argument")
+    if isinstance(first, str) or isinstance(last, str):
+        raise click.UsageError("a bundle and a gallery are folders of this machine")
+    return Bundle.open(first), places[1:-1], last
 
 
 def _joined(sources: Sequence[Source]) -> Source:

@@ -38,7 +38,15 @@ class _Searched(MarkedFolder):
         return value if is_milvus(value) else super().convert(value, param, ctx)
 
 
+class _Place(MarkedFolder):
+    """A bundle, a gallery or a source: a path of this machine, or an address as it was given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and is_remote(value) else super().convert(value, param, ctx)
+
+
 LOCATION = _Location(path_type=Path)
+PLACE = _Place("bundle.json", otherwise="file")
 SEARCHED = _Searched("gallery.json")
 SHOWN = 10  # skipped pictures that are named on the terminal
 

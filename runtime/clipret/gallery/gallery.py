@@ -42,7 +42,7 @@ Ids = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class GalleryInfo:
     """gallery.json. `bundle` is where the bundle was at indexing time: the fingerprint decides, not the place.
-    `mirrored`: each row is the mean of a picture and its mirror image, and `indexing.flip` alone adds to them."""
+    `mirrored`: each embedding is the mean of an image and its horizontal flip."""
 
     format: int
     fingerprint: str

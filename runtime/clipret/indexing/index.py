@@ -101,14 +101,10 @@ def index_pictures(
     at all could be read; what was committed by then is kept, and the next run goes on from there.
     """
     gallery.check(encoder.bundle)
-    if gallery.info.mirrored:
-        raise ClipretError(
-            f"{gallery.path} holds means with mirror images: index the gallery that it was made from, then mirror that"
-        )
     began = time.perf_counter()
     with gallery.writing(), Run(gallery, source) as run:
         try:
-            for batch in encoder.encode_images(run.jobs(progress(source)), run.read):
+            for batch in encoder.encode_images(run.jobs(progress(source)), run.read, flip=gallery.info.mirrored):
                 run.take(batch)
         finally:  # Ctrl-C included: what is encoded is kept
             run.report.stages = encoder.stats

@@ -157,7 +157,7 @@ class _Actor:
             fatal = Block(part.number, 0, [], np.empty((0, 0), np.float16), True, fatal=str(error))
             yield {"block": [pickle.dumps(fatal)]}
             return
-        for block in encode_part(self._encoder, part):
+        for block in encode_part(self._encoder, part, self._settings.flip):
             yield {"block": [pickle.dumps(block)]}
 
 

@@ -33,6 +33,7 @@ class Settings:
     bundle: Path
     fingerprint: str
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    flip: bool = False
 
     def open(self) -> Encoder:
         """Raises ClipretError as `Encoder` does, and where the path leads to another bundle."""
@@ -100,12 +101,12 @@ class _Task:
     touched: bool = False  # read, and found to be what the gallery holds
 
 
-def encode_part(encoder: Encoder, part: Part) -> Iterator[Block]:
+def encode_part(encoder: Encoder, part: Part, flip: bool = False) -> Iterator[Block]:
     """Encode what the gallery does not hold. The last block says so; a source that breaks off is told in it."""
     work = _Work(part)
     error = None
     try:
-        for batch in encoder.encode_images(work.tasks(), work.read):
+        for batch in encoder.encode_images(work.tasks(), work.read, flip=flip):
             work.take(batch.items, batch.rows.astype(np.float16), batch.skipped)
             if len(work.done) >= _RESULTS:
                 yield work.block(encoder)

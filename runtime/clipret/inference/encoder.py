@@ -131,7 +131,7 @@ class Encoder:
         return rows if unique is rows else unique[[places[text] for text in texts]]
 
     def encode_images(
-        self, items: Iterable[T], read: Callable[[T], PictureSource] | None = None
+        self, items: Iterable[T], read: Callable[[T], PictureSource] | None = None, *, flip: bool = False
     ) -> Iterator[EncodedBatch[T]]:
         """Encode a stream of any length in order, a batch at a time, with bounded memory.
 
@@ -139,6 +139,10 @@ class Encoder:
         pictures of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the picture.
         An item whose picture raises a PictureError, or takes longer than `config.picture_timeout`, comes back in
         `skipped` of its batch with the reason. `stats` follows.
+
+        `flip`: an embedding is the unit mean of the image's own and of its horizontal flip's, as the tower sees both.
+        A caption seldom says left or right, so the flip is a second opinion on the same image; it takes a second pass
+        of the image tower and looks at nothing but the image.
         """
         stats = self.stats = EncodeStats()
         began = time.perf_counter()
@@ -153,7 +157,7 @@ class Encoder:
             timeout=self.config.picture_timeout,
         )
         with decoding:
-            for batch, rows, seconds in _run(decoding, turns, self.bundle.manifest.embedding_dim):
+            for batch, rows, seconds in _run(decoding, turns, self.bundle.manifest.embedding_dim, flip):
                 encoded = EncodedBatch(rows, batch.items, batch.skipped)
                 decoding.release(batch)
                 stats.pictures += len(encoded.items)
@@ -185,13 +189,16 @@ class Encoder:
         return load(source, spec, fast=True) if self.config.fast_decode else load(source, spec)
 
 
-def _run(decoding: Decoding[T], turns: list[Tower], dim: int) -> Iterator[tuple[Batch[T], Rows, float]]:
+def _run(decoding: Decoding[T], turns: list[Tower], dim: int, flip: bool) -> Iterator[tuple[Batch[T], Rows, float]]:
     """The batches in their order, with rows float32 [n,D] and the seconds that an engine took, each batch on the
     tower whose turn it is."""
 
     def run(tower: Tower, batch: Batch[T]) -> tuple[Rows, float]:
         began = time.perf_counter()
         rows = tower.run(batch.pixels) if batch.items else np.empty((0, dim), dtype=np.float32)
+        if flip and batch.items:
+            rows = rows + tower.run(np.ascontiguousarray(batch.pixels[:, :, ::-1]))
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return rows, time.perf_counter() - began
 
     if len(turns) == 1:  # in the caller's own thread, where nothing can go wrong between two

@@ -317,12 +317,17 @@ class Desk:
         contents = [content for content, _ in pictures]
         rows = list[Floats]()
         for low in range(0, len(pictures), _CHUNK):
-            part = [Query((Part(square),)) for _, square in pictures[low : low + _CHUNK]]
-            rows.extend(await self._in(self.threads.engine, partial(self._embedder.embed, part)))
+            part = [square for _, square in pictures[low : low + _CHUNK]]
+            rows.extend(await self._in(self.threads.engine, partial(self._encoded, part)))
         unique = {picture_file(content, 0).digest: (content, row) for content, row in zip(contents, rows, strict=True)}
         ids = await self._in(self.threads.files, lambda: add_images(self.path, self.name, unique, metadata))
         await self.refresh()
         return [ids[picture_file(content, 0).digest] for content in contents]
+
+    def _encoded(self, squares: Sequence[npt.NDArray[np.uint8]]) -> list[Floats]:
+        """The embeddings of images that are added, made as the gallery's others were."""
+        batches = self.encoder.encode_images(squares, flip=self._embedder.gallery.info.mirrored)
+        return [row for batch in batches for row in batch.rows.astype(np.float64)]
 
     async def remove(self, number: int) -> None:
         """Delete a picture from the gallery; its file too where `add` made it. Raises RequestError."""

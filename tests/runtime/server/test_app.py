@@ -271,7 +271,7 @@ def test_a_gallery_that_changes_while_64_clients_search(serving: Callable[..., A
 def test_additions_and_deletions_while_64_clients_search(
     serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path, tmp_path: Path
 ) -> None:
-    """By `clipret-search add` and by the service in turn: all pictures of an addition appear at once, or none."""
+    """By `clipret-search index` and by the service in turn: all pictures of an addition appear at once, or none."""
     client = serving(listed_gallery, token="secret", limits=Limits(reload=0.02))
     files = [(colour_folder / colour / "0.jpg").read_bytes() for colour in ("red", "green", "blue")]
     ended = threading.Event()
@@ -308,7 +308,7 @@ def test_additions_and_deletions_while_64_clients_search(
                         lines.append(f"{number}-{at}.jpg,{number}")
                     (tmp_path / "new.csv").write_text("\n".join(lines) + "\n")
                     command = [
-                        "add",
+                        "index",
                         str(listed_gallery),
                         str(tmp_path / "new.csv"),
                         "--device",
