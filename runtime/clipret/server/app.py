@@ -10,28 +10,31 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi import Depends, FastAPI, File, Query, Request, Response, Security
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 
 from clipret.images.decode import PictureError
-from clipret.server.limits import DeniedError, Limits, NotFoundError, RequestError
-from clipret.server.metrics import Metrics
+from clipret.server.limits import DeniedError, Limits, NotFoundError, ReadOnlyError, RequestError
+from clipret.server.metrics import CONTENT_TYPE, Metrics
 from clipret.server.middleware import Guard
-from clipret.server.openapi import ADD_BODY, FAILURES, SEARCH_BODY, WRITE_FAILURES, describe, handle_failures
-from clipret.server.requests import Bodies, checked, kind_of, metadata_of, search_of
+from clipret.server.openapi import FAILURES, WRITE_FAILURES, handle_failures
+from clipret.server.requests import JSON, JsonRoute, UploadRoute, Uploads, checked
 from clipret.server.schemas import (
+    AddForm,
     AddResponse,
     Choice,
     GalleryFacts,
     Health,
     Id,
     Score,
+    SearchForm,
     SearchRequest,
     SearchResponse,
 )
 from clipret.server.service import Answer, Desk, Threads
-from clipret.server.thumbnails import SIDES, Thumbnails, original
+from clipret.server.thumbnails import KIND, SIDES, Thumbnails, original
 
 __all__ = ["Service", "create_app"]
 
@@ -56,11 +59,12 @@ class Service:
     token: str | None = None
     hosts: Collection[str] | None = None
     thumbnails: Thumbnails = field(init=False)
-    bodies: Bodies = field(init=False)
+    uploads: Uploads = field(init=False)
 
     def __post_init__(self) -> None:
         self.thumbnails = Thumbnails(self.limits.thumbnails)
-        self.bodies = Bodies(self.limits)
+        self.uploads = Uploads(self.limits)
+        self.metrics.follow(self.desks.values())
 
     def desk(self, name: str | None) -> Desk:
         if name is None:
@@ -89,9 +93,14 @@ def create_app(service: Service) -> Guard:
         redoc_url=None,
         lifespan=lifespan,
         responses=FAILURES,
+        form_limits={
+            "max_files": service.limits.files,
+            "max_fields": service.limits.files,
+            "max_part_size": service.limits.json,
+        },
     )
+    app.state.service = service
     handle_failures(app)
-    describe(app)
     _add_search(app, service)
     _add_pictures(app, service)
     _add_writing(app, service)
@@ -136,22 +145,27 @@ def _add_search(app: FastAPI, service: Service) -> None:
         )
         return await answered(service.desk(gallery), request, [])
 
-    @app.post(
-        "/search",
-        response_model=SearchResponse,
-        openapi_extra=SEARCH_BODY,
-        summary="Search by texts, pictures of the gallery and uploads, with weights",
-    )
-    async def search_by_body(request: Request) -> Response:
+    async def search_by_json(asked: SearchRequest) -> Response:
+        return await answered(service.desk(asked.gallery), asked, [])
+
+    async def search_by_form(form: Annotated[SearchForm, File()]) -> Response:
         """JSON, or multipart with uploads that the JSON in its field `search` refers to."""
-        if kind_of(request) == "application/json":
-            asked = SearchRequest.model_validate_json(await service.bodies.json(request))
-            return await answered(service.desk(asked.gallery), asked, [])
-        async with service.bodies.form(request) as (fields, files):
-            asked = search_of(fields, len(files))
-            desk = service.desk(asked.gallery)
-            pixels = await service.bodies.each(files, desk.pixels)
-        return await answered(desk, asked, pixels)
+        asked = form.request
+        desk = service.desk(asked.gallery)
+        return await answered(desk, asked, await service.uploads.each(form.picture, desk.pixels))
+
+    # Of two routes the document has the last, whose form leads to a SearchRequest as well.
+    also_json = {"content": {JSON: {"schema": {"$ref": f"#/components/schemas/{SearchRequest.__name__}"}}}}
+    for endpoint, kind in ((search_by_json, JsonRoute), (search_by_form, UploadRoute)):
+        app.router.add_api_route(
+            "/search",
+            endpoint,
+            methods=["POST"],
+            route_class_override=kind,
+            response_model=SearchResponse,
+            openapi_extra={"requestBody": also_json},
+            summary="Search by texts, pictures of the gallery and uploads, with weights",
+        )
 
 
 def _shown(desk: Desk, answer: Answer, seconds: float) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
             return Response(status_code=304, headers=headers)
         work: Callable[[], tuple[bytes, str]]
         if side:
-            work = lambda: (service.thumbnails.get(root, picture, side), "image/jpeg")  # noqa: E731
+            work = lambda: (service.thumbnails.get(root, picture, side), KIND)  # noqa: E731
         else:
             work = lambda: original(root, picture)  # noqa: E731
         try:
@@ -216,27 +230,44 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
         return await sent(request, service.desk(gallery), id, v, next(one for one in SIDES if one >= side))
 
 
+_bearer = HTTPBearer(auto_error=False, description="The token that the service was started with.")
+
+
+async def _permitted(request: Request) -> None:
+    """Refuse a change to a gallery without the service's token. Raises RequestError."""
+    wanted, given = request.app.state.service.token, await _bearer(request)
+    if wanted is None:
+        raise ReadOnlyError("this service only reads: start it with --token-file to change galleries")
+    if given is None or not hmac.compare_digest(given.credentials.encode(), wanted.encode()):
+        raise DeniedError("the token is missing or wrong: send it as  Authorization: Bearer TOKEN")
+
+
+class _AddRoute(UploadRoute):
+    """Nobody without the token gets as far as to send pictures."""
+
+    async def admit(self, request: Request) -> None:
+        await _permitted(request)
+
+
 def _add_writing(app: FastAPI, service: Service) -> None:
-    def permitted(authorization: Annotated[str | None, Header()] = None) -> None:
-        if service.token is None:
-            raise DeniedError("this service only reads: start it with --token-file to change galleries", 403)
-        given = (authorization or "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(given, service.token.encode()):
-            raise DeniedError("the token is missing or wrong: send it as  Authorization: Bearer TOKEN", 401)
+    guarded: dict[str, Any] = {"dependencies": [Security(_bearer), Depends(_permitted)], "responses": WRITE_FAILURES}
 
-    guarded: dict[str, Any] = {"dependencies": [Depends(permitted)], "responses": WRITE_FAILURES}
-
-    @app.post(
-        "/galleries/{name}/add", response_model=AddResponse, openapi_extra=ADD_BODY, summary="Add pictures", **guarded
-    )
-    async def add(request: Request, name: str) -> Response:
+    async def add(name: str, form: Annotated[AddForm, File()]) -> Response:
         """All pictures of the request or none; those whose bytes the gallery got this way before stay as they are."""
         desk = service.desk(name)
-        async with service.bodies.form(request) as (fields, files):
-            metadata = metadata_of(fields.get("metadata"))
-            added = await desk.add(await service.bodies.each(files, desk.read), metadata)
+        added = await desk.add(await service.uploads.each(form.picture, desk.read), form.columns)
         pictures = [{"id": number, "new": new} for number, new in added]
         return JSONResponse({"pictures": pictures, "state": desk.state.number})
+
+    app.router.add_api_route(
+        "/galleries/{name}/add",
+        add,
+        methods=["POST"],
+        route_class_override=_AddRoute,
+        response_model=AddResponse,
+        summary="Add pictures",
+        **guarded,
+    )
 
     @app.delete("/galleries/{name}/pictures/{id}", response_model=Health, summary="Delete a picture", **guarded)
     async def remove(name: str, id: Annotated[Id, InPath()]) -> Response:
@@ -287,17 +318,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         summary="Counters, in Prometheus' text format",
     )
     async def metrics() -> Response:
-        gauges = [
-            gauge
-            for desk in service.desks.values()
-            for gauge in (
-                ("clipret_waiting", {"gallery": desk.name}, float(len(desk.batcher))),
-                ("clipret_pictures", {"gallery": desk.name}, float(desk.state.count)),
-                ("clipret_reloads_total", {"gallery": desk.name}, float(desk.reloads)),
-                ("clipret_reload_failing", {"gallery": desk.name}, float(desk.trouble is not None)),
-            )
-        ]
-        return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _add_page(app: FastAPI) -> None:

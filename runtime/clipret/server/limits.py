@@ -1,6 +1,8 @@
 """What a service lets a stranger ask for: the one place of its limits, and the refusals that clients see."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 __all__ = [
     "MIB",
@@ -8,10 +10,11 @@ __all__ = [
     "ConflictError",
     "DeniedError",
     "Limits",
+    "MisdirectedError",
     "NotFoundError",
+    "ReadOnlyError",
     "RequestError",
     "TooLargeError",
-    "UnreadableError",
     "UnsupportedError",
 ]
 
@@ -20,57 +23,46 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes are in bytes or characters, times in seconds.
+    """Sizes are in bytes or characters, times in seconds."""
 
-    `body`: of a request. `text`, `where`: of one text and of one filter. `k`: of a query. `parts`: texts and pictures
-    of all queries of a request; `files`: uploads among them. `waiting`: searches that may wait for the engine; more are
-    answered 503. `connections`: open at once. `seconds`: of a whole request; `header_seconds`: until its header is
-    complete; `where_seconds`: of one filter. `batch`: texts and pictures that the engine is given at once; `gather`:
-    how long at most it waits for those that are expected. `reload`: between two looks at whether the gallery has
-    changed. `thumbnails`: kept in memory.
-    """
-
-    body: int = 32 * MIB
-    text: int = 1000
-    where: int = 2000
-    k: int = 1000
-    parts: int = 64
-    files: int = 16
-    waiting: int = 256
-    connections: int = 1000
-    seconds: float = 30.0
-    header_seconds: float = 10.0
-    where_seconds: float = 2.0
-    batch: int = 64
-    gather: float = 0.002
-    reload: float = 0.5
-    thumbnails: int = 64 * MIB
+    body: int = 32 * MIB  # of a request
+    json: int = MIB  # of a request that is JSON, and of a text field of a form
+    text: int = 1000  # of one text
+    where: int = 2000  # of one filter
+    k: int = 1000  # of a query
+    parts: int = 64  # texts and images of all queries of a request
+    files: int = 16  # uploads of a request
+    uploads: int = 64  # requests with uploads under way: so many times `body` may lie on the disk
+    whole: int = 4  # uploads whole in memory, to be decoded
+    waiting: int = 256  # searches that may wait for the engine; more are answered 503
+    connections: int = 1000  # open at once
+    seconds: float = 30.0  # of a whole request
+    header_seconds: float = 10.0  # until a request's header is complete
+    where_seconds: float = 2.0  # of one filter
+    batch: int = 64  # texts and images that the engine is given at once
+    gather: float = 0.002  # how long at most the engine waits for those that are expected
+    reload: float = 0.5  # between two looks at whether the gallery has changed
+    thumbnails: int = 64 * MIB  # kept in memory
 
 
 class RequestError(Exception):
     """A request that cannot be answered as it is. The message is for the client and names nothing of the server."""
 
     status = 422
-
-
-class UnreadableError(RequestError):
-    """A body that is not what its header says."""
-
-    status = 400
+    headers: ClassVar[Mapping[str, str]] = {}
 
 
 class DeniedError(RequestError):
     """Not without the right token."""
 
-    def __init__(self, reason: str, status: int) -> None:
-        super().__init__(reason)
-        self.status = status
+    status = 401
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
-class UnsupportedError(RequestError):
-    """A body of a kind that the service does not read."""
+class ReadOnlyError(RequestError):
+    """Not of this service, whatever the token."""
 
-    status = 415
+    status = 403
 
 
 class NotFoundError(RequestError):
@@ -91,7 +83,20 @@ class TooLargeError(RequestError):
     status = 413
 
 
+class UnsupportedError(RequestError):
+    """A body of a kind that the service does not read."""
+
+    status = 415
+
+
+class MisdirectedError(RequestError):
+    """A request for another host."""
+
+    status = 421
+
+
 class BusyError(RequestError):
     """Not now: the client may try again."""
 
     status = 503
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}

@@ -1,71 +1,106 @@
-"""Counters of a service in Prometheus' text format, version 0.0.4. All of it belongs to the event loop."""
+"""What a service counts, for Prometheus. Labels are routes and names of galleries, never what a client chose."""
 
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Collection, Iterator
+from functools import cache
+from typing import TYPE_CHECKING
 
-__all__ = ["Gauge", "Metrics"]
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-Labels = tuple[tuple[str, str], ...]
-Gauge = tuple[str, Mapping[str, str], float]
+if TYPE_CHECKING:
+    from clipret.server.service import Desk
 
-_BUCKETS = {
-    "clipret_request_seconds": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-    "clipret_batch_size": (1, 2, 4, 8, 16, 32, 64, 128),
-}
-_HELP = {
-    "clipret_requests_total": "Requests answered, by route and status.",
-    "clipret_request_seconds": "Time from the request's header to the end of its answer, by route.",
-    "clipret_batch_size": "Searches that the engine was given at once.",
-    "clipret_waiting": "Searches that wait for the engine.",
-    "clipret_pictures": "Live pictures of a gallery.",
-    "clipret_reloads_total": "States of a gallery that were loaded.",
-    "clipret_reload_failing": "1 while a gallery's last change could not be loaded.",
-}
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # what `generate_latest` writes
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """What the service counts. Labels are routes and gallery names, never what a client chose."""
+    """The metrics of one service, in a registry of their own: a process may hold several services."""
 
     def __init__(self) -> None:
-        self._counts = defaultdict[tuple[str, Labels], float](float)
-        self._histograms = dict[tuple[str, Labels], tuple[list[int], float]]()
+        self._registry = CollectorRegistry()
+        requests = Counter(
+            "clipret_requests_total",
+            "Requests answered, by route and status.",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        seconds = Histogram(
+            "clipret_request_seconds",
+            "Time from the request's header to the end of its answer, by route.",
+            ["route"],
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+        sizes = Histogram(
+            "clipret_batch_size",
+            "Searches that the engine was given at once.",
+            ["gallery"],
+            registry=self._registry,
+            buckets=_SIZES,
+        )
+        # `labels` takes a lock and builds texts at every call; there are few routes and few galleries.
+        self._requests, self._seconds, self._sizes = cache(requests.labels), cache(seconds.labels), cache(sizes.labels)
 
-    def count(self, name: str, **labels: str) -> None:
-        self._counts[name, tuple(sorted(labels.items()))] += 1
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered.
 
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        key = name, tuple(sorted(labels.items()))
-        buckets = _BUCKETS[name]
-        counts, total = self._histograms.get(key) or ([0] * (len(buckets) + 1), 0.0)
-        counts[bisect_left(buckets, value)] += 1
-        self._histograms[key] = counts, total + value
+        Args:
+            route: The path of the route that answered it, as it was declared.
+            status: The HTTP status of the answer.
+            seconds: From the request's header to the end of the answer.
+        """
+        self._requests(route, status).inc()
+        self._seconds(route).observe(seconds)
 
-    def text(self, gauges: Sequence[Gauge]) -> str:
-        """Everything, with the values that only the present moment knows."""
-        now = {(name, tuple(sorted(labels.items()))): value for name, labels, value in gauges}
-        lines, named = list[str](), set[str]()
+    def batch(self, gallery: str, size: int) -> None:
+        """Count a batch of `size` searches of a gallery that the engine was given at once."""
+        self._sizes(gallery).observe(size)
 
-        def head(name: str, kind: str) -> None:
-            if name not in named:
-                named.add(name)
-                lines.extend((f"# HELP {name} {_HELP[name]}", f"# TYPE {name} {kind}"))
+    def follow(self, desks: Collection["Desk"]) -> None:
+        """Read these galleries' own figures at every look at the metrics. To be called once."""
+        self._registry.register(_Galleries(desks))
 
-        for (name, labels), value in sorted({**self._counts, **now}.items()):
-            head(name, "counter" if name.endswith("_total") else "gauge")
-            lines.append(f"{name}{_shown(labels)} {value:.15g}")
-        for (name, labels), (counts, total) in sorted(self._histograms.items(), key=lambda entry: entry[0]):
-            head(name, "histogram")
-            for bound, below in zip((*map(str, _BUCKETS[name]), "+Inf"), accumulate(counts), strict=True):
-                lines.append(f"{name}_bucket{_shown((*labels, ('le', bound)))} {below}")
-            lines.append(f"{name}_sum{_shown(labels)} {total:.9g}")
-            lines.append(f"{name}_count{_shown(labels)} {sum(counts)}")
-        return "\n".join(lines) + "\n"
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format, whose type is CONTENT_TYPE."""
+        return generate_latest(_Plain(self._registry))
 
 
-def _shown(labels: Labels) -> str:
-    if not labels:
-        return ""
-    escaped = ((name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels)
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}"
+class _Galleries(Collector):
+    """What only the present moment knows of each gallery."""
+
+    def __init__(self, desks: Collection["Desk"]) -> None:
+        self._desks = desks
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["gallery"]
+        waiting = GaugeMetricFamily("clipret_waiting", "Searches that wait for the engine.", labels=labels)
+        pictures = GaugeMetricFamily("clipret_pictures", "Live pictures of a gallery.", labels=labels)
+        reloads = CounterMetricFamily("clipret_reloads_total", "States of a gallery that were loaded.", labels=labels)
+        failing = GaugeMetricFamily(
+            "clipret_reload_failing", "1 while a gallery's last change could not be loaded.", labels=labels
+        )
+        for desk in self._desks:
+            waiting.add_metric([desk.name], len(desk.batcher))
+            pictures.add_metric([desk.name], desk.state.count)
+            reloads.add_metric([desk.name], desk.reloads)
+            failing.add_metric([desk.name], desk.trouble is not None)
+        yield from (waiting, pictures, reloads, failing)
+
+
+class _Plain(Collector):
+    """Without the time at which each counter was made, which the library turns into a gauge of its own for each; its
+    switch for them is the whole process's."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [one for one in metric.samples if not one.name.endswith("_created")]
+            yield metric

@@ -1,11 +1,10 @@
-"""What the service says of itself in its OpenAPI document, and how it says what went wrong."""
+"""How the service says what went wrong, in its answers and in its OpenAPI document."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -13,9 +12,9 @@ from starlette.requests import ClientDisconnect
 
 from clipret.errors import printable
 from clipret.server.limits import RequestError
-from clipret.server.schemas import Failure, SearchRequest
+from clipret.server.schemas import Failure
 
-__all__ = ["ADD_BODY", "FAILURES", "SEARCH_BODY", "WRITE_FAILURES", "describe", "handle_failures"]
+__all__ = ["FAILURES", "WRITE_FAILURES", "handle_failures", "refusal"]
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     code: {"model": Failure, "description": text}
@@ -30,98 +29,49 @@ FAILURES: dict[int | str, dict[str, Any]] = {
         503: "Too many searches wait, or the answer took too long.",
     }.items()
 }
-WRITE_FAILURES = FAILURES | {
+WRITE_FAILURES: dict[int | str, dict[str, Any]] = {
     401: {"model": Failure, "description": "The token is missing or wrong."},
     403: {"model": Failure, "description": "This service was started without a token: it only reads."},
     409: {"model": Failure, "description": "Another process is writing to the gallery, or the disk refuses."},
 }
 
-UPLOADS = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
-SEARCH_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/SearchRequest"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["picture"],
-                    "properties": {
-                        "search": {
-                            "type": "string",
-                            "description": "A SearchRequest as JSON; without it each picture is a query.",
-                        },
-                        "picture": UPLOADS,
-                    },
-                }
-            },
-        },
-    }
-}
-ADD_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["picture"],
-                    "properties": {
-                        "metadata": {"type": "string", "description": "A JSON object: columns of all these pictures."},
-                        "picture": UPLOADS,
-                    },
-                }
-            }
-        },
-    }
-}
+
+def refusal(error: RequestError) -> JSONResponse:
+    """The answer to a request that is refused."""
+    return _failure(error.status, str(error), error.headers)
 
 
 def handle_failures(app: FastAPI) -> None:
-    def failure(status: int, reason: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        retry = {"Retry-After": "1"} if status == 503 else {}
-        return JSONResponse({"error": printable(reason)[:1000]}, status, {**(headers or {}), **retry})
+    """Make every failure of `app` a `Failure`."""
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return failure(error.status, str(error), {"WWW-Authenticate": "Bearer"} if error.status == 401 else None)
+        return refusal(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return failure(422, _reasons(error.errors()))
-
     @app.exception_handler(ValidationError)
-    async def invalid_body(_: Request, error: ValidationError) -> JSONResponse:
-        return failure(422, _reasons(error.errors(include_url=False, include_input=False)))
+    async def invalid(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
+        reasons = [f"{_place(one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
+        return _failure(422, "; ".join(reasons))  # without the values
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return failure(error.status_code, str(error.detail), error.headers)
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, __: ClientDisconnect) -> JSONResponse:
-        return failure(499, "the client has gone")  # for the metrics: no fault, and nobody reads it
+        # FastAPI makes one of whatever it meets while it reads a body.
+        if isinstance(error.__cause__, RequestError):
+            return refusal(error.__cause__)
+        if isinstance(error.__cause__, ClientDisconnect):
+            return _failure(499, "the client has gone")  # for the metrics: no fault, and nobody reads it
+        return _failure(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def fault(_: Request, __: Exception) -> JSONResponse:
-        return failure(500, "the service has made a mistake; its log has the rest")
+        return _failure(500, "the service has made a mistake; its log has the rest")
 
 
-def _reasons(errors: Sequence[Any]) -> str:
-    """What pydantic found wrong, without the values, in one line."""
-    return "; ".join(f"{'.'.join(str(part) for part in one['loc']) or 'the body'}: {one['msg']}" for one in errors[:5])
+def _failure(status: int, reason: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": printable(reason)[:1000]}, status, headers)
 
 
-def describe(app: FastAPI) -> None:
-    """The OpenAPI document, with the schemas of bodies that FastAPI does not read itself."""
-
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            schema = SearchRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            parts = schema.pop("$defs")
-            made["components"]["schemas"] |= {**parts, "SearchRequest": schema}
-            app.openapi_schema = made
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign]
+def _place(location: tuple[int | str, ...]) -> str:
+    """Where in a request something is wrong."""
+    return ".".join(map(str, location[1:] if location[:1] == ("body",) else location)) or "the body"

@@ -1,74 +1,101 @@
-"""What clients send in bodies: JSON and multipart, few of them at a time, within limits, turned into queries."""
+"""What stands between a request's body and FastAPI, which reads it as `schemas` declares it.
+
+FastAPI reads a body before it asks any dependency, has no bound on how many forms lie on the disk at once, and decodes
+JSON with Python's parser, which gives up on deep nesting and long numbers with errors of its own. The bound on a
+body's bytes is the Guard's.
+"""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
 
-from clipret.server.limits import MIB, BusyError, Limits, RequestError, TooLargeError, UnreadableError, UnsupportedError
+from clipret.server.limits import BusyError, Limits, RequestError, UnsupportedError
 from clipret.server.schemas import PartAsked, SearchRequest
 from clipret.server.service import Content
-from clipret.sources.item import Value, is_plain, scalar
 
-__all__ = ["Bodies", "checked", "kind_of", "metadata_of", "search_of"]
+__all__ = ["FORM", "JSON", "JsonRoute", "UploadRoute", "Uploads", "checked", "kind_of"]
 
 T = TypeVar("T")
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
-_COLUMNS = 64  # of one addition
-_FIELD = MIB  # bytes of JSON: what is in memory at once, whatever a picture may have
-_OPEN = 64  # uploads that may be under way: so many times `Limits.body` may lie on the disk
-_WHOLE = 4  # of them whole in memory, to be decoded
+JSON, FORM = "application/json", "multipart/form-data"
 
 
-class Bodies:
-    """Reads the bodies of requests. Raises RequestError where one is not what it says or too much."""
+def kind_of(headers: Mapping[str, str]) -> str:
+    """What a request says its body is."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body())
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from None  # the one error that FastAPI expects here
+
+
+class JsonRoute(APIRoute):
+    """Takes the requests that say they are JSON, and leaves the others to the next route of its address."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        if match is Match.FULL and kind_of(Request(scope).headers) != JSON:
+            return Match.NONE, {}
+        return match, child
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return answer
+
+
+class UploadRoute(APIRoute):
+    """Refuses before the body is read what is no form, and forms while too many are under way."""
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            await self.admit(request)
+            if kind_of(request.headers) != FORM:
+                raise UnsupportedError("send JSON, or pictures as multipart/form-data")
+            with request.app.state.service.uploads.one():
+                return await handle(request)
+
+        return answer
+
+    async def admit(self, request: Request) -> None:
+        """Refuse a request by its header. Raises RequestError."""
+
+
+class Uploads:
+    """Counts the forms that are under way, and the files that are whole in memory."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._open = 0
-        self._whole = asyncio.Semaphore(_WHOLE)
+        self._most, self._open = limits.uploads, 0
+        self._whole = asyncio.Semaphore(limits.whole)
 
-    async def json(self, request: Request) -> bytes:
-        """The body of a request that says it is JSON."""
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > _FIELD:
-                raise TooLargeError(f"a JSON body takes {_FIELD} bytes at most")
-        return body
-
-    @asynccontextmanager
-    async def form(self, request: Request) -> AsyncIterator[tuple[dict[str, str], list[UploadFile]]]:
-        """The text fields and the files named `picture` of a multipart body, open within the block."""
-        if kind_of(request) != "multipart/form-data":
-            raise UnsupportedError("send JSON, or pictures as multipart/form-data")
-        if self._open >= _OPEN:
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Hold a place for a form. Raises BusyError."""
+        if self._open >= self._most:
             raise BusyError(f"{self._open} uploads are under way: try again in a moment")
         self._open += 1
-        most = self._limits.files
         try:
-            try:
-                form = await request.form(max_files=most, max_fields=most, max_part_size=_FIELD)
-            except (ValueError, KeyError, TypeError):  # of headers of parts that are no text
-                raise UnreadableError("the multipart body cannot be read") from None
-            try:
-                fields, files = dict[str, str](), list[UploadFile]()
-                for name, value in form.multi_items():
-                    if isinstance(value, str):
-                        fields[name] = value
-                    elif name == "picture":
-                        files.append(value)
-                    else:
-                        raise RequestError(f"the file field {name[:100]!r} is unknown: send pictures as  picture")
-                if not files:
-                    raise RequestError("there is no picture: send at least one file as  picture")
-                yield fields, files
-            finally:
-                await form.close()
+            yield
         finally:
             self._open -= 1
 
@@ -81,23 +108,11 @@ class Bodies:
         return made
 
 
-def kind_of(request: Request) -> str:
-    """What a request says its body is."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def search_of(fields: Mapping[str, str], files: int) -> SearchRequest:
-    """The search that a form asks for: what its field `search` says, else one query for each picture.
-
-    Raises pydantic's ValidationError.
-    """
-    if "search" in fields:
-        return SearchRequest.model_validate_json(fields["search"])
-    return SearchRequest.model_validate({"queries": [{"parts": [{"picture": number}]} for number in range(files)]})
-
-
 def checked(request: SearchRequest, pixels: Sequence[Content], limits: Limits) -> list[list[tuple[Content, float]]]:
-    """The queries of a request, each a list of parts and weights. Raises RequestError where it asks for too much."""
+    """The queries of a request, each a list of parts and weights.
+
+    These limits are a service's own; those of `schemas` hold for all. Raises RequestError where it asks for too much.
+    """
     if request.k > limits.k:
         raise RequestError(f"k is {request.k}: ask for {limits.k} pictures at most")
     if request.where is not None:
@@ -128,28 +143,3 @@ def _check_text(what: str, text: str, most: int) -> None:
         raise RequestError(f"{what} has {len(text)} characters: use {most} at most")
     if not text.strip():
         raise RequestError(f"{what} is blank: leave it out or fill it in")
-    _check_unicode(what, text)
-
-
-def _check_unicode(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{what} holds half a character (a lone surrogate): send whole ones") from None
-
-
-def metadata_of(text: str | None) -> Mapping[str, Value]:
-    """The columns that a client names for pictures it adds. Raises RequestError."""
-    if not text:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise RequestError("metadata is no JSON") from None
-    if not isinstance(value, dict) or not all(map(is_plain, value.values())) or len(value) > _COLUMNS:
-        raise RequestError(f"metadata is no JSON object of at most {_COLUMNS} texts and numbers")
-    for name, one in value.items():
-        if not name.strip() or len(name) > 64 or not name.isprintable():
-            raise RequestError("metadata has a column without a proper name")
-        _check_unicode("metadata", name + (one if isinstance(one, str) else ""))
-    return {name: scalar(one) for name, one in value.items()}

@@ -60,7 +60,7 @@ def open_service(
             name = next(name for name in names if name not in desks)
 
             def note(size: int, name: str = name) -> None:
-                metrics.observe("clipret_batch_size", size, gallery=name)
+                metrics.batch(name, size)
 
             desks[name] = Desk(name, folder, encoder, limits, threads, manner or Manner(), note)
             desks[name].load()

@@ -2,11 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi import UploadFile
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, StringConstraints, model_validator
 
-from clipret.sources.item import Value
+from clipret.sources.item import Value, scalar
 
 __all__ = [
+    "AddForm",
     "AddResponse",
     "Added",
     "Choice",
@@ -16,6 +18,7 @@ __all__ = [
     "PictureFound",
     "QueryAsked",
     "QueryResult",
+    "SearchForm",
     "SearchRequest",
     "SearchResponse",
 ]
@@ -23,6 +26,15 @@ __all__ = [
 Id = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
 Weight = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Score = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+def _proper(name: str) -> str:
+    if not name.strip() or not name.isprintable():
+        raise ValueError("a column needs a proper name")
+    return name
+
+
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_proper)]
 
 
 class _Strict(BaseModel):
@@ -59,6 +71,51 @@ class SearchRequest(_Strict):
     where: str | None = None
     exclude: Annotated[list[Id], Field(max_length=1000)] = []
     min_score: Score | None = None
+
+
+class _Form(BaseModel):
+    """A multipart body. Fields that nobody asked for are left alone, but not files: their sender expects something."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _known(self) -> "_Form":
+        for name, value in (self.model_extra or {}).items():
+            if isinstance(value, UploadFile):
+                raise ValueError(f"the file field {name[:100]!r} is unknown: send pictures as  picture")
+        return self
+
+
+class SearchForm(_Form):
+    """A search with uploads, which the parts of its queries name by number."""
+
+    search: Annotated[
+        Json[SearchRequest] | None,
+        Field(description="A SearchRequest as JSON; without it each picture is a query."),
+    ] = None
+    picture: Annotated[list[UploadFile], Field(min_length=1, description="Pictures to search with.")]
+
+    @property
+    def request(self) -> SearchRequest:
+        """The search that the form asks for. Raises pydantic's ValidationError."""
+        if self.search is not None:
+            return self.search
+        return SearchRequest(queries=[QueryAsked(parts=[PartAsked(picture=at)]) for at in range(len(self.picture))])
+
+
+class AddForm(_Form):
+    """Pictures for a gallery."""
+
+    metadata: Annotated[
+        Json[Annotated[dict[ColumnName, Value], Field(max_length=64)]] | None,
+        Field(description="A JSON object of texts and numbers: columns of all these pictures."),
+    ] = None
+    picture: Annotated[list[UploadFile], Field(min_length=1, description="The pictures.")]
+
+    @property
+    def columns(self) -> dict[str, Value]:
+        """The metadata as a gallery keeps it."""
+        return {name: scalar(value) for name, value in (self.metadata or {}).items()}
 
 
 class PictureFound(BaseModel):

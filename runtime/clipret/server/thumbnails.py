@@ -12,8 +12,9 @@ from clipret.images.decode import PictureError, decode, jpeg, thumbnail
 from clipret.server.writing import FORMATS
 from clipret.sources.source import read_stored
 
-__all__ = ["SIDES", "Thumbnails", "original"]
+__all__ = ["KIND", "SIDES", "Thumbnails", "original"]
 
+KIND = FORMATS["JPEG"][1]  # media type of thumbnails
 SIDES = (160, 320, 640, 1600)  # longest sides of thumbnails, pixels: few, so that one is found again
 
 

@@ -138,7 +138,7 @@ def test_health_and_metrics(serving: Callable[..., Any], listed_gallery: Path) -
     samples = metrics(client)
     assert samples['clipret_requests_total{route="/search",status="422"}'] == 1
     assert samples['clipret_pictures{gallery="gallery"}'] == 12
-    assert samples['clipret_request_seconds_bucket{route="/healthz",le="+Inf"}'] == 1
+    assert samples['clipret_request_seconds_bucket{le="+Inf",route="/healthz"}'] == 1
 
 
 def test_pictures_are_added_and_deleted_with_the_token(
