@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,18 +155,16 @@ def _add_search(app: FastAPI, service: Service) -> None:
         desk = service.desk(asked.gallery)
         return await answered(desk, asked, await service.uploads.each(form.picture, desk.pixels))
 
-    # Of two routes the document has the last, whose form leads to a SearchRequest as well.
+    # The document has one of the two, and leads to a SearchRequest by its form as well.
     also_json = {"content": {JSON: {"schema": {"$ref": f"#/components/schemas/{SearchRequest.__name__}"}}}}
-    for endpoint, kind in ((search_by_json, JsonRoute), (search_by_form, UploadRoute)):
-        app.router.add_api_route(
-            "/search",
-            endpoint,
-            methods=["POST"],
-            route_class_override=kind,
-            response_model=SearchResponse,
-            openapi_extra={"requestBody": also_json},
-            summary="Search by texts, pictures of the gallery and uploads, with weights",
-        )
+    add = partial(app.router.add_api_route, "/search", methods=["POST"], response_model=SearchResponse)
+    add(search_by_json, route_class_override=JsonRoute, include_in_schema=False)
+    add(
+        search_by_form,
+        route_class_override=UploadRoute,
+        openapi_extra={"requestBody": also_json},
+        summary="Search by texts, pictures of the gallery and uploads, with weights",
+    )
 
 
 def _shown(desk: Desk, answer: Answer, seconds: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a service counts, for Prometheus. Labels are routes and names of galleries, never what a client chose."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -23,27 +23,13 @@ class Metrics:
     """The metrics of one service, in a registry of their own: a process may hold several services."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        requests = Counter(
-            "clipret_requests_total",
-            "Requests answered, by route and status.",
-            ["route", "status"],
-            registry=self._registry,
-        )
-        seconds = Histogram(
-            "clipret_request_seconds",
-            "Time from the request's header to the end of its answer, by route.",
-            ["route"],
-            registry=self._registry,
-            buckets=_SECONDS,
-        )
-        sizes = Histogram(
-            "clipret_batch_size",
-            "Searches that the engine was given at once.",
-            ["gallery"],
-            registry=self._registry,
-            buckets=_SIZES,
-        )
+        self._registry = registry = _Registry()
+        about = "Time from the request's header to the end of its answer, by route."
+        seconds = Histogram("clipret_request_seconds", about, ["route"], registry=registry, buckets=_SECONDS)
+        about = "Searches that the engine was given at once."
+        sizes = Histogram("clipret_batch_size", about, ["gallery"], registry=registry, buckets=_SIZES)
+        about = "Requests answered, by route and status."
+        requests = Counter("clipret_requests_total", about, ["route", "status"], registry=registry)
         # `labels` takes a lock and builds texts at every call; there are few routes and few galleries.
         self._requests, self._seconds, self._sizes = cache(requests.labels), cache(seconds.labels), cache(sizes.labels)
 
@@ -68,7 +54,16 @@ class Metrics:
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format, whose type is CONTENT_TYPE."""
-        return generate_latest(_Plain(self._registry))
+        return generate_latest(self._registry)
+
+
+class _Registry(CollectorRegistry):
+    """Leaves out when each counter was made, a gauge of its own for each; the library's switch for them is global."""
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [one for one in metric.samples if not one.name.endswith("_created")]
+            yield metric
 
 
 class _Galleries(Collector):
@@ -78,29 +73,21 @@ class _Galleries(Collector):
         self._desks = desks
 
     def collect(self) -> Iterator[Metric]:
-        labels = ["gallery"]
-        waiting = GaugeMetricFamily("clipret_waiting", "Searches that wait for the engine.", labels=labels)
-        pictures = GaugeMetricFamily("clipret_pictures", "Live pictures of a gallery.", labels=labels)
-        reloads = CounterMetricFamily("clipret_reloads_total", "States of a gallery that were loaded.", labels=labels)
-        failing = GaugeMetricFamily(
-            "clipret_reload_failing", "1 while a gallery's last change could not be loaded.", labels=labels
-        )
-        for desk in self._desks:
-            waiting.add_metric([desk.name], len(desk.batcher))
-            pictures.add_metric([desk.name], desk.state.count)
-            reloads.add_metric([desk.name], desk.reloads)
-            failing.add_metric([desk.name], desk.trouble is not None)
-        yield from (waiting, pictures, reloads, failing)
-
-
-class _Plain(Collector):
-    """Without the time at which each counter was made, which the library turns into a gauge of its own for each; its
-    switch for them is the whole process's."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            metric.samples = [one for one in metric.samples if not one.name.endswith("_created")]
+        for kind, name, about, value in _GALLERY:
+            metric = kind(name, about, labels=["gallery"])
+            for desk in self._desks:
+                metric.add_metric([desk.name], value(desk))
             yield metric
+
+
+_GALLERY: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[["Desk"], float]], ...] = (
+    (GaugeMetricFamily, "clipret_waiting", "Searches that wait for the engine.", lambda desk: len(desk.batcher)),
+    (GaugeMetricFamily, "clipret_pictures", "Live images of a gallery.", lambda desk: desk.state.count),
+    (CounterMetricFamily, "clipret_reloads_total", "States of a gallery that were loaded.", lambda desk: desk.reloads),
+    (
+        GaugeMetricFamily,
+        "clipret_reload_failing",
+        "1 while a gallery's last change could not be loaded.",
+        lambda desk: desk.trouble is not None,
+    ),
+)
