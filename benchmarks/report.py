@@ -9,24 +9,16 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from figures import direction, is_peer, label_of
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from plots import bars, lines
 
 _ABOUT = ("benchmark", "machine", "cores", "python", "date")
 _BARS = 3  # plots of one table at most: its first columns with a direction
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 0.6rem 0 1.2rem; }
-th, td { padding: 0.15rem 0.7rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-pre { background: #8882; padding: 0.6rem; overflow-x: auto; white-space: pre-wrap; }
-.wide { overflow-x: auto; } .missing { color: #b45309; } h2 { margin-top: 2.5rem; } svg { max-width: 100%; }
-"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +29,7 @@ class Table:
     columns: list[tuple[str, ...]]
     cells: dict[str, dict[tuple[str, ...], Any]]
 
-    def plots(self) -> Iterator[str]:
+    def plots(self) -> Iterator[Markup]:
         """A bar chart for each of the first columns that measure something."""
         drawn = 0
         for column in self.columns:
@@ -96,51 +88,31 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _questions(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from content["questions"].items()
-
-
 def html(content: dict[str, Any]) -> str:
     """The page."""
-    parts = [f"<h1>clipret, measured on {escape(content['machine'])}</h1>", f"<p>{escape(_facts(content))}</p>"]
-    parts.append("<p>Bars of peers are grey. Every figure is in the JSON file beside this page.</p>")
-    for name, question in _questions(content):
-        parts.append(f'<h2 id="{escape(name)}">{escape(question["title"])}</h2>')
-        parts.append(f"<p>{escape(question['about'])}</p><pre>{escape(question['command'])}</pre>")
-        if "failed" in question:
-            parts.append(f'<p class="missing">Failed: {escape(question["failed"])}</p>')
-        for result in question.get("results", {}).values():
-            facts = {key: one for key, one in result.items() if key not in _ABOUT}
-            drawn = facts.pop("plots", [])
-            parts += [lines(plot["title"], plot["x"], plot["y"], plot["series"]) for plot in drawn]
-            for table in tables(facts):
-                parts += _html_table(table)
-                parts += table.plots()
-    parts.append("<h2>Not measured</h2><ul>")
-    parts += [f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in content["missing"].items()]
-    body = "\n".join([*parts, "</ul>"])
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>clipret benchmarks</title>'
-        f"<style>{_STYLE}</style>\n{body}\n</html>\n"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-
-
-def _html_table(table: Table) -> list[str]:
-    head = "".join(f"<th>{escape(' '.join(column))}</th>" for column in table.columns)
-    rows = [
-        f"<tr><td>{escape(line)}</td>"
-        + "".join(f"<td>{escape(shown(cells.get(column, '')))}</td>" for column in table.columns)
-        + "</tr>"
-        for line, cells in table.cells.items()
-    ]
-    title = f"<h3>{escape(' · '.join(table.path))}</h3>" if table.path else ""
-    return [title, f'<div class="wide"><table><tr><th></th>{head}</tr>', *rows, "</table></div>"]
+    questions = []
+    for name, question in content["questions"].items():
+        shown_results = []
+        for result in question.get("results", {}).values():
+            facts = {key: one for key, one in result.items() if key not in (*_ABOUT, "plots")}
+            drawn = [lines(plot["title"], plot["x"], plot["y"], plot["series"]) for plot in result.get("plots", [])]
+            shown_results.append({"lines": drawn, "tables": list(tables(facts))})
+        questions.append({**question, "name": name, "results": shown_results})
+    template = environment.get_template("report.html.j2")
+    return template.render(content=content, facts=_facts(content), questions=questions, shown=shown)
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The same without the plots."""
     parts = [f"# clipret, measured on {content['machine']}", "", _facts(content), ""]
-    for _, question in _questions(content):
+    for question in content["questions"].values():
         parts += [f"## {question['title']}", "", question["about"], "", f"    {question['command']}", ""]
         if "failed" in question:
             parts += [f"Failed: {question['failed']}", ""]

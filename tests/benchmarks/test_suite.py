@@ -51,7 +51,7 @@ def test_two_questions_end_in_a_report_and_a_second_run_measures_nothing(tmp_pat
     assert "python benchmarks/bench_query.py --rows 10000 --pairs 3" in page
     assert "<svg" in page
     assert "left out of this run" in page
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
+    assert "http" not in page.replace("http://www.w3.org/", "")  # nothing from elsewhere
     again = python(*command)
     assert "query: measured already" in again.stderr
     assert json.loads(path.read_text())["questions"] == written["questions"]
@@ -128,7 +128,7 @@ def test_report_has_tables_plots_and_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content(rank=RANK, scale={"plots": [plot], "points": [{"rows": "10", "ms": 1.5}]})))
     page = report.write(path).read_text()
-    assert page.count("<svg") >= 2
+    assert page.count("<svg") == 2
     assert "one &lt;b&gt;" in page
     assert "GPU: there is none" in page
     told = path.with_suffix(".md").read_text()
