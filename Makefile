@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 LEAN := .venv-lean
 BENCH := .venv-bench
 GPU := .venv-gpu
-PEERS := sentence-transformers opencv-python-headless braceexpand webdataset pandas
+PEERS := sentence-transformers opencv-python-headless braceexpand webdataset pandas matplotlib
 EVERYTHING := .[cpu,openvino,nvjpeg,tensorrt-rtx,parquet,faiss,ray,milvus,serve,train,export,dev]
 UV := $(shell command -v uv 2>/dev/null)
 comma := ,
@@ -64,7 +64,7 @@ $(VENV)/.full: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 # The wheel as a user gets it, in a venv that holds the runtime and pytest and nothing else.
-$(LEAN)/.wheel: $(VENV)/.full $(shell find runtime -name '*.py' -o -name 'static' -o -name '*.json') pyproject.toml
+$(LEAN)/.wheel: $(VENV)/.full $(shell find runtime -type f ! -name '*.pyc') pyproject.toml
 	rm -rf dist && $(BIN)/python -m build --quiet --outdir dist
 	$(PYTHON) -m venv --clear $(LEAN)
 	$(call install,$(LEAN),"$$(ls $(CURDIR)/dist/*.whl)[cpu]" pytest hypothesis)
@@ -77,5 +77,5 @@ $(BENCH)/.peers: pyproject.toml constraints.txt
 
 $(GPU)/.wheels: pyproject.toml
 	$(PYTHON) -m venv --clear $(GPU)
-	$(call install,$(GPU),-e '.[gpu$(comma)nvjpeg]' onnx-ir $(GPU_PEERS))
+	$(call install,$(GPU),-e '.[gpu$(comma)nvjpeg]' onnx-ir matplotlib $(GPU_PEERS))
 	touch $@

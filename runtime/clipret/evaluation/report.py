@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipret.evaluation.charts import STYLE, charts, curve, histogram, matrix, shares
+from clipret.evaluation.charts import Chart, Matrix, Table, curve, histogram
 from clipret.evaluation.evaluate import Evaluation, as_text, names
 from clipret.evaluation.metrics import average_precision
 from clipret.ranking.ranker import snap
@@ -203,18 +203,19 @@ def write_report(
         title=title,
         facts=facts,
         sections=sections,
-        above=charts(_charts(searcher, result)) + f'<p class="shown">{shown}</p>',
-        style=STYLE,
+        template="evaluation.html.j2",
+        charts=_charts(searcher, result),
+        shown=shown,
     )
 
 
-def _charts(searcher: Searcher, result: Evaluation) -> list[str]:
+def _charts(searcher: Searcher, result: Evaluation) -> list[Chart]:
     live = searcher.stored.live
     count = len(searcher.stored.ids) if live is None else int(live.sum())
     points = recall_curve(result.first, count)
     marked = [k for k in _MARKS if k <= count]
     note = f"The share of {len(result.first):,} queries that have a right picture among the first k of {count:,}."
-    made = [curve("Recall", note, points, marked)]
+    made: list[Chart] = [curve("Recall", note, points, marked)]
     scores = scores_of(searcher, result)
     some = "drawn evenly" if scores.drawn else "all there are"
     note = (
@@ -232,12 +233,12 @@ def _charts(searcher: Searcher, result: Evaluation) -> list[str]:
                 for want, line, share in zip(one.wanted, one.counts, one.among, strict=True)
             ]
             head = ("wanted", "queries", "the first has it", "of the first 10")
-            made.append(shares(f"What was found: {one.column}", "By each name that a query asks for.", head, rows))
+            made.append(Table(f"What was found: {one.column}", "By each name that a query asks for.", head, rows))
         else:
             note = (
                 f"What {total:,} queries wanted, and what their first picture is; the last column is of all first ten."
             )
-            made.append(matrix(f"Confusion: {one.column}", note, one.wanted, one.found, one.counts, one.among))
+            made.append(Matrix(f"Confusion: {one.column}", note, one.wanted, one.found, one.counts, one.among))
     return made
 
 

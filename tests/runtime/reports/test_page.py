@@ -19,6 +19,7 @@ from clipret.evaluation.charts import curve, histogram
 from clipret.evaluation.evaluate import evaluate_search, read_ground_truth
 from clipret.evaluation.report import attributes, recall_curve, scores_of, worst
 from clipret.reports.page import GAP, ROWS, Card, Section, _justify, write_page
+from clipret.reports.render import render
 
 HOSTILE = """<script>alert("1")</script>'&amp;"""
 
@@ -353,12 +354,13 @@ def elements(svg: str) -> list[Element]:
 
 
 def test_odd_numbers_make_sound_drawings() -> None:
-    for drawn in (
+    for chart in (
         curve("R", "n", [(1, 1.0)], [1]),
         curve("<b>", '"', [(1, 0.0), (2, 0.5)], [1, 2]),
         histogram("S", "n", [0.5, 0.5], [1], [0], ("<i>", "b")),
         histogram("S", "n", [0.0, 0.5, 1.0], [0, 0], [0, 0], ("a", "b")),
     ):
+        drawn = render("charts.html.j2", charts=[chart])
         assert "nan" not in drawn
         assert "inf" not in drawn
         assert not [one for one in elements(drawn) if one.tag in ("b", "i")]
