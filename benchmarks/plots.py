@@ -7,6 +7,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 __all__ = ["bars", "lines"]
 
@@ -28,7 +29,9 @@ def bars(title: str, values: Mapping[str, float], peers: set[str]) -> Markup:
     """A bar for each value, in their order; peers in grey."""
     with rc_context(_STYLE):
         figure, axes = _drawing(6.8, 0.24 * len(values) + 0.5, title)
-        drawn = axes.barh(range(len(values)), list(values.values()), color=[_colour(name in peers) for name in values])
+        drawn = axes.barh(
+            range(len(values)), list(values.values()), color=[_PEER if name in peers else _OURS for name in values]
+        )
         axes.bar_label(drawn, fmt="{:,.4g}", padding=4)
         axes.set_yticks(range(len(values)), [name[-32:] for name in values])
         axes.tick_params(left=False)
@@ -50,13 +53,13 @@ def lines(title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[
             axes.loglog([point[0] for point in some], [point[1] for point in some], marker="o", label=name)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", frameon=False)
         return _svg(figure)
-
-
-def _colour(peer: bool) -> str:
-    return _PEER if peer else _OURS
 
 
 def _drawing(width: float, height: float, title: str) -> tuple[Figure, Axes]:

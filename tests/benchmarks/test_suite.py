@@ -129,6 +129,7 @@ def test_report_has_tables_plots_and_what_is_missing(tmp_path: Path) -> None:
     path.write_text(json.dumps(content(rank=RANK, scale={"plots": [plot], "points": [{"rows": "10", "ms": 1.5}]})))
     page = report.write(path).read_text()
     assert page.count("<svg") == 2
+    assert ">1,000</text>" in page  # marks of a logarithmic axis are figures
     assert "one &lt;b&gt;" in page
     assert "GPU: there is none" in page
     told = path.with_suffix(".md").read_text()
