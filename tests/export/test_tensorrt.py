@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from clipret.bundle import Bundle, Engine, Manifest
 from clipret.errors import ClipretError
+from clipret.hardware.cuda import gpu_count
 from clipret.inference.tensorrt import TensorRTTower, error_log
 from clipret_export.pipeline import export_bundle
 from clipret_export.tensorrt import ANY_AMPERE, build_engines, tower_profiles
@@ -226,12 +227,9 @@ def test_the_log_keeps_errors_only(capfd: pytest.CaptureFixture[str]) -> None:
 
 @needs_rtx
 def test_a_plan_without_a_gpu_is_one_line(folder: Path, exported: Bundle) -> None:
-    pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    from cuda.bindings import runtime
-
-    if int(runtime.cudaGetDeviceCount()[0]) == 0:
+    if gpu_count():
         pytest.skip("this machine has a GPU")
     (key,) = build_engines(folder, exported.manifest, "tensorrt_rtx", batch=[1])
-    with pytest.raises(ClipretError, match="CUDA cannot be used") as raised:
+    with pytest.raises(ClipretError, match=r"there is no NVIDIA driver here|CUDA's cuInit failed") as raised:
         TensorRTTower(folder / "engines" / key / "text.plan", "tensorrt_rtx")
     assert "\n" not in str(raised.value)

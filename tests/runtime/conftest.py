@@ -1,6 +1,7 @@
-"""Fixtures of the service: a gallery, and real servers on loopback that answer it."""
+"""Fixtures of the service: a gallery, and real servers on loopback that answer it. And a pretended CUDA driver."""
 
 import contextlib
+import ctypes
 import http.client
 import json
 import os
@@ -16,6 +17,7 @@ from urllib.parse import urlencode
 import pytest
 
 from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_pictures, open_source
+from clipret.hardware import cuda
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,88 @@ def client(serving: Callable[..., Client], listed_gallery: Path) -> Iterator[Cli
     assert client.get("/search", q="red").json["results"] == before
     assert client.get("/readyz").status == 200
     assert 'status="500"' not in client.get("/metrics").body.decode()
+
+
+class Driver:
+    """The calls of CUDA's driver that clipret makes, on the memory of this process: one GPU of sm_120."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, Any] = {}
+        self.device: dict[int, Any] = {}
+        self.streams = 0
+        self.fails = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("cuInit", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuStreamSynchronize"):
+            return lambda *_: self.fails
+        raise AttributeError(name)
+
+    def cuDeviceGet(self, _device: Any, number: ctypes.c_int) -> int:  # noqa: N802
+        return 101 if number.value else 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: ctypes.c_int, _device: Any) -> int:  # noqa: N802
+        assert size.value == len(name)
+        name.value = b"a card"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: ctypes.c_int, _device: Any) -> int:  # noqa: N802
+        value._obj.value = {75: 12, 76: 0}[attribute.value]
+        return 0
+
+    def cuStreamCreate(self, stream: Any, flags: ctypes.c_uint) -> int:  # noqa: N802
+        assert flags.value == 1
+        stream._obj.value = 7
+        self.streams += 1
+        return 0
+
+    def cuStreamDestroy_v2(self, _stream: Any) -> int:  # noqa: N802
+        self.streams -= 1
+        return 0
+
+    def cuMemAllocHost_v2(self, address: Any, size: ctypes.c_size_t) -> int:  # noqa: N802
+        return self._allocate(self.pinned, address, size)
+
+    def cuMemAlloc_v2(self, address: Any, size: ctypes.c_size_t) -> int:  # noqa: N802
+        return self._allocate(self.device, address, size)
+
+    def _allocate(self, kind: dict[int, Any], address: Any, size: ctypes.c_size_t) -> int:
+        buffer = ctypes.create_string_buffer(size.value)
+        address._obj.value = ctypes.addressof(buffer)
+        kind[ctypes.addressof(buffer)] = buffer
+        return 0
+
+    def cuMemFreeHost(self, address: ctypes.c_void_p) -> int:  # noqa: N802
+        del self.pinned[address.value or 0]
+        return 0
+
+    def cuMemFree_v2(self, address: ctypes.c_uint64) -> int:  # noqa: N802
+        del self.device[address.value]
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, to: Any, source: Any, size: Any, _stream: Any) -> int:  # noqa: N802
+        return self._copy(to.value, source.value, size.value, self.device, self.pinned)
+
+    def cuMemcpyDtoHAsync_v2(self, to: Any, source: Any, size: Any, _stream: Any) -> int:  # noqa: N802
+        return self._copy(to.value, source.value, size.value, self.pinned, self.device)
+
+    def _copy(self, to: int, source: int, size: int, target: dict[int, Any], origin: dict[int, Any]) -> int:
+        assert size <= min(len(target[to]), len(origin[source]))
+        ctypes.memmove(to, source, size)
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:  # noqa: N802
+        free._obj.value, total._obj.value = 5, 7
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    made = Driver()
+    cuda._context.cache_clear()
+    monkeypatch.setattr(cuda, "_driver", lambda: made)
+    yield made
+    cuda._context.cache_clear()

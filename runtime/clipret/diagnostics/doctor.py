@@ -1,6 +1,5 @@
 """What works on this machine: packages, engines, devices, and the exactness of the ranking, each by trying it."""
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from clipret.errors import ClipretError, require
 from clipret.hardware.cpu import cpu_count, int8_saturates
-from clipret.hardware.cuda import gpu_count
+from clipret.hardware.cuda import device_name, gpu_count
 from clipret.inference.tensorrt import NAMES, Library, TensorRTTower, error_log, load_library
 from clipret.inference.tower import OnnxTower, OpenVinoTower, Tower
 from clipret.ort.graph import Node, Value, model
@@ -120,7 +119,7 @@ def machine(folder: Path) -> dict[str, Any]:
         "memory_available": memory.get("MemAvailable"),
         "memory_limit": int(limit) if limit.isdecimal() else None,
         "disk_free": shutil.disk_usage(folder).free,
-        "gpus": _gpus(),
+        "gpus": [device_name(number) for number in range(gpu_count())],
     }
 
 
@@ -129,17 +128,6 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:  # another system
         return ""
-
-
-def _gpus() -> list[str]:
-    """The names of the GPUs, from CUDA's driver."""
-    names = []
-    for number in range(gpu_count()):
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        name = ctypes.create_string_buffer(256)
-        known = driver.cuDeviceGetName(name, len(name), number) == 0
-        names.append(name.value.decode(errors="replace") if known else f"GPU {number}")
-    return names
 
 
 def check_engines(names: tuple[str, ...] = tuple(_ENGINES)) -> Iterator[Finding]:

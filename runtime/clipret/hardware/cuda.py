@@ -1,11 +1,12 @@
-"""CUDA's driver, called directly: pinned memory, copies in a stream of their own, free memory. Needs no package.
+"""CUDA's driver, the only file that calls it: memory, copies in a stream of their own, what the GPUs are.
 
-Names and numbers are those of the CUDA driver API. onnxruntime and every other user of the CUDA runtime work in a
-device's primary context, which is the one taken here, so that addresses mean the same to all of them.
+By ctypes and not by cuda-bindings: the lean install asks for the number of GPUs at each start and has no package for
+it, and the few calls beyond that are no reason for two packages. Names and numbers are those of the CUDA driver API.
+onnxruntime, TensorRT and every other user of the CUDA runtime work in a device's primary context, which is the one
+taken here, so that addresses and streams mean the same to all of them.
 """
 
 import ctypes
-import importlib
 import sys
 import weakref
 from functools import cache
@@ -17,11 +18,10 @@ import numpy.typing as npt
 from clipret.errors import ClipretError
 
 __all__ = [
+    "Buffer",
     "Copies",
     "HostCopies",
     "call_driver",
-    "checked",
-    "cuda_runtime",
     "device_name",
     "enter_context",
     "free_memory",
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream, nor it for this
+_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -37,10 +38,9 @@ Bytes = npt.NDArray[np.uint8]
 def _driver() -> Any:
     """The library. Raises ClipretError where there is none."""
     try:
-        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError as error:
         raise ClipretError(f"there is no NVIDIA driver here ({error}): use --device cpu") from None
-    return library
 
 
 def call_driver(name: str, *given: Any) -> None:
@@ -50,19 +50,52 @@ def call_driver(name: str, *given: Any) -> None:
         raise ClipretError(f"CUDA's {name} failed with error {error}: see what nvidia-smi says, or use the CPU")
 
 
-@cache
-def _context(number: int) -> tuple[ctypes.c_int, ctypes.c_void_p]:
-    """The device and its primary context, kept until the process ends."""
-    device, context = ctypes.c_int(), ctypes.c_void_p()
+def gpu_count() -> int:
+    """The GPUs that CUDA's driver shows to this process; 0 where there is no driver. Needs no package."""
+    count = ctypes.c_int()
+    try:
+        call_driver("cuInit", ctypes.c_uint(0))
+        call_driver("cuDeviceGetCount", ctypes.byref(count))
+    except ClipretError:  # no driver, or one that finds no GPU
+        return 0
+    return count.value
+
+
+def _device(number: int) -> ctypes.c_int:
+    """The driver's handle of GPU `number`. Raises ClipretError where there is no such GPU."""
+    device = ctypes.c_int()
     call_driver("cuInit", ctypes.c_uint(0))
     call_driver("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
-    call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    return device, context
+    return device
+
+
+def device_name(number: int) -> str:
+    """As nvidia-smi calls it. Raises ClipretError where there is no such GPU."""
+    name = ctypes.create_string_buffer(256)
+    call_driver("cuDeviceGetName", name, ctypes.c_int(len(name)), _device(number))
+    return name.value.decode(errors="replace")
+
+
+def gpu_arch(number: int = 0) -> str:
+    """The architecture of GPU `number`, like "sm_89". Raises ClipretError where there is no such GPU."""
+    device, value, version = _device(number), ctypes.c_int(), ""
+    for attribute in _CAPABILITY:
+        call_driver("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), device)
+        version += str(value.value)
+    return f"sm_{version}"
+
+
+@cache
+def _context(number: int) -> ctypes.c_void_p:
+    """The primary context of a GPU, kept until the process ends."""
+    context = ctypes.c_void_p()
+    call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), _device(number))
+    return context
 
 
 def enter_context(number: int) -> None:
-    """Make the device's context that of the calling thread; it costs nothing where it is."""
-    call_driver("cuCtxSetCurrent", _context(number)[1])
+    """Make the context of GPU `number` that of the calling thread; it costs nothing where it is."""
+    call_driver("cuCtxSetCurrent", _context(number))
 
 
 def free_memory(number: int) -> int:
@@ -73,104 +106,80 @@ def free_memory(number: int) -> int:
     return free.value
 
 
-def device_name(number: int) -> str:
-    """As nvidia-smi calls it."""
-    name = ctypes.create_string_buffer(256)
-    call_driver("cuDeviceGetName", name, ctypes.c_int(len(name)), _context(number)[0])
-    return name.value.decode()
+class Buffer:
+    """`size` bytes of a device at `address`, and as many in `host` (uint8 [size]), to copy from and to.
+
+    The memory lives as long as the buffer and, that of `host`, as any array of it.
+    """
+
+    def __init__(self, address: int, host: Bytes, owner: object = None) -> None:
+        self.size, self.address, self.host = len(host), address, host
+        self._owner = owner  # of the memory at `address`
 
 
 class HostCopies:
     """What `Copies` does, where the device is the CPU itself."""
 
-    def host(self, size: int) -> Bytes:
-        """Memory to copy from and to, uint8 [size]."""
-        return np.empty(size, np.uint8)
+    def buffer(self, size: int) -> Buffer:
+        """A new buffer of `size` bytes."""
+        memory = np.empty(size, np.uint8)
+        return Buffer(memory.ctypes.data, np.empty(size, np.uint8), memory)
 
-    def to_device(self, address: int, source: Bytes) -> None:
-        """Copy a contiguous array to an address of the device, and return when that is done."""
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+    def to_device(self, buffer: Buffer, size: int) -> None:
+        """Start to copy the first `size` bytes of the host's side to the device's."""
+        ctypes.memmove(buffer.address, buffer.host.ctypes.data, size)
 
-    def to_host(self, target: Bytes, address: int) -> None:
+    def to_host(self, buffer: Buffer, size: int) -> None:
         """The other way."""
-        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+        ctypes.memmove(buffer.host.ctypes.data, buffer.address, size)
+
+    def wait(self) -> None:
+        """Return when everything that was started is done."""
 
 
 class Copies(HostCopies):
     """Copies between pinned memory and GPU `number` in a stream of their own, beside whatever the GPU computes.
 
-    One thread at a time; others wait on the GPU, not in Python: ctypes gives Python's lock back.
+    `stream` is its handle, for others to compute in. One thread at a time; waiting gives Python's lock back, as every
+    call by ctypes does. Raises ClipretError where there is no such GPU, or it has no memory left.
     """
 
     def __init__(self, number: int) -> None:
         self._number = number
         enter_context(number)
-        self._stream = ctypes.c_void_p()
-        call_driver("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
-        weakref.finalize(self, _forget, "cuStreamDestroy_v2", number, self._stream)
+        stream = ctypes.c_void_p()
+        call_driver("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+        self._stream, self.stream = stream, stream.value or 0
+        weakref.finalize(self, _forget, "cuStreamDestroy_v2", number, stream)
 
-    def host(self, size: int) -> Bytes:
-        """Pinned memory: the GPU reads and writes it directly, at twice the rate of other memory and asynchronously."""
+    def buffer(self, size: int) -> Buffer:
+        """The host's side is pinned: the GPU reads and writes it by itself, at twice the rate of other memory."""
         enter_context(self._number)
-        address = ctypes.c_void_p()
-        call_driver("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size))
-        buffer = (ctypes.c_uint8 * size).from_address(address.value or 0)
-        weakref.finalize(buffer, _forget, "cuMemFreeHost", self._number, address)  # an array of it keeps `buffer`
-        pinned: Bytes = np.ctypeslib.as_array(buffer)
-        return pinned
+        pinned, address = ctypes.c_void_p(), ctypes.c_uint64()
+        call_driver("cuMemAllocHost_v2", ctypes.byref(pinned), ctypes.c_size_t(size))
+        memory = (ctypes.c_uint8 * size).from_address(pinned.value or 0)
+        weakref.finalize(memory, _forget, "cuMemFreeHost", self._number, pinned)  # an array of it keeps `memory`
+        call_driver("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        buffer = Buffer(address.value, np.ctypeslib.as_array(memory))
+        weakref.finalize(buffer, _forget, "cuMemFree_v2", self._number, address)
+        return buffer
 
-    def to_device(self, address: int, source: Bytes) -> None:
+    def to_device(self, buffer: Buffer, size: int) -> None:
         enter_context(self._number)
-        given = ctypes.c_uint64(address), ctypes.c_void_p(source.ctypes.data), ctypes.c_size_t(source.nbytes)
+        given = ctypes.c_uint64(buffer.address), ctypes.c_void_p(buffer.host.ctypes.data), ctypes.c_size_t(size)
         call_driver("cuMemcpyHtoDAsync_v2", *given, self._stream)
-        call_driver("cuStreamSynchronize", self._stream)
 
-    def to_host(self, target: Bytes, address: int) -> None:
+    def to_host(self, buffer: Buffer, size: int) -> None:
         enter_context(self._number)
-        given = ctypes.c_void_p(target.ctypes.data), ctypes.c_uint64(address), ctypes.c_size_t(target.nbytes)
+        given = ctypes.c_void_p(buffer.host.ctypes.data), ctypes.c_uint64(buffer.address), ctypes.c_size_t(size)
         call_driver("cuMemcpyDtoHAsync_v2", *given, self._stream)
+
+    def wait(self) -> None:
         call_driver("cuStreamSynchronize", self._stream)
 
 
-def _forget(name: str, number: int, handle: ctypes.c_void_p) -> None:
+def _forget(name: str, number: int, handle: ctypes.c_void_p | ctypes.c_uint64) -> None:
     """Free something; at the end of the process the driver may have gone before."""
     driver = _driver()
-    driver.cuCtxSetCurrent(_context(number)[1])
+    driver.cuCtxSetCurrent(_context(number))
     getattr(driver, name)(handle)
-
-
-def gpu_count() -> int:
-    """The GPUs that CUDA's driver shows to this process; 0 where there is no driver. Needs no package."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    ready = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-    return count.value if ready else 0
-
-
-def gpu_arch(device: int = 0) -> str:
-    """The architecture of GPU `device`, like "sm_89". Raises ClipretError where there is none."""
-    cuda = cuda_runtime()
-    names = cuda.cudaDeviceAttr
-    wanted = (names.cudaDevAttrComputeCapabilityMajor, names.cudaDevAttrComputeCapabilityMinor)
-    major, minor = (checked(cuda.cudaDeviceGetAttribute(name, device)) for name in wanted)
-    return f"sm_{major}{minor}"
-
-
-def cuda_runtime() -> Any:
-    """The module of CUDA's runtime. Raises ClipretError with the pip command where it is not installed."""
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError:  # both extras bring it, but which of them is meant is not known here
-        raise ClipretError("TensorRT plans need CUDA's Python package: run  pip install cuda-bindings") from None
-
-
-def checked(result: tuple[Any, ...]) -> Any:
-    """The value of a call of the CUDA runtime, which returns (error, *values)."""
-    error, *values = result
-    if int(error) != 0:
-        told = cuda_runtime().cudaGetErrorString(error)[1].decode()
-        raise ClipretError(f"CUDA cannot be used ({told}): see what nvidia-smi says, or use the CPU")
-    return values[0] if values else None

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import queue
 import threading
-import weakref
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from clipret.bundle import Engine
 from clipret.errors import ClipretError, require
-from clipret.hardware.cuda import checked, cuda_runtime
+from clipret.hardware.cuda import Copies, enter_context
 
 __all__ = [
     "NAMES",
@@ -112,15 +111,15 @@ class TensorRTTower:
     def __init__(self, path: Path, library: Library, device: int = 0) -> None:
         trt = load_library(library)
         self.name = f"{NAMES[library]} {trt.__version__}"
-        self._cuda, self._device = cuda_runtime(), device
-        checked(self._cuda.cudaSetDevice(device))
+        self._device = device
+        enter_context(device)
         self._log = error_log(trt)
         self._engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
         context = None if self._engine is None else self._engine.create_execution_context()
         if context is None:
             raise ClipretError(f"{path} does not run in {self.name}: {self._log.reason}; build it again here")
         self._dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(self._engine.get_tensor_name(0))))
-        first = _Lane(self._engine, context, self._cuda, self._dtype)
+        first = _Lane(self._engine, context, device, self._dtype)
         self._limit, self._dim = first.limits[-1], first.dim
         self._free = queue.SimpleQueue[_Lane]()
         self._free.put(first)
@@ -128,9 +127,9 @@ class TensorRTTower:
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
-        batch = np.ascontiguousarray(batch, dtype=self._dtype)
+        batch = batch.astype(self._dtype, copy=False)
         rows = np.empty((len(batch), self._dim), dtype=np.float32)
-        checked(self._cuda.cudaSetDevice(self._device))  # a thread's own, and any thread may come
+        enter_context(self._device)  # a thread's own, and any thread may come
         lane = self._take()
         try:
             for low in range(0, len(batch), self._limit):
@@ -152,51 +151,43 @@ class TensorRTTower:
                 context = self._engine.create_execution_context()
                 self._made = self.lanes if context is None else self._made + 1  # no memory for another: take turns
                 if context is not None:
-                    return _Lane(self._engine, context, self._cuda, self._dtype)
+                    return _Lane(self._engine, context, self._device, self._dtype)
         return self._free.get()
 
 
 class _Lane:
     """An execution context of an engine with what one thread at a time needs to run it."""
 
-    def __init__(self, engine: Any, context: Any, cuda: Any, dtype: np.dtype[Any]) -> None:
-        self._context, self._cuda = context, cuda
+    def __init__(self, engine: Any, context: Any, device: int, dtype: np.dtype[Any]) -> None:
+        self._context, self._copies = context, Copies(device)
         self._input, self._output = (engine.get_tensor_name(at) for at in (0, 1))
         profiles = range(engine.num_optimization_profiles)
         shapes = [engine.get_tensor_profile_shape(self._input, at)[2] for at in profiles]  # smallest, usual, largest
         self.limits = [shape[0] for shape in shapes]  # ascending, as they were built
         self.dim = int(engine.get_tensor_shape(self._output)[-1])
         self._profile = 0
-        self._stream = checked(cuda.cudaStreamCreate())
-        self._batch = checked(cuda.cudaMalloc(max(map(prod, shapes)) * dtype.itemsize))
-        self._rows = checked(cuda.cudaMalloc(self.limits[-1] * self.dim * 4))
-        weakref.finalize(self, _release, cuda, self._stream, self._batch, self._rows)
+        self._batch = self._copies.buffer(max(map(prod, shapes)) * dtype.itemsize)
+        self._rows = self._copies.buffer(self.limits[-1] * self.dim * 4)
 
     def run(self, batch: npt.NDArray[Any], rows: npt.NDArray[np.float32]) -> bool:
-        """Fill rows float32 [B,D] from a contiguous batch that a profile holds; False where the engine refuses it."""
-        cuda, context, stream = self._cuda, self._context, int(self._stream)
+        """Fill rows float32 [B,D] from a batch that a profile holds; False where the engine refuses it."""
+        context, copies = self._context, self._copies
         profile = next(at for at, limit in enumerate(self.limits) if len(batch) <= limit)
         if profile != self._profile:
-            if not context.set_optimization_profile_async(profile, stream):
+            if not context.set_optimization_profile_async(profile, copies.stream):
                 return False
             self._profile = profile
-        kind = cuda.cudaMemcpyKind
         ready = context.set_input_shape(self._input, batch.shape)
-        ready = ready and context.set_tensor_address(self._input, int(self._batch))
-        ready = ready and context.set_tensor_address(self._output, int(self._rows))
+        ready = ready and context.set_tensor_address(self._input, self._batch.address)
+        ready = ready and context.set_tensor_address(self._output, self._rows.address)
         if not ready:
             return False
-        to_device, to_host = kind.cudaMemcpyHostToDevice, kind.cudaMemcpyDeviceToHost
-        checked(cuda.cudaMemcpyAsync(self._batch, batch.ctypes.data, batch.nbytes, to_device, self._stream))
-        if not context.execute_async_v3(stream):
+        self._batch.host[: batch.nbytes].view(batch.dtype).reshape(batch.shape)[...] = batch
+        copies.to_device(self._batch, batch.nbytes)
+        if not context.execute_async_v3(copies.stream):
+            copies.wait()  # the next batch is staged in the same place
             return False
-        checked(cuda.cudaMemcpyAsync(rows.ctypes.data, self._rows, rows.nbytes, to_host, self._stream))
-        checked(cuda.cudaStreamSynchronize(self._stream))
+        copies.to_host(self._rows, rows.nbytes)
+        copies.wait()
+        rows[...] = self._rows.host[: rows.nbytes].view(np.float32).reshape(rows.shape)
         return True
-
-
-def _release(cuda: Any, stream: Any, *buffers: Any) -> None:
-    cuda.cudaStreamSynchronize(stream)
-    for buffer in buffers:
-        cuda.cudaFree(buffer)
-    cuda.cudaStreamDestroy(stream)

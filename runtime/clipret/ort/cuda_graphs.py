@@ -56,16 +56,16 @@ class BoundSession:
         self._submit = submit or (lambda run: run())
         self._seen = Counter[tuple[int, ...]]()
         self.recorded: dict[tuple[int, ...], int] = {}  # the number of each shape's graph
-        self._batch = self._rows = self._buffer(1)
+        self._batch = self._rows = self._copies.buffer(1)
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
         """As `Tower.run`."""
         shape = batch.shape
         rows = np.empty((shape[0], self._dim), np.float32)
         self._reserve(batch.nbytes, rows.nbytes)
-        staged = self._batch.host[: batch.nbytes]
-        staged.view(batch.dtype).reshape(shape)[...] = batch
-        self._copies.to_device(self._batch.address, staged)
+        self._batch.host[: batch.nbytes].view(batch.dtype).reshape(shape)[...] = batch
+        self._copies.to_device(self._batch, batch.nbytes)
+        self._copies.wait()  # the session computes in another stream
         self._seen[shape] += 1
         number = self.recorded.get(shape, -1)
         self._compute(batch.dtype, shape, number)
@@ -105,28 +105,19 @@ class BoundSession:
         self._submit(run)
 
     def _take(self, rows: Rows) -> None:
-        staged = self._rows.host[: rows.nbytes]
-        self._copies.to_host(staged, self._rows.address)
-        rows[...] = staged.view(np.float32).reshape(rows.shape)
+        self._copies.to_host(self._rows, rows.nbytes)
+        self._copies.wait()
+        rows[...] = self._rows.host[: rows.nbytes].view(np.float32).reshape(rows.shape)
 
     def _reserve(self, batch: int, rows: int) -> None:
         """Buffers of at least so many bytes. New ones have new addresses: graphs of the old ones are given up."""
         if batch > self._batch.size or rows > self._rows.size:
-            if release := getattr(self._session, "release_captured_graph", None):  # onnxruntime from 1.30 on
-                for number in self.recorded.values():
-                    release(number)
-            self.recorded.clear()
-            self._batch = self._buffer(max(batch, self._batch.size))
-            self._rows = self._buffer(max(rows, self._rows.size))
+            # In the thread that records: beside a recording CUDA lets nobody allocate.
+            self._submit(lambda: self._grow(max(batch, self._batch.size), max(rows, self._rows.size)))
 
-    def _buffer(self, size: int) -> "_Buffer":
-        return _Buffer(size, self._ort, self._device, self._copies)
-
-
-class _Buffer:
-    """`size` bytes on the device at `address`, and as many in `host`, which they are copied from and to."""
-
-    def __init__(self, size: int, ort: Any, device: tuple[str, int], copies: HostCopies) -> None:
-        self.size, self.host = size, copies.host(size)
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, *device)
-        self.address: int = self._value.data_ptr()
+    def _grow(self, batch: int, rows: int) -> None:
+        if release := getattr(self._session, "release_captured_graph", None):  # onnxruntime from 1.30 on
+            for number in self.recorded.values():
+                release(number)
+        self.recorded.clear()
+        self._batch, self._rows = self._copies.buffer(batch), self._copies.buffer(rows)

@@ -1,4 +1,4 @@
-"""Which plan fits, what is said when none does, and a tower on a pretended TensorRT and CUDA."""
+"""Which plan fits, what is said when none does, and a tower on a pretended TensorRT and driver."""
 
 import ctypes
 import dataclasses
@@ -14,7 +14,6 @@ import pytest
 
 from clipret.bundle import Bundle, Engine
 from clipret.errors import ClipretError, EngineWarning
-from clipret.hardware.cuda import gpu_arch
 from clipret.inference import tower as towers
 from clipret.inference.config import EncoderConfig
 from clipret.inference.tensorrt import TensorRTTower, choose_engine, explain
@@ -124,55 +123,6 @@ def test_plans_do_not_run_on_a_cpu(bundle: Bundle) -> None:
         open_tower(bundle, "image", "cuda:x")
 
 
-class Memory:
-    """The calls of cuda.bindings.runtime that a tower makes, on the memory of this process."""
-
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
-    cudaDeviceAttr = SimpleNamespace(  # noqa: N815
-        cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
-    )
-
-    def __init__(self) -> None:
-        self.held: dict[int, Any] = {}
-        self.streams = 0
-        self.fails = 0
-
-    def cudaSetDevice(self, _device: int) -> tuple[int]:  # noqa: N802
-        return (self.fails,)
-
-    def cudaGetErrorString(self, _error: int) -> tuple[int, bytes]:  # noqa: N802
-        return 0, b"out of memory"
-
-    def cudaDeviceGetAttribute(self, name: int, _device: int) -> tuple[int, int]:  # noqa: N802
-        return 0, {75: 12, 76: 0}[name]
-
-    def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
-        self.streams += 1
-        return 0, 7
-
-    def cudaStreamSynchronize(self, _stream: int) -> tuple[int]:  # noqa: N802
-        return (0,)
-
-    def cudaStreamDestroy(self, _stream: int) -> tuple[int]:  # noqa: N802
-        self.streams -= 1
-        return (0,)
-
-    def cudaMalloc(self, size: int) -> tuple[int, int]:  # noqa: N802
-        buffer = ctypes.create_string_buffer(size)
-        self.held[ctypes.addressof(buffer)] = buffer
-        return 0, ctypes.addressof(buffer)
-
-    def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
-        del self.held[address]
-        return (0,)
-
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, _stream: int) -> tuple[int]:  # noqa: N802
-        buffer = self.held[to if kind == 1 else source]
-        assert size <= len(buffer)
-        ctypes.memmove(to, source, size)
-        return (0,)
-
-
 class Plan:
     """Engine and context in one: two profiles, of batches 1 to 2 and 3 to 5; a row is (sum, length) of its tokens."""
 
@@ -221,13 +171,6 @@ class Plan:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Memory:
-    memory = Memory()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", memory)
-    return memory
-
-
-@pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     made = Plan()
     severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)
@@ -247,7 +190,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "text.plan"
 
 
-def test_a_batch_of_any_size_runs_in_the_profiles_that_hold_it(cuda: Memory, plan: Plan, file: Path) -> None:
+def test_a_batch_of_any_size_runs_in_the_profiles_that_hold_it(driver: Any, plan: Plan, file: Path) -> None:
     tower = TensorRTTower(file, "tensorrt")
     assert tower.name == "TensorRT 10.13.0.35"
     rng = np.random.default_rng(0)
@@ -265,32 +208,21 @@ def test_a_batch_of_any_size_runs_in_the_profiles_that_hold_it(cuda: Memory, pla
         (1, 5),
         (0, 2),
     ]
-    assert cuda.held
+    assert (len(driver.pinned), len(driver.device), driver.streams) == (2, 2, 1)
     del tower
     gc.collect()
-    assert (cuda.held, cuda.streams) == ({}, 0)
+    assert (driver.pinned, driver.device, driver.streams) == ({}, {}, 0)
 
 
-def test_a_shape_beyond_the_profiles_and_a_broken_plan(cuda: Memory, plan: Plan, file: Path) -> None:
+def test_a_shape_beyond_the_profiles_and_a_broken_plan(driver: Any, plan: Plan, file: Path) -> None:
     tower = TensorRTTower(file, "tensorrt")
     with pytest.raises(ClipretError, match=r"cannot run a batch of shape \(1, 7\)"):
         tower.run(np.zeros((1, 7), dtype=np.int64))
     assert not plan.calls
-    cuda.fails = 2
-    with pytest.raises(ClipretError, match=r"CUDA cannot be used \(out of memory\)"):
+    driver.fails = 2
+    with pytest.raises(ClipretError, match="cuCtxSetCurrent failed with error 2"):
         tower.run(np.zeros((1, 1), dtype=np.int64))
-    cuda.fails = 0
+    driver.fails = 0
     file.write_bytes(b"broken")
     with pytest.raises(ClipretError, match=r"text\.plan does not run in TensorRT 10\.13\.0\.35"):
         TensorRTTower(file, "tensorrt")
-
-
-def test_the_architecture_of_a_gpu(cuda: Memory) -> None:
-    assert cuda.fails == 0
-    assert gpu_arch() == "sm_120"
-
-
-def test_without_cudas_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(ClipretError, match="pip install cuda-bindings"):
-        gpu_arch()
