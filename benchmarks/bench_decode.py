@@ -30,7 +30,8 @@ from machine import keep
 from PIL import Image, ImageDraw
 
 from clipret.bundle import ImageSpec
-from clipret.images.decode import find_pictures, load
+from clipret.images.decode import load
+from clipret.images.walk import find_pictures
 
 SIZES = {"640x480": 24, "1920x1080": 12, "4000x3000": 4}
 TILE = 480  # pixels of one photograph in a tiled picture: three times its own 160

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clipret.console import progress
 from clipret.errors import ClipretError
-from clipret.images.decode import PictureError, load
+from clipret.images.decode import load
+from clipret.images.walk import PictureError
 from clipret.inference.tokenizer import Tokenizer
 from clipret.pairs import PairSet
 from clipret_export.parity import Reference, Rows

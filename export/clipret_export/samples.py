@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from clipret.errors import ClipretError
-from clipret.images.decode import find_pictures
+from clipret.images.walk import find_pictures
 from clipret.pairs import PairSet, read_pairs
 
 __all__ = ["TEXTS", "Sample", "pictures"]

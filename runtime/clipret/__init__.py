@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clipret.gallery.embeddings import open_embeddings
     from clipret.gallery.gallery import Gallery
     from clipret.gallery.transfer import export_gallery, import_embeddings
-    from clipret.images.decode import PictureError
+    from clipret.images.walk import PictureError
     from clipret.indexing.index import IndexReport, index_pictures
     from clipret.inference.config import EncoderConfig
     from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
@@ -64,7 +64,7 @@ __getattr__ = lazy_face(
         "gallery.embeddings": ["open_embeddings"],
         "gallery.gallery": ["Gallery"],
         "gallery.transfer": ["export_gallery", "import_embeddings"],
-        "images.decode": ["PictureError"],
+        "images.walk": ["PictureError"],
         "indexing.index": ["IndexReport", "index_pictures"],
         "inference.config": ["EncoderConfig"],
         "inference.encoder": ["EncodeStats", "EncodedBatch", "Encoder"],

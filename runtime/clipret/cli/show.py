@@ -46,7 +46,8 @@ def seen(hits: Sequence[Hit], how: Way) -> str:
     if how not in ("kitty", "sixel") or not hits:
         return ""
     from clipret.cli.terminal import kitty, pixels_across, sixel, strip
-    from clipret.images.decode import PictureError, thumbnail
+    from clipret.images.decode import thumbnail
+    from clipret.images.walk import PictureError
     from clipret.sources.source import read_stored
 
     found: list[Image.Image | None] = []

@@ -23,7 +23,7 @@ from clipret.errors import ClipretError, require
 from clipret.files import sync_folder
 from clipret.gallery.embeddings import BLOCK, FINGERPRINT, Embeddings, Record, Value, list_beside
 from clipret.gallery.gallery import Gallery, Picture
-from clipret.images.decode import PictureError, read_picture
+from clipret.images.walk import PictureError, read_picture
 from clipret.ranking.rows import StoredRows
 
 __all__ = ["ImportReport", "Kind", "export_gallery", "import_embeddings"]

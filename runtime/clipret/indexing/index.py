@@ -15,7 +15,7 @@ import numpy.typing as npt
 from clipret.errors import ClipretError, printable
 from clipret.files import write_file
 from clipret.gallery.gallery import Gallery, Picture, Stored
-from clipret.images.decode import PictureError
+from clipret.images.walk import PictureError
 from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
 from clipret.ranking.rows import StoredRows
 from clipret.sources.item import Item, Value

@@ -28,7 +28,7 @@ import numpy as np
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, one_line, require
 from clipret.gallery.gallery import Gallery, Picture
-from clipret.images.decode import PictureFile
+from clipret.images.walk import PictureFile
 from clipret.indexing.index import IndexReport, Job, Run
 from clipret.indexing.ray_worker import Block, Part, Result, Settings, State, encode_part
 from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats

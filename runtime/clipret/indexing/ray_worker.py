@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError
-from clipret.images.decode import PictureError
+from clipret.images.walk import PictureError
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.sources.item import Item, Value

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipret.errors import ClipretError
-from clipret.images.decode import PictureError
+from clipret.images.walk import PictureError
 
 __all__ = ["Batch", "Decoding"]
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipret.bundle import Bundle
-from clipret.images.decode import PictureFile, load, read_picture
+from clipret.images.decode import load
 from clipret.images.nvimagecodec import GpuDecoder
+from clipret.images.walk import PictureFile, read_picture
 from clipret.inference.config import EncoderConfig
 from clipret.inference.decode_pool import Batch, Decoding
 from clipret.inference.tokenizer import Tokenizer

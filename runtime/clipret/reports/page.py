@@ -14,7 +14,8 @@ from urllib.parse import quote
 
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.images.decode import PictureError, jpeg, thumbnail
+from clipret.images.decode import jpeg, thumbnail
+from clipret.images.walk import PictureError
 from clipret.reports.render import render
 from clipret.sources.source import read_stored
 

@@ -13,7 +13,7 @@ from PIL import Image
 from clipret.bundle import check_bundle
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Gallery, Stored, id_of, stored_path
-from clipret.images.decode import PictureFile
+from clipret.images.walk import PictureFile
 from clipret.inference.encoder import Encoder
 from clipret.ranking.ranker import Ranker
 from clipret.search.searchable import Searchable

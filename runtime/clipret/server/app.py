@@ -16,7 +16,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
-from clipret.images.decode import PictureError
+from clipret.images.walk import PictureError
 from clipret.server.limits import DeniedError, Limits, NotFoundError, ReadOnlyError, RequestError
 from clipret.server.metrics import CONTENT_TYPE, Metrics
 from clipret.server.middleware import Guard

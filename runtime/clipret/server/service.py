@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Picture
-from clipret.images.decode import PictureError, load
+from clipret.images.decode import load
+from clipret.images.walk import PictureError
 from clipret.inference.encoder import Encoder
 from clipret.milvus.search import open_milvus
 from clipret.openers import open_searchable

@@ -8,8 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from clipret.gallery.gallery import Picture
-from clipret.images.decode import PictureError, decode, jpeg, thumbnail
-from clipret.server.writing import FORMATS
+from clipret.images.decode import decode, jpeg, thumbnail
+from clipret.images.formats import FORMATS, Format
+from clipret.images.walk import PictureError
 from clipret.sources.source import read_stored
 
 __all__ = ["KIND", "SIDES", "Thumbnails", "original"]
@@ -25,7 +26,7 @@ def original(root: Path, picture: Picture) -> tuple[bytes, str]:
     held a picture there is no reason to hand out what lies there now.
     """
     content = read_stored(root, picture.path).content
-    return content, FORMATS[_open(content).format or ""][1]
+    return content, _media_type(content)
 
 
 class Thumbnails:
@@ -53,15 +54,16 @@ class Thumbnails:
         return made
 
 
-def _open(content: bytes) -> Image.Image:
-    """The picture with its header read and nothing decoded."""
+def _media_type(content: bytes) -> str:
+    """That of a picture, with its header read and nothing decoded."""
     try:
         image = Image.open(io.BytesIO(content))
     except Exception:  # a bomb's warning too, where warnings are errors
         decode(content)  # names what is wrong
         raise PictureError("not a picture") from None
-    if image.format not in FORMATS:
+    media_type = FORMATS.get(image.format or "", Format()).media_type
+    if media_type is None:
         raise PictureError("not a picture that a browser shows")
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise PictureError("too many pixels")
-    return image
+    return media_type

@@ -12,24 +12,13 @@ from PIL import Image
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.gallery.gallery import Gallery, Picture
+from clipret.images.formats import FORMATS, Format
 from clipret.server.limits import ConflictError, NotFoundError
 from clipret.sources.item import Value, free_names
 
-__all__ = ["FORMATS", "add_images", "remove_image"]
+__all__ = ["add_images", "remove_image"]
 
 Floats = npt.NDArray[np.float64]
-
-# Format in Pillow's words: the ending of its files, and its media type.
-FORMATS = {
-    "JPEG": (".jpg", "image/jpeg"),
-    "MPO": (".jpg", "image/jpeg"),
-    "PNG": (".png", "image/png"),
-    "WEBP": (".webp", "image/webp"),
-    "GIF": (".gif", "image/gif"),
-    "BMP": (".bmp", "image/bmp"),
-    "TIFF": (".tif", "image/tiff"),
-    "AVIF": (".avif", "image/avif"),
-}
 
 
 def add_images(
@@ -99,4 +88,5 @@ def _writing(path: Path | str, name: str) -> Iterator[Gallery]:
 
 def _suffix(content: bytes) -> str:
     with Image.open(io.BytesIO(content)) as image:
-        return FORMATS.get(image.format or "", (".img", ""))[0]
+        known = FORMATS.get(image.format or "", Format())
+        return known.extensions[0] if known.media_type else ".img"

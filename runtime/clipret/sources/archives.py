@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from clipret.errors import ClipretError
-from clipret.images.decode import EXTENSIONS, MOST_BYTES, PictureError, PictureFile
+from clipret.images.formats import EXTENSIONS
+from clipret.images.walk import MOST_BYTES, PictureError, PictureFile
 from clipret.sources.item import Held, Item, Value, broken_item, free_names, is_plain, picture_file, scalar
 from clipret.sources.remote import RemoteFile, open_remote
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from clipret.images.decode import PictureError, PictureFile, read_picture
+from clipret.images.walk import PictureError, PictureFile, read_picture
 from clipret.tables import as_number
 
 __all__ = [

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipret.errors import ClipretError, require
-from clipret.images.decode import PictureError, PictureFile
+from clipret.images.walk import PictureError, PictureFile
 from clipret.sources.item import Item, Value, broken_item, file_item, free_names, picture_file, scalar
 from clipret.sources.remote import RemoteFile, is_remote, remote_item
 from clipret.tables import Table, pick_column

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from clipret.errors import ClipretError, one_line, require
-from clipret.images.decode import MOST_BYTES, PictureError, PictureFile
+from clipret.images.walk import MOST_BYTES, PictureError, PictureFile
 from clipret.sources.item import Item, Value, picture_file
 
 __all__ = [

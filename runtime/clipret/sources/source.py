@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 
 from clipret.errors import ClipretError
-from clipret.images.decode import EXTENSIONS, PictureError, PictureFile, no_pictures, read_picture, walk_pictures
+from clipret.images.formats import EXTENSIONS
+from clipret.images.walk import PictureError, PictureFile, no_pictures, read_picture, walk_pictures
 from clipret.sources.archives import SUFFIXES, expand, expand_remote, members, modified, prefix_of, read_member
 from clipret.sources.item import Item, Value, broken_item, file_item, free_names, scalar
 from clipret.sources.parquet import PictureTable, read_row

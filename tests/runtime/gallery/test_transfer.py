@@ -22,7 +22,7 @@ from clipret.gallery import transfer
 from clipret.gallery.embeddings import open_embeddings
 from clipret.gallery.gallery import Gallery, Picture
 from clipret.gallery.transfer import export_gallery, import_embeddings
-from clipret.images.decode import read_picture
+from clipret.images.walk import read_picture
 
 D = 8
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError
-from clipret.images.decode import PictureError, decode, find_pictures, fit, load, read_picture, walk_pictures
+from clipret.images.decode import decode, load
+from clipret.images.resize import fit
+from clipret.images.walk import PictureError, find_pictures, read_picture, walk_pictures
 
 RAMP = np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)
 SPEC = ImageSpec(32)

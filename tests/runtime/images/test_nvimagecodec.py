@@ -10,8 +10,9 @@ from PIL import Image
 from clipret.bundle import Bundle, ImageSpec
 from clipret.errors import ClipretError
 from clipret.images import nvimagecodec as gpu_decode
-from clipret.images.decode import PictureError, load
+from clipret.images.decode import load
 from clipret.images.nvimagecodec import GpuDecoder
+from clipret.images.walk import PictureError
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, IndexReport, index_pictures
 from clipret.gallery.compaction import compact_gallery
-from clipret.images.decode import find_pictures
+from clipret.images.walk import find_pictures
 from clipret.sources.item import Item, broken_item
 from clipret.sources.source import Source, open_source, read_stored
 

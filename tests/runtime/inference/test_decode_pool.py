@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from clipret.errors import ClipretError
-from clipret.images.decode import PictureError
+from clipret.images.walk import PictureError
 from clipret.inference import decode_pool as pipeline
 from clipret.inference.decode_pool import Decoding
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from clipret.bundle import Bundle
-from clipret.images.decode import PictureError, find_pictures, read_picture
+from clipret.images.walk import PictureError, find_pictures, read_picture
 from clipret.inference import encoder as encoders
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder, EncodeStats

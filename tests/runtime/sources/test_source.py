@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from clipret.errors import ClipretError
-from clipret.images.decode import PictureError
+from clipret.images.walk import PictureError
 from clipret.sources.item import Item, free_names, scalar
 from clipret.sources.source import Source, open_source, read_stored
 

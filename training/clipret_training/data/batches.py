@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clipret.bundle import ImageSpec
 from clipret.console import progress
-from clipret.images.decode import PictureError, load
+from clipret.images.decode import load
+from clipret.images.walk import PictureError
 from clipret.inference.tokenizer import Tokenizer
 from clipret_training.listing import Listing
 from clipret_training.models.loaded import LoadedModel
