@@ -1,9 +1,11 @@
 """TensorRT plans in a bundle: built, run through the gate where a GPU fits them, added to the manifest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from clipret.bundle import Bundle, Engine, Manifest, file_entry
 from clipret.errors import ClipretError

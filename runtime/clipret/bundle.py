@@ -11,15 +11,16 @@
 Everything that the runtime needs is in it and nothing is looked up anywhere else.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Self
+
+import msgspec
 
 from clipret.errors import ClipretError
+from clipret.schema import Amount, Count, Hash, checked
 
 __all__ = [
     "FORMAT",
@@ -37,23 +38,21 @@ __all__ = [
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class ImageSpec:
+class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a picture becomes uint8 [size,size,3]. What is arithmetic (mean, std) is in the graph instead.
 
     resize: `shortest` scales the short side to `size` and crops the centre, `longest` scales the long side
     and pads to a square with `fill`, `squash` ignores the aspect ratio.
     """
 
-    size: int
+    size: Count
     resize: Literal["shortest", "longest", "squash"] = "shortest"
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
-    fill: int = 0
+    fill: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
     exif: bool = False  # turn the picture as its EXIF tag says; the reference preprocessings do not
 
 
-@dataclass(frozen=True)
-class TextSpec:
+class TextSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a caption becomes int64 [L], L <= context_length.
 
     clean: how `text.clean` prepares it; `clip` is the cleaning of CLIP's own tokenizer, `none` leaves it to the
@@ -61,33 +60,30 @@ class TextSpec:
     padding, else `context`.
     """
 
-    context_length: int
+    context_length: Count
     clean: Literal["clip", "whitespace", "canonicalize", "lower", "none"] = "clip"
     pad_to: Literal["longest", "context"] = "longest"
-    pad_id: int = 0
+    pad_id: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-@dataclass(frozen=True)
-class FileEntry:
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and sha256 (hex) of one file of the bundle."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Hash
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a folder `engines/KEY` was built by and for: a plan runs with this library and version and on this
     architecture only. `batch`: the batch sizes it was tuned for, ascending; it takes any up to the last."""
 
     library: Literal["tensorrt", "tensorrt_rtx"]
     version: str
-    arch: str  # of the GPU, as sm_89
-    batch: list[int]
+    arch: Annotated[str, msgspec.Meta(pattern=r"^sm_\d+\+?$")]  # of the GPU, as sm_89; with + for later ones too
+    batch: Annotated[list[Count], msgspec.Meta(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """bundle.json. `source` and `source_sha256` say which checkpoint the towers come from.
 
     precision: of the matrix products. `float32_layers`: layers that the export kept in float32 because they
@@ -99,16 +95,16 @@ class Manifest:
     source: str
     source_sha256: str
     precision: Literal["fp32", "fp16", "bf16", "int8"]
-    embedding_dim: int
-    logit_scale: float
+    embedding_dim: Count
+    logit_scale: Amount
     image: ImageSpec
     text: TextSpec
     files: dict[str, FileEntry]
-    float32_layers: list[str] = field(default_factory=list)
-    engines: dict[str, Engine] = field(default_factory=dict)
+    float32_layers: list[str] = []
+    engines: dict[str, Engine] = {}
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -117,47 +113,7 @@ class Manifest:
             raise ValueError("it has no format version")
         if value["format"] != FORMAT:
             raise ValueError(f"its format is {value['format']}, this clipret reads format {FORMAT}")
-        made: Self = _build(cls, value, "manifest")
-        return made
-
-
-def _build(cls: type, value: Any, where: str) -> Any:
-    """Dataclass from parsed JSON; unknown, missing and ill-typed fields are errors that name the field."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not an object")
-    hints = get_type_hints(cls)
-    if unknown := sorted(set(value) - set(hints)):
-        raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
-    made: dict[str, Any] = {}
-    for entry in dataclasses.fields(cls):
-        if entry.name not in value:
-            if entry.default is entry.default_factory is dataclasses.MISSING:
-                raise ValueError(f"{where} has no field {entry.name!r}")
-            continue
-        made[entry.name] = _convert(hints[entry.name], value[entry.name], f"{where}.{entry.name}")
-    return cls(**made)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where)
-    if get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is not an object")
-        return {key: _convert(get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
-    if get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is not a list")
-        return [_convert(get_args(hint)[0], item, f"{where}[{at}]") for at, item in enumerate(value)]
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{where} is {value!r}, not one of {', '.join(map(str, get_args(hint)))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where} is {value!r}, not {hint.__name__}")
-    return value
+        return checked(value, cls)
 
 
 def _decisive(name: str) -> bool:
@@ -208,8 +164,8 @@ class Bundle:
         """
         manifest = self.manifest
         decisive = {
-            "image": dataclasses.asdict(manifest.image),
-            "text": dataclasses.asdict(manifest.text),
+            "image": msgspec.structs.asdict(manifest.image),
+            "text": msgspec.structs.asdict(manifest.text),
             "files": {name: entry.sha256 for name, entry in sorted(manifest.files.items()) if _decisive(name)},
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

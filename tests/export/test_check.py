@@ -3,12 +3,12 @@
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from clipret.bundle import Bundle, file_entry
 from clipret.inference.encoder import Encoder

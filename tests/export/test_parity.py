@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -56,7 +57,7 @@ def wrong_resize(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(*args: Any) -> Any:
         manifest = describe(*args)
-        return replace(manifest, image=replace(manifest.image, resize="squash"))
+        return msgspec.structs.replace(manifest, image=msgspec.structs.replace(manifest.image, resize="squash"))
 
     monkeypatch.setattr(pipeline, "_manifest", wrong)
 
@@ -184,7 +185,9 @@ def test_the_command_checks_a_bundle(model: str, tmp_path: Path) -> None:
 
 def test_a_bundle_without_a_reference(model: str, tmp_path: Path) -> None:
     bundle = export_bundle(model, tmp_path / "bundle")
-    manifest = replace(bundle.manifest, files={k: v for k, v in bundle.manifest.files.items() if k != "reference.npz"})
+    manifest = msgspec.structs.replace(
+        bundle.manifest, files={k: v for k, v in bundle.manifest.files.items() if k != "reference.npz"}
+    )
     (bundle.path / "bundle.json").write_text(manifest.to_json())
     with pytest.raises(ClipretError, match=r"holds no reference\.npz"):
         load_reference(Bundle.open(bundle.path))

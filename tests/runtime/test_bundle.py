@@ -57,11 +57,27 @@ def test_external_weights_are_checked_with_their_graph(copy: Path) -> None:
     ("values", "message"),
     [
         ({"format": 99}, "its format is 99"),
-        ({"colour": "red"}, "unknown field 'colour'"),
-        ({"embedding_dim": "8"}, "embedding_dim is '8', not int"),
-        ({"embedding_dim": True}, "embedding_dim is True, not int"),
-        ({"image": {"size": 16, "resize": "stretch"}}, "not one of shortest, longest, squash"),
-        ({"text": {}}, "no field 'context_length'"),
+        ({"colour": "red"}, "unknown field colour"),
+        ({"embedding_dim": "8"}, "embedding_dim is '8': expected int, got str"),
+        ({"embedding_dim": True}, "embedding_dim is True: expected int, got bool"),
+        (
+            {"image": {"size": 16, "resize": "stretch"}},
+            "'stretch': expected one of shortest, longest, squash",
+        ),
+        ({"text": {}}, "text: missing required field context_length"),
+        ({"embedding_dim": 0}, "embedding_dim is 0: expected int >= 1"),
+        ({"logit_scale": -1}, r"logit_scale is -1: expected float > 0\.0"),
+        ({"logit_scale": float("nan")}, "logit_scale is nan: expected float"),
+        ({"image": {"size": 16, "fill": 256}}, r"image\.fill is 256: expected int <= 255"),
+        (
+            {"files": {"text.onnx": {"bytes": 1, "sha256": "f" * 63}}},
+            r"files\.text\.onnx\.sha256 is 'f+\.\.\.f+'",
+        ),
+        (
+            {"engines": {"a": {"library": "trt"}}},
+            r"engines\.a\.library is 'trt': expected one of tensorrt",
+        ),
+        ({"float32_layers": ["a", 1]}, r"float32_layers\[1\] is 1: expected str"),
     ],
 )
 def test_a_bad_manifest_names_the_field(copy: Path, values: dict[str, object], message: str) -> None:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -201,7 +202,7 @@ class _Training:
         """Those of this process, to train on and held out."""
         config, world, spec = self.config, self.world, self.loaded.image
         limit = int(config.cache_limit * 2**30) // world.size
-        larger = dataclasses.replace(spec, size=round(spec.size * config.decode_scale))
+        larger = msgspec.structs.replace(spec, size=round(spec.size * config.decode_scale))
         train = Pictures(
             self.train_list.subset(self.mine), larger, threads=config.threads, cache_limit=limit, fast=True
         )

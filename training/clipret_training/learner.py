@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -182,12 +183,12 @@ def _choose_trained(model: Any, config: FitConfig) -> None:
 
 def _as_wanted(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
     """`loaded` with the resizing and the length of texts that `config` asks for."""
-    image = dataclasses.replace(
+    image = msgspec.structs.replace(
         loaded.image,
         resize=config.resize or loaded.image.resize,
         fill=loaded.image.fill if config.fill is None else config.fill,
     )
-    text = dataclasses.replace(loaded.text, context_length=config.context_length or loaded.text.context_length)
+    text = msgspec.structs.replace(loaded.text, context_length=config.context_length or loaded.text.context_length)
     if text != loaded.text:
         _check_length(loaded, text.context_length)
     if config.crop_size is not None and config.crop_size != loaded.image.size:

@@ -22,14 +22,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from clipret.errors import ClipretError
 from clipret.inference.encoder import Encoder
 from clipret.ranking.rows import StoredRows
+from clipret.schema import checked
 
 __all__ = ["Guess", "SlotReport", "Vocabulary", "complete_slot", "fill_in"]
 
@@ -37,44 +39,41 @@ Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
+_Word = Annotated[str, msgspec.Meta(pattern=r"^\S(.*\S)?$")]
+
 _NEAREST = 5  # known pictures that a picture is compared with; from 1 to 20 it makes no difference (measured)
 _LEAST = 20  # known pictures on which a precision may rest
 _ROWS = 4096  # pictures at a time
 _SCORES = 1 << 22  # similarities at a time: 32 MiB
 
 
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(msgspec.Struct, frozen=True):
     """The words of each attribute ("slot"), and words beside them that a picture may show and no caption names."""
 
-    slots: dict[str, tuple[str, ...]]
-    other: dict[str, tuple[str, ...]]
+    slots: dict[str, tuple[_Word, ...]]
+    other: dict[str, tuple[_Word, ...]] = {}
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """From a JSON file {"slots": {"color": ["black", …], …}, "other": {"color": ["silver"]}}; further keys are
         passed over. Raises ClipretError."""
         try:
-            value = json.loads(path.read_bytes())
-            slots, other = value["slots"], value.get("other", {})
-            made = [{slot: tuple(words) for slot, words in one.items()} for one in (slots, other)]
+            made = checked(json.loads(path.read_bytes()), cls)
         except OSError as error:
             raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError as error:
             raise ClipretError(
-                f'{path} is no vocabulary: it needs {{"slots": {{"color": ["black", …], …}}}}; '
+                f'{path} is no vocabulary ({error}): it needs {{"slots": {{"color": ["black", …], …}}}}; '
                 "clipret-train data traffic writes one"
             ) from None
-        for slot, words in [*made[0].items(), *made[1].items()]:
-            if slot not in made[0]:
+        for slot in made.other:
+            if slot not in made.slots:
                 raise ClipretError(f"{path} has other words of {slot!r}, which is none of its slots: add it to slots")
-            if not all(isinstance(word, str) and word.strip() == word != "" for word in words):
-                raise ClipretError(f"{path}: the words of {slot!r} must be texts without blanks around them")
-            every = (*made[0][slot], *made[1].get(slot, ()))
-            if len(set(every)) < len(every):
-                double = next(word for word in every if every.count(word) > 1)
-                raise ClipretError(f"{path} has the word {double!r} of {slot!r} twice: remove one")
-        return cls(made[0], made[1])
+        for slot, words in made.slots.items():
+            for word, count in Counter((*words, *made.other.get(slot, ()))).items():
+                if count > 1:
+                    raise ClipretError(f"{path} has the word {word!r} of {slot!r} twice: remove one")
+        return made
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
+
+import msgspec
 
 from clipret.errors import ClipretError
+from clipret.schema import Amount, Count, checked
 
-__all__ = ["Ask", "Line", "plan", "read_rates"]
+__all__ = ["Ask", "Line", "Rates", "plan", "read_rates"]
 
+T = TypeVar("T")
 Origin = Literal["measured", "computed", "given", "missing"]
 _HNSW_M = 16  # of Milvus's own default
 _BATCH = "16"  # queries ranked together: what a service under load gathers
@@ -53,27 +57,74 @@ class Line:
     origin: Origin
 
 
-def read_rates(file: Path | None = None) -> dict[str, Any]:
+class Model(msgspec.Struct, frozen=True):
+    """Length of its embeddings, and 10^9 operations of an image and of a query."""
+
+    dim: Count
+    image_gflop: Amount
+    text_gflop: Amount
+
+
+class EncodeRates(msgspec.Struct, frozen=True):
+    """Of `model`, by precision."""
+
+    measured_on: str
+    model: str
+    pictures_a_core_second: dict[str, Amount]
+    gflops_a_core: dict[str, Amount]
+    queries_a_core_second: dict[str, Amount]
+
+
+class Decoding(msgspec.Struct, frozen=True):
+    default: Amount
+    fast: Amount
+
+
+class DecodeRates(msgspec.Struct, frozen=True):
+    """By size of the images."""
+
+    measured_on: str
+    core_ms_a_picture: dict[str, Decoding]
+
+
+class RankRates(msgspec.Struct, frozen=True):
+    """Of so many embeddings of length `dim`, by the number of queries that are ranked together."""
+
+    measured_on: str
+    rows: Count
+    dim: Count
+    core_ms_a_query: dict[str, Amount]
+
+
+class GalleryRates(msgspec.Struct, frozen=True):
+    measured_on: str
+    database_bytes_a_picture: Amount
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """rates.json. Further keys are passed over."""
+
+    models: dict[str, Model]
+    encode: EncodeRates
+    decode: DecodeRates
+    rank: RankRates
+    gallery: GalleryRates
+
+
+def read_rates(file: Path | None = None) -> Rates:
     """The rates that came with the package, or those of a file of the same form. Raises ClipretError."""
+    source = importlib.resources.files("clipret.diagnostics") / "rates.json" if file is None else file
     try:
-        text = (importlib.resources.files("clipret.diagnostics") / "rates.json" if file is None else file).read_text(
-            encoding="utf-8"
-        )
-        value: dict[str, Any] = json.loads(text)
-        for name in ("models", "encode", "decode", "rank", "gallery"):
-            value[name]
+        return checked(json.loads(source.read_bytes()), Rates)
     except OSError as error:
-        raise ClipretError(f"{file or 'rates.json'} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ClipretError(
-            f"{file or 'rates.json'} holds no rates ({error}): benchmarks/make_rates.py writes it"
-        ) from None
-    return value
+        raise ClipretError(f"{source} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ClipretError(f"{source} holds no rates ({error}): benchmarks/make_rates.py writes it") from None
 
 
-def plan(ask: Ask, rates: Mapping[str, Any]) -> list[Line]:
+def plan(ask: Ask, rates: Rates) -> list[Line]:
     """The lines of a plan, in the order in which they build on each other. Raises ClipretError for what has no rate."""
-    model = _pick(rates["models"], ask.model, "model")
+    model = _pick(rates.models, ask.model, "model")
     encode = _Encoding(ask, model, rates)
     lines = [*encode.lines(), *_storage(ask, model, rates)]
     if ask.qps:
@@ -81,33 +132,33 @@ def plan(ask: Ask, rates: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
-def _pick(table: Mapping[str, Any], name: str, kind: str) -> Any:
+def _pick(table: Mapping[str, T], name: str, kind: str) -> T:
     if name not in table:
         raise ClipretError(f"there are no rates of {kind} {name}: choose one of {', '.join(table)}, or pass --rates")
     return table[name]
 
 
 class _Encoding:
-    def __init__(self, ask: Ask, model: Mapping[str, float], rates: Mapping[str, Any]) -> None:
+    def __init__(self, ask: Ask, model: Model, rates: Rates) -> None:
         self.ask, self.model, self.rates = ask, model, rates
         self.part = "encoding"
 
     def lines(self) -> list[Line]:
-        ask, encode, decode = self.ask, self.rates["encode"], self.rates["decode"]
+        ask, encode, decode = self.ask, self.rates.encode, self.rates.decode
         lines = list[Line]()
-        gflops = _pick(encode["gflops_a_core"], ask.precision, "precision")
-        if ask.model == encode["model"]:
-            core = encode["pictures_a_core_second"][ask.precision]
-            how: tuple[str, Origin] = (encode["measured_on"], "measured")
+        gflops = _pick(encode.gflops_a_core, ask.precision, "precision")
+        if ask.model == encode.model:
+            core = encode.pictures_a_core_second[ask.precision]
+            how: tuple[str, Origin] = (encode.measured_on, "measured")
         else:
-            core = gflops / self.model["image_gflop"]
+            core = gflops / self.model.image_gflop
             how = (
-                f"{gflops:g} GFLOP/s a core ({encode['measured_on']}) / {self.model['image_gflop']:g} GFLOP a picture",
+                f"{gflops:g} GFLOP/s a core ({encode.measured_on}) / {self.model.image_gflop:g} GFLOP a picture",
                 "computed",
             )
         lines.append(self._line("a core, tower alone", core, "pictures/s", *how))
-        milliseconds = _pick(decode["core_ms_a_picture"], ask.picture, "picture size")["default"]
-        origin = f"a JPEG of {ask.picture}, {decode['measured_on']}"
+        milliseconds = _pick(decode.core_ms_a_picture, ask.picture, "picture size").default
+        origin = f"a JPEG of {ask.picture}, {decode.measured_on}"
         lines.append(self._line("decoding", milliseconds, "core ms/picture", origin, "measured"))
         both = 1 / (1 / core + milliseconds / 1000)
         formula = f"1 / (1/{core:.4g} + {milliseconds:g} ms)"
@@ -153,8 +204,8 @@ class _Encoding:
             rate = ask.rate
             lines = [self._line("a GPU", rate, "pictures/s", "--rate", "given")]
         elif ask.tflops is not None:
-            rate = 1000 * ask.tflops / self.model["image_gflop"]
-            formula = f"{ask.tflops:g} TFLOP/s (--tflops) / {self.model['image_gflop']:g} GFLOP a picture"
+            rate = 1000 * ask.tflops / self.model.image_gflop
+            formula = f"{ask.tflops:g} TFLOP/s (--tflops) / {self.model.image_gflop:g} GFLOP a picture"
             lines = [self._line("a GPU", rate, "pictures/s", formula, "computed")]
         else:
             advice = "no GPU was measured: pass --rate, of clipret-search index there, or --tflops"
@@ -175,14 +226,14 @@ class _Encoding:
         return Line(self.part, name, None, unit, formula, "missing")
 
 
-def _storage(ask: Ask, model: Mapping[str, float], rates: Mapping[str, Any]) -> list[Line]:
-    dim, part = int(model["dim"]), "storage"
-    database = rates["gallery"]["database_bytes_a_picture"]
+def _storage(ask: Ask, model: Model, rates: Rates) -> list[Line]:
+    dim, part = int(model.dim), "storage"
+    database = rates.gallery.database_bytes_a_picture
     many = f"{ask.pictures:.3g}"
     each: list[tuple[str, float, str, Origin]] = [
         ("rows, float16", 2 * dim, f"{many} x 2 x {dim}", "computed"),
         ("codes, 8 bits", dim, f"{many} x {dim}", "computed"),
-        ("database", database, f"{many} x {database:g}: {rates['gallery']['measured_on']}, no metadata", "measured"),
+        ("database", database, f"{many} x {database:g}: {rates.gallery.measured_on}, no metadata", "measured"),
     ]
     lines = [Line(part, name, ask.pictures * size / 1e9, "GB", formula, origin) for name, size, formula, origin in each]
     total = sum(line.value or 0 for line in lines)
@@ -190,25 +241,25 @@ def _storage(ask: Ask, model: Mapping[str, float], rates: Mapping[str, Any]) -> 
     return lines
 
 
-def _searching(ask: Ask, model: Mapping[str, float], rates: Mapping[str, Any]) -> list[Line]:
-    dim, encode, rank, part = int(model["dim"]), rates["encode"], rates["rank"], "searching"
+def _searching(ask: Ask, model: Model, rates: Rates) -> list[Line]:
+    dim, encode, rank, part = int(model.dim), rates.encode, rates.rank, "searching"
     many, lines = f"{ask.pictures:.3g}", list[Line]()
-    if ask.model == encode["model"]:
-        texts, how = encode["queries_a_core_second"][ask.precision], encode["measured_on"]
+    if ask.model == encode.model:
+        texts, how = encode.queries_a_core_second[ask.precision], encode.measured_on
         origin: Origin = "measured"
     else:
-        texts = encode["gflops_a_core"][ask.precision] / model["text_gflop"]
+        texts = encode.gflops_a_core[ask.precision] / model.text_gflop
         how, origin = (
-            f"{encode['gflops_a_core'][ask.precision]:g} GFLOP/s a core / {model['text_gflop']:g} GFLOP",
+            f"{encode.gflops_a_core[ask.precision]:g} GFLOP/s a core / {model.text_gflop:g} GFLOP",
             "computed",
         )
     lines.append(Line(part, "texts a core", texts, "texts/s", how, origin))
     formula = f"{ask.qps:g} / {texts:.4g}"
     lines.append(Line(part, "cores for texts", ask.qps / texts, "cores", formula, "computed"))
-    measured = rank["core_ms_a_query"][_BATCH]
-    query = measured * ask.pictures / rank["rows"] * dim / rank["dim"]
-    ratio = f"{many} / {rank['rows']:.0e} x {dim} / {rank['dim']}"
-    formula = f"{measured:g} ms ({rank['measured_on']}, {_BATCH} at once) x {ratio}"
+    measured = rank.core_ms_a_query[_BATCH]
+    query = measured * ask.pictures / rank.rows * dim / rank.dim
+    ratio = f"{many} / {rank.rows:.0e} x {dim} / {rank.dim}"
+    formula = f"{measured:g} ms ({rank.measured_on}, {_BATCH} at once) x {ratio}"
     lines.append(Line(part, "exact ranking", query, "core ms/query", formula, "computed"))
     formula = f"{ask.qps:g} x {query:.4g} ms"
     lines.append(Line(part, "cores for exact ranking", ask.qps * query / 1000, "cores", formula, "computed"))

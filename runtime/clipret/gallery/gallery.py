@@ -14,11 +14,12 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -28,6 +29,7 @@ from clipret.files import write_file
 from clipret.gallery.database import Database, Picture, ShardEntry, inherit_metadata, name_shard, write_metadata
 from clipret.gallery.shards import ids_and_live, open_codes, open_rows, sweep, write_shard
 from clipret.ranking.quantization import Codes, mean, quantise
+from clipret.schema import Count, Hash, checked
 from clipret.sources.item import Value
 
 __all__ = ["FORMAT", "Gallery", "GalleryInfo", "Picture", "Stored", "id_of", "stored_path"]
@@ -39,14 +41,13 @@ T = TypeVar("T")
 Ids = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class GalleryInfo:
+class GalleryInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """gallery.json. `bundle` is where the bundle was at indexing time: the fingerprint decides, not the place.
     `mirrored`: each embedding is the mean of an image and its horizontal flip."""
 
     format: int
-    fingerprint: str
-    embedding_dim: int
+    fingerprint: Hash
+    embedding_dim: Count
     root: str
     bundle: str
     bundle_relative: str
@@ -108,10 +109,7 @@ class Gallery:
                 raise ClipretError(
                     f"{folder} has gallery format {value['format']}, this clipret reads {FORMAT}: index again"
                 )
-            info = GalleryInfo(**value)
-            for field in fields(info):
-                if type(getattr(info, field.name)) is not field.type:
-                    raise ValueError(f"{field.name} is {getattr(info, field.name)!r}")
+            info = checked(value, GalleryInfo)
         except (FileNotFoundError, NotADirectoryError):
             raise ClipretError(
                 f"{folder} is no gallery (no gallery.json): make one with clipret-search index"
@@ -124,7 +122,7 @@ class Gallery:
 
     def rooted(self, root: Path) -> Self:
         """The same gallery with another folder that its paths are relative to: for one that holds no picture."""
-        info = replace(self.info, root=os.path.abspath(root))  # noqa: PTH100
+        info = msgspec.structs.replace(self.info, root=os.path.abspath(root))  # noqa: PTH100
         if info != self.info:
             write_file(self.path / "gallery.json", _json(info))
         return type(self)(self.path, info)
@@ -363,7 +361,7 @@ class Gallery:
 
 
 def _json(info: GalleryInfo) -> str:
-    return json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(msgspec.structs.asdict(info), indent=2, ensure_ascii=False) + "\n"
 
 
 def id_of(name: str, root: Path, ids_of: Callable[[Collection[str]], dict[str, int]], owner: str) -> int:

@@ -17,21 +17,37 @@ text that none fits stays as it is:
 embeddings of several templates are averaged as unit rows (see clipret.search.searcher.Searcher).
 """
 
-import difflib
 import itertools
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self
+
+import msgspec
 
 from clipret.errors import ClipretError
+from clipret.schema import Filled, checked
 
 __all__ = ["PromptRule", "Prompts"]
 
-_KEYS = ("name", "words", "match", "strip", "templates")
+Texts = Annotated[list[Filled], msgspec.Meta(min_length=1)]
+
+
+class _Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule as it is written."""
+
+    name: Filled
+    words: Texts | None = None
+    match: str | None = None
+    strip: Texts | None = None
+    templates: Texts = msgspec.field(default_factory=lambda: ["{}"])
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rule: Annotated[list[_Rule], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -74,10 +90,10 @@ class Prompts:
             raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # of decoding, JSON and TOML alike
             raise ClipretError(f"{path} is no prompt file: {error}") from None
-        rules = value.get("rule") if isinstance(value, dict) else None
-        if not isinstance(rules, list) or not rules or set(value) != {"rule"}:
-            raise ClipretError(f"{path} is no prompt file: it needs one or more [[rule]] and nothing beside them")
-        made = tuple(_rule(path, number, rule) for number, rule in enumerate(rules, 1))
+        try:
+            made = tuple(_compiled(path, rule) for rule in checked(value, _File).rule)
+        except ValueError as error:
+            raise ClipretError(f"{path} is no prompt file: {error}; it needs one or more [[rule]]") from None
         for before, after in itertools.pairwise(made):
             if before.fits is None:
                 raise ClipretError(
@@ -99,41 +115,23 @@ class Prompts:
         return [text] if rule is None else rule.forms(text)
 
 
-def _rule(path: Path, number: int, value: Any) -> PromptRule:
-    if not isinstance(value, dict):
-        raise ClipretError(f"{path}: rule {number} is no table: write [[rule]] before it")
-    name = value.get("name")
-    if not isinstance(name, str) or not name.strip():
-        raise ClipretError(f"{path}: rule {number} has no name: give it one")
-    where = f"{path}: rule {name!r}"
-    for key in value:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"a rule has {', '.join(_KEYS)}"
-            raise ClipretError(f"{where} has a key {key!r}: {hint}")
-    if "words" in value and "match" in value:
-        raise ClipretError(f"{where} has words and match: keep one of them")
+def _compiled(path: Path, rule: _Rule) -> PromptRule:
+    where = f"{path}: rule {rule.name!r}"
     fits = None
-    if "words" in value:
-        fits = _any_word(_texts(where, value, "words"))
-    elif "match" in value:
+    if rule.words is not None and rule.match is not None:
+        raise ClipretError(f"{where} has words and match: keep one of them")
+    if rule.words is not None:
+        fits = _any_word(rule.words)
+    elif rule.match is not None:
         try:
-            fits = re.compile(value["match"], re.IGNORECASE)
-        except (re.error, TypeError) as error:
+            fits = re.compile(rule.match, re.IGNORECASE)
+        except re.error as error:
             raise ClipretError(f"{where}: match is no regular expression ({error}): mend it") from None
-    templates = _texts(where, value, "templates") if "templates" in value else ["{}"]
-    for template in templates:
+    for template in rule.templates:
         if "{}" not in template:
             raise ClipretError(f"{where}: template {template!r} has no {{}}: put one where the text belongs")
-    strip = _any_word(_texts(where, value, "strip")) if "strip" in value else None
-    return PromptRule(name, fits, strip, tuple(templates))
-
-
-def _texts(where: str, value: Mapping[str, Any], key: str) -> list[str]:
-    texts = value[key]
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ClipretError(f"{where}: {key} is {texts!r}: make it a list of texts, none of them blank")
-    return texts
+    strip = None if rule.strip is None else _any_word(rule.strip)
+    return PromptRule(rule.name, fits, strip, tuple(rule.templates))
 
 
 def _any_word(words: Sequence[str]) -> re.Pattern[str]:

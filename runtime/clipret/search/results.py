@@ -11,11 +11,44 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from clipret.errors import ClipretError
+from clipret.schema import checked
 
 __all__ = ["Found", "as_results", "read_results"]
+
+
+class _Hit(msgspec.Struct, frozen=True):
+    """Further keys are passed over, here and in `_Entry`."""
+
+    rank: int
+    score: float
+    path: str
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    query: str
+    hits: list[_Hit]
+
+    def found(self) -> "Found":
+        hits = sorted(self.hits, key=lambda hit: hit.rank)
+        return Found(tuple(hit.path for hit in hits), tuple(hit.score for hit in hits))
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """Of the traffic challenge."""
+
+    query: str = msgspec.field(name="text")
+    image_names: list[str]
+
+    def found(self) -> "Found":
+        return Found(tuple(self.image_names), None)
+
+
+class _Answers(msgspec.Struct, frozen=True):
+    results: list[_Answer]
 
 
 @dataclass(frozen=True)
@@ -53,13 +86,14 @@ def read_results(path: Path) -> dict[str, Found]:
     except (ValueError, RecursionError) as error:
         raise ClipretError(f"{path} is not JSON ({error}): name a result file or a gallery") from None
     results: dict[str, Found] = {}
+    entries: Sequence[_Entry | _Answer]
     try:
-        pairs = [_pair(entry) for entry in (value["results"] if isinstance(value, dict) else value)]
-    except (KeyError, TypeError, ValueError, AttributeError):
+        entries = checked(value, _Answers).results if isinstance(value, dict) else checked(value, list[_Entry])
+    except ValueError as error:
         raise ClipretError(
-            f"{path} is no result file: make one with  clipret-search query --json  or  clipret-search merge"
+            f"{path} is no result file ({error}): make one with  clipret-search query --json  or  clipret-search merge"
         ) from None
-    for query, found in pairs:
+    for query, found in ((entry.query.strip(), entry.found()) for entry in entries):
         where = f"{path}: the query {query!r}"
         if len(set(found.paths)) < len(found.paths):
             double = next(name for name in found.paths if found.paths.count(name) > 1)
@@ -71,18 +105,6 @@ def read_results(path: Path) -> dict[str, Found]:
     if not results:
         raise ClipretError(f"{path} holds no queries: make it again")
     return results
-
-
-def _pair(entry: Any) -> tuple[str, Found]:
-    if "image_names" in entry:
-        query, found = entry["text"], Found(tuple(entry["image_names"]), None)
-    else:
-        hits = sorted(entry["hits"], key=lambda hit: int(hit["rank"]))
-        query = entry["query"]
-        found = Found(tuple(hit["path"] for hit in hits), tuple(float(hit["score"]) for hit in hits))
-    if not all(isinstance(text, str) for text in (query, *found.paths)):
-        raise TypeError("a query and its pictures are texts")
-    return query.strip(), found
 
 
 def _falls(scores: Sequence[float]) -> bool:

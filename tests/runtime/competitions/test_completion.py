@@ -180,7 +180,7 @@ def test_only_csv_is_written(cars: Path) -> None:
         ('{"slots": {"color": ["red", "red"]}}', "has the word 'red' of 'color' twice"),
         ('{"slots": {"color": ["red"]}, "other": {"color": ["red"]}}', "has the word 'red' of 'color' twice"),
         ('{"slots": {"color": ["red"]}, "other": {"type": ["cart"]}}', "has other words of 'type'"),
-        ('{"slots": {"color": [" red"]}}', "without blanks"),
+        ('{"slots": {"color": [" red"]}}', r"is no vocabulary \(slots\.color\[0\] is ' red': expected str matching"),
     ],
 )
 def test_vocabularies_that_are_none(value: str, message: str, tmp_path: Path) -> None:

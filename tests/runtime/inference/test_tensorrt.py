@@ -1,7 +1,6 @@
 """Which plan fits, what is said when none does, and a tower on a pretended TensorRT and driver."""
 
 import ctypes
-import dataclasses
 import gc
 import sys
 import warnings
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -59,7 +59,7 @@ def test_the_explanation_names_what_there_is_what_is_here_and_the_command() -> N
 def bundle(tiny_bundle: Path) -> Bundle:
     """The tiny bundle, its manifest naming one plan."""
     opened = Bundle.open(tiny_bundle)
-    return Bundle(opened.path, dataclasses.replace(opened.manifest, engines={"trt-10.13.0.35-sm_90": FULL}))
+    return Bundle(opened.path, msgspec.structs.replace(opened.manifest, engines={"trt-10.13.0.35-sm_90": FULL}))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import html
 import string
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import ftfy
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import models, pre_tokenizers, processors
 

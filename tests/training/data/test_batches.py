@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_crops_keep_channels_and_differ_between_pictures() -> None:
 def test_titles_of_a_fixed_length_go_in_parts_where_a_batch_does() -> None:
     pairs = PairSet((Path("a"),), ("red", "blue", "a red car"), ((0, 1, 2),))
     loaded = load_model("clipret-small", captions=pairs.titles * 20)
-    fixed = dataclasses.replace(loaded, text=dataclasses.replace(loaded.text, pad_to="context"))
+    fixed = dataclasses.replace(loaded, text=msgspec.structs.replace(loaded.text, pad_to="context"))
     texts = Texts(fixed, Listing(pairs, ((),)))
     batch = texts.batch(torch.tensor([2, 0, 1]), 2)
     assert [len(part) for part in batch.groups] == [2, 1]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors
 import torch
 from safetensors.torch import load_file
@@ -111,10 +112,10 @@ def describe(loaded: LoadedModel) -> dict[str, str]:
         "name": loaded.name,
         "source": loaded.source,
         "source_sha256": loaded.source_sha256,
-        "image": dataclasses.asdict(loaded.image),
+        "image": msgspec.structs.asdict(loaded.image),
         "mean": loaded.mean,
         "std": loaded.std,
-        "text": dataclasses.asdict(loaded.text),
+        "text": msgspec.structs.asdict(loaded.text),
     }
     files = {"tokenizer.json": loaded.tokenizer_json}
     if loaded.name == SMALL:

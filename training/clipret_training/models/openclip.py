@@ -8,13 +8,13 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from huggingface_hub import hf_hub_download
+from msgspec.structs import replace
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
