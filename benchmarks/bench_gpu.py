@@ -39,9 +39,10 @@ from skeleton import fill
 from suite import commit
 
 from clipret import Bundle
+from clipret.backends import BackendChoice
 from clipret.errors import ClipretError
 from clipret.hardware.cuda import device_name
-from clipret.inference.config import EncoderConfig, EngineChoice
+from clipret.inference.config import EncoderConfig
 from clipret.inference.tower import OnnxTower, open_tower
 from clipret.ort.graph import Node, Value, model
 
@@ -141,7 +142,7 @@ def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
             made["onnxruntime, fused"] = lambda: OnnxTower(fused, card.device, 4, more=more)
             if not card.small:
                 made["onnxruntime, fused, CUDA graphs"] = lambda: OnnxTower(fused, card.device, 4, True, more)
-    libraries: tuple[EngineChoice, ...] = ("tensorrt", "tensorrt_rtx")
+    libraries: tuple[BackendChoice, ...] = ("tensorrt", "tensorrt_rtx")
     for library in libraries:
         if bundle.manifest.engines and importlib.util.find_spec(library):
             made[library] = lambda library=library: open_tower(  # type: ignore[misc]

@@ -25,13 +25,14 @@ import torch
 from machine import keep, multiplications
 
 from clipret import Bundle
-from clipret.inference.config import EncoderConfig, EngineChoice
+from clipret.backends import BackendChoice
+from clipret.inference.config import EncoderConfig
 from clipret.inference.tower import open_tower
 from clipret.ort.graph import Node, Value, model
 from clipret.ranking.rows import session
 from clipret_export.parity import LIMITS, check_bundle
 
-ENGINES: dict[str, tuple[EngineChoice, ...]] = {
+ENGINES: dict[str, tuple[BackendChoice, ...]] = {
     "fp32": ("onnxruntime", "openvino"),
     "fp16": ("onnxruntime", "openvino"),
     "bf16": ("openvino",),
@@ -100,7 +101,7 @@ def peers(eager: Any, work: Path, size: int) -> tuple[dict[str, Callable[[torch.
     return runs, missing
 
 
-def parity(bundle: Bundle, engine: EngineChoice) -> dict[str, float]:
+def parity(bundle: Bundle, engine: BackendChoice) -> dict[str, float]:
     """Smallest cosines to torch's float32 rows, which the bundle carries."""
     report = check_bundle(bundle, LIMITS[bundle.manifest.precision], engine=engine)
     return {"cosine_image": round(report.image.min_cosine, 7), "cosine_text": round(report.text.min_cosine, 7)}

@@ -5,16 +5,16 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from clipret.backends import BackendChoice
 from clipret.bundle import Bundle
 from clipret.console import DefaultGroup, show_table
 from clipret.errors import ClipretError, require
 
 FILE = click.Path(path_type=Path)
-ENGINES = ("auto", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 EXPORT_EPILOG = """
 \b
@@ -188,7 +188,7 @@ def export(
 @_data
 @_limits
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--backend", "engine", type=click.Choice(ENGINES), default="auto", show_default=True)
+@click.option("--backend", "engine", type=click.Choice(get_args(BackendChoice)), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def check(bundle: Path, image_root: Path | None, device: str, engine: Any, as_json: bool, **given: Any) -> None:
     """Check BUNDLE on this machine and engine against torch's rows, which the bundle carries; torch is not needed.

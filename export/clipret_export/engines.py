@@ -7,11 +7,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from clipret.backends import BACKENDS, EngineLibrary
 from clipret.bundle import Bundle, Engine, Manifest, file_entry
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.hardware.cuda import gpu_arch
-from clipret.inference.tensorrt import NAMES, Library, choose_engine, explain, installed
+from clipret.inference.tensorrt import choose_engine, explain, installed
 from clipret_export.parity import LIMITS, Limits, Reference, load_reference, run_gate
 from clipret_export.tensorrt import build_engines, check_request
 
@@ -22,7 +23,7 @@ __all__ = ["PlanRequest", "add_plans", "gate_plans"]
 class PlanRequest:
     """Which plans to build; see `build_engines`."""
 
-    library: Library
+    library: EngineLibrary
     archs: Sequence[str] | None = None
     batch: Sequence[int] = (1, 64)
     timing_cache: Path | None = None
@@ -32,7 +33,8 @@ class PlanRequest:
         check_request(self.library, self.archs, self.batch, self.timing_cache)
         if precision == "int8":
             raise ClipretError(
-                f"{NAMES[self.library]} takes no asymmetric int8, which this bundle has for CPUs: export with --fp16"
+                f"{BACKENDS[self.library].label} takes no asymmetric int8, which this bundle has for CPUs: "
+                "export with --fp16"
             )
 
     def build(self, folder: Path, manifest: Manifest) -> dict[str, Engine]:
@@ -64,7 +66,7 @@ def gate_plans(bundle: Bundle, expected: Reference, limits: Limits) -> dict[str,
         report = run_gate(bundle, expected, limits, device="cuda", engine=library, largest=largest)
         if report.problems:
             raise ClipretError(
-                f"the {NAMES[library]} plans differ from torch ({report.problem_text()}): nothing was written"
+                f"the {BACKENDS[library].label} plans differ from torch ({report.problem_text()}): nothing was written"
             )
         told[library] = report.to_dict()
     return told

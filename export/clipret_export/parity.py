@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipret.backends import BackendChoice
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, one_line
 from clipret.evaluation.metrics import evaluate
-from clipret.inference.config import EncoderConfig, EngineChoice
+from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.pairs import PairSet
 from clipret.ranking.ranker import Ranker
@@ -154,7 +155,7 @@ def run_gate(
     limits: Limits,
     *,
     device: str = "cpu",
-    engine: EngineChoice = "auto",
+    engine: BackendChoice = "auto",
     largest: int = 12,
 ) -> Report:
     """Run both towers as a search would, at batch 1, 5 and `largest` (at least 12), and compare with torch's rows.
@@ -211,7 +212,7 @@ def run_gate(
 
 
 def check_bundle(
-    bundle: Bundle, limits: Limits, *, data: Sample | None = None, device: str = "cpu", engine: EngineChoice = "auto"
+    bundle: Bundle, limits: Limits, *, data: Sample | None = None, device: str = "cpu", engine: BackendChoice = "auto"
 ) -> Report:
     """Repeat the gate on this machine, with the rows and the recall of torch that the bundle carries.
 

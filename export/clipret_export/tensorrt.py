@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clipret.backends import BACKENDS, EngineLibrary
 from clipret.bundle import Engine, Manifest
 from clipret.console import stages
 from clipret.errors import ClipretError
 from clipret.files import new_folder, write_file
 from clipret.hardware.cuda import gpu_arch
-from clipret.inference.tensorrt import NAMES, Library, error_log, load_library
+from clipret.inference.tensorrt import error_log, load_library
 
 __all__ = ["ANY_AMPERE", "build_engines", "check_request"]
 
@@ -32,7 +33,7 @@ Profile = tuple[Shape, Shape, Shape]  # smallest, tuned for, largest
 def build_engines(
     folder: Path,
     manifest: Manifest,
-    library: Library,
+    library: EngineLibrary,
     *,
     archs: Sequence[str] | None = None,
     batch: Sequence[int] = (1, 64),
@@ -66,7 +67,7 @@ def build_engines(
 
 
 def check_request(
-    library: Library, archs: Sequence[str] | None, batch: Sequence[int], timing_cache: Path | None
+    library: EngineLibrary, archs: Sequence[str] | None, batch: Sequence[int], timing_cache: Path | None
 ) -> list[str]:
     """The architectures that `build_engines` would build for. Raises ClipretError for what it would refuse at once."""
     trt = load_library(library)
@@ -77,7 +78,7 @@ def check_request(
     return _architectures(trt, library, archs)
 
 
-def tower_profiles(kind: str, manifest: Manifest, sizes: Sequence[int], library: Library) -> list[Profile]:
+def tower_profiles(kind: str, manifest: Manifest, sizes: Sequence[int], library: EngineLibrary) -> list[Profile]:
     """The optimisation profiles of a tower, by ascending batch.
 
     TensorRT picks its kernels by timing them at one shape a profile, so each batch size gets its own. TensorRT for RTX
@@ -102,7 +103,7 @@ def tower_profiles(kind: str, manifest: Manifest, sizes: Sequence[int], library:
     ]
 
 
-def _architectures(trt: Any, library: Library, archs: Sequence[str] | None) -> list[str]:
+def _architectures(trt: Any, library: EngineLibrary, archs: Sequence[str] | None) -> list[str]:
     """`archs` checked, or the default, each once."""
     if library == "tensorrt":
         here = gpu_arch()
@@ -124,7 +125,7 @@ def _architectures(trt: Any, library: Library, archs: Sequence[str] | None) -> l
 
 def _build(
     trt: Any,
-    library: Library,
+    library: EngineLibrary,
     source: Path,
     arch: str,
     profiles: list[Profile],
@@ -135,7 +136,7 @@ def _build(
     log = error_log(trt)
     builder = trt.Builder(log)
     if builder is None:
-        raise ClipretError(f"{NAMES[library]} does not start: {log.reason}")
+        raise ClipretError(f"{BACKENDS[library].label} does not start: {log.reason}")
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source)):
@@ -158,7 +159,7 @@ def _build(
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ClipretError(
-            f"{NAMES[library]} {trt.__version__} cannot build {source.name} for {arch}: {log.reason}; "
+            f"{BACKENDS[library].label} {trt.__version__} cannot build {source.name} for {arch}: {log.reason}; "
             "try another architecture or precision"
         )
     if timing_cache is not None:
@@ -166,8 +167,8 @@ def _build(
     return plan
 
 
-def _refusal(trt: Any, library: Library, source: Path, parser: Any) -> str:
-    who = f"{NAMES[library]} {trt.__version__}"
+def _refusal(trt: Any, library: EngineLibrary, source: Path, parser: Any) -> str:
+    who = f"{BACKENDS[library].label} {trt.__version__}"
     if not parser.num_errors:
         return f"{who} cannot read {source}: is it whole? Export the model again"
     error = parser.get_error(0)

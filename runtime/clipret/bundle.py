@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Self
 
 import msgspec
 
+from clipret.backends import EngineLibrary
 from clipret.errors import ClipretError
 from clipret.schema import Amount, Count, Hash, checked
 
@@ -77,7 +78,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a folder `engines/KEY` was built by and for: a plan runs with this library and version and on this
     architecture only. `batch`: the batch sizes it was tuned for, ascending; it takes any up to the last."""
 
-    library: Literal["tensorrt", "tensorrt_rtx"]
+    library: EngineLibrary
     version: str
     arch: Annotated[str, msgspec.Meta(pattern=r"^sm_\d+\+?$")]  # of the GPU, as sm_89; with + for later ones too
     batch: Annotated[list[Count], msgspec.Meta(min_length=1)]

@@ -13,7 +13,10 @@ from typing import Literal
 
 from clipret.errors import ClipretError
 
-__all__ = ["Table", "as_number", "check_quotes", "pick_column", "quoted", "read_table", "reading_only"]
+__all__ = ["OWN_COLUMNS", "Table", "as_number", "check_quotes", "pick_column", "quoted", "read_table", "reading_only"]
+
+OWN_COLUMNS = {"id": int, "path": str, "size": int, "mtime_ns": int, "hash": str}
+"""What a gallery knows of each image by itself, with types; columns of metadata have other names."""
 
 _NAMES = {
     "image": ("path", "filepath", "file_path", "image", "image_path", "filename", "file_name", "file", "img"),

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import torch
 
 from clipret.errors import ClipretError
-from clipret.sources.remote import is_remote
+from clipret.locations import is_remote
 from clipret_training.choices import Augment
 from clipret_training.loss import LossConfig, LossKind
 from clipret_training.models.load import SMALL, anchored, architecture

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from clipret.errors import ClipretError
+from clipret.locations import is_remote
 from clipret.pairs import PairSet, read_pairs
 from clipret.sources.archives import SUFFIXES
 from clipret.sources.item import Item, without_bytes
-from clipret.sources.remote import is_remote
 from clipret.sources.source import open_source
 from clipret.tables import Table, pick_column, read_table
 from clipret_training.config import FitConfig

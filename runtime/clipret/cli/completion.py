@@ -50,11 +50,11 @@ class MarkedFolder(click.Path):
 def gallery_columns(context: click.Context, _parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """The columns of the gallery that was named before, for the last word of an expression."""
     from clipret.gallery.gallery import Gallery
-    from clipret.sources.item import RESERVED
+    from clipret.tables import OWN_COLUMNS
 
     try:
         with Gallery.open(_given(context)["gallery"]) as gallery:
-            return _offered([*gallery.columns(), *RESERVED], incomplete)
+            return _offered([*gallery.columns(), *OWN_COLUMNS], incomplete)
     except (KeyError, ClipretError):
         return []
 

@@ -29,6 +29,7 @@ from clipret.indexing.index import IndexReport, index_pictures
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.sources.source import Item, Source, open_source
+from clipret.tables import OWN_COLUMNS
 
 __all__ = ["compact", "index", "info", "remove"]
 
@@ -277,7 +278,7 @@ def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
             "root": opened.info.root,
             "bundle": opened.info.bundle,
             "fingerprint": opened.info.fingerprint,
-            "columns": ["id", "path", "size", "mtime_ns", "hash", *opened.columns()],
+            "columns": [*OWN_COLUMNS, *opened.columns()],
         }
     if as_json:
         print_json(facts | ({"duplicate_groups": groups} if duplicates else {}))

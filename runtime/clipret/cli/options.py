@@ -10,11 +10,11 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from clipret.backends import BackendChoice
 from clipret.cli.completion import MarkedFolder, gallery_columns, list_columns
 from clipret.cli.settings import Settings, merged
-from clipret.inference.config import EncoderConfig, EngineChoice
-from clipret.milvus.collection import is_milvus
-from clipret.sources.remote import is_remote
+from clipret.inference.config import EncoderConfig
+from clipret.locations import is_milvus, is_remote
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,7 +71,7 @@ _ENCODER = (
     ),
     click.option(
         "--backend",
-        type=click.Choice(get_args(EngineChoice)),
+        type=click.Choice(get_args(BackendChoice)),
         default="auto",
         show_default=True,
         help="What runs the towers; auto: a TensorRT engine that fits the GPU, else onnxruntime; on CPUs OpenVINO for "

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,17 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+from clipret.backends import BACKENDS, Backend, EngineLibrary
 from clipret.errors import ClipretError, require
 from clipret.hardware.cpu import cpu_count, int8_saturates
 from clipret.hardware.cuda import device_name, gpu_count
-from clipret.inference.tensorrt import NAMES, Library, TensorRTTower, error_log, load_library
+from clipret.inference.tensorrt import TensorRTTower, error_log, load_library
 from clipret.inference.tower import OnnxTower, OpenVinoTower, Tower
 from clipret.ort.graph import Node, Value, model
-from clipret.ort.session import has_device
+from clipret.ort.session import CUDA, has_device
 from clipret.ranking.quantization import mean, quantise
 from clipret.ranking.ranker import Ranker, snap
 
@@ -34,7 +37,6 @@ __all__ = ["Extra", "Finding", "check_engines", "check_exactness", "extras", "ma
 
 State = Literal["works", "idle", "absent", "fails"]
 
-_ENGINES = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _PATIENCE = 180.0  # seconds for an engine to answer; a builder of plans takes five on one core
 _INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -64,16 +66,17 @@ class Extra:
 
 def extras() -> list[Extra]:
     """Every extra as the installed package declares it, and its own requirements under the name ""."""
-    wanted = defaultdict[str, dict[str, str]](dict)
+    wanted = defaultdict[str, dict[str, SpecifierSet]](dict)
     for line in importlib.metadata.requires("clipret") or ():
-        found = re.match(r"([\w.-]+)(?:\[[\w, -]*\])?\s*([^;]*)", line)
-        extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
-        if found is not None:
-            wanted[extra[1] if extra else ""][found[1]] = found[2].strip()
+        one = Requirement(line)
+        named = re.search(r'extra == "([\w-]+)"', str(one.marker))
+        extra = named[1] if named else ""
+        if one.marker is None or one.marker.evaluate({"extra": extra}):  # not what is for other systems
+            wanted[extra][one.name] = one.specifier
     made = []
     for name, packages in wanted.items():
         versions = {package: _version(package) for package in packages}
-        old = [one for one, held in versions.items() if held is not None and _older(held, packages[one])]
+        old = [one for one, held in versions.items() if held and not packages[one].contains(held, prereleases=True)]
         made.append(Extra(name, versions, old))
     return made
 
@@ -86,15 +89,6 @@ def _version(package: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _older(version: str, required: str) -> bool:
-    least = re.search(r">=\s*([\d.]+)", required)
-    return least is not None and _numbers(version) < _numbers(least[1])
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def machine(folder: Path) -> dict[str, Any]:
@@ -130,14 +124,14 @@ def _read(path: str) -> str:
         return ""
 
 
-def check_engines(names: tuple[str, ...] = tuple(_ENGINES)) -> Iterator[Finding]:
+def check_engines(names: Iterable[Backend] = BACKENDS) -> Iterator[Finding]:
     """Each engine that is installed runs a tower of three products, in the code that searches.
 
     In a process of its own, because a library that does not fit its driver can take the process with it, or hang.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            yield Finding(name, "absent", f"pip install 'clipret[{_ENGINES[name]}]'")
+            yield Finding(name, "absent", f"pip install 'clipret[{BACKENDS[name].extra}]'")
             continue
         command = [
             sys.executable,
@@ -204,7 +198,7 @@ def _probe_onnxruntime(path: Path) -> tuple[State, str]:
 
     _checked(OnnxTower(path, "cpu", 1), 1e-5)
     ran = ["CPU"]
-    if "CUDAExecutionProvider" in ort.get_available_providers():
+    if CUDA in ort.get_available_providers():
         for gpu in range(gpu_count()):
             _checked(OnnxTower(path, f"cuda:{gpu}", 1), 1e-3)
             ran.append(f"cuda:{gpu}")
@@ -222,7 +216,7 @@ def _probe_openvino(path: Path) -> tuple[State, str]:
     return "works", f"{openvino.__version__.partition('-')[0]} on CPU, {'bf16' if native else 'no bf16 here: float32'}"
 
 
-def _probe_tensorrt(path: Path, library: Library) -> tuple[State, str]:
+def _probe_tensorrt(path: Path, library: EngineLibrary) -> tuple[State, str]:
     trt, gpus = load_library(library), gpu_count()
     if library == "tensorrt" and not gpus:
         return "idle", f"{trt.__version__}, which needs a GPU, and there is none"
@@ -230,14 +224,14 @@ def _probe_tensorrt(path: Path, library: Library) -> tuple[State, str]:
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if not trt.OnnxParser(network, log).parse_from_file(str(path)):
-        raise ClipretError(f"{NAMES[library]} cannot read a tower: {log.reason}")
+        raise ClipretError(f"{BACKENDS[library].label} cannot read a tower: {log.reason}")
     profile = builder.create_optimization_profile()
     profile.set_shape("pixels", (1, 4, 4, 3), (4, 4, 4, 3), (8, 4, 4, 3))
     config = builder.create_builder_config()
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ClipretError(f"{NAMES[library]} builds no plan: {log.reason}")
+        raise ClipretError(f"{BACKENDS[library].label} builds no plan: {log.reason}")
     if not gpus:
         return "idle", f"{trt.__version__} builds plans, and there is no GPU to run them"
     file = path.with_suffix(".plan")

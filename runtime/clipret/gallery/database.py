@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipret.errors import ClipretError
-from clipret.sources.item import RESERVED, Value
-from clipret.tables import check_quotes, quoted, reading_only
+from clipret.sources.item import Value
+from clipret.tables import OWN_COLUMNS, check_quotes, quoted, reading_only
 
 __all__ = ["Database", "Picture", "ShardEntry", "inherit_metadata", "name_shard", "write_metadata"]
 
@@ -154,14 +154,14 @@ class Database:
             f"SELECT r.id AS id, r.path AS path, r.size AS size, r.mtime_ns AS mtime_ns, r.hash AS hash{shown} "
             "FROM rows r LEFT JOIN metadata m ON m.id = r.id WHERE r.deleted = 0"
         )
-        check_quotes(where, (*RESERVED, *columns))
+        check_quotes(where, (*OWN_COLUMNS, *columns))
         try:
             with self._lock, reading_only(self._connection, selects=2):
                 found = self._connection.execute(f"SELECT id FROM ({source}) WHERE ({where}\n) ORDER BY id").fetchall()
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ClipretError(
                 f"--where {where!r} cannot be used on {self._file.parent}: {error}; its columns are "
-                f"{', '.join((*RESERVED, *columns))}"
+                f"{', '.join((*OWN_COLUMNS, *columns))}"
             ) from None
         return np.array(found, dtype=np.int64).reshape(-1)
 

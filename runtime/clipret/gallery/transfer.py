@@ -25,6 +25,7 @@ from clipret.gallery.embeddings import BLOCK, FINGERPRINT, Embeddings, Record, V
 from clipret.gallery.gallery import Gallery, Picture
 from clipret.images.walk import PictureError, read_picture
 from clipret.ranking.rows import StoredRows
+from clipret.tables import OWN_COLUMNS
 
 __all__ = ["ImportReport", "Kind", "export_gallery", "import_embeddings"]
 
@@ -33,7 +34,6 @@ Ids = npt.NDArray[np.int64]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 _KINDS: dict[str, Kind] = {".parquet": "parquet", ".npy": "npy", ".faiss": "faiss", ".index": "faiss"}
-_OWN = ("id", "path", "size", "mtime_ns", "hash")  # of every exported picture; its metadata follows
 
 
 def export_gallery(
@@ -88,12 +88,12 @@ class _Source:
         return self._rows.take(self._positions[start : start + BLOCK])
 
     def records(self, start: int) -> list[dict[str, Value]]:
-        """What the gallery knows of each picture: _OWN, then the metadata."""
+        """What the gallery knows of each picture: OWN_COLUMNS, then the metadata."""
         ids = self.ids[start : start + BLOCK]
         records = []
         for number, picture, more in zip(ids, self.gallery.pictures_of(ids), self.gallery.metadata(ids), strict=True):
             own: tuple[Value, ...] = (int(number), picture.path, picture.size, picture.mtime_ns, picture.hash)
-            records.append(dict(zip(_OWN, own, strict=True)) | more)
+            records.append(dict(zip(OWN_COLUMNS, own, strict=True)) | more)
         return records
 
 
@@ -105,7 +105,7 @@ def _write_parquet(source: _Source, target: Path, progress: Progress) -> None:
     metadata = _metadata_types(source, pa)
     if "embedding" in metadata:
         raise ClipretError(f"{source.gallery.path} has a metadata column called embedding: export to .npy instead")
-    types = {"id": pa.int64(), "path": pa.string(), "size": pa.int64(), "mtime_ns": pa.int64(), "hash": pa.string()}
+    types = {name: pa.int64() if kind is int else pa.string() for name, kind in OWN_COLUMNS.items()}
     schema = pa.schema(
         list({**types, **metadata, "embedding": embedding}.items()),
         metadata={FINGERPRINT: source.gallery.info.fingerprint},
@@ -140,7 +140,7 @@ def _metadata_types(source: _Source, pa: Any) -> dict[str, Any]:
     for start in source.starts:
         for record in source.records(start):
             for name, value in record.items():
-                if name not in _OWN:
+                if name not in OWN_COLUMNS:
                     seen.setdefault(name, set()).add(type(value))
     types = {}
     for name, kinds in seen.items():
@@ -312,7 +312,7 @@ def _identity(gallery: Gallery, stored: str, record: Record) -> Picture:
     """A picture as its file is now. What an exported record says saves reading a file that has not changed since, and
     stands for one that is not there."""
     recorded = None
-    if set(_OWN) <= record.keys():
+    if set(OWN_COLUMNS) <= record.keys():
         recorded = Picture(stored, int(record["size"] or 0), int(record["mtime_ns"] or 0), str(record["hash"] or ""))
     file = gallery.file(stored)
     try:
@@ -327,5 +327,5 @@ def _identity(gallery: Gallery, stored: str, record: Record) -> Picture:
 
 def _metadata(record: Record, image_column: str) -> dict[str, Value]:
     """The columns that are the user's own; of a list, an empty field is no value."""
-    own = {image_column, *(_OWN if set(_OWN) <= record.keys() else ())}
+    own = {image_column, *(OWN_COLUMNS if set(OWN_COLUMNS) <= record.keys() else ())}
     return {name: None if value == "" else value for name, value in record.items() if name not in own}

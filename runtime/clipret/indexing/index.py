@@ -17,9 +17,9 @@ from clipret.files import write_file
 from clipret.gallery.gallery import Gallery, Picture, Stored
 from clipret.images.walk import PictureError
 from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
+from clipret.locations import is_remote
 from clipret.ranking.rows import StoredRows
 from clipret.sources.item import Item, Value
-from clipret.sources.remote import is_remote
 from clipret.sources.source import Source
 from clipret.tables import as_number
 

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from clipret.backends import BackendChoice
 from clipret.errors import ClipretError
 from clipret.hardware.cpu import cpu_count
 
-__all__ = ["EncoderConfig", "EngineChoice"]
-
-EngineChoice = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+__all__ = ["EncoderConfig"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class EncoderConfig:
     """
 
     device: str = "auto"
-    backend: EngineChoice = "auto"
+    backend: BackendChoice = "auto"
     threads: int | None = None
     batch_size: int = 32
     fast_decode: bool = False

@@ -12,18 +12,17 @@ import threading
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clipret.backends import BACKENDS, ENGINE_LIBRARIES, EngineLibrary
 from clipret.bundle import Engine
 from clipret.errors import ClipretError, require
 from clipret.hardware.cuda import Copies, enter_context
 
 __all__ = [
-    "NAMES",
-    "Library",
     "TensorRTTower",
     "choose_engine",
     "error_log",
@@ -32,25 +31,23 @@ __all__ = [
     "load_library",
 ]
 
-Library = Literal["tensorrt", "tensorrt_rtx"]
-NAMES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-_EXTRAS: dict[Library, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
-
-def load_library(library: Library) -> Any:
+def load_library(library: EngineLibrary) -> Any:
     """The module. Raises ClipretError with the pip command where it is not installed."""
     try:
-        return require(library, _EXTRAS[library])
+        return require(library, BACKENDS[library].extra)
     except (ImportError, OSError) as error:  # the Python package without the shared libraries that it loads
-        raise ClipretError(f"{NAMES[library]} does not load ({error}): install {library} again") from None
+        raise ClipretError(f"{BACKENDS[library].label} does not load ({error}): install {library} again") from None
 
 
-def installed() -> dict[Library, str]:
+def installed() -> dict[EngineLibrary, str]:
     """The versions of the TensorRT libraries of this machine, the preferred one first."""
-    return {library: load_library(library).__version__ for library in NAMES if importlib.util.find_spec(library)}
+    return {
+        library: load_library(library).__version__ for library in ENGINE_LIBRARIES if importlib.util.find_spec(library)
+    }
 
 
-def choose_engine(engines: Mapping[str, Engine], library: Library, version: str, arch: str) -> str | None:
+def choose_engine(engines: Mapping[str, Engine], library: EngineLibrary, version: str, arch: str) -> str | None:
     """The key of the plan to run with this library on this GPU, or None; one for exactly this GPU goes first."""
     fitting = {
         engine.arch: key
@@ -66,10 +63,14 @@ def _fits(built: str, arch: str) -> bool:
     return built == arch
 
 
-def explain(engines: Mapping[str, Engine], versions: Mapping[Library, str], arch: str) -> str:
+def explain(engines: Mapping[str, Engine], versions: Mapping[EngineLibrary, str], arch: str) -> str:
     """Why no plan of a bundle fits a machine with the libraries `versions` and a GPU `arch`, and what to do."""
-    held = ", ".join(f"{NAMES[engine.library]} {engine.version} on {engine.arch}" for engine in engines.values())
-    here = " and ".join(f"{NAMES[library]} {version}" for library, version in versions.items()) or "no TensorRT"
+    held = ", ".join(
+        f"{BACKENDS[engine.library].label} {engine.version} on {engine.arch}" for engine in engines.values()
+    )
+    here = (
+        " and ".join(f"{BACKENDS[library].label} {version}" for library, version in versions.items()) or "no TensorRT"
+    )
     option = "--tensorrt" if "tensorrt" in versions or not versions else f"--tensorrt-rtx {arch}"
     return (
         f"the bundle's plans are for {held or 'nothing'}, this machine has {arch} with {here}: "
@@ -108,9 +109,9 @@ class TensorRTTower:
 
     lanes = 2
 
-    def __init__(self, path: Path, library: Library, device: int = 0) -> None:
+    def __init__(self, path: Path, library: EngineLibrary, device: int = 0) -> None:
         trt = load_library(library)
-        self.name = f"{NAMES[library]} {trt.__version__}"
+        self.name = f"{BACKENDS[library].label} {trt.__version__}"
         self._device = device
         enter_context(device)
         self._log = error_log(trt)

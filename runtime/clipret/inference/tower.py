@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from clipret.backends import BACKENDS, BackendChoice, EngineLibrary
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, EngineWarning, one_line, require
 from clipret.hardware.cpu import int8_saturates
 from clipret.hardware.cuda import gpu_arch, gpu_count
-from clipret.inference.config import EncoderConfig, EngineChoice
+from clipret.inference.config import EncoderConfig
 from clipret.inference.tensorrt import (
-    NAMES,
-    Library,
     TensorRTTower,
     choose_engine,
     explain,
@@ -44,7 +43,7 @@ class Tower(Protocol):
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
 
 
-def pick_device(bundle: Bundle, backend: EngineChoice = "auto") -> str:
+def pick_device(bundle: Bundle, backend: BackendChoice = "auto") -> str:
     """What device "auto" means here: "cuda" where there is a GPU and an engine that can use it, else "cpu".
 
     A bundle whose plans do not fit the GPU that there is, where nothing else can use it either, is an EngineWarning.
@@ -112,13 +111,13 @@ def _openvino_is_best(precision: str) -> bool:
     return precision == "bf16"
 
 
-def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[Library, str]) -> TensorRTTower:
+def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[EngineLibrary, str]) -> TensorRTTower:
     """The tower as a plan for the first of the libraries that one fits."""
     key, library = _fitting_plan(bundle, gpu, versions)
     return TensorRTTower(bundle.file(f"engines/{key}/{name}.plan"), library, gpu)
 
 
-def _fitting_plan(bundle: Bundle, gpu: int, versions: dict[Library, str]) -> tuple[str, Library]:
+def _fitting_plan(bundle: Bundle, gpu: int, versions: dict[EngineLibrary, str]) -> tuple[str, EngineLibrary]:
     engines, arch = bundle.manifest.engines, gpu_arch(gpu)
     for library, version in versions.items():
         if key := choose_engine(engines, library, version, arch):
@@ -131,8 +130,8 @@ def _required(module: str, extra: str) -> Any:
     try:
         return require(module, extra)
     except ClipretError as error:
-        here = [f"onnxruntime ({', '.join(providers())})"] if importlib.util.find_spec("onnxruntime") else []
-        here += [name for name in ("openvino", *NAMES) if importlib.util.find_spec(name)]
+        there = [name for name in BACKENDS if importlib.util.find_spec(name)]
+        here = [f"{name} ({', '.join(providers())})" if name == "onnxruntime" else name for name in there]
         raise ClipretError(f"{error}; installed: {', '.join(here) or 'no engine'}") from None
 
 

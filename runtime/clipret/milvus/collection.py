@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from clipret.errors import ClipretError, require
 
-__all__ = ["INDEXES", "LITE_INDEXES", "RECORD", "Address", "Collection", "is_milvus"]
+__all__ = ["INDEXES", "LITE_INDEXES", "RECORD", "Address", "Collection"]
 
 RECORD = "clipret_record"  # a field: what tells whether anything but the row has changed
 INDEXES = (
@@ -32,11 +32,6 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _SECONDS = 30.0
 _AT_ONCE = 1024  # values an expression
 _BUFFER = 8192  # entities a page of an iteration
-
-
-def is_milvus(name: str | Path) -> bool:
-    """Whether a name stands for a collection: milvus+URI."""
-    return isinstance(name, str) and name.startswith("milvus+")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipret.errors import ClipretError
+from clipret.tables import OWN_COLUMNS
 
 __all__ = ["translate"]
 
@@ -28,8 +29,7 @@ _COMPARE = {"=": "==", "==": "==", "!=": "!=", "<>": "!=", "<": "<", "<=": "<=",
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 _WORDS = frozenset({"and", "or", "not", "in", "like", "glob", "between", "is", "null", "isnull", "notnull"})
-_TEXTS = ("path", "hash")
-_FIELDS = ("id", "size", "mtime_ns", *_TEXTS)
+_TEXTS = tuple(name for name, kind in OWN_COLUMNS.items() if kind is str)
 
 Constant = int | float | str
 
@@ -42,7 +42,7 @@ class _Column:
 
     @property
     def shown(self) -> str:
-        return self.name if self.name in _FIELDS else f"$meta[{json.dumps(self.name, ensure_ascii=False)}]"
+        return self.name if self.name in OWN_COLUMNS else f"$meta[{json.dumps(self.name, ensure_ascii=False)}]"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def translate(where: str, columns: Sequence[str]) -> str:
 class _Parser:
     def __init__(self, where: str, columns: Sequence[str]) -> None:
         self.where = where
-        self._names = {name.lower(): name for name in (*columns, *_FIELDS)}
+        self._names = {name.lower(): name for name in (*columns, *OWN_COLUMNS)}
         self._tokens: list[tuple[str, str]] = []
         at = 0
         while where[at:].strip():
@@ -211,7 +211,7 @@ class _Parser:
             value = str(value)
         elif isinstance(value, str) and _NUMERIC.fullmatch(value):
             value = _number(value)
-        elif isinstance(value, str) and column.name in _FIELDS:
+        elif isinstance(value, str) and column.name in OWN_COLUMNS:
             raise self._error(f"{column.name} is a number and {value!r} is none")
         return _Node(sign, column=column, value=value)
 

@@ -26,7 +26,8 @@ from clipret.server.limits import Limits, NotFoundError, RequestError
 from clipret.server.snapshot import Manner, ServedSnapshot
 from clipret.server.watch import CollectionWatch, GalleryWatch, Watch
 from clipret.server.writing import add_images, remove_image
-from clipret.sources.item import RESERVED, Value, picture_file
+from clipret.sources.item import Value, picture_file
+from clipret.tables import OWN_COLUMNS
 
 __all__ = ["Answer", "Ask", "Content", "Desk", "Found", "Threads"]
 
@@ -59,7 +60,7 @@ class Snapshot:
     @property
     def filterable(self) -> list[str]:
         """The columns that a filter can use."""
-        return [*RESERVED, *self.searched.columns]
+        return [*OWN_COLUMNS, *self.searched.columns]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from clipret.images.walk import PictureError, PictureFile, read_picture
-from clipret.tables import as_number
+from clipret.tables import OWN_COLUMNS, as_number
 
 __all__ = [
-    "RESERVED",
     "Held",
     "Item",
     "Value",
@@ -27,8 +26,6 @@ __all__ = [
 ]
 
 Value = str | int | float | None
-
-RESERVED = ("id", "path", "size", "mtime_ns", "hash")  # what a gallery knows of each picture by itself
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def picture_file(content: bytes, mtime_ns: int) -> PictureFile:
 
 def free_names(columns: Sequence[str]) -> dict[str, str]:
     """What each column of an input is called in a gallery: its own name, unless that is taken, whatever its case."""
-    taken, names = set(RESERVED), dict[str, str]()
+    taken, names = set(OWN_COLUMNS), dict[str, str]()
     for column in columns:
         name = column
         while name.lower() in taken:

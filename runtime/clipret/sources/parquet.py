@@ -8,8 +8,9 @@ from typing import Any
 
 from clipret.errors import ClipretError, require
 from clipret.images.walk import PictureError, PictureFile
+from clipret.locations import is_remote
 from clipret.sources.item import Item, Value, broken_item, file_item, free_names, picture_file, scalar
-from clipret.sources.remote import RemoteFile, is_remote, remote_item
+from clipret.sources.remote import RemoteFile, remote_item
 from clipret.tables import Table, pick_column
 
 __all__ = ["PictureTable", "read_row"]

@@ -10,48 +10,28 @@ import datetime as dt
 import io
 import os
 import posixpath
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from clipret.errors import ClipretError, one_line, require
 from clipret.images.walk import MOST_BYTES, PictureError, PictureFile
+from clipret.locations import is_remote
 from clipret.sources.item import Item, Value, picture_file
 
 __all__ = [
     "RemoteFile",
-    "is_remote",
     "open_remote",
     "read_remote",
-    "remote_in",
     "remote_item",
     "stats",
     "told",
     "walk_remote",
 ]
 
-_SCHEMES = "s3|gs|gcs|hdfs|viewfs|abfs|abfss"  # what a web server has is no file: http:// stays an unreadable name
-_URI = re.compile(rf"({_SCHEMES})://(.+)", re.DOTALL)
-_IN_PATH = re.compile(rf"(?:^|/)({_SCHEMES}):/([^/].*)", re.DOTALL)
 _BUFFER = 8 << 20  # bytes a request, where a file is read from one end to the other
 _SECONDS = 20  # until a store that does not answer is given up; tried three times by the libraries
-
-
-def is_remote(name: str | Path) -> bool:
-    """Whether a name is an address such as s3://bucket/key, and no path of this machine."""
-    return isinstance(name, str) and _URI.match(name) is not None
-
-
-def remote_in(path: str | Path) -> str | None:
-    """The address in a path that was joined to a folder and lost a slash on the way: /root/s3:/bucket/key."""
-    text = str(path)
-    if is_remote(text):
-        return text
-    found = _IN_PATH.search(text)
-    return f"{found[1]}://{found[2]}" if found else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ class RemoteFile:
 
 def open_remote(uri: str) -> RemoteFile:
     """Raises ClipretError for an address that says more than where a file is, or of a store that is not known."""
-    scheme, rest = cast("re.Match[str]", _URI.match(uri)).groups()
+    scheme, _, rest = uri.partition("://")
     if "?" in rest or "@" in rest.partition("/")[0]:
         raise ClipretError(
             f"{scheme}://… says who reads or by which server, and a gallery would keep that: set AWS_ENDPOINT_URL, "
@@ -174,10 +154,9 @@ def _advice(uri: str, said: str) -> str:
 
 def _system(uri: str) -> tuple[Any, str]:
     """pyarrow's file system of an address and the path in it. Raises ClipretError where there is none."""
-    match = _URI.match(uri)
-    if match is None:
+    if not is_remote(uri):
         raise ClipretError(f"{uri} is no address of a file")
-    scheme, rest = match.groups()
+    scheme, _, rest = uri.partition("://")
     if scheme in ("s3", "gs", "gcs"):
         settings = tuple(os.environ.get(name, "") for name in _SETTINGS)
         return _store(scheme, rest.partition("/")[0], settings), rest

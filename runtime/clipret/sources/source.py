@@ -18,19 +18,11 @@ from pathlib import Path
 from clipret.errors import ClipretError
 from clipret.images.formats import EXTENSIONS
 from clipret.images.walk import PictureError, PictureFile, no_pictures, read_picture, walk_pictures
+from clipret.locations import is_remote, remote_in
 from clipret.sources.archives import SUFFIXES, expand, expand_remote, members, modified, prefix_of, read_member
 from clipret.sources.item import Item, Value, broken_item, file_item, free_names, scalar
 from clipret.sources.parquet import PictureTable, read_row
-from clipret.sources.remote import (
-    RemoteFile,
-    is_remote,
-    open_remote,
-    read_remote,
-    remote_in,
-    remote_item,
-    stats,
-    walk_remote,
-)
+from clipret.sources.remote import RemoteFile, open_remote, read_remote, remote_item, stats, walk_remote
 from clipret.tables import pick_column, read_table
 
 __all__ = ["Item", "Source", "Stream", "open_source", "read_stored"]

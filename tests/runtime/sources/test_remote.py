@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, index_pictures, open_source
 from clipret.cli import main
 from clipret.images.walk import PictureError
+from clipret.locations import remote_in
 from clipret.sources.item import Held, without_bytes
-from clipret.sources.remote import remote_in
 from clipret.sources.source import read_stored
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")

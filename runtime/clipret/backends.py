@@ -1,0 +1,24 @@
+"""The backends: what may run the towers of a bundle, by the names of their Python modules."""
+
+from typing import Literal, NamedTuple, get_args
+
+__all__ = ["BACKENDS", "ENGINE_LIBRARIES", "Backend", "BackendChoice", "EngineLibrary"]
+
+Backend = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+BackendChoice = Literal["auto", Backend]
+EngineLibrary = Literal["tensorrt", "tensorrt_rtx"]
+"""Those that build TensorRT engines and run them."""
+
+
+class _Facts(NamedTuple):
+    label: str
+    extra: str  # of this package, which installs it
+
+
+BACKENDS: dict[Backend, _Facts] = {
+    "onnxruntime": _Facts("onnxruntime", "cpu"),
+    "openvino": _Facts("OpenVINO", "openvino"),
+    "tensorrt": _Facts("TensorRT", "tensorrt"),
+    "tensorrt_rtx": _Facts("TensorRT for RTX", "tensorrt-rtx"),
+}
+ENGINE_LIBRARIES: tuple[EngineLibrary, ...] = get_args(EngineLibrary)
