@@ -9,11 +9,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from machine import keep
 
 from clipret import Bundle, Gallery
-from clipret.gallery.gallery import GalleryInfo, Picture
+from clipret.gallery.gallery import Picture
 
 _SHARD = 8192
 
@@ -27,8 +28,8 @@ def main() -> None:
     bundle = Bundle.open(Path(__file__).parent.parent / "tests" / "data" / "tiny-bundle")
     with tempfile.TemporaryDirectory() as folder:
         with Gallery.create(Path(folder) / "gallery", bundle, Path(folder)) as made:
-            facts = {**vars(made.info), "embedding_dim": asked.dim}
-        with Gallery(Path(folder) / "gallery", GalleryInfo(**facts)) as gallery, gallery.writing():
+            info = msgspec.structs.replace(made.info, embedding_dim=asked.dim)
+        with Gallery(Path(folder) / "gallery", info) as gallery, gallery.writing():
             for low in range(0, asked.pictures, _SHARD):
                 numbers = range(low, min(low + _SHARD, asked.pictures))
                 rows = rng.standard_normal((len(numbers), asked.dim)).astype(np.float32)

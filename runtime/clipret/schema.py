@@ -46,6 +46,7 @@ def _walk(path: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
     """The place that msgspec means, the value there, and what it should be."""
     where = ""
     for step in re.findall(r"\.\w+|\[\d+\]|\[\.\.\.\]", path):
+        hint = _plain(hint)
         if step == "[...]":  # an entry of an object, whose key msgspec does not tell
             hint = get_args(hint)[1]
             key = next(key for key, one in value.items() if not _fits(one, hint))
@@ -53,15 +54,17 @@ def _walk(path: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
         elif step.startswith("["):
             hint, value, where = get_args(hint)[0], value[int(step[1:-1])], where + step
         else:
-            hint, value, where = get_type_hints(_plain(hint))[step[1:]], value[step[1:]], where + step
-        hint = _plain(hint)
-    return where.removeprefix("."), value, hint
+            hint = get_type_hints(hint, include_extras=True)[step[1:]]
+            value, where = value[step[1:]], where + step
+    return where.removeprefix("."), value, _plain(hint)
 
 
 def _plain(hint: Any) -> Any:
-    """The type itself of one that may be None."""
+    """A type without its ranges, and without the None that it may be."""
+    if get_origin(hint) is Annotated:
+        return _plain(get_args(hint)[0])
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    return kinds[0] if type(None) in get_args(hint) and len(kinds) == 1 else hint
+    return _plain(kinds[0]) if type(None) in get_args(hint) and len(kinds) == 1 else hint
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -1,6 +1,6 @@
 """What is said of a value that a schema refuses."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
@@ -15,7 +15,8 @@ class Inner(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Outer(msgspec.Struct, frozen=True):
     inner: dict[str, Inner]
-    names: list[Filled] = []
+    names: Annotated[list[Filled], msgspec.Meta(max_length=2)] = []
+    tags: dict[str, tuple[Filled, ...]] = {}
     rate: Amount | None = None
 
 
@@ -35,6 +36,7 @@ def test_what_fits_becomes_the_schemas_type() -> None:
         ({"inner": {"x": {"size": 1, "kind": "c"}}}, "inner.x.kind is 'c': expected one of a, b"),
         ({"inner": {"x": {"size": 1, "sort": "c"}}}, "inner.x: contains unknown field sort"),
         ({"inner": {}, "names": ["a", " "]}, r"names[1] is ' ': expected str matching regex '\\S'"),
+        ({"inner": {}, "tags": {"x": ["a"], "y": ["b", ""]}}, r"tags.y[1] is '': expected str matching regex '\\S'"),
         ({"inner": {}, "names": "a"}, "names is 'a': expected array, got str"),
         ({"inner": {}, "rate": 0.0}, "rate is 0.0: expected float > 0.0"),
         ({"inner": {}, "rate": True}, "rate is True: expected float | null, got bool"),

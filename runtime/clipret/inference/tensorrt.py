@@ -115,10 +115,11 @@ class TensorRTTower:
         self._device = device
         enter_context(device)
         self._log = error_log(trt)
-        self._engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
-        context = None if self._engine is None else self._engine.create_execution_context()
-        if context is None:
+        engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
+        context = None if engine is None else engine.create_execution_context()
+        if engine is None or context is None:
             raise ClipretError(f"{path} does not run in {self.name}: {self._log.reason}; build it again here")
+        self._engine = engine
         self._dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(self._engine.get_tensor_name(0))))
         first = _Lane(self._engine, context, device, self._dtype)
         self._limit, self._dim = first.limits[-1], first.dim

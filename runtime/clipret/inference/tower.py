@@ -41,6 +41,7 @@ class Tower(Protocol):
 
     def run(self, batch: npt.NDArray[Any]) -> Rows:
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
+        ...
 
 
 def pick_device(bundle: Bundle, backend: BackendChoice = "auto") -> str:

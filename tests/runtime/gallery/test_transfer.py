@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -342,7 +343,7 @@ def test_parquet_of_another_bundle_is_refused(gallery: Gallery, new: Gallery, tm
     export_gallery(gallery, tmp_path / "x.parquet")
     embeddings = open_embeddings(tmp_path / "x.parquet")
     assert embeddings.fingerprint == gallery.info.fingerprint
-    other = Gallery(new.path, type(new.info)(**{**vars(new.info), "fingerprint": "f" * 64}))
+    other = Gallery(new.path, msgspec.structs.replace(new.info, fingerprint="f" * 64))
     with pytest.raises(ClipretError, match="comes from another bundle"):
         import_embeddings(other, embeddings)
 
