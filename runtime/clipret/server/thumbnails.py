@@ -15,7 +15,7 @@ from clipret.sources.source import read_stored
 
 __all__ = ["KIND", "SIDES", "Thumbnails", "original"]
 
-KIND = FORMATS["JPEG"][1]  # media type of thumbnails
+KIND = "image/jpeg"  # of thumbnails
 SIDES = (160, 320, 640, 1600)  # longest sides of thumbnails, pixels: few, so that one is found again
 
 
