@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipret.hardware.cpu import int8_saturates
+
 ROOT = Path(__file__).resolve().parent.parent
 # A shell starts what runs in its background deaf to Ctrl-C, and so would be the processes that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test says by a mark what it needs of the processor."""
+    if item.get_closest_marker("needs_vnni") and int8_saturates():
+        pytest.skip("this processor has no VNNI, or CLIPRET_CPU says so")
+
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (128, 128, 128)}
 

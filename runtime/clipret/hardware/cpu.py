@@ -1,16 +1,35 @@
-"""What this machine's processor can do, as far as results and thread counts depend on it."""
+"""What this machine's processor can do, as far as results and thread counts depend on it.
+
+The environment variable CLIPRET_CPU=avx2 makes clipret treat the processor as one that has AVX2 and nothing newer: no
+VNNI, no bf16. It chooses among clipret's own ways only. The libraries have switches of their own; onnxruntime has none
+and keeps the kernels of the real processor.
+"""
 
 import os
 import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cpu_count", "int8_saturates"]
+from clipret.errors import ClipretError
+
+__all__ = ["cpu_count", "int8_saturates", "only_avx2"]
 
 
 def cpu_count() -> int:
     """The processors that this process may use; containers and `taskset` allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def only_avx2() -> bool:
+    """Whether CLIPRET_CPU asks to do without what is newer than AVX2.
+
+    Raises:
+        ClipretError: The variable holds anything but "avx2".
+    """
+    wanted = os.environ.get("CLIPRET_CPU", "")
+    if wanted not in ("", "avx2"):
+        raise ClipretError(f"CLIPRET_CPU is {wanted!r}: set it to avx2, or leave it out")
+    return wanted == "avx2"
 
 
 @cache
@@ -19,6 +38,8 @@ def int8_saturates() -> bool:
 
     onnxruntime has another kernel for it, exact and several times slower; it does not take it by itself.
     """
+    if only_avx2():
+        return True
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:

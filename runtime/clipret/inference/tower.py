@@ -15,7 +15,7 @@ import numpy.typing as npt
 from clipret.backends import BACKENDS, BackendChoice, EngineLibrary
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, EngineWarning, one_line, require
-from clipret.hardware.cpu import int8_saturates
+from clipret.hardware.cpu import int8_saturates, only_avx2
 from clipret.hardware.cuda import gpu_arch, gpu_count
 from clipret.inference.config import EncoderConfig
 from clipret.inference.tensorrt import (
@@ -191,7 +191,7 @@ class OpenVinoTower:
 
     def __init__(self, path: Path, threads: int, bf16: bool) -> None:
         core = _required("openvino", "openvino").Core()
-        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and not only_avx2()
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if bf16 and native else "f32",
             "INFERENCE_NUM_THREADS": threads,

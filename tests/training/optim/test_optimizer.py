@@ -36,7 +36,11 @@ def learn(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-def test_muon_makes_the_steps_of_layer_weights_orthogonal_and_leaves_the_rest_to_adamw(model: Any) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_muon_makes_the_steps_of_layer_weights_orthogonal_and_leaves_the_rest_to_adamw(
+    model: Any, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipret_training.optim.optimizer.native_precision", lambda _: precision)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     other = copy.deepcopy(model)
     learn(model, optimizer(model, muon=True), 0)
@@ -48,10 +52,15 @@ def test_muon_makes_the_steps_of_layer_weights_orthogonal_and_leaves_the_rest_to
             if name not in weights:
                 assert torch.equal(ours, theirs), name
                 continue
+            # At the first step the momentum is the gradient: all of its directions that are no rounding of bf16's.
+            found = torch.linalg.svdvals((ours.grad / ours.grad.norm()).flatten(1))
+            directions = int((found > torch.finfo(torch.bfloat16).eps).sum())
             kept = start[name] * (1 - LR * DECAY)
-            steps, plain = (torch.linalg.svdvals((kept - weight) / LR) for weight in (ours, theirs))
-            assert steps.max() < 1.3 * 0.2 * max(ours.shape) ** 0.5, name  # as long as AdamW's at most
-            assert steps.sum() / steps.max() > 1.5 * plain.sum() / plain.max(), name  # and in many more directions
+            both = (torch.linalg.svdvals(((kept - weight) / LR).flatten(1)) for weight in (ours, theirs))
+            steps, plain = (values[:directions] / (0.2 * max(ours.flatten(1).shape) ** 0.5) for values in both)
+            assert steps.min() > 0.9, name
+            assert steps.max() < 1.2, name  # all of them as long as AdamW's steps,
+            assert plain.max() > 5, name  # which follow a few directions
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -90,7 +99,7 @@ def matrices() -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_muon_is_timms_in_the_precision_of_the_processor(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_is_timms_in_either_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clipret_training.optim.optimizer.native_precision", lambda _: precision)
     start, ours, theirs = matrices(), matrices(), matrices()
     group = {"params": ours, "lr": LR, "weight_decay": DECAY, "use_muon": True}
@@ -108,4 +117,5 @@ def test_muon_is_timms_in_the_precision_of_the_processor(precision: str, monkeyp
     for before, one, other in zip(start, ours, theirs, strict=True):
         moved, apart = ((weight - other).detach().norm() for weight in (before, one))
         assert moved > 0.1
-        assert apart < (1e-6 if precision == "bf16" else 0.03) * moved
+        # timm's is in bf16, and in what order it adds up is the processor's: rounded twice at most.
+        assert apart < 2 * torch.finfo(torch.bfloat16).eps * moved

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from clipret.errors import ClipretError, one_line
+from clipret.hardware.cpu import only_avx2
 
 __all__ = ["Precision", "autocast", "float32_attention", "native_precision", "open_device"]
 
@@ -32,6 +33,8 @@ def native_precision(device: torch.device) -> Precision:
     """bf16 where the hardware multiplies in it; elsewhere it is emulated and slower than fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if only_avx2():
+        return "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
