@@ -56,7 +56,7 @@ def mask(right: list[list[int]], texts: int) -> Tensor:
 def test_loss_equals_the_definition() -> None:
     images, texts = rows(3, 1), rows(4, 2)
     loss = contrastive_loss(images, texts, torch.tensor(7.0), mask(RIGHT, 4))
-    assert float(loss) == pytest.approx(reference(images, texts, 7.0, RIGHT), rel=1e-6)
+    assert float(loss) == pytest.approx(reference(images, texts, 7.0, RIGHT), rel=1e-5)
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -72,7 +72,7 @@ def test_one_to_one_is_clips_loss() -> None:
     logits, same = 3.0 * images @ texts.T, torch.arange(5)
     clip = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
     loss = contrastive_loss(images, texts, torch.tensor(3.0), torch.eye(5, dtype=torch.bool))
-    assert float(loss) == pytest.approx(float(clip), rel=1e-6)
+    assert float(loss) == pytest.approx(float(clip), rel=1e-5)
 
 
 def test_a_shared_caption_is_no_negative() -> None:
@@ -108,7 +108,7 @@ def test_rows_that_share_a_key_are_positives() -> None:
 
 
 def test_the_default_is_the_contrastive_loss() -> None:
-    assert value(LossConfig(), batch()) == pytest.approx(reference(rows(3, 1), rows(4, 2), 7.0, RIGHT), rel=1e-6)
+    assert value(LossConfig(), batch()) == pytest.approx(reference(rows(3, 1), rows(4, 2), 7.0, RIGHT), rel=1e-5)
 
 
 def test_siglip_equals_its_definition() -> None:
@@ -118,14 +118,14 @@ def test_siglip_equals_its_definition() -> None:
         for t, text in enumerate(rows(4, 2)):
             z = 1 if t in RIGHT[i] else -1
             total += math.log1p(math.exp(-z * (7.0 * float(image @ text) - 3.0)))
-    assert value(LossConfig("siglip"), batch(), bias=-3.0) == pytest.approx((total / 3 + total / 4) / 2, rel=1e-6)
+    assert value(LossConfig("siglip"), batch(), bias=-3.0) == pytest.approx((total / 3 + total / 4) / 2, rel=1e-5)
 
 
 def test_siglip_of_single_pairs_is_open_clips() -> None:
     images, texts, keys = rows(5, 5).float(), rows(5, 6).float(), torch.arange(5)[:, None]
     ours = value(LossConfig("siglip"), LossBatch(images, texts, keys, keys), 4.0, -2.0)
     theirs = SigLipLoss(rank=0, world_size=1)(images, texts, torch.tensor(4.0), torch.tensor(-2.0))
-    assert ours == pytest.approx(float(theirs), rel=1e-6)
+    assert ours == pytest.approx(float(theirs), rel=1e-5)
 
 
 def test_label_smoothing_is_torchs() -> None:
@@ -133,7 +133,7 @@ def test_label_smoothing_is_torchs() -> None:
     logits, same = 3.0 * images @ texts.T, torch.arange(5)
     expected = sum(F.cross_entropy(side, same, label_smoothing=0.2) for side in (logits, logits.T)) / 2
     ours = value(LossConfig(label_smoothing=0.2), LossBatch(images, texts, keys, keys), 3.0)
-    assert ours == pytest.approx(float(expected), rel=1e-6)
+    assert ours == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_worst_rows_are_left_out() -> None:
@@ -161,10 +161,10 @@ def test_soft_targets_are_least_where_the_model_agrees_with_the_attributes() -> 
     config = LossConfig("soft", soft_weight=1.0, soft_temperature=0.5)
     rows_ = torch.linalg.cholesky(overlap)  # rows whose products are the overlaps
     agrees = LossBatch(rows_, rows_, keys, keys, of, of)
-    assert value(config, agrees, 1 / 0.5) == pytest.approx(0, abs=1e-6)
+    assert value(config, agrees, 1 / 0.5) == pytest.approx(0, abs=1e-5)
     assert value(config, agrees, 20.0) > 0.1  # surer than the attributes are
     hard = LossConfig("soft", soft_weight=0.0)
-    assert value(hard, agrees, 5.0) == pytest.approx(value(LossConfig(), agrees, 5.0), rel=1e-6)
+    assert value(hard, agrees, 5.0) == pytest.approx(value(LossConfig(), agrees, 5.0), rel=1e-5)
     assert value(config, agrees, 5.0) > value(LossConfig("soft", soft_weight=0.5), agrees, 5.0) > 0
 
 
@@ -178,7 +178,7 @@ def test_hard_negatives_are_further_columns_of_the_pictures() -> None:
     expected = sum(-logits.log_softmax(dim=1)[i, chosen].mean() for i, chosen in enumerate(RIGHT)) / 3
     columns = (7.0 * images @ texts.T).T.log_softmax(dim=1)
     expected += sum(-columns[t, [i for i in range(3) if t in RIGHT[i]]].mean() for t in range(4)) / 4
-    assert value(LossConfig(), with_extra) == pytest.approx(float(expected) / 2, rel=1e-6)
+    assert value(LossConfig(), with_extra) == pytest.approx(float(expected) / 2, rel=1e-5)
     for config in (LossConfig(label_smoothing=0.1), LossConfig("siglip")):
         assert math.isfinite(value(config, with_extra, bias=-1.0))
         assert value(config, with_extra, bias=-1.0) > value(config, batch(), bias=-1.0)
@@ -258,7 +258,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
         assert "process 1 has negative_rows and process 0 has none" in refused
         for (config, _, _), (loss, gradients) in zip(cases, results, strict=True):
             expected, expected_gradients = module.run(config, whole, weights, 1)
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
             for ours, theirs in zip(gradients, expected_gradients, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
             assert expected_gradients[0].abs().max() > 1e-3

@@ -139,7 +139,7 @@ def test_early_pooling_changes_neither_rows_nor_gradients(clip: Any) -> None:
     clip.transformer.resblocks[-1].mlp.register_forward_hook(lambda *a: computed.append(a[2].shape[1]))
     result, ours = gradients(clip, batch(groups=3))
     assert computed == [1, 1, 1, 1]  # one token of each, in one group of pictures and three of texts
-    assert result.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert result.loss == pytest.approx(whole.loss, abs=1e-5)
     assert_alike(ours, expected)
 
 
@@ -250,4 +250,4 @@ def test_hard_negatives_and_soft_labels_go_in_parts_too(clip: Any) -> None:
     assert abs(whole.loss - plain) > 0.01
     assert_alike(ours, expected)
     none = {"negatives": torch.empty(0, 1, dtype=torch.int64), "negative_keys": torch.empty(0, 1, dtype=torch.int64)}
-    assert gradients(clip, dataclasses.replace(batch(), **none))[0].loss == pytest.approx(plain, abs=1e-6)
+    assert gradients(clip, dataclasses.replace(batch(), **none))[0].loss == pytest.approx(plain, abs=1e-5)

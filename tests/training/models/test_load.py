@@ -49,8 +49,8 @@ def test_small_embeddings_ignore_padding_and_the_batch() -> None:
     for row, text in zip(together, CAPTIONS, strict=True):
         alone = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)([text]))
         padded = torch.nn.functional.pad(alone, (0, 30))
-        torch.testing.assert_close(loaded.model.encode_text(alone)[0], row, rtol=0, atol=1e-6)
-        torch.testing.assert_close(loaded.model.encode_text(padded)[0], row, rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded.model.encode_text(alone)[0], row, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded.model.encode_text(padded)[0], row, rtol=0, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
@@ -79,7 +79,7 @@ def test_open_clip_folder_is_open_clips_model(tiny: Path) -> None:
     ids = open_clip.get_tokenizer("ViT-B-32")(CAPTIONS)
     short = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(CAPTIONS))
     assert short.shape[1] < 77
-    torch.testing.assert_close(loaded.model.encode_text(short), reference.encode_text(ids), rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded.model.encode_text(short), reference.encode_text(ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -97,7 +97,7 @@ def test_preprocessing_is_open_clips_pixel_for_pixel(
         ours = torch.from_numpy(load(path, loaded.image)).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(values)[:, None, None] for values in (loaded.mean, loaded.std))
         with Image.open(path) as image:
-            torch.testing.assert_close((ours - mean) / std, transform(image), rtol=0, atol=1e-6)
+            torch.testing.assert_close((ours - mean) / std, transform(image), rtol=0, atol=1e-5)
 
 
 def test_what_an_image_spec_cannot_say_is_refused(tiny: Path, tmp_path: Path) -> None:

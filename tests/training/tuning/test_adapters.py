@@ -251,7 +251,7 @@ def test_attention_taken_apart_is_the_same(same_width: bool, bias: bool, batch_f
     apart: Any = model[0]
     for mask, expected in zip(masks, before, strict=True):
         ours = apart(query, key, value, attn_mask=mask, **call)[0]
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     with pytest.raises(ClipretError, match="choose other targets"):
         apart(query, key, value, need_weights=True)
     for again in (packed_state(model, model.state_dict()), (pack_attention(model), model.state_dict())[1]):
@@ -266,6 +266,6 @@ def test_timms_attention_taken_apart_is_the_same() -> None:
     original, pixels = copy.deepcopy(model), torch.rand(2, 3, 32, 32)
     split_attention(model, splittable(model))
     assert "blocks.0.attn.qkv.k_proj.weight" in model.state_dict()
-    torch.testing.assert_close(model(pixels), original(pixels), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(pixels), original(pixels), rtol=0, atol=1e-5)
     pack_attention(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in original.state_dict().items())
