@@ -18,7 +18,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test says by a mark what it needs of the processor."""
     if item.get_closest_marker("needs_vnni") and int8_saturates():

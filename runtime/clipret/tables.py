@@ -139,7 +139,7 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
     """Rows for which the SQL expression is true, by sqlite itself: one grammar here and in a gallery's filters."""
     # NUMERIC affinity turns what looks like a number into one and leaves the rest text.
     names = [quoted(column) for column in columns]
-    with sqlite3.connect(":memory:") as database:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
         check_quotes(where, columns)
         try:
             database.execute(f"CREATE TABLE t ({', '.join(name + ' NUMERIC' for name in names)})")
@@ -153,7 +153,6 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
             raise ClipretError(
                 f"--where {where!r} cannot be used on {path}: {error}; its columns are {', '.join(columns)}"
             ) from None
-    database.close()
     return [rows[number - 1] for number in chosen]
 
 

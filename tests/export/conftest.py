@@ -1,6 +1,7 @@
-"""A small random model in open_clip's own format, the input of nearly every export here."""
+"""A small random model in open_clip's own format, the input of nearly every export here, and its bundles."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
+
+from clipret.bundle import Bundle
+from clipret_export.pipeline import export_bundle
 
 CONFIG: dict[str, Any] = {
     "model_cfg": {
@@ -41,3 +46,28 @@ def write_vit() -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("model") / "vit")
+
+
+@pytest.fixture(scope="session")
+def exported(model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """exported(precision): the bundle of `model` that all tests share, other workers' too; to be read only."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / "exported"
+
+    def get(precision: Any = "fp32") -> Bundle:
+        with FileLock(f"{folder}-{precision}.lock"):
+            if not (folder / precision).exists():
+                export_bundle(model, folder / precision, precision=precision)
+        return Bundle.open(folder / precision)
+
+    return get
+
+
+@pytest.fixture
+def own(exported: Callable[..., Bundle], tmp_path: Path) -> Callable[..., Bundle]:
+    """own(precision): a copy of that bundle in tmp_path/bundle, to be changed."""
+
+    def get(precision: Any = "fp32") -> Bundle:
+        return Bundle.open(shutil.copytree(exported(precision).path, tmp_path / "bundle"))
+
+    return get

@@ -1,6 +1,7 @@
 """TensorRT plans in a bundle, built by the real builder of TensorRT for RTX, which needs no GPU."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,12 @@ def test_an_export_with_plans(model: str, tmp_path: Path) -> None:
     assert report["plans"]["tensorrt_rtx"].startswith("not run: ")
 
 
-def test_plans_are_added_without_the_model(model: str, tmp_path: Path) -> None:
+def test_plans_are_added_without_the_model(own: Callable[..., Bundle]) -> None:
     """The bundle stays the same bundle: a gallery that was made with it keeps accepting it."""
-    before = export_bundle(model, tmp_path / "bundle", precision="fp16")
-    result = CliRunner().invoke(main, ["engines", str(tmp_path / "bundle"), "--tensorrt-rtx"])
+    before = own("fp16")
+    result = CliRunner().invoke(main, ["engines", str(before.path), "--tensorrt-rtx"])
     assert result.exit_code == 0, result.output
-    after = Bundle.open(tmp_path / "bundle")
+    after = Bundle.open(before.path)
     assert after.fingerprint == before.fingerprint
     assert list(after.manifest.engines) == [f"rtx-{trt.__version__}-sm_80+"]
     assert set(after.manifest.files) - set(before.manifest.files) == {
@@ -48,8 +49,8 @@ def test_plans_are_added_without_the_model(model: str, tmp_path: Path) -> None:
     assert len(Encoder(after).encode_texts(TEXTS)) == len(TEXTS)
 
 
-def test_a_changed_tower_gets_no_plan(model: str, tmp_path: Path) -> None:
-    bundle = export_bundle(model, tmp_path / "bundle")
+def test_a_changed_tower_gets_no_plan(own: Callable[..., Bundle]) -> None:
+    bundle = own()
     with (bundle.path / "text.onnx").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ClipretError, match=r"text\.onnx"):
@@ -94,9 +95,9 @@ def test_what_cannot_be_built_is_said_before_anything_is_loaded(tmp_path: Path) 
         (["--tensorrt-rtx", "sm_99"], 1, "builds nothing for 'sm_99'"),
     ],
 )
-def test_wrong_requests(options: list[str], status: int, message: str, model: str, tmp_path: Path) -> None:
-    export_bundle(model, tmp_path / "bundle")
-    result = CliRunner().invoke(main, ["engines", str(tmp_path / "bundle"), *options])
+def test_wrong_requests(options: list[str], status: int, message: str, own: Callable[..., Bundle]) -> None:
+    folder = own().path
+    result = CliRunner().invoke(main, ["engines", str(folder), *options])
     assert result.exit_code == status
     assert message in result.stderr
-    assert Bundle.open(tmp_path / "bundle").manifest.engines == {}
+    assert Bundle.open(folder).manifest.engines == {}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from clipret.bundle import Bundle
 from clipret.errors import ClipretError
 from clipret_export.cli import main
 from clipret_export.pipeline import export_bundle
@@ -102,28 +104,29 @@ def test_unreadable_check_data(model: str, out: Path, tmp_path: Path) -> None:
     assert "cannot be read" in refused(model, out, "--verify-data", str(tmp_path / "no.csv"))
 
 
-def test_an_old_bundle_survives_a_failed_one(model: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = export_bundle(model, out)
+def test_an_old_bundle_survives_a_failed_one(
+    model: str, own: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = own()
     monkeypatch.setattr("clipret_export.pipeline.write_onnx", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_bundle(model, out, overwrite=True)
+        export_bundle(model, bundle.path, overwrite=True)
     assert bundle.file("image.onnx").is_file()
     with pytest.raises(ClipretError, match=r"is not empty: choose another folder, or pass --overwrite"):
-        export_bundle(model, out)
+        export_bundle(model, bundle.path)
 
 
-def test_only_bundles_are_overwritten(model: str, out: Path) -> None:
+def test_only_bundles_are_overwritten(model: str, own: Callable[..., Bundle], out: Path) -> None:
     out.mkdir()
     (out / "a.txt").write_text("precious")
     with pytest.raises(ClipretError, match=r"is not empty: choose another folder$"):
         export_bundle(model, out)
     with pytest.raises(ClipretError, match=r"holds a\.txt, and --overwrite replaces bundles alone"):
         export_bundle(model, out, overwrite=True)
-    (out / "a.txt").unlink()
-    bundle = export_bundle(model, out)
-    (out / "notes").mkdir()
+    bundle = own()
+    (bundle.path / "notes").mkdir()
     with pytest.raises(ClipretError, match="holds notes, and"):
-        export_bundle(model, out, overwrite=True)
+        export_bundle(model, bundle.path, overwrite=True)
     assert bundle.file("image.onnx").is_file()
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,10 @@ import onnx
 import onnxruntime
 import pytest
 
+from clipret.bundle import Bundle
 from clipret.errors import ClipretError
 from clipret_export.fusion import fuse
 from clipret_export.pipeline import export_bundle
-
-
-@pytest.fixture(scope="module")
-def bundles(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bundles")
-    return {name: export_bundle(model, folder / name, precision=name).path for name in ("fp32", "fp16")}  # type: ignore[arg-type]
 
 
 def run(path: Path, batch: np.ndarray) -> np.ndarray:
@@ -29,9 +25,9 @@ def run(path: Path, batch: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_the_fused_tower_gives_the_same_rows(
-    bundles: dict[str, Path], precision: str, tower: str, tmp_path: Path
+    exported: Callable[..., Bundle], precision: str, tower: str, tmp_path: Path
 ) -> None:
-    plain = bundles[precision] / f"{tower}.onnx"
+    plain = exported(precision).file(f"{tower}.onnx")
     fused = tmp_path / plain.name
     shutil.copy(plain, fused)
     counts = fuse(fused)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from clipret.bundle import Bundle
 from clipret.errors import ClipretError
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
@@ -29,9 +30,8 @@ from clipret_export.towers import ImageTower, PlainAttention, TextTower, rewrite
 from clipret_training.models.load import load_model
 
 
-@pytest.fixture
-def sample(tmp_path: Path) -> Sample:
-    folder = tmp_path / "pictures"
+def drawn(folder: Path) -> Sample:
+    """Twenty-four pictures with a title each."""
     folder.mkdir()
     lines = ["path,title"]
     for number, picture in enumerate(pictures(24)):
@@ -39,6 +39,17 @@ def sample(tmp_path: Path) -> Sample:
         lines.append(f"{number}.png,a picture with number {number}")
     (folder / "list.csv").write_text("\n".join(lines))
     return Sample(folder / "list.csv")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return drawn(tmp_path_factory.mktemp("sample") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def int8(model: str, sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    return export_bundle(model, folder, precision="int8", calibration_data=sample)
 
 
 def tower_of(model: str, kind: str) -> tuple[nn.Module, list[torch.Tensor]]:
@@ -195,32 +206,28 @@ def test_worst_layers_by_budget() -> None:
     assert worst(loss, 0.5) == ["d", "b", "c", "a"]
 
 
-def test_int8_is_one_integer_product_a_layer_and_the_same_in_every_batch(
-    model: str, sample: Sample, tmp_path: Path
-) -> None:
-    bundle = export_bundle(model, tmp_path / "bundle", precision="int8", calibration_data=sample)
-    report = json.loads((bundle.path / "verify.json").read_text())
+def test_int8_is_one_integer_product_a_layer_and_the_same_in_every_batch(int8: Bundle) -> None:
+    report = json.loads((int8.path / "verify.json").read_text())
     assert report["image"]["min_cosine"] > 0.995
     assert report["text"]["min_cosine"] > 0.995
     assert report["image"]["batch_difference"] < 1e-6
-    graph = onnx.load(bundle.path / "image.onnx").graph
+    graph = onnx.load(int8.path / "image.onnx").graph
     kinds = Counter(node.op_type for node in graph.node)
     assert not {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"} & set(kinds)
     assert kinds["QuantizeLinear"] >= 10
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     scales = [value.shape for name, value in weights.items() if name.endswith("c_fc.weight_scale")]
     assert scales == [(256,)] * 2  # one a channel
-    encoder = Encoder(bundle)
+    encoder = Encoder(int8)
     alone = [next(iter(encoder.encode_images([picture], lambda item: item))).rows[0] for picture in pictures()]
     together = next(iter(encoder.encode_images(pictures(), lambda item: item))).rows
     np.testing.assert_allclose(np.stack(alone), together, rtol=0, atol=1e-5)
 
 
-def test_int8_keeps_what_costs_most(model: str, sample: Sample, tmp_path: Path) -> None:
+def test_int8_keeps_what_costs_most(model: str, int8: Bundle, sample: Sample, tmp_path: Path) -> None:
     """With a limit that plain int8 misses, layers go back to float32 until it is met."""
-    bundle = export_bundle(model, tmp_path / "plain", precision="int8", calibration_data=sample)
-    plain = json.loads((bundle.path / "verify.json").read_text())
-    assert bundle.manifest.float32_layers == []
+    plain = json.loads((int8.path / "verify.json").read_text())
+    assert int8.manifest.float32_layers == []
     loss = 1 - min(plain["image"]["min_cosine"], plain["text"]["min_cosine"])
     limits = Limits(cosine=1 - loss / 4, relative=None, batch=1e-3, recall_points=0.5)
     bundle = export_bundle(model, tmp_path / "strict", precision="int8", calibration_data=sample, limits=limits)
@@ -229,9 +236,10 @@ def test_int8_keeps_what_costs_most(model: str, sample: Sample, tmp_path: Path) 
     assert min(strict["image"]["min_cosine"], strict["text"]["min_cosine"]) >= limits.cosine
 
 
-def test_int8_of_convolutions(sample: Sample, tmp_path: Path) -> None:
+def test_int8_of_convolutions(tmp_path: Path) -> None:
     from clipret_training.run import RunFolder
 
+    sample = drawn(tmp_path / "pictures")
     loaded = load_model("clipret-small", captions=TEXTS, seed=1)
     RunFolder.create(tmp_path / "run", {"seed": 1}, loaded).save(loaded, "best")
     bundle = export_bundle(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", verify_data=sample)
@@ -259,10 +267,9 @@ def test_every_precision_has_limits() -> None:
     assert set(LIMITS) == {"fp32", "fp16", "bf16", "int8"}
 
 
-def test_casts_between_two_halves_are_gone(model: str, tmp_path: Path) -> None:
+def test_casts_between_two_halves_are_gone(exported: Callable[..., Bundle]) -> None:
     """No query, key or value goes to float32 and back between its projection and the attention."""
-    bundle = export_bundle(model, tmp_path / "bundle", precision="fp16")
-    graph = onnx.load(bundle.path / "image.onnx").graph
+    graph = onnx.load(exported("fp16").path / "image.onnx").graph
     producer = {name: node for node in graph.node for name in node.output}
 
     def source(node: Any) -> Any:
@@ -289,10 +296,10 @@ def test_bf16_runs_in_openvino(model: str, tmp_path: Path) -> None:
         Encoder(bundle, EncoderConfig(backend="onnxruntime")).encode_texts(["a"])
 
 
-def test_openvino_and_onnxruntime_agree(model: str, tmp_path: Path) -> None:
+def test_openvino_and_onnxruntime_agree(exported: Callable[..., Bundle]) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    bundle = export_bundle(model, tmp_path / "bundle")
     rows = [
-        Encoder(bundle, EncoderConfig(backend=engine)).encode_texts(TEXTS) for engine in ("onnxruntime", "openvino")
-    ]  # type: ignore[arg-type]
+        Encoder(exported(), EncoderConfig(backend=backend)).encode_texts(TEXTS)  # type: ignore[arg-type]
+        for backend in ("onnxruntime", "openvino")
+    ]
     np.testing.assert_allclose(*rows, rtol=0, atol=1e-5)

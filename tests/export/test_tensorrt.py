@@ -1,8 +1,8 @@
 """Plans built by TensorRT for RTX, which needs no GPU for that, from a real export."""
 
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from clipret.bundle import Bundle, Engine, Manifest
 from clipret.errors import ClipretError
 from clipret.hardware.cuda import gpu_count
 from clipret.inference.tensorrt import TensorRTTower, error_log
-from clipret_export.pipeline import export_bundle
 from clipret_export.tensorrt import ANY_AMPERE, build_engines, tower_profiles
 
 try:
@@ -25,14 +24,14 @@ except ImportError:
 needs_rtx = pytest.mark.skipif(rtx is None, reason="tensorrt_rtx is not installed (Linux x86-64 and Windows only)")
 
 
-@pytest.fixture(scope="module")
-def exported(model: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(model, tmp_path_factory.mktemp("plans") / "bundle", precision="fp16")
+@pytest.fixture
+def half(exported: Callable[..., Bundle]) -> Bundle:
+    return exported("fp16")
 
 
 @pytest.fixture
-def folder(exported: Bundle, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported.path, tmp_path / "bundle"))
+def folder(own: Callable[..., Bundle]) -> Path:
+    return own("fp16").path
 
 
 class Proxy:
@@ -53,9 +52,9 @@ def files(folder: Path) -> list[str]:
 
 
 @needs_rtx
-def test_plans_for_two_architectures(folder: Path, exported: Bundle) -> None:
+def test_plans_for_two_architectures(folder: Path, half: Bundle) -> None:
     engines = build_engines(
-        folder, exported.manifest, "tensorrt_rtx", archs=["sm_89", ANY_AMPERE, "sm_89"], batch=[8, 1, 8]
+        folder, half.manifest, "tensorrt_rtx", archs=["sm_89", ANY_AMPERE, "sm_89"], batch=[8, 1, 8]
     )
     version = rtx.__version__
     assert engines == {
@@ -71,7 +70,7 @@ def test_plans_for_two_architectures(folder: Path, exported: Bundle) -> None:
 
 
 @needs_rtx
-def test_the_networks_that_are_built(folder: Path, exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_networks_that_are_built(folder: Path, half: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the builder is given: typed inputs, free axes, one profile, the architecture, no TensorFloat-32."""
     seen: list[dict[str, Any]] = []
 
@@ -92,7 +91,7 @@ def test_the_networks_that_are_built(folder: Path, exported: Bundle, monkeypatch
 
     create = rtx.Builder
     monkeypatch.setattr(rtx, "Builder", lambda log: Builder(create(log)))
-    build_engines(folder, exported.manifest, "tensorrt_rtx", archs=["sm_120"], batch=[4])
+    build_engines(folder, half.manifest, "tensorrt_rtx", archs=["sm_120"], batch=[4])
     common = {"typed": True, "profiles": 1, "archs": [rtx.ComputeCapability.SM120], "tf32": False}
     rows = {"output": (rtx.float32, (-1, 48))}
     assert seen == [
@@ -101,8 +100,8 @@ def test_the_networks_that_are_built(folder: Path, exported: Bundle, monkeypatch
     ]
 
 
-def test_profiles(exported: Bundle) -> None:
-    manifest = exported.manifest
+def test_profiles(half: Bundle) -> None:
+    manifest = half.manifest
     image, text = (tower_profiles(kind, manifest, [1, 4, 16], "tensorrt") for kind in ("image", "text"))
     assert [[shape[0] for shape in profile] for profile in image] == [[1, 1, 1], [2, 4, 4], [5, 16, 16]]
     assert all(shape[1:] == (32, 32, 3) for profile in image for shape in profile)
@@ -113,14 +112,14 @@ def test_profiles(exported: Bundle) -> None:
 
 
 @needs_rtx
-def test_an_unknown_architecture_lists_the_known_ones(folder: Path, exported: Bundle) -> None:
+def test_an_unknown_architecture_lists_the_known_ones(folder: Path, half: Bundle) -> None:
     with pytest.raises(ClipretError, match=r"nothing for 'sm_70': choose from sm_80\+, sm_75, .*sm_89, sm_120"):
-        build_engines(folder, exported.manifest, "tensorrt_rtx", archs=["sm_89", "sm_70"])
+        build_engines(folder, half.manifest, "tensorrt_rtx", archs=["sm_89", "sm_70"])
     assert not (folder / "engines").exists()
 
 
 @needs_rtx
-def test_a_graph_that_the_parser_refuses(folder: Path, exported: Bundle) -> None:
+def test_a_graph_that_the_parser_refuses(folder: Path, half: Bundle) -> None:
     """The second of the two towers: the plan of the first goes with it."""
     rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["batch", 48])
     tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", "length"])
@@ -129,24 +128,24 @@ def test_a_graph_that_the_parser_refuses(folder: Path, exported: Bundle) -> None
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("mind", 1)]
     onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=10), folder / "text.onnx")
     with pytest.raises(ClipretError, match=r"refuses operator Telepathy \(node 'guess'\) of text\.onnx") as raised:
-        build_engines(folder, exported.manifest, "tensorrt_rtx", archs=["sm_89"], batch=[2])
+        build_engines(folder, half.manifest, "tensorrt_rtx", archs=["sm_89"], batch=[2])
     assert "\n" not in str(raised.value)
     assert not files(folder / "engines")
 
 
 @needs_rtx
-def test_a_graph_that_is_cut_short(folder: Path, exported: Bundle) -> None:
+def test_a_graph_that_is_cut_short(folder: Path, half: Bundle) -> None:
     (folder / "image.onnx").write_bytes((folder / "image.onnx").read_bytes()[:5000])
     with pytest.raises(ClipretError, match=r"image\.onnx"):
-        build_engines(folder, exported.manifest, "tensorrt_rtx")
+        build_engines(folder, half.manifest, "tensorrt_rtx")
     assert not files(folder / "engines")
 
 
 @needs_rtx
-def test_what_the_builder_refuses_is_told(folder: Path, exported: Bundle) -> None:
+def test_what_the_builder_refuses_is_told(folder: Path, half: Bundle) -> None:
     """Turing multiplies no float32 matrices, and the projections of these towers are float32."""
     with pytest.raises(ClipretError, match=r"cannot build image\.onnx for sm_75: .*FP32 GEMM is not supported"):
-        build_engines(folder, exported.manifest, "tensorrt_rtx", archs=["sm_75"])
+        build_engines(folder, half.manifest, "tensorrt_rtx", archs=["sm_75"])
     assert not files(folder / "engines")
 
 
@@ -178,17 +177,17 @@ except KeyboardInterrupt:
 
 
 @needs_rtx
-def test_interrupted_in_the_middle_of_a_build(folder: Path, exported: Bundle) -> None:
+def test_interrupted_in_the_middle_of_a_build(folder: Path, half: Bundle) -> None:
     # A process of its own, as a user has: behind the tests of other files, TensorRT for RTX 1.7 crashed when it gave
     # a build up, on one machine and not on another.
-    command = [sys.executable, "-c", INTERRUPTED, str(folder), str(exported.path)]
+    command = [sys.executable, "-c", INTERRUPTED, str(folder), str(half.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "interrupted True True\n"
     assert not files(folder / "engines")
 
 
 @needs_rtx
-def test_a_full_disk_leaves_nothing(folder: Path, exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(folder: Path, half: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, _data: Any) -> int:
         with self.open("wb") as file:
             file.write(b"half")
@@ -196,24 +195,24 @@ def test_a_full_disk_leaves_nothing(folder: Path, exported: Bundle, monkeypatch:
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(ClipretError, match="No space left on device"):
-        build_engines(folder, exported.manifest, "tensorrt_rtx", archs=["sm_89"])
+        build_engines(folder, half.manifest, "tensorrt_rtx", archs=["sm_89"])
     assert not files(folder / "engines")
 
 
 @needs_rtx
-def test_useless_requests(folder: Path, exported: Bundle) -> None:
+def test_useless_requests(folder: Path, half: Bundle) -> None:
     for sizes in ([], [0, 8]):
         with pytest.raises(ClipretError, match="make no plan"):
-            build_engines(folder, exported.manifest, "tensorrt_rtx", batch=sizes)
+            build_engines(folder, half.manifest, "tensorrt_rtx", batch=sizes)
     with pytest.raises(ClipretError, match="leave the timing cache out"):
-        build_engines(folder, exported.manifest, "tensorrt_rtx", timing_cache=folder / "cache")
+        build_engines(folder, half.manifest, "tensorrt_rtx", timing_cache=folder / "cache")
 
 
-def test_a_missing_library(folder: Path, exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library(folder: Path, half: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, extra in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ClipretError, match=rf"{name} is not installed: run  pip install 'clipret\[{extra}\]'"):
-            build_engines(folder, exported.manifest, name)  # type: ignore[arg-type]
+            build_engines(folder, half.manifest, name)  # type: ignore[arg-type]
 
 
 @needs_rtx
@@ -226,10 +225,10 @@ def test_the_log_keeps_errors_only(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_rtx
-def test_a_plan_without_a_gpu_is_one_line(folder: Path, exported: Bundle) -> None:
+def test_a_plan_without_a_gpu_is_one_line(folder: Path, half: Bundle) -> None:
     if gpu_count():
         pytest.skip("this machine has a GPU")
-    (key,) = build_engines(folder, exported.manifest, "tensorrt_rtx", batch=[1])
+    (key,) = build_engines(folder, half.manifest, "tensorrt_rtx", batch=[1])
     with pytest.raises(ClipretError, match=r"there is no NVIDIA driver here|CUDA's cuInit failed") as raised:
         TensorRTTower(folder / "engines" / key / "text.plan", "tensorrt_rtx")
     assert "\n" not in str(raised.value)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ class Database:
             self._connection = sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False, isolation_level=None)
         except sqlite3.Error as error:
             raise ClipretError(f"{self._file} cannot be opened ({error}): restore it or index again") from None
+        # A gallery that is dropped unclosed closes it too: from Python 3.13 on an open one is a ResourceWarning.
+        weakref.finalize(self, self._connection.close)
         self._lock = threading.RLock()  # threads may share a gallery, a statement and its authorizer may not be shared
         # Also the end of a transaction, which is the deletion of the journal, survives a power cut.
         self.query("PRAGMA synchronous = EXTRA")

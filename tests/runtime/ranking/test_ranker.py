@@ -138,8 +138,9 @@ def test_codes_lose_no_more_than_they_say(case: Case, offset: float) -> None:
         codes = quantise(rows, center)
         coded_part = (codes.values.astype(np.float64) - 128) * codes.scale
         lost = rows.astype(np.float64) - center.astype(np.float64) - coded_part
-        assert np.linalg.norm(lost, axis=1).max() <= codes.residual
-        assert np.linalg.norm(coded_part, axis=1).max() <= codes.reach
+        # Below 1e-20 float32 squares are no normal numbers any more; the ranker allows for 1e-10.
+        assert np.linalg.norm(lost, axis=1).max() <= codes.residual + 1e-20
+        assert np.linalg.norm(coded_part, axis=1).max() <= codes.reach + 1e-20
         assert codes.residual <= codes.scale / 2 * np.sqrt(rows.shape[1]) * 1.001 + 1e-5 * np.sqrt(rows.shape[1])
 
 
