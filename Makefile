@@ -18,7 +18,7 @@ else
 install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2)
 endif
 
-.PHONY: demo test test-lean lint types bench bench-gpu clean help
+.PHONY: demo test test-export test-runtime test-training test-lean test-avx2 lint types bench bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -27,16 +27,34 @@ help:  ## Show this list.
 demo: $(VENV)/.full  ## Draw pictures, train, export, index, evaluate, and write demo/results.html.
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/demo.sh demo
 
-# A process for each room: TensorRT's builder has crashed beside the libraries that the other rooms load.
-test: $(VENV)/.full test-lean  ## Run all tests; the runtime's also from a wheel in a venv without torch.
-	$(BIN)/python -m pytest tests/export
-	$(BIN)/python -m pytest tests/runtime
-	$(BIN)/python -m pytest tests/training
-	$(BIN)/python -m pytest tests/benchmarks
+# A worker a core, four at most, and in each of them one thread: torch's would take turns on the same cores.
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
+test: test-lean test-export test-runtime test-training  ## Run all tests; the runtime's also from a wheel without torch.
+
+# Processes of their own: TensorRT's builder has crashed beside the libraries that the other rooms load.
+test-export: $(VENV)/.full
+	$(PYTEST) tests/export
+
+test-runtime: $(VENV)/.full
+	$(PYTEST) tests/runtime
+
+test-training: $(VENV)/.full
+	$(PYTEST) tests/training tests/benchmarks
+
+# What the full venv proves of any way to install it is not proven again.
 test-lean: $(LEAN)/.wheel
 	@! $(LEAN)/bin/python -c 'import torch' 2>/dev/null || { echo 'the lean venv has torch'; exit 1; }
-	$(LEAN)/bin/python -m pytest tests/runtime
+	$(LEAN)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not exhaustive' tests/runtime
+
+# Each library by its own switch and clipret by CLIPRET_CPU; onnxruntime and OpenVINO have none.
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: export OPENBLAS_CORETYPE = Haswell
+test-avx2: export NPY_DISABLE_CPU_FEATURES = X86_V4 AVX512_ICL AVX512_SPR
+test-avx2: export FAISS_OPT_LEVEL = AVX2
+test-avx2: export CLIPRET_CPU = avx2
+test-avx2: test-export test-runtime test-training  ## Run the tests with the kernels of AVX2 processors.
 
 lint: $(VENV)/.full  ## Check style, and that imports go one way.
 	$(BIN)/ruff check .
@@ -67,7 +85,7 @@ $(VENV)/.full: $(VENV)/bin/python pyproject.toml constraints.txt
 $(LEAN)/.wheel: $(VENV)/.full $(shell find runtime -type f ! -name '*.pyc') pyproject.toml
 	rm -rf dist && $(BIN)/python -m build --quiet --outdir dist
 	$(PYTHON) -m venv --clear $(LEAN)
-	$(call install,$(LEAN),"$$(ls $(CURDIR)/dist/*.whl)[cpu]" pytest hypothesis)
+	$(call install,$(LEAN),"$$(ls $(CURDIR)/dist/*.whl)[cpu]" pytest pytest-xdist hypothesis)
 	touch $@
 
 $(BENCH)/.peers: pyproject.toml constraints.txt

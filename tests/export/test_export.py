@@ -128,8 +128,13 @@ def test_a_failed_export_keeps_the_old_bundle(model: str, own: Callable[..., Bun
 
 
 def test_the_command(model: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, [model, str(tmp_path / "bundle"), "--fp16"])
+    (tmp_path / "pictures").mkdir()
+    pictures(1)[0].save(tmp_path / "pictures" / "one.png")
+    command = [model, str(tmp_path / "bundle"), "--fp16", "--verify-data", str(tmp_path / "pictures")]
+    result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "bundle" / "verify.json").read_text())
+    assert (report["pictures"], report["recall"]) == (1, None)  # a folder has no titles
     assert result.stdout.startswith(str(tmp_path / "bundle"))
     assert "fp16" in result.stdout
     wrong = CliRunner().invoke(main, ["ViT-B-23", str(tmp_path / "new")])

@@ -96,17 +96,22 @@ def write_only(kind: str, whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("damage", "tower"),
+    ("damage", "tower", "precision"),
     [
-        (swapped_normalisation, "image"),
-        (baked_length, "text"),
-        (baked_batch, "image"),
-        (wrong_resize, "image"),
-        (lost_layer_norm, "text"),
-        (off_by_a_factor, "text"),
+        (baked_length, "text", "fp32"),  # it does not run at all, in whatever precision
+        (baked_batch, "image", "fp32"),
+        *(
+            (damage, tower, precision)
+            for damage, tower in (
+                (swapped_normalisation, "image"),
+                (wrong_resize, "image"),
+                (lost_layer_norm, "text"),
+                (off_by_a_factor, "text"),
+            )
+            for precision in ("fp32", "fp16")
+        ),
     ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_wrong_bundle_is_never_written(
     damage: Callable[[pytest.MonkeyPatch], None],
     tower: str,
@@ -165,8 +170,6 @@ def test_the_users_own_pictures_count(model: str, tmp_path: Path) -> None:
     assert again.recall == report["recall"]
     with pytest.raises(ClipretError, match="was not exported with these"):
         check_bundle(bundle, LIMITS["fp16"], data=Sample(source, limit=4))
-    folder = export_bundle(model, tmp_path / "by-folder", verify_data=Sample(tmp_path / "own"))
-    assert json.loads((folder.path / "verify.json").read_text())["recall"] is None
 
 
 def test_a_lost_recall_is_a_problem(model: str, exported: Callable[..., Bundle], tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def make(way: str, rows: np.ndarray, cuts: Sequence[int], live: np.ndarray | Non
     return Ranker(shards, live, coded(shards), threads=1, resident=way.startswith("packed"))
 
 
+@pytest.mark.exhaustive
 def test_equals_brute_force_in_order(ways: str) -> None:
     @settings(deadline=None, max_examples=150)
     @given(cases())
@@ -115,6 +116,7 @@ def test_equals_brute_force_in_order(ways: str) -> None:
     check()
 
 
+@pytest.mark.exhaustive
 def test_filters_and_least_scores(ways: str) -> None:
     @settings(deadline=None, max_examples=80)
     @given(cases(), st.integers(0, 2**32), st.floats(-0.5, 0.9))

@@ -127,9 +127,10 @@ def interrupted(config: FitConfig, run: Path) -> Path:
     return checkpoints
 
 
-def test_spread_weights_train_as_whole_ones_resume_and_export(folder: Path, run: Path, tmp_path: Path) -> None:
-    checkpoints = interrupted(settings(folder, fsdp=True, save_every=2), tmp_path / "spread")
-    ours, theirs = (load_file(path / "last.safetensors") for path in (checkpoints, run / "checkpoints"))
+def test_spread_weights_train_as_whole_ones_and_export(folder: Path, run: Path, tmp_path: Path) -> None:
+    done = run_two(settings(folder, fsdp=True), tmp_path / "spread")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(path / "checkpoints" / "last.safetensors") for path in (tmp_path / "spread", run))
     start = load_file(folder / "tiny-clip" / "open_clip_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert (ours["visual.proj"] - start["visual.proj"]).abs().max() > 1e-3
@@ -139,7 +140,8 @@ def test_spread_weights_train_as_whole_ones_resume_and_export(folder: Path, run:
     assert bundle.manifest.image.size == 32
 
 
-def test_spread_weights_that_muon_moves_resume_exactly(folder: Path, tmp_path: Path) -> None:
+def test_spread_weights_resume_exactly(folder: Path, tmp_path: Path) -> None:
+    """With the states of both optimisers: Muon moves the weights of layers, AdamW all others."""
     config = settings(folder, fsdp=True, save_every=2, optimizer="muon")
     done = run_two(config, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
