@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from clipret_training.cli.app import AUGMENTS, PRECISIONS, main
+from clipret_training.cli import main
 
 
 @pytest.fixture
@@ -71,12 +71,6 @@ def test_help_teaches_and_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--val-where \"lang = 'en' and split = 'val'\"" in done.stdout
     assert "Go on from an earlier run" in done.stdout
-
-
-def test_the_choices_of_augment_are_those_there_are() -> None:
-    from clipret_training.data import augment
-
-    assert AUGMENTS == augment.AUGMENTS
 
 
 def test_recipes_are_listed_and_printed() -> None:
@@ -152,11 +146,3 @@ def test_a_list_with_only_missing_pictures_is_refused(captions: Path, tmp_path: 
     assert "No such file" in result.stderr
     assert "check --image-root" in result.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_the_choices_of_precision_are_those_there_are() -> None:
-    from typing import get_args
-
-    from clipret_training.tuning.precision import Precision
-
-    assert get_args(Precision) == PRECISIONS

@@ -187,7 +187,7 @@ def test_hard_negatives_are_further_columns_of_the_pictures() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "hinge"}, "loss 'hinge' is unknown: use infonce, siglip, soft"),
+        ({"kind": "hinge"}, "kind is 'hinge' .*: it must be one of infonce, siglip, soft"),
         ({"drop_worst": 1.0}, "drop_worst is 1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"soft_weight": 2}, "soft_weight is 2"),

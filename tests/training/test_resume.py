@@ -28,8 +28,8 @@ from clipret_training.config import FitConfig
 from clipret_training.data.augment import Augmenter
 from clipret_training.fit import fit
 from clipret_training.models.load import load_model
-from clipret_training.optim.schedule import seed_of
 from clipret_training.run import claimed
+from clipret_training.seeds import seed_of
 
 STEPS = 12  # four epochs of three
 

@@ -20,7 +20,8 @@ from clipret_training.loss import LossConfig
 from clipret_training.models.chinese_clip_model import ChineseClip
 from clipret_training.models.early_pooling import pool_early
 from clipret_training.models.load import load_model
-from clipret_training.optim.schedule import learning_rate, seed_of
+from clipret_training.optim.schedule import learning_rate
+from clipret_training.seeds import seed_of
 from clipret_training.step import Batch, GradientStep, StepResult
 from clipret_training.tuning.techniques import checkpoint_gradients, drop_patches
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from clipret.errors import ClipretError, one_line
 from clipret.files import sync_folder
+from clipret_training.filenames import BEST, LAST
 
 __all__ = ["Checkpoints", "read_state"]
 
@@ -32,7 +33,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
-        self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
+        self.last, self.best = folder / LAST, folder / BEST
 
     def save_last(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], step: int) -> None:
         """Raises ClipretError when the disk refuses; the checkpoint before is then as it was."""

@@ -1,7 +1,32 @@
 """The values that a setting may have, by name; without torch, so that `--help` needs none."""
 
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["Augment"]
+__all__ = [
+    "TOWERS",
+    "Adapter",
+    "Augment",
+    "Language",
+    "LossKind",
+    "Optimizer",
+    "Precision",
+    "Resize",
+    "Schedule",
+    "SoupMethod",
+    "Style",
+    "Tower",
+]
 
+Adapter = Literal["none", "lora", "dora"]
 Augment = Literal["none", "photo", "surveillance"]
+Language = Literal["en", "zh"]  # of drawn captions
+LossKind = Literal["infonce", "siglip", "soft"]
+Optimizer = Literal["adamw", "muon"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Resize = Literal["shortest", "longest", "squash"]  # as in clipret.bundle.ImageSpec
+Schedule = Literal["cosine", "constant"]
+SoupMethod = Literal["uniform", "greedy", "wise"]
+Style = Literal["web", "surveillance"]  # of drawn scenes
+Tower = Literal["image", "text"]
+
+TOWERS: tuple[Tower, ...] = get_args(Tower)

@@ -1,31 +1,57 @@
-"""The configuration of a training: the same names and values as flags, recipe, params.toml and checkpoint."""
+"""The configuration of a training: the same names and values as flags, recipe, params.toml and checkpoint.
+
+Types and ranges are msgspec's (`clipret_training.schema`); what two options must have in common is checked by hand.
+"""
 
 import dataclasses
 import difflib
-import sys
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
+from msgspec import Meta
 
 from clipret.errors import ClipretError
 from clipret.locations import is_remote
-from clipret_training.choices import Augment
-from clipret_training.loss import LossConfig, LossKind
+from clipret_training.choices import TOWERS, Adapter, Augment, LossKind, Optimizer, Precision, Resize, Schedule, Tower
+from clipret_training.loss import LossConfig
 from clipret_training.models.load import SMALL, anchored, architecture
-from clipret_training.models.structure import TOWERS
-from clipret_training.optim.optimizer import Optimizer
-from clipret_training.optim.schedule import Schedule
 from clipret_training.recipe import read_recipe
+from clipret_training.schema import (
+    MANY,
+    Count,
+    Degrees,
+    Factor,
+    Number,
+    PartialShare,
+    Positive,
+    PositiveShare,
+    Share,
+    Whole,
+    check,
+    check_fields,
+    describe,
+    hints,
+    takes_text,
+)
 from clipret_training.tuning.adapters import AdapterConfig
-from clipret_training.tuning.precision import Precision, native_precision, open_device
+from clipret_training.tuning.precision import native_precision, open_device
 
 __all__ = ["FitConfig", "option_table", "parse_value"]
+
+# Ranges of one option each
+SplitShare = Annotated[float, Meta(gt=0, lt=1)]
+Enlargement = Annotated[float, Meta(ge=1, le=8)]
+Gigabytes = Annotated[float, Meta(ge=0, le=MANY)]
+Grey = Annotated[int, Meta(ge=0, le=255)]
+TokenCount = Annotated[int, Meta(ge=3, le=MANY)]
+PixelCount = Annotated[int, Meta(ge=8, le=MANY)]
+BatchSize = Annotated[int, Meta(ge=2, le=MANY)]
+Threads = Annotated[int, Meta(ge=1, le=1024)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True)
@@ -43,31 +69,33 @@ class FitConfig:
     where: str | None = None
     val: str | None = None
     val_where: str | None = None
-    val_split: float = 0.1
-    validate_every: int = 1  # epochs
+    val_split: SplitShare = 0.1
+    validate_every: Count = 1  # epochs
     # How the model sees pictures and texts where that is not to be its own way; part of the run and of its bundle.
-    resize: Literal["shortest", "longest", "squash"] | None = None  # longest: padded to a square with `fill`
-    fill: int | None = None
-    context_length: int | None = None  # tokens
+    resize: Resize | None = None  # longest: padded to a square with `fill`
+    fill: Grey | None = None
+    context_length: TokenCount | None = None  # tokens
     # Augmentation
     augment: Augment = "photo"
-    crop_size: int | None = None  # pixels a side that the image tower sees in training; None: the model's own
-    decode_scale: float = 1.0  # pictures are kept that many times larger than the model's size, for crops to be sharp
-    crop_area: float = 0.7  # the least share of a picture that a crop keeps
-    jitter: float = 0.3  # how far brightness, contrast and saturation may move from 1
+    crop_size: PixelCount | None = None  # pixels a side that the image tower sees in training; None: the model's own
+    decode_scale: Enlargement = (
+        1.0  # pictures are kept that many times larger than the model's size, for crops to be sharp
+    )
+    crop_area: PositiveShare = 0.7  # the least share of a picture that a crop keeps
+    jitter: Share = 0.3  # how far brightness, contrast and saturation may move from 1
     repad: bool = False  # bars of padded pictures are made anew around each crop; worse when training from scratch
-    flip: float | None = None  # share of the pictures that is mirrored; left out: half, and none without augmentation
-    rotation: float | None = None  # degrees at most; left out: 3 for surveillance, else 0
-    random_ops: int = 0  # changes a picture as in RandAugment, for pictures whose colours do not matter
-    magnitude: float = 0.5  # how strong they are
-    captions: int = 1  # titles of a picture that take part in a step
+    flip: Share | None = None  # share of the pictures that is mirrored; left out: half, and none without augmentation
+    rotation: Degrees | None = None  # degrees at most; left out: 3 for surveillance, else 0
+    random_ops: Whole = 0  # changes a picture as in RandAugment, for pictures whose colours do not matter
+    magnitude: Share = 0.5  # how strong they are
+    captions: Count = 1  # titles of a picture that take part in a step
     # What is trained: everything, or adapters beside frozen weights, or what is not locked
-    adapter: Literal["none", "lora", "dora"] = "none"
-    adapter_rank: int = 16
-    adapter_alpha: float = 32.0
-    adapter_dropout: float = 0.0
+    adapter: Adapter = "none"
+    adapter_rank: Count = 16
+    adapter_alpha: Positive = 32.0
+    adapter_dropout: PartialShare = 0.0
     adapter_targets: tuple[str, ...] = ("attention",)  # q, k, v, out, fc1, fc2, attention, mlp or the end of a name
-    adapter_towers: tuple[str, ...] = TOWERS
+    adapter_towers: tuple[Tower, ...] = TOWERS
     lock_image: bool = False
     lock_text: bool = False
     unlock_image: int = (
@@ -76,53 +104,48 @@ class FitConfig:
     unlock_text: int = 0
     # What is asked of the rows
     loss: LossKind = "infonce"
-    label_smoothing: float = 0.0
-    drop_worst: float = 0.0  # share of the rows with the largest losses that a step passes over: noisy captions
-    soft_weight: float = 0.5
-    soft_temperature: float = 0.1
+    label_smoothing: PartialShare = 0.0
+    drop_worst: PartialShare = 0.0  # share of the rows with the largest losses that a step passes over: noisy captions
+    soft_weight: Share = 0.5
+    soft_temperature: Positive = 0.1
     negatives: bool = False  # each caption once more with one attribute swapped: a red car, a blue car
     attributes: str | None = None  # a JSON file of more attributes, for negatives and for the loss "soft"
     # Optimisation
-    epochs: int = 5
-    batch_size: int = 64  # pictures that are compared with each other in a step, of all processes together
-    accumulate: int = 1  # parts in which a batch goes through the towers; its loss is that of the whole batch
+    epochs: Count = 5
+    batch_size: BatchSize = 64  # pictures that are compared with each other in a step, of all processes together
+    accumulate: Count = 1  # parts in which a batch goes through the towers; its loss is that of the whole batch
     optimizer: Optimizer = "adamw"  # muon learns faster from scratch: the matrices inside the towers are its own
-    lr: float = 1e-5
+    lr: Factor = 1e-5
     schedule: Schedule = "cosine"
-    warmup: float = 0.05  # share of all steps until `lr` is reached
-    weight_decay: float = 0.1
-    layer_decay: float = 1.0  # what the learning rate is multiplied by from each group of layers to the one before
-    image_lr_scale: float = 1.0
-    text_lr_scale: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.98  # as in CLIP
-    epsilon: float = 1e-6
-    clip: float = 1.0  # largest norm of the gradient; 0: no limit
-    ema: float = 0.0  # decay of a moving average of the weights, which is then measured and kept as the best; 0: none
+    warmup: Share = 0.05  # share of all steps until `lr` is reached
+    weight_decay: Factor = 0.1
+    layer_decay: Number = 1.0  # what the learning rate is multiplied by from each group of layers to the one before
+    image_lr_scale: Number = 1.0
+    text_lr_scale: Number = 1.0
+    beta1: PartialShare = 0.9
+    beta2: PartialShare = 0.98  # as in CLIP
+    epsilon: Share = 1e-6
+    clip: Factor = 1.0  # largest norm of the gradient; 0: no limit
+    ema: PartialShare = 0.0  # decay of the weights' moving average, which is then measured and kept as best; 0: none
     # How a step is computed
     precision: Precision = "fp32"
     checkpoint_gradients: bool = False  # less memory, a third more time: activations are computed twice
     compile: bool = False
-    patch_dropout: float = 0.0  # share of the patches that a step leaves out (FLIP)
+    patch_dropout: PartialShare = 0.0  # share of the patches that a step leaves out (FLIP)
     local_loss: bool = False  # each process compares its own rows with those of all; else each computes the whole loss
     fsdp: bool = False  # weights, gradients and moments are spread over the processes
     # The machine
     device: str = "cpu"
-    threads: int = 1
-    cache_limit: float = 4.0  # GiB of decoded pictures
-    save_every: int = 0  # steps; 0: after each epoch only
+    threads: Threads = 1
+    cache_limit: Annotated[float, Meta(ge=0, le=1000000000.0)] = 4.0  # GiB of decoded pictures
+    save_every: Whole = 0  # steps; 0: after each epoch only
     tensorboard: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, hint in _hints().items():
-            _check_type(name, getattr(self, name), hint)
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML has lists only
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ClipretError(f"{name} is {value}: it lies between {low:g} and {high:g}")
+        check_fields(self)
+        for name in ("adapter_targets", "adapter_towers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML has lists only
         if self.batch_size % self.accumulate:
             raise ClipretError(f"batch_size {self.batch_size} does not split into {self.accumulate} equal parts")
         if self.adapter != "none" and (self.lock_image or self.lock_text):
@@ -150,9 +173,9 @@ class FitConfig:
         for needed, hint in (("data", "name a list"), ("model", "pass --model, or a recipe with one")):
             if values.get(needed) is None:
                 raise ClipretError(f"there is no {needed}: {hint}")
-        for key, hint in _hints().items():
-            if key in values:
-                _check_type(key, values[key], hint)
+        kinds = hints(cls)
+        for key, value in values.items():
+            check(key, value, kinds[key])
         values |= {key: _absolute(values[key]) for key in _PATHS if values.get(key) is not None}
         values["model"] = anchored(values["model"])
         name, has_weights = architecture(values["model"])
@@ -192,38 +215,6 @@ class FitConfig:
 
 
 _PATHS = ("data", "val", "image_root", "attributes")
-_MANY = 10**9  # where there is no other limit: neither infinity nor what no machine word holds
-_RANGES: dict[str, tuple[float, float]] = {
-    "val_split": (1e-9, 1 - 1e-9),
-    "validate_every": (1, _MANY),
-    "fill": (0, 255),
-    "context_length": (3, _MANY),
-    "crop_size": (8, _MANY),
-    "decode_scale": (1, 8),
-    "crop_area": (1e-6, 1),
-    "jitter": (0, 1),
-    "captions": (1, _MANY),
-    "epochs": (1, _MANY),
-    "batch_size": (2, _MANY),
-    "accumulate": (1, _MANY),
-    "lr": (0, sys.float_info.max),
-    "warmup": (0, 1),
-    "weight_decay": (0, sys.float_info.max),
-    "beta1": (0, 1 - 1e-9),
-    "beta2": (0, 1 - 1e-9),
-    "epsilon": (0, 1),
-    "clip": (0, sys.float_info.max),
-    "ema": (0, 1 - 1e-9),
-    "flip": (0, 1),
-    "rotation": (0, 45),
-    "random_ops": (0, _MANY),
-    "magnitude": (0, 1),
-    "patch_dropout": (0, 1 - 1e-9),
-    "threads": (1, 1024),
-    "cache_limit": (0, _MANY),
-    "save_every": (0, _MANY),
-    "seed": (0, 2**63 - 1),
-}
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -236,16 +227,11 @@ def parse_value(name: str, text: str) -> Any:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    takes_text = any(hint is str or typing.get_origin(hint) is Literal for hint in _members(_hints()[name]))
-    return text if takes_text and not isinstance(value, str | list) else value
+    return text if takes_text(hints(FitConfig)[name]) and not isinstance(value, str | list) else value
 
 
 def _absolute(path: str) -> str:
     return path if is_remote(path) else str(Path(path).absolute())
-
-
-def _hints() -> dict[str, Any]:
-    return {field.name: field.type for field in dataclasses.fields(FitConfig)}
 
 
 # What other trainers call them, where difflib would look for something else.
@@ -260,7 +246,7 @@ _ELSEWHERE = {
 
 
 def _refuse_unknown(values: Mapping[str, Any], origin: str | None) -> None:
-    known = list(_hints())
+    known = hints(FitConfig)
     if {"soup", "ingredients"} <= values.keys() and origin is not None:
         folder = Path(origin).parent
         raise ClipretError(f"{folder} is a soup, which no training made: train from it with  --model {folder}")
@@ -275,46 +261,10 @@ def _refuse_unknown(values: Mapping[str, Any], origin: str | None) -> None:
             )
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    for kind in _members(hint):
-        if typing.get_origin(kind) is Literal:
-            if value in typing.get_args(kind):
-                return
-        elif typing.get_origin(kind) is tuple:
-            if isinstance(value, tuple | list) and all(isinstance(one, str) for one in value):
-                return
-        elif (kind is float and type(value) in (int, float)) or type(value) is kind:
-            if kind is float and not abs(value) <= sys.float_info.max:  # nan is not, either
-                raise ClipretError(f"{name} is {value}: it must be a finite number")
-            return
-    choices = [word for kind in _members(hint) for word in typing.get_args(kind) if isinstance(word, str)]
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-    near = f" (did you mean {close[0]}?)" if close else ""
-    raise ClipretError(f"{name} is {value!r}{near}: it must be {_describe_type(hint)}")
-
-
-def _describe_type(hint: Any) -> str:
-    """`float | None` as a reader of a message wants it: a number, or nothing."""
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "left out"}
-    words = []
-    for kind in _members(hint):
-        if typing.get_origin(kind) is Literal:
-            words.append("one of " + ", ".join(typing.get_args(kind)))
-        elif typing.get_origin(kind) is tuple:
-            words.append("a list of texts")
-        else:
-            words.append(names[kind])
-    return " or ".join(words)
-
-
 def option_table() -> list[list[str]]:
     """Name, type and default of every option."""
-    rows = []
+    rows, kinds = [], hints(FitConfig)
     for field in dataclasses.fields(FitConfig):
         default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)
-        rows.append([field.name, _describe_type(field.type), default])
+        rows.append([field.name, describe(kinds[field.name]), default])
     return rows

@@ -26,8 +26,9 @@ from clipret_training.distributed.fsdp import latest_shards
 from clipret_training.distributed.world import World, gather_objects, join, smallest
 from clipret_training.learner import Learner
 from clipret_training.listing import read_listings
-from clipret_training.optim.schedule import generator, learning_rate, seed_of
+from clipret_training.optim.schedule import learning_rate
 from clipret_training.run import RunFolder, claimed
+from clipret_training.seeds import generator, seed_of
 from clipret_training.step import Batch, GradientStep, StepResult
 from clipret_training.validation import normalise, quality, recall
 

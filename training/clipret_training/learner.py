@@ -24,13 +24,14 @@ from clipret_training.distributed.fsdp import (
     whole_weights,
 )
 from clipret_training.distributed.world import World, average_gradients
+from clipret_training.filenames import ADAPTER
 from clipret_training.loss import SIGLIP_BIAS
 from clipret_training.models.early_pooling import pool_early
 from clipret_training.models.load import load_model
 from clipret_training.models.loaded import LoadedModel
 from clipret_training.optim.averaging import MovingAverage
 from clipret_training.optim.optimizer import make_optimizer
-from clipret_training.optim.schedule import seed_of
+from clipret_training.seeds import seed_of
 from clipret_training.tuning.adapters import add_adapters, base_state, write_adapter
 from clipret_training.tuning.freezing import freeze_unused, lock_tower, parameter_groups, train_mode
 from clipret_training.tuning.techniques import checkpoint_gradients, drop_patches
@@ -127,7 +128,7 @@ class Learner:
         if self.world.writes:
             checkpoints.save_best(weights, step)
             if self.config.adapter != "none":
-                write_adapter(checkpoints.folder.parent / "adapter", self.model, self.config.model)
+                write_adapter(checkpoints.folder.parent / ADAPTER, self.model, self.config.model)
 
     def consolidate(self, checkpoints: Checkpoints, step: int) -> None:
         """At the end, write what fsdp has spread as one file, which is loaded and exported like any other."""

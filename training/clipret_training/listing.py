@@ -16,7 +16,7 @@ from clipret.sources.item import Item, without_bytes
 from clipret.sources.source import open_source
 from clipret.tables import Table, pick_column, read_table
 from clipret_training.config import FitConfig
-from clipret_training.optim.schedule import seed_of
+from clipret_training.seeds import seed_of
 
 __all__ = ["Listing", "read_listing", "read_listings", "split_pairs"]
 

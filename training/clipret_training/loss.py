@@ -10,7 +10,6 @@ name) a process scores only its own rows against all: logits [B,W*T] instead of 
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,23 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipret.errors import ClipretError
+from clipret_training.choices import LossKind
 from clipret_training.distributed.gather import exchange_shapes, gather_rows
+from clipret_training.schema import PartialShare, Positive, Share, check_fields
 
 __all__ = [
-    "LOSSES",
     "SIGLIP_BIAS",
     "LossBatch",
     "LossConfig",
-    "LossKind",
     "attribute_overlap",
     "compute_loss",
     "contrastive_loss",
     "positive_mask",
     "retrieval_accuracy",
 ]
-
-LossKind = Literal["infonce", "siglip", "soft"]
-LOSSES: tuple[LossKind, ...] = get_args(LossKind)
 
 SIGLIP_BIAS = -10.0  # where Zhai et al. start a new logit bias: nearly all pairs of a batch are negatives
 
@@ -54,23 +50,14 @@ class LossConfig:
     """
 
     kind: LossKind = "infonce"
-    label_smoothing: float = 0.0
-    drop_worst: float = 0.0
-    soft_weight: float = 0.5
-    soft_temperature: float = 0.1
+    label_smoothing: PartialShare = 0.0
+    drop_worst: PartialShare = 0.0
+    soft_weight: Share = 0.5
+    soft_temperature: Positive = 0.1
     local_loss: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in LOSSES:
-            raise ClipretError(f"loss {self.kind!r} is unknown: use {', '.join(LOSSES)}")
-        for name, high in (("label_smoothing", 1.0), ("drop_worst", 1.0)):
-            value = getattr(self, name)
-            if not 0 <= value < high:
-                raise ClipretError(f"{name} is {value}: use a share from 0 to below {high:g}")
-        if not 0 <= self.soft_weight <= 1:
-            raise ClipretError(f"soft_weight is {self.soft_weight}: use a share from 0 to 1")
-        if self.soft_temperature <= 0:
-            raise ClipretError(f"soft_temperature is {self.soft_temperature}: use a number above 0, such as 0.1")
+        check_fields(self)
         if self.kind == "siglip" and self.label_smoothing:
             raise ClipretError(
                 "label_smoothing has no meaning for the siglip loss, which has no rows of targets: use 0"

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that fill in what the user leaves open."""
+"""Recipes: TOML files that clipret has or that a user writes. They fill in what is left open, or list steps."""
 
 import difflib
 import tomllib
@@ -10,35 +10,35 @@ from clipret.errors import ClipretError
 
 __all__ = ["read_recipe", "recipe_names", "recipe_text"]
 
-_FOLDER = files("clipret_training") / "recipes"
+_FOLDERS = {"recipe": "recipes", "pipeline": "pipelines"}
 
 
-def recipe_names() -> dict[str, str]:
-    """The recipes that clipret has, each with its first line, which says what it is for."""
-    names = sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml"))
-    return {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in names}
+def recipe_names(kind: str = "recipe") -> dict[str, str]:
+    """The recipes that clipret has, or its pipelines, each with its first line, which says what it is for."""
+    folder = files("clipret_training") / _FOLDERS[kind]
+    names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return {name: recipe_text(name, kind).splitlines()[0].lstrip("# ") for name in names}
 
 
-def recipe_text(recipe: str) -> str:
+def recipe_text(recipe: str, kind: str = "recipe") -> str:
     """The text of a recipe of clipret's, or of a TOML file. Raises ClipretError when there is neither."""
     if recipe.endswith(".toml"):
         try:
             return Path(recipe).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ClipretError(f"recipe {recipe} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    file = _FOLDER / f"{recipe}.toml"
+            raise ClipretError(f"{kind} {recipe} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    file = files("clipret_training") / _FOLDERS[kind] / f"{recipe}.toml"
     if "/" in recipe or not file.is_file():
-        names = list(recipe_names())
+        names = list(recipe_names(kind))
         near = difflib.get_close_matches(recipe, names, n=3, cutoff=0.3) or names
-        raise ClipretError(
-            f"there is no recipe {recipe!r}: did you mean {', '.join(near)}? A file's name ends in .toml"
-        )
+        guess = f"did you mean {', '.join(near)}? A file's name ends in .toml"
+        raise ClipretError(f"there is no {kind} {recipe!r}: {guess}")
     return file.read_text(encoding="utf-8")
 
 
-def read_recipe(recipe: str) -> dict[str, Any]:
+def read_recipe(recipe: str, kind: str = "recipe") -> dict[str, Any]:
     """Names and values of a recipe. Raises ClipretError when there is none or it is not TOML."""
     try:
-        return tomllib.loads(recipe_text(recipe))
+        return tomllib.loads(recipe_text(recipe, kind))
     except tomllib.TOMLDecodeError as error:
-        raise ClipretError(f"recipe {recipe} is not TOML: {error}") from None
+        raise ClipretError(f"{kind} {recipe} is not TOML: {error}") from None

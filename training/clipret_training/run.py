@@ -15,6 +15,7 @@ from torch import Tensor
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret_training.config import FitConfig
+from clipret_training.filenames import CHECKPOINTS, METRICS, PARAMS, SKIPPED
 from clipret_training.models.load import describe
 from clipret_training.models.loaded import LoadedModel
 
@@ -39,7 +40,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self.checkpoints = path, path / "checkpoints"
+        self.path, self.checkpoints = path, path / CHECKPOINTS
         self._writes = writes
         self._board: Any = None
 
@@ -62,7 +63,7 @@ class RunFolder:
         given = {name: value for name, value in params.items() if value is not None}  # TOML knows no null
         for name, content in describe(loaded).items():
             write_file(self.path / name, content)
-        write_file(self.path / "params.toml", tomli_w.dumps(given))
+        write_file(self.path / PARAMS, tomli_w.dumps(given))
 
     @staticmethod
     def refuse_taken(path: Path) -> None:
@@ -75,7 +76,7 @@ class RunFolder:
 
     def params(self) -> FitConfig | None:
         """The configuration that the folder was begun with; None when there is none."""
-        file = self.path / "params.toml"
+        file = self.path / PARAMS
         return FitConfig.read(file) if file.is_file() else None
 
     def log(self, line: str) -> None:
@@ -86,7 +87,7 @@ class RunFolder:
     def record(self, metrics: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl, a line for each of `metrics`."""
         if self._writes:
-            write_file(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
+            write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in metrics))
 
     def open_board(self, step: int) -> None:
         """Start TensorBoard's files; what they say of steps after `step` counts no longer."""
@@ -107,7 +108,7 @@ class RunFolder:
     def write_skipped(self, skipped: Mapping[Path, str]) -> None:
         if self._writes:
             lines = (f"{path}\t{reason}\n" for path, reason in skipped.items())
-            write_file(self.path / "skipped.tsv", "path\treason\n" + "".join(lines))
+            write_file(self.path / SKIPPED, "path\treason\n" + "".join(lines))
 
     def save(self, loaded: LoadedModel, name: str) -> None:
         """Write the weights to checkpoints/NAME.safetensors, without what resuming needs."""
@@ -124,7 +125,7 @@ def claimed(path: Path) -> Iterator[None]:
     process trains in it, when it is taken by something else than a run, and when it cannot be written.
     """
     try:
-        if not any((path / name).exists() for name in (_LOCK, "params.toml", "checkpoints")):
+        if not any((path / name).exists() for name in (_LOCK, PARAMS, CHECKPOINTS)):
             RunFolder.refuse_taken(path)  # nothing is left in a folder of somebody else's
         made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)

@@ -4,15 +4,17 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipret.errors import ClipretError
 from clipret.files import new_folder
+from clipret_training.choices import SoupMethod
 from clipret_training.config import FitConfig
 from clipret_training.data.batches import Pictures, Texts
+from clipret_training.filenames import PARAMS
 from clipret_training.listing import read_listing
 from clipret_training.models.load import SMALL, load_model
 from clipret_training.models.loaded import LoadedModel
@@ -21,9 +23,8 @@ from clipret_training.run import RunFolder
 from clipret_training.tuning.precision import open_device
 from clipret_training.validation import quality, recall
 
-__all__ = ["How", "Measure", "Result", "cook"]
+__all__ = ["Measure", "Result", "cook"]
 
-How = Literal["uniform", "greedy", "wise"]
 _SOUP = "the soup"
 
 
@@ -66,7 +67,7 @@ class Measure:
 def cook(
     sources: Sequence[str],
     out: Path,
-    how: How,
+    how: SoupMethod,
     alpha: float,
     original: str | None,
     measure: Measure | None,
@@ -115,7 +116,7 @@ def cook(
 
 
 def _write(
-    out: Path, loaded: LoadedModel, soup: Soup, how: How, alpha: float, metrics: dict[str, dict[str, Any]]
+    out: Path, loaded: LoadedModel, soup: Soup, how: SoupMethod, alpha: float, metrics: dict[str, dict[str, Any]]
 ) -> None:
     made: dict[str, Any] = {"soup": how, "ingredients": list(soup.ingredients)}
     if how == "wise":
@@ -129,7 +130,7 @@ def _write(
 
 def _original_of(run: str) -> str:
     """What a run says that it started from."""
-    file = Path(run) / "params.toml"
+    file = Path(run) / PARAMS
     if not file.is_file():
         raise ClipretError(f"{run} is no run folder and does not say what it started from: name it with --original")
     try:

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipret_training.choices import Precision, Tower
 from clipret_training.data.batches import TextBatch
 from clipret_training.loss import LossBatch, LossConfig, compute_loss, positive_mask, retrieval_accuracy
-from clipret_training.optim.schedule import seed_of
-from clipret_training.tuning.precision import Precision, autocast, float32_attention
+from clipret_training.seeds import seed_of
+from clipret_training.tuning.precision import autocast, float32_attention
 
 __all__ = ["Batch", "GradientStep", "StepResult"]
 
@@ -104,7 +105,7 @@ class GradientStep:
             torch.autograd.backward(outputs, gradients)
 
     def _part(
-        self, encode: Callable[[Tensor], Tensor], inputs: Tensor, step: int, tower: str, number: int
+        self, encode: Callable[[Tensor], Tensor], inputs: Tensor, step: int, tower: Tower, number: int
     ) -> Callable[[], Tensor]:
         """A function that gives unit rows float32, the same whenever it is called: dropout is seeded."""
         seed = seed_of(*self._seed, step, tower, number)

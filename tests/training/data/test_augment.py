@@ -178,11 +178,11 @@ def test_surveillance_is_darker_than_photo_and_in_range() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "cartoon"}, "augment 'cartoon' is unknown"),
+        ({"kind": "cartoon"}, "kind is 'cartoon': it must be one of none, photo"),
         ({"flip": 1.5}, "flip is 1.5"),
         ({"rotation": 90.0}, "rotation is 90.0"),
         ({"magnitude": -1.0}, "magnitude is -1.0"),
-        ({"area": 0.0}, "area of a crop is 0.0"),
+        ({"area": 0.0}, "area is 0.0: it must be a finite number above 0 up to 1"),
         ({"random_ops": -1}, "random_ops is -1"),
     ],
 )

@@ -94,11 +94,11 @@ def test_a_file_adds_words(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "is no object"),
-        ('{"colours": []}', "has 'colours'"),
-        ('{"groups": {"colour": ["red", "blue"]}}', "each a list of words"),
-        ('{"groups": {"colour": [[]]}}', "each a list of words"),
-        ('{"groups": ["colour"]}', "each a list of words"),
+        ("[]", "expected `object`, got `array`"),
+        ('{"colours": []}', "unknown field `colours`"),
+        ('{"groups": {"colour": ["red", "blue"]}}', r"groups is \{'colour': \['red', 'blue'\]\}: expected `array`"),
+        ('{"groups": {"colour": [[]]}}', "expected `array` of length >= 1; write as"),
+        ('{"groups": ["colour"]}', r"groups is \['colour'\]: expected `object`"),
         ('{"groups": {"paint": [["red"], ["beige"]]}}', "'red' is in the groups colour and paint"),
     ],
 )

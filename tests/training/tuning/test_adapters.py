@@ -158,11 +158,11 @@ def test_a_target_hits_what_it_names_and_nothing_else(
         ("small", {"targets": ("attention",)}, "'q' of target 'attention' matches no layer of the image .*projection"),
         ("clip", {"targets": ("text:q",), "towers": ("image",)}, "names the text tower and the adapter is for image"),
         ("clip", {"targets": ("vision:q",)}, "names the tower 'vision': use image or text"),
-        ("clip", {"targets": ()}, "no targets"),
-        ("clip", {"rank": 0}, "rank of an adapter is 0"),
-        ("clip", {"alpha": 0}, "alpha of an adapter is 0"),
-        ("clip", {"dropout": 1.0}, "dropout of an adapter is 1.0"),
-        ("clip", {"towers": ("both",)}, "towers are .'both'.: use image or text"),
+        ("clip", {"targets": ()}, r"adapter_targets is \(\): it must be a list of texts, 1 at least"),
+        ("clip", {"rank": 0}, "adapter_rank is 0: it must be a whole number from 1"),
+        ("clip", {"alpha": 0}, "adapter_alpha is 0: it must be a finite number above 0"),
+        ("clip", {"dropout": 1.0}, "adapter_dropout is 1.0"),
+        ("clip", {"towers": ("both",)}, "adapter_towers is .*: it must be a list of image, text"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_changed(name: str, given: dict[str, Any], message: str) -> None:

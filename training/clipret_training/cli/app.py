@@ -3,23 +3,23 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from clipret.cli.options import LOCATION
 from clipret.console import Group, show_table
 from clipret.errors import ClipretError, require
+from clipret_training.choices import Augment, Precision, Style
 from clipret_training.cli.run import run
 from clipret_training.cli.soup import soup
 from clipret_training.cli.traffic import challenge, traffic
+from clipret_training.filenames import PARAMS, SKIPPED
 
 if TYPE_CHECKING:
     from clipret_training.config import FitConfig
 
 FILE = click.Path(path_type=Path)
-PRECISIONS = ("fp32", "bf16", "fp16")
-AUGMENTS = ("none", "photo", "surveillance")  # as in clipret_training.data.augment, which needs torch
 
 FIT_EPILOG = """
 \b
@@ -91,9 +91,9 @@ def main() -> None:
 @click.option("--lr", type=float, help="Highest learning rate.")
 @click.option("--weight-decay", type=float, help="On matrices only.")
 @click.option("--warmup", type=float, help="Share of the steps until the learning rate is reached.")
-@click.option("--augment", type=click.Choice(AUGMENTS), help="How pictures are varied.")
+@click.option("--augment", type=click.Choice(get_args(Augment)), help="How pictures are varied.")
 @click.option("--crop-area", type=float, help="Least share of a picture that a random crop keeps.")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Default: bf16 where the processor has it.")
+@click.option("--precision", type=click.Choice(get_args(Precision)), help="Default: bf16 where the processor has it.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu]")
 @click.option("--threads", type=int, help="Processor threads; default: all there are.")
 @click.option(
@@ -131,7 +131,7 @@ def resume(run: Path, as_json: bool) -> None:
     _require_packages()
     from clipret_training.config import FitConfig
 
-    _train(FitConfig.read(run / "params.toml"), run, resume=True, as_json=as_json)
+    _train(FitConfig.read(run / PARAMS), run, resume=True, as_json=as_json)
 
 
 @main.command(epilog="Examples:  clipret-train recipes;  clipret-train recipes small > mine.toml")
@@ -171,7 +171,7 @@ def _train(config: "FitConfig", out: Path, *, resume: bool, as_json: bool) -> No
     if not result.writes:
         return
     if result.skipped:
-        click.echo(f"unreadable pictures: {result.skipped}, listed in {out / 'skipped.tsv'}", err=True)
+        click.echo(f"unreadable pictures: {result.skipped}, listed in {out / SKIPPED}", err=True)
     if as_json:
         kept = {name: value for name, value in dataclasses.asdict(result).items() if name != "writes"}
         click.echo(json.dumps(kept | {"run": str(result.run)}, indent=2))
@@ -209,7 +209,7 @@ data.add_command(challenge)
 @click.option("--count", type=click.IntRange(1), default=2000, show_default=True, help="Pictures to draw.")
 @click.option(
     "--style",
-    type=click.Choice(("web", "surveillance")),
+    type=click.Choice(get_args(Style)),
     default="web",
     show_default=True,
     help="Clean pictures as in a shop, or what a camera on a pole sees.",
@@ -218,7 +218,7 @@ data.add_command(challenge)
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed draws the same pictures."
 )
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
-def scenes(out: Path, count: int, style: Literal["web", "surveillance"], seed: int, workers: int) -> None:
+def scenes(out: Path, count: int, style: Style, seed: int, workers: int) -> None:
     """Draw traffic scenes with titles into the folder OUT."""
     from clipret_training.synthetic import write_set
 

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import click
+import msgspec
 
 from clipret.console import show_table
 from clipret.errors import ClipretError
-from clipret_training.pipelines.pipeline import Pipeline, StepRecord, pipeline_names, pipeline_text, run_pipeline
+from clipret_training.pipelines import Pipeline, StepRecord, run_pipeline
+from clipret_training.recipe import recipe_names, recipe_text
 
 __all__ = ["run"]
 
@@ -32,10 +33,11 @@ def run(recipe: str | None, out: Path | None, given: tuple[str, ...], show: bool
     brought compared with the measurement before it.
     """
     if recipe is None:
-        click.echo(show_table(["pipeline", "for"], [[name, purpose] for name, purpose in pipeline_names().items()]))
+        rows = [[name, purpose] for name, purpose in recipe_names("pipeline").items()]
+        click.echo(show_table(["pipeline", "for"], rows))
         return
     if show:
-        click.echo(pipeline_text(recipe), nl=False)
+        click.echo(recipe_text(recipe, "pipeline"), nl=False)
         return
     if out is None:
         raise click.UsageError("name the folder for the results with --out")
@@ -47,7 +49,7 @@ def run(recipe: str | None, out: Path | None, given: tuple[str, ...], show: bool
         values[name] = value
     records = run_pipeline(Pipeline.read(recipe, values), out, _report)
     if as_json:
-        click.echo(json.dumps({name: asdict(record) for name, record in records.items()}, indent=2))
+        click.echo(json.dumps(msgspec.to_builtins(records), indent=2))
         return
     click.echo(_table(records))
 

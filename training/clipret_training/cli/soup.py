@@ -1,12 +1,13 @@
 """clipret-train soup: one model out of several trainings of it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import click
 
 from clipret.console import show_table
 from clipret.errors import ClipretError, require
+from clipret_training.choices import SoupMethod
 
 __all__ = ["soup"]
 
@@ -32,7 +33,7 @@ Next:  clipret-export soup bundle
 @click.option("--out", type=FILE, required=True, help="The run folder to make; it must not exist or be empty.")
 @click.option(
     "--how",
-    type=click.Choice(("uniform", "greedy", "wise")),
+    type=click.Choice(get_args(SoupMethod)),
     required=True,
     help="The mean of all; the mean of those that help; between a run and its original.",
 )
@@ -54,7 +55,7 @@ Next:  clipret-export soup bundle
 def soup(
     runs: tuple[str, ...],
     out: Path,
-    how: Literal["uniform", "greedy", "wise"],
+    how: SoupMethod,
     alpha: float,
     original: str | None,
     val: Path | None,

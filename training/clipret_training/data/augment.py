@@ -3,18 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipret.errors import ClipretError
 from clipret_training.choices import Augment
 from clipret_training.data import pixel_ops
+from clipret_training.schema import Count, Degrees, PositiveShare, Share, Whole, check_fields
 
-__all__ = ["AUGMENTS", "Augmenter"]
-
-AUGMENTS: tuple[Augment, ...] = get_args(Augment)
+__all__ = ["Augmenter"]
 
 _FLIP: dict[Augment, float] = {"none": 0.0, "photo": 0.5, "surveillance": 0.5}
 _ROTATION: dict[Augment, float] = {"none": 0.0, "photo": 0.0, "surveillance": 3.0}  # a camera that hangs askew
@@ -40,26 +38,17 @@ class Augmenter:
     """
 
     kind: Augment
-    size: int
-    area: float
-    jitter: float
-    flip: float | None = None
-    rotation: float | None = None
-    random_ops: int = 0
-    magnitude: float = 0.5
+    size: Count
+    area: PositiveShare
+    jitter: Share
+    flip: Share | None = None
+    rotation: Degrees | None = None
+    random_ops: Whole = 0
+    magnitude: Share = 0.5
     fill: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in AUGMENTS:
-            raise ClipretError(f"augment {self.kind!r} is unknown: use {', '.join(AUGMENTS)}")
-        for name, low, high in (("flip", 0.0, 1.0), ("rotation", 0.0, 45.0), ("magnitude", 0.0, 1.0)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ClipretError(f"{name} is {value}: use a number from {low:g} to {high:g}")
-        if not 0 < self.area <= 1:
-            raise ClipretError(f"the least area of a crop is {self.area}: use a share above 0, at most 1")
-        if self.random_ops < 0:
-            raise ClipretError(f"random_ops is {self.random_ops}: use 0 or more")
+        check_fields(self)
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """`generator` is a CPU generator and the only source of randomness."""

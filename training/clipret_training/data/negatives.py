@@ -6,23 +6,33 @@ like bags-of-words, 2023, from whom negatives as further columns of the loss are
 """
 
 import functools
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from clipret.errors import ClipretError
+from clipret_training.schema import decode_file
 
 __all__ = ["AttributeSwap"]
 
+Word = Annotated[str, Meta(min_length=1)]
+
 _VOCABULARY = "negatives.json"
+_EXAMPLE = 'write as {"groups": {"colour": [["maroon", "wine red"]]}, "keep": ["red wine"]}'
 _CACHED = 1 << 18  # captions whose attributes are remembered: some 100 MB, more than an epoch of most sets
+
+
+class _Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    groups: dict[str, list[Annotated[list[Word], Meta(min_length=1)]]] = msgspec.field(default_factory=dict)
+    keep: list[Word] = msgspec.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,13 +79,14 @@ class AttributeSwap:
         An entry with a word that its group has already adds synonyms; other entries and groups are new. Raises
         ClipretError for a file that cannot be read or looks otherwise, and for a word in two groups.
         """
-        built_in = json.loads(resources.files(__package__).joinpath(_VOCABULARY).read_text(encoding="utf-8"))
-        groups, keep = built_in["groups"], list(built_in["keep"])
+        text = (resources.files("clipret_training.data") / _VOCABULARY).read_bytes()
+        built_in = msgspec.json.decode(text, type=_Vocabulary)
+        groups, keep = built_in.groups, built_in.keep
         if more is not None:
-            added = _read(more)
-            for name, entries in added.get("groups", {}).items():
+            added = decode_file("vocabulary", more, _Vocabulary, _EXAMPLE)
+            for name, entries in added.groups.items():
                 groups[name] = _merged(groups.get(name, []), entries)
-            keep += added.get("keep", [])
+            keep += added.keep
         owner: dict[str, str] = {}
         for name, entries in groups.items():
             for word in {word.lower() for words in entries for word in words}:
@@ -173,26 +184,3 @@ def _merged(entries: list[list[str]], added: list[list[str]]) -> list[list[str]]
         else:
             same += [word for word in words if word not in same]
     return merged
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ClipretError(f"vocabulary {path} cannot be read: {error}; name a JSON file") from None
-    if not isinstance(value, dict) or (unknown := value.keys() - {"groups", "keep"}):
-        what = f"has {sorted(unknown)[0]!r}" if isinstance(value, dict) else "is no object"
-        raise ClipretError(f"vocabulary {path} {what}: it holds groups, keep or both")
-    groups = value.get("groups", {})
-    lists = [value.get("keep", [])]
-    if isinstance(groups, dict) and all(isinstance(entries, list) for entries in groups.values()):
-        lists += [words for entries in groups.values() for words in entries]
-        empty = next((name for name, entries in groups.items() if [] in entries), None)
-    else:
-        lists, empty = [None], None
-    if empty or not all(isinstance(words, list) and all(isinstance(w, str) and w for w in words) for words in lists):
-        raise ClipretError(
-            f"vocabulary {path}: groups are names with lists of entries, each a list of words, as in "
-            '{"groups": {"colour": [["maroon", "wine red"]]}}'
-        )
-    return value

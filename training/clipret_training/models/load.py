@@ -15,11 +15,13 @@ from torch import nn
 
 from clipret.bundle import ImageSpec, TextSpec
 from clipret.errors import ClipretError, one_line
+from clipret_training.filenames import BEST, CHECKPOINTS, LAST, MODEL, TOKENIZER
 from clipret_training.models import chinese_clip as chinese
 from clipret_training.models import small
 from clipret_training.models.loaded import LoadedModel, file_sha256, weights_sha256
 from clipret_training.models.lora import ADAPTER_CONFIG, base_of, merge_adapter
 from clipret_training.models.openclip import CONFIG, load_open_clip, rebuild_open_clip
+from clipret_training.models.small import SmallConfig
 from clipret_training.models.tokenizer import learn_tokenizer
 
 __all__ = ["SMALL", "LoadedModel", "anchored", "architecture", "describe", "load_model"]
@@ -28,6 +30,25 @@ SMALL = "clipret-small"
 _FORMAT = 1
 _VOCABULARY = 6000
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+class _Description(msgspec.Struct):
+    """model.json: a LoadedModel without its weights. `small` or `chinese` is its `config` if it is one of these."""
+
+    format: int
+    name: str
+    source: str
+    source_sha256: str
+    image: ImageSpec
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    text: TextSpec
+    small: SmallConfig | None = None
+    chinese: dict[str, Any] | None = None
 
 
 def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = None) -> LoadedModel:
@@ -47,9 +68,9 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     path = Path(source)
     if (path / ADAPTER_CONFIG).is_file():
         return merge_adapter(path, load_model(base_of(path), seed=seed))
-    if (path / "model.json").is_file():
-        best = path / "checkpoints" / "best.safetensors"
-        return _load_run(path, best if best.is_file() else best.with_name("last.safetensors"), source)
+    if (path / MODEL).is_file():
+        best = path / CHECKPOINTS / BEST
+        return _load_run(path, best if best.is_file() else best.with_name(LAST), source)
     if (path / CONFIG).is_file():
         return load_open_clip(f"local-dir:{path}", None, seed=seed)
     if chinese.is_folder(path):
@@ -57,7 +78,7 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     if path.is_dir():
         kind = chinese.model_type(path)
         raise ClipretError(
-            f"{path} is no model: it holds neither model.json (a run), {CONFIG}, {ADAPTER_CONFIG} nor a Chinese-CLIP"
+            f"{path} is no model: it holds neither {MODEL} (a run), {CONFIG}, {ADAPTER_CONFIG} nor a Chinese-CLIP"
             + (f" (its config.json is of a {kind!r})" if kind else "")
         )
     if path.suffix in _WEIGHTS and ":" not in source:
@@ -81,11 +102,11 @@ def architecture(source: str) -> tuple[str, bool]:
     path = Path(source)
     if (path / ADAPTER_CONFIG).is_file():
         return architecture(base_of(path))[0], True
-    run = path if (path / "model.json").is_file() else path.parent.parent
+    run = path if (path / MODEL).is_file() else path.parent.parent
     if chinese.is_folder(path) or (path.suffix in _WEIGHTS and _is_chinese_checkpoint(path)):
         return "Chinese-CLIP", True
-    if (run / "model.json").is_file() and path.exists():
-        return _read_description(run)["name"], True
+    if (run / MODEL).is_file() and path.exists():
+        return _read_description(run).name, True
     name, pretrained = _split(source)
     return name, pretrained is not None or ":" in name or path.is_dir()
 
@@ -102,7 +123,7 @@ def anchored(source: str) -> str:
 
 
 def _is_chinese_checkpoint(path: Path) -> bool:
-    return not (path.parent.parent / "model.json").is_file() and chinese.is_checkpoint(path)
+    return not (path.parent.parent / MODEL).is_file() and chinese.is_checkpoint(path)
 
 
 def describe(loaded: LoadedModel) -> dict[str, str]:
@@ -112,19 +133,19 @@ def describe(loaded: LoadedModel) -> dict[str, str]:
         "name": loaded.name,
         "source": loaded.source,
         "source_sha256": loaded.source_sha256,
-        "image": msgspec.structs.asdict(loaded.image),
+        "image": loaded.image,
         "mean": loaded.mean,
         "std": loaded.std,
-        "text": msgspec.structs.asdict(loaded.text),
+        "text": loaded.text,
     }
-    files = {"tokenizer.json": loaded.tokenizer_json}
+    files = {TOKENIZER: loaded.tokenizer_json}
     if loaded.name == SMALL:
         description["small"] = loaded.config
     elif loaded.config.get("family") == chinese.FAMILY:
         description["chinese"] = loaded.config
     else:
         files[CONFIG] = json.dumps(loaded.config, indent=2) + "\n"
-    files["model.json"] = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    files[MODEL] = json.dumps(msgspec.to_builtins(description), indent=2, ensure_ascii=False) + "\n"
     return files
 
 
@@ -141,7 +162,7 @@ def _new_small(captions: Sequence[str] | None, seed: int) -> LoadedModel:
     if captions is None:
         raise ClipretError(f"{SMALL} has no weights of its own: train it with clipret-train fit, then name the run")
     tokenizer_json = learn_tokenizer(captions, _VOCABULARY)
-    config = small.SmallConfig(vocab_size=len(json.loads(tokenizer_json)["model"]["vocab"]))
+    config = SmallConfig(vocab_size=len(json.loads(tokenizer_json)["model"]["vocab"]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = small.SmallClip(config).eval()
@@ -163,7 +184,7 @@ def _run_of(checkpoint: Path) -> Path:
     run = checkpoint.parent.parent
     if not checkpoint.is_file():
         raise ClipretError(f"checkpoint {checkpoint} does not exist: check the path")
-    if not (run / "model.json").is_file():
+    if not (run / MODEL).is_file():
         raise ClipretError(
             f"{checkpoint} does not say what model it belongs to: put the architecture before it, as in "
             f"ViT-B-32:{checkpoint}"
@@ -172,36 +193,38 @@ def _run_of(checkpoint: Path) -> Path:
 
 
 def _load_run(run: Path, checkpoint: Path, source: str) -> LoadedModel:
-    value = _read_description(run)
+    description = _read_description(run)
     with _readable_run(run):
-        tokenizer_json = (run / "tokenizer.json").read_text(encoding="utf-8")
-        if value["name"] == SMALL:
-            model: nn.Module = small.SmallClip(small.SmallConfig(**value["small"])).eval()
+        if description.small is not None:
+            config = dataclasses.asdict(description.small)
+            model: nn.Module = small.SmallClip(description.small).eval()
             model.load_state_dict(load_file(checkpoint))
-        elif "chinese" in value:
-            model = chinese.rebuild(value["chinese"], checkpoint)
+        elif description.chinese is not None:
+            config = description.chinese
+            model = chinese.rebuild(config, checkpoint)
         else:
+            config = json.loads((run / CONFIG).read_text(encoding="utf-8"))
             model = rebuild_open_clip(run, checkpoint)
         return LoadedModel(
             model=model,
-            name=value["name"],
-            config=value.get("small") or value.get("chinese") or json.loads((run / CONFIG).read_text(encoding="utf-8")),
-            image=ImageSpec(**value["image"]),
-            mean=tuple(value["mean"]),
-            std=tuple(value["std"]),
-            text=TextSpec(**value["text"]),
-            tokenizer_json=tokenizer_json,
+            name=description.name,
+            config=config,
+            image=description.image,
+            mean=description.mean,
+            std=description.std,
+            text=description.text,
+            tokenizer_json=(run / TOKENIZER).read_text(encoding="utf-8"),
             source=source,
             source_sha256=file_sha256(checkpoint),
         )
 
 
-def _read_description(run: Path) -> dict[str, Any]:
+def _read_description(run: Path) -> _Description:
     with _readable_run(run):
-        value: dict[str, Any] = json.loads((run / "model.json").read_text(encoding="utf-8"))
-        if value["format"] != _FORMAT:
-            raise ValueError(f"its format is {value['format']}, this clipret reads format {_FORMAT}")
-        return value
+        content = (run / MODEL).read_bytes()
+        if (version := msgspec.json.decode(content, type=_Version).format) != _FORMAT:
+            raise ValueError(f"its format is {version}, this clipret reads format {_FORMAT}")
+        return msgspec.json.decode(content, type=_Description)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,8 @@
 """Which part of a CLIP model a weight belongs to, told from its name."""
 
-from typing import Literal, get_args
+from clipret_training.choices import Tower
 
-__all__ = ["TOWERS", "Tower", "tower_of"]
-
-Tower = Literal["image", "text"]
-TOWERS: tuple[Tower, ...] = get_args(Tower)
+__all__ = ["tower_of"]
 
 _SHARED = ("logit_scale", "logit_bias")
 _UNUSED = ("text_decoder.",)  # CoCa's captioner, which no embedding goes through

@@ -7,16 +7,14 @@ as AdamW's (Liu et al., Muon is Scalable for LLM Training, 2025), so that learni
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipret_training.tuning.precision import native_precision
 
-__all__ = ["Optimizer", "make_optimizer"]
-
-Optimizer = Literal["adamw", "muon"]
+__all__ = ["make_optimizer"]
 
 _MOMENTUM = 0.95  # Jordan's
 _LENGTH = 0.2  # of an element of AdamW's steps, as Liu et al. found it

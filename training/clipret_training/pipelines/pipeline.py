@@ -32,42 +32,35 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+import msgspec
+from msgspec import Meta
 
 from clipret.errors import ClipretError
 from clipret.files import write_file
+from clipret_training.recipe import read_recipe
+from clipret_training.schema import check, convert
 
-__all__ = ["Pipeline", "Step", "StepRecord", "pipeline_names", "run_pipeline"]
+__all__ = ["Pipeline", "Step", "StepRecord", "run_pipeline"]
 
 Value = str | tuple[str, ...]
 
-_FOLDER = files("clipret_training") / "pipelines"
 _COMMANDS = {
     "clipret-train": "clipret_training.cli",
     "clipret-export": "clipret_export.cli",
     "clipret-search": "clipret.cli",
 }
-_KEYS = {
-    "name": str,
-    "run": list,
-    "makes": str,
-    "into": str,
-    "keeps": bool,
-    "measures": bool,
-    "needs": list,
-    "against": str,
-}
+_ANY_COMMAND = f"{', '.join(_COMMANDS)}, in quotes, and a word each"
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`run`: the words of a command of clipret's. `into`: a file that takes its standard output. See the head."""
 
-    name: str
-    run: tuple[str, ...]
+    name: Annotated[str, Meta(pattern=r"^[\w .+-]+$")]  # of its file in OUT/logs
+    run: Annotated[tuple[str, ...], Meta(min_length=1)]
     makes: str = ""
     into: str = ""
     keeps: bool = False
@@ -76,8 +69,12 @@ class Step:
     against: str = ""
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    step: Annotated[tuple[Step, ...], Meta(min_length=1)]
+    values: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class StepRecord(msgspec.Struct, frozen=True):
     """What is kept of a step: the digest of all that decides it, whether it is done, its time, what it measured."""
 
     digest: str
@@ -100,24 +97,24 @@ class Pipeline:
 
         Raises ClipretError for what is wrong in it and for a value that it does not have.
         """
-        try:
-            table = tomllib.loads(pipeline_text(recipe))
-        except tomllib.TOMLDecodeError as error:
-            raise ClipretError(f"pipeline {recipe} is not TOML: {error}") from None
-        values = {name: _value(recipe, name, value) for name, value in table.get("values", {}).items()}
+        advice = f"a step has {', '.join(Step.__struct_fields__)}"
+        file = convert(f"pipeline {recipe}", read_recipe(recipe, "pipeline"), _File, advice)
+        values, steps = file.values, file.step
         for name, text in (given or {}).items():
             if name not in values:
                 raise ClipretError(f"pipeline {recipe} has no value {name!r}: it has {', '.join(values)}")
-            values[name] = _value(recipe, name, _parsed(text) if isinstance(values[name], tuple) else text)
-        steps = tuple(_step(recipe, number, value) for number, value in enumerate(table.get("step", []), 1))
-        if not steps:
-            raise ClipretError(f"pipeline {recipe} has no [[step]]: nothing to do")
+            values[name] = _parsed(text) if isinstance(values[name], list) else text
+        for name, value in values.items():
+            check(f"pipeline {recipe}: the value {name}", value, Value)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         names = [step.name for step in steps]
         double = next((name for name in names if names.count(name) > 1), None)
         if double is not None:
             raise ClipretError(f"pipeline {recipe} has two steps {double!r}: name one otherwise")
         made = cls(recipe, values, steps)
         for step in steps:  # whatever is misspelt is found before hours of training
+            if step.run[0] not in _COMMANDS:
+                raise ClipretError(f"pipeline {recipe}: step {step.name!r} runs {step.run[0]!r}: use {_ANY_COMMAND}")
             made.words(step, Path("out"))
             if step.against and step.against not in names:
                 raise ClipretError(
@@ -156,27 +153,6 @@ class Pipeline:
         # Slots of captions, such as {color}, are written {{color}}.
         parts = re.split(r"(\{\{\w+\}\})", text)
         return "".join(p[1:-1] if p.startswith("{{") else re.sub(r"\{(\w+)\}", value, p) for p in parts)
-
-
-def pipeline_names() -> dict[str, str]:
-    """The pipelines that clipret has, each with its first line, which says what it is for."""
-    names = sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml"))
-    return {name: pipeline_text(name).splitlines()[0].lstrip("# ") for name in names}
-
-
-def pipeline_text(recipe: str) -> str:
-    """The text of a pipeline of clipret's, or of a TOML file. Raises ClipretError when there is neither."""
-    if recipe.endswith(".toml"):
-        try:
-            return Path(recipe).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClipretError(f"{recipe} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    file = _FOLDER / f"{recipe}.toml"
-    if "/" in recipe or not file.is_file():
-        raise ClipretError(
-            f"there is no pipeline {recipe!r}: use {', '.join(pipeline_names())} or a file that ends in .toml"
-        )
-    return file.read_text(encoding="utf-8")
 
 
 def run_pipeline(
@@ -233,8 +209,8 @@ def _done(pipeline: Pipeline, step: Step, words: Sequence[str], digest: str, out
     metrics = None
     if step.measures:
         try:
-            metrics = {name: float(value) for name, value in json.loads(ended.stdout).items()}
-        except (ValueError, AttributeError, TypeError):
+            metrics = msgspec.json.decode(ended.stdout, type=dict[str, float])
+        except ValueError:
             raise ClipretError(f"step {step.name!r} measures but printed no JSON of numbers: add --json") from None
     return StepRecord(digest, True, step.against, round(time.perf_counter() - began, 1), round(cpu, 1), metrics)
 
@@ -263,13 +239,13 @@ def _records(file: Path) -> dict[str, StepRecord]:
     if not file.exists():
         return {}
     try:
-        return {name: StepRecord(**value) for name, value in json.loads(file.read_bytes()).items()}
-    except (ValueError, TypeError, AttributeError):
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, StepRecord])
+    except ValueError:  # msgspec's errors are
         raise ClipretError(f"{file} is damaged: remove it and run again, every step is then done anew") from None
 
 
 def _keep(file: Path, records: Mapping[str, StepRecord]) -> None:
-    write_file(file, json.dumps({name: asdict(one) for name, one in records.items()}, indent=2) + "\n")
+    write_file(file, json.dumps(msgspec.to_builtins(records), indent=2) + "\n")
 
 
 def _parsed(text: str) -> Any:
@@ -277,26 +253,3 @@ def _parsed(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _value(recipe: str, name: str, value: Any) -> Value:
-    if isinstance(value, list) and all(isinstance(word, str) for word in value):
-        return tuple(value)
-    if not isinstance(value, str):
-        raise ClipretError(f"pipeline {recipe}: the value {name} is {value!r}: write a text, or a list of texts")
-    return value
-
-
-def _step(recipe: str, number: int, value: Any) -> Step:
-    where = f"pipeline {recipe}: step {value.get('name', number)!r}" if isinstance(value, dict) else f"step {number}"
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value.get("run"):
-        raise ClipretError(f"{where} needs a name and a command to run")
-    for key, held in value.items():
-        if key not in _KEYS or not isinstance(held, _KEYS[key]):
-            raise ClipretError(f"{where} has {key} = {held!r}: a step has {', '.join(_KEYS)}")
-    if not re.fullmatch(r"[\w .+-]+", value["name"]):
-        raise ClipretError(f"{where} is no name for a file: use letters, digits, blanks, dots and dashes")
-    words = value["run"]
-    if not all(isinstance(word, str) for word in words) or words[0] not in _COMMANDS:
-        raise ClipretError(f"{where} runs {words[0]!r}: use {', '.join(_COMMANDS)}, in quotes, and a word each")
-    return Step(**{**value, "run": tuple(words), "needs": tuple(value.get("needs", ()))})

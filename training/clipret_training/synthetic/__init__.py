@@ -1,7 +1,8 @@
 """Drawn traffic scenes: data to try the whole line on, with nothing to download."""
 
+from clipret_training.choices import Style
 from clipret_training.synthetic.draw import draw
-from clipret_training.synthetic.scene import Scene, Style
+from clipret_training.synthetic.scene import Scene
 from clipret_training.synthetic.words import captions
 from clipret_training.synthetic.write import write_set
 

@@ -3,11 +3,12 @@
 import numpy as np
 from PIL import Image
 
+from clipret_training.choices import Style
 from clipret_training.synthetic.backdrop import draw_backdrop, draw_foreground, relight
 from clipret_training.synthetic.brush import Brush, Color, shade
 from clipret_training.synthetic.camera import degrade
 from clipret_training.synthetic.people import HALF_WIDTH, draw_person
-from clipret_training.synthetic.scene import COLORS, Person, Scene, Style
+from clipret_training.synthetic.scene import COLORS, Person, Scene
 from clipret_training.synthetic.vehicles import aspect, draw_vehicle
 
 __all__ = ["draw"]

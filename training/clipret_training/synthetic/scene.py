@@ -5,9 +5,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-__all__ = ["COLORS", "LIGHTS", "PLACES", "TYPES", "Person", "Scene", "Style"]
-
-Style = Literal["web", "surveillance"]
+__all__ = ["COLORS", "LIGHTS", "PLACES", "TYPES", "Person", "Scene"]
 
 # The vocabulary of the traffic retrieval challenge. Nominal colours are far enough apart that a shade of one
 # is never a shade of another.

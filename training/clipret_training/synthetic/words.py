@@ -1,17 +1,17 @@
 """Captions: only what is to be seen, in English and Chinese, from the bare name to a whole sentence."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 
 from clipret.errors import ClipretError
+from clipret_training.choices import Language
 from clipret_training.synthetic.scene import COLORS, Person, Scene
 
-__all__ = ["LANGS", "PERSON_QUERIES", "Lang", "captions", "query"]
+__all__ = ["LANGS", "PERSON_QUERIES", "captions", "query"]
 
-Lang = Literal["en", "zh"]
-LANGS: tuple[Lang, ...] = ("en", "zh")
+LANGS: tuple[Language, ...] = get_args(Language)
 _MOST = 4  # captions: one fact, with or without the place, with or without the side
 
 _COLORS_ZH = {
@@ -95,7 +95,7 @@ _UPPERS = {"coat": ("long coat", "长大衣"), "dress": ("dress", "连衣裙")}
 _LOWERS = {"skirt": ("skirt", "裙子"), "trousers": ("trousers", "裤子")}
 
 
-def captions(scene: Scene, rng: np.random.Generator, lang: Lang, n: int) -> list[str]:
+def captions(scene: Scene, rng: np.random.Generator, lang: Language, n: int) -> list[str]:
     """`n` different captions; the first of a vehicle always names colour and type.
 
     Raises ClipretError when `n` is over 4: of somebody with one thing to be seen there is no more to say.
@@ -110,12 +110,12 @@ def captions(scene: Scene, rng: np.random.Generator, lang: Lang, n: int) -> list
     return made
 
 
-def query(color: str, kind: str, lang: Lang) -> str:
+def query(color: str, kind: str, lang: Language) -> str:
     """What somebody who looks for vehicles of this colour and type would type."""
     return _a(f"{color} {_type_en(kind)}") if lang == "en" else f"一辆{_COLORS_ZH[color]}的{_TYPES_ZH[kind][0]}"
 
 
-def _of_vehicle(scene: Scene, rng: np.random.Generator, lang: Lang, full: bool) -> str:
+def _of_vehicle(scene: Scene, rng: np.random.Generator, lang: Language, full: bool) -> str:
     at = LANGS.index(lang)
     template = str(rng.choice(_VEHICLE[lang][:3] if full else _VEHICLE[lang]))
     names = (_type_en(scene.type),) if lang == "en" else _TYPES_ZH[scene.type]
@@ -132,7 +132,7 @@ def _of_vehicle(scene: Scene, rng: np.random.Generator, lang: Lang, full: bool) 
     return text.strip()
 
 
-def _of_person(scene: Scene, rng: np.random.Generator, lang: Lang) -> str:
+def _of_person(scene: Scene, rng: np.random.Generator, lang: Language) -> str:
     """Who it is, with one to three of the things to be seen, and now and then the place or the side."""
     person = scene.person
     assert person is not None

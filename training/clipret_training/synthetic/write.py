@@ -14,8 +14,9 @@ import numpy as np
 
 from clipret.console import progress
 from clipret.files import new_folder
+from clipret_training.choices import Style
 from clipret_training.synthetic.draw import draw
-from clipret_training.synthetic.scene import COLORS, TYPES, Scene, Style
+from clipret_training.synthetic.scene import COLORS, TYPES, Scene
 from clipret_training.synthetic.words import LANGS, PERSON_QUERIES, captions, query
 
 __all__ = ["write_set"]

@@ -11,9 +11,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from open_clip.modified_resnet import AttentionPool2d
 from safetensors.torch import save
 from timm.models.eva import EvaAttention
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from clipret.errors import ClipretError
 from clipret.files import new_folder, write_file
+from clipret_training.choices import TOWERS, Tower
 from clipret_training.models.attention import PARTS, pack_attention, packed_state, split_attention, splittable
 from clipret_training.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from clipret_training.models.structure import TOWERS, Tower, tower_of
+from clipret_training.models.structure import tower_of
+from clipret_training.schema import Count, PartialShare, Positive, check_fields
 
 __all__ = [
     "ROLES",
@@ -59,24 +62,15 @@ class AdapterConfig:
     tower that it names. Raises ClipretError for a value out of range.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("attention",)
-    towers: tuple[Tower, ...] = TOWERS
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: PartialShare = 0.0
+    targets: Annotated[tuple[str, ...], Meta(min_length=1)] = ("attention",)
+    towers: Annotated[tuple[Tower, ...], Meta(min_length=1)] = TOWERS
     dora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ClipretError(f"the rank of an adapter is {self.rank}: use 1 or more")
-        if self.alpha <= 0:
-            raise ClipretError(f"the alpha of an adapter is {self.alpha}: use a number above 0, such as twice the rank")
-        if not 0 <= self.dropout < 1:
-            raise ClipretError(f"the dropout of an adapter is {self.dropout}: use a share from 0 to below 1")
-        if not self.targets:
-            raise ClipretError("an adapter has no targets: name some, for example attention")
-        if not self.towers or any(tower not in TOWERS for tower in self.towers):
-            raise ClipretError(f"an adapter's towers are {list(self.towers)}: use {' or '.join(TOWERS)} or both")
+        check_fields(self, "adapter_")
 
 
 def add_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:

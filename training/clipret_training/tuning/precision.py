@@ -2,17 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from clipret.errors import ClipretError, one_line
 from clipret.hardware.cpu import only_avx2
+from clipret_training.choices import Precision
 
-__all__ = ["Precision", "autocast", "float32_attention", "native_precision", "open_device"]
+__all__ = ["autocast", "float32_attention", "native_precision", "open_device"]
 
-Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
