@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +174,22 @@ def open_clip_arguments(
 
 def time_clipret(work: Path, precision: str) -> list[float]:
     """The same of `clipret_training.fit`."""
-    import clipret_training.fit as trainer
+    from clipret_training.data.training_data import TrainingData
+    from clipret_training.fit import fit
 
     seconds: list[float] = []
-    trainer._Training._train_epoch = timed(trainer._Training._train_epoch, seconds)  # type: ignore[method-assign]
-    trainer.fit(speed_config(work, precision), work / "logs" / f"clipret-{time.time_ns()}")
+    original = TrainingData.epoch
+
+    def timed_epoch(self: TrainingData, at: Any) -> Iterator[Any]:
+        began = time.process_time()
+        yield from original(self, at)  # the steps are done between what it yields
+        seconds.append(time.process_time() - began)
+
+    TrainingData.epoch = timed_epoch  # type: ignore[method-assign]
+    try:
+        fit(speed_config(work, precision), work / "logs" / f"clipret-{time.time_ns()}")
+    finally:
+        TrainingData.epoch = original  # type: ignore[method-assign]
     return seconds
 
 
@@ -213,43 +224,48 @@ def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
     """CPU ms of each part of a step of clipret, the median of several; and what the processor does at its best."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    import clipret_training.fit as trainer
+    from clipret_training.checkpoint import Position
+    from clipret_training.data.training_data import TrainingData
     from clipret_training.distributed.world import World
+    from clipret_training.learner import Learner
+    from clipret_training.listing import read_listings
+    from clipret_training.step import GradientStep
     from clipret_training.tuning.precision import autocast
-    from clipret_training.validation import normalise
 
-    out = work / "logs" / f"parts-{time.time_ns()}"
-    world = World(0, 1, torch.device("cpu"))
-    training = trainer._Training(speed_config(work, precision), out, world, None, resume=False)
-    model, learner = training.learner.model.train(), training.learner
-    chosen, pixels = next(training.pictures.batches(range(BATCH * STEPS), BATCH))
-    draw = torch.Generator().manual_seed(0)
-    training._step(chosen, pixels, LR)  # makes the optimiser's moments
-    titles, owners = training.texts.sample(chosen, 1, 1)
-    texts = training.texts.batch(titles)
-    images = normalise(training.loaded, training.augment(pixels, draw))
+    config, world, at = speed_config(work, precision), World(0, 1, torch.device("cpu")), Position(step=1)
+    torch.set_num_threads(config.threads)
+    listing, _ = read_listings(config)
+    learner = Learner(config, listing.pairs.titles, world, None)
+    model = learner.model.train()
+    data = TrainingData(config, listing, learner.loaded, world)
+    gradients = GradientStep(model, config.loss_config, precision=config.precision, device=world.device)
+
+    def draw() -> Any:
+        chosen, pixels = next(data.pictures.batches(range(BATCH * STEPS), BATCH))
+        return data.batch(chosen, pixels, at)
+
+    def step() -> None:
+        gradients(draw(), at.step)
+        learner.step(LR)
+
+    batch = draw()
+    step()  # makes the optimiser's moments
     gradient = torch.randn(BATCH, MODEL_CFG["embed_dim"])
 
     def pass_through(encode: Callable[[Any], Any], *inputs: torch.Tensor) -> None:
-        with autocast(training.config.precision, world.device):
+        with autocast(config.precision, world.device):
             rows = torch.cat([encode(part) for part in inputs])
         rows.float().backward(gradient)
 
     rows = [torch.nn.functional.normalize(torch.randn(BATCH, 256), dim=1).requires_grad_() for _ in range(2)]
-    keys = training.texts.keys(chosen, titles, owners)
-    together = trainer.Batch(images, texts, *keys)
     parts: dict[str, Callable[[], Any]] = {
-        "pictures, captions, augmentation": lambda: (
-            next(training.pictures.batches(range(BATCH * STEPS), BATCH)),
-            training.texts.batch(training.texts.sample(chosen, 1, 1)[0]),
-            normalise(training.loaded, training.augment(pixels, draw)),
-        ),
-        "image tower, both ways": lambda: pass_through(model.encode_image, images),
-        "text tower, both ways": lambda: pass_through(model.encode_text, *texts.groups),
-        "loss, both ways": lambda: training.gradients.compute_loss(together, *rows, rows[1][:0]).backward(),
+        "pictures, captions, augmentation": draw,
+        "image tower, both ways": lambda: pass_through(model.encode_image, batch.images),
+        "text tower, both ways": lambda: pass_through(model.encode_text, *batch.texts.groups),
+        "loss, both ways": lambda: gradients.compute_loss(batch, *rows, rows[1][:0]).backward(),
         "clipping": lambda: learner.clip(1.0),
         "AdamW": learner.optimizer.step,
-        "whole step": lambda: training._step(chosen, pixels, LR),
+        "whole step": step,
     }
     taken = {name: [] for name in parts}
     for _ in range(7):
@@ -259,7 +275,7 @@ def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
             taken[name].append(1000 * (time.process_time() - began))
     result = {name: round(statistics.median(times), 1) for name, times in taken.items()}
     with FlopCounterMode(display=False) as counter:
-        training._step(chosen, pixels, LR)
+        step()
     best = peak(torch.bfloat16 if precision == "bf16" else torch.float32)
     done = counter.get_total_flops() / 1e9  # GFLOP of matrix products, forwards and backwards
     return result | {

@@ -7,25 +7,26 @@ import resource
 from pathlib import Path
 from typing import Any
 
-import clipret_training.fit as module
 from clipret.errors import ClipretError
 from clipret_training.config import FitConfig
+from clipret_training.fit import fit
+from clipret_training.step import GradientStep
 
 here: Any = globals()
-original = module._Training._step
+original = GradientStep.__call__
 
 
-def step(self: Any, *arguments: Any) -> Any:
-    if here["limit"] and self.at.step == 5:
+def step(self: GradientStep, batch: Any, number: int, *scale: Any) -> Any:
+    if here["limit"] and number == 5:
         resource.setrlimit(resource.RLIMIT_FSIZE, (here["limit"], resource.RLIM_INFINITY))
-    result = original(self, *arguments)
-    here["connection"].send(self.at.step)
+    result = original(self, batch, number, *scale)
+    here["connection"].send(number)
     return result
 
 
-module._Training._step = step  # type: ignore[method-assign]
+GradientStep.__call__ = step  # type: ignore[method-assign]
 try:
-    module.fit(FitConfig.read(Path(here["params"])), Path(here["out"]), resume=True)
+    fit(FitConfig.read(Path(here["params"])), Path(here["out"]), resume=True)
 except ClipretError as error:
     here["connection"].send(str(error))
 here["connection"].close()

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import clipret_training.fit as module
 from clipret.errors import ClipretError
 from clipret.inference.tokenizer import Tokenizer
 from clipret_training.config import FitConfig
 from clipret_training.data.batches import Pictures, Texts
+from clipret_training.data.training_data import TrainingData
 from clipret_training.fit import fit
 from clipret_training.listing import read_listing
 from clipret_training.models.load import load_model
@@ -196,13 +196,13 @@ def test_pictures_too_few_for_a_batch_begin_the_next_epoch(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = module._Training._step
+    original = TrainingData.batch
 
-    def step(self: Any, chosen: list[int], *others: Any) -> Any:
+    def batch(self: TrainingData, chosen: list[int], *others: Any) -> Any:
         seen.extend(chosen)
         return original(self, chosen, *others)
 
-    monkeypatch.setattr(module._Training, "_step", step)
+    monkeypatch.setattr(TrainingData, "batch", batch)
     for name, more in (("cached", {}), ("streamed", {"cache_limit": 0.0})):
         seen.clear()
         result = fit(config(toy, batch_size=16, epochs=4, **more), tmp_path / name)

@@ -30,6 +30,7 @@ from clipret_training.fit import fit
 from clipret_training.models.load import load_model
 from clipret_training.run import claimed
 from clipret_training.seeds import seed_of
+from clipret_training.step import GradientStep
 
 STEPS = 12  # four epochs of three
 
@@ -212,15 +213,15 @@ def test_a_kill_between_the_last_step_of_an_epoch_and_its_end(
     whole = fit(wanted, tmp_path / "whole")
     assert (whole.last["step"], whole.skipped) == (4, 3)
     for epoch in (1, 3):
-        original = module._Training._finish_epoch
+        original = module._epoch_metrics
 
-        def stop(self: Any, epoch: int = epoch, original: Any = original) -> None:
-            if self.at.epoch == epoch:
+        def stop(config: Any, at: Any, *more: Any, epoch: int = epoch, original: Any = original) -> Any:
+            if at.epoch == epoch:
                 raise _Killed
-            original(self)
+            return original(config, at, *more)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module._Training, "_finish_epoch", stop)
+            patch.setattr(module, "_epoch_metrics", stop)
             with pytest.raises(_Killed):
                 fit(wanted, tmp_path / "run", resume=True)
     fit(wanted, tmp_path / "run", resume=True)
@@ -230,14 +231,14 @@ def test_a_kill_between_the_last_step_of_an_epoch_and_its_end(
 
 
 def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = module._Training._step
+    original = GradientStep.__call__
 
-    def stop(self: Any, *arguments: Any) -> Any:
-        if self.at.step == step:
+    def stop(self: GradientStep, batch: Any, number: int, *scale: Any) -> Any:
+        if number == step:
             raise _Killed
-        return original(self, *arguments)
+        return original(self, batch, number, *scale)
 
-    monkeypatch.setattr(module._Training, "_step", stop)
+    monkeypatch.setattr(GradientStep, "__call__", stop)
 
 
 @pytest.mark.parametrize(
@@ -334,8 +335,8 @@ def test_a_run_from_before_an_option_existed_is_resumed(toy: Path, tmp_path: Pat
     wanted = config(toy, optimizer="adamw", **given)
     before = wanted.to_dict()
     del before["optimizer"]
-    decisive = {name: value for name, value in before.items() if name not in module._MACHINE}
-    assert module._identity(wanted, 1) == f"{seed_of(json.dumps(decisive), 1):016x}"
+    decisive = {name: value for name, value in wanted.decisive().items() if name != "optimizer"}
+    assert wanted.identity(1) == f"{seed_of(json.dumps(decisive), 1):016x}"
     run = fit(wanted, tmp_path / "run").run
     (run / "params.toml").write_text(tomli_w.dumps(before))
     fit(FitConfig.read(run / "params.toml"), run, resume=True)

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipret.errors import ClipretError
-from clipret_training.data.batches import TextBatch
+from clipret_training.data.batches import Batch, TextBatch
 from clipret_training.loss import LossConfig
 from clipret_training.models.chinese_clip_model import ChineseClip
 from clipret_training.models.early_pooling import pool_early
 from clipret_training.models.load import load_model
 from clipret_training.optim.schedule import learning_rate
 from clipret_training.seeds import seed_of
-from clipret_training.step import Batch, GradientStep, StepResult
+from clipret_training.step import GradientStep, StepResult
 from clipret_training.tuning.techniques import checkpoint_gradients, drop_patches
 
 CPU = torch.device("cpu")

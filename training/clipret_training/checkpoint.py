@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,33 @@ from clipret.errors import ClipretError, one_line
 from clipret.files import sync_folder
 from clipret_training.filenames import BEST, LAST
 
-__all__ = ["Checkpoints", "read_state"]
+__all__ = ["Checkpoints", "Position", "read_state"]
+
+
+@dataclass
+class Position:
+    """Where a training is; what a checkpoint says beside weights and optimiser. Random numbers need nothing: each
+    step's are decided by the seed and the step."""
+
+    epoch: int = 1
+    step: int = 0
+    consumed: int = 0  # pictures of this epoch's order, of this process
+    left: list[int] = field(default_factory=list)  # of the epoch before: too few for a batch, they begin this one
+    size: int = 0  # pictures of this process in a step of this epoch; 0 before it has begun
+    losses: list[float] = field(default_factory=list)  # of this epoch's steps
+    accuracies: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # that they took
+    overflows: int = 0  # steps that fp16 skipped
+    steps: int = 0  # of all epochs
+    cpu_seconds: float = 0.0  # of the processes before this one
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # of the epochs before
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def next_epoch(self, metrics: dict[str, Any]) -> None:
+        """This epoch is done and these are its metrics."""
+        self.metrics.append(metrics)
+        self.epoch, self.consumed, self.size, self.seconds = self.epoch + 1, 0, 0, 0.0
+        self.losses, self.accuracies = [], []
 
 
 class Checkpoints:

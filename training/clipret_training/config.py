@@ -5,6 +5,7 @@ Types and ranges are msgspec's (`clipret_training.schema`); what two options mus
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from clipret_training.schema import (
     hints,
     takes_text,
 )
+from clipret_training.seeds import seed_of
 from clipret_training.tuning.adapters import AdapterConfig
 from clipret_training.tuning.precision import native_precision, open_device
 
@@ -212,6 +214,20 @@ class FitConfig:
     def to_dict(self) -> dict[str, Any]:
         """Names and values as TOML knows them: what is None is left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the weights that a training ends with: the rest may differ when a run is resumed."""
+        return {name: value for name, value in self.to_dict().items() if name not in _MACHINE}
+
+    def identity(self, processes: int) -> str:
+        """What a checkpoint says of the run that it is of. Options that are newer than the first runs do not count
+        where they are left out, so that an older run is still its own."""
+        values = {name: value for name, value in self.decisive().items() if (name, value) not in _LATER}
+        return f"{seed_of(json.dumps(values), processes):016x}"
+
+
+_MACHINE = ("cache_limit", "device", "save_every", "tensorboard", "threads")
+_LATER = {("optimizer", "adamw")}
 
 
 _PATHS = ("data", "val", "image_root", "attributes")

@@ -80,15 +80,27 @@ class Learner:
             groups = split_groups(groups)
         betas = (config.beta1, config.beta2)
         self.optimizer = make_optimizer(groups, lr=config.lr, betas=betas, epsilon=config.epsilon)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self.average = MovingAverage(model, config.ema) if config.ema else None
 
-    def after_step(self, *, changed: bool) -> None:
-        """Bound the logit scale and let the moving average move, if the optimiser has `changed` anything."""
-        if changed:
-            with torch.no_grad():
-                self.model.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
-            if self.average is not None:
-                self.average.update(self.model)
+    def step(self, lr: float) -> bool:
+        """Go a step along the gradients, which are then gone: False where they overflowed and nothing changed."""
+        self._average_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.scaler.unscale_(self.optimizer)
+        self.clip(self.config.clip)
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.get_scale() < before:
+            return False
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
+        if self.average is not None:
+            self.average.update(self.model)
+        return True
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block the model has the weights that are measured and kept, the moving average if there is one."""
@@ -101,14 +113,10 @@ class Learner:
         scale: float = self.model.logit_scale.exp().item()
         return scale
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-
     def train(self) -> None:
         train_mode(self.model)
 
-    def average_gradients(self) -> None:
+    def _average_gradients(self) -> None:
         # FSDP has averaged what it spreads.
         average_gradients([p for p in self.trained() if not isinstance(p, DTensor)], self.world)
 
@@ -138,6 +146,8 @@ class Learner:
                 checkpoints.save_weights(checkpoints.last, weights, step)
 
     def save_last(self, checkpoints: Checkpoints, state: Mapping[str, Any], step: int, epoch: int) -> None:
+        """Write a checkpoint: the weights, `state`, and what `load_state` needs."""
+        state = {**state, "scaler": self.scaler.state_dict()}
         if self.config.fsdp:
             name = f"shards-{step:08d}-{epoch:04d}"
             whole = {**state, "identity": checkpoints.identity, "learner": {}}
@@ -155,7 +165,10 @@ class Learner:
         trained |= {name for name, _ in self.model.named_buffers()}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
 
-    def load_state(self, state: dict[str, Any], shards: Path | None) -> None:
+    def load_state(self, saved: Mapping[str, Any], shards: Path | None) -> None:
+        """Undo `save_last`, but for the weights that were loaded with the model. Raises ClipretError."""
+        self.scaler.load_state_dict(saved["scaler"])
+        state = saved["learner"]
         if shards is not None:
             load_shards(shards, self.model, self.optimizer)
             return

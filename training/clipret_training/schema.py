@@ -92,7 +92,8 @@ def convert(what: str, value: Any, kind: type[Kind], advice: str) -> Kind:
         place, _, _ = place.rstrip("`").partition("[...]")  # where any key of a dictionary is meant
         for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", place):
             value = value[name] if name else value[int(number)]
-        where = f"{place.removeprefix('.')} is {value!r}: " if place else ""
+        shown = "" if isinstance(value, dict) else f" is {value!r}"
+        where = f"{place.removeprefix('.')}{shown}: " if place else ""
         raise ClipretError(f"{what}: {where}{wrong[0].lower()}{wrong[1:]}; {advice}") from None
 
 

@@ -10,28 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipret_training.choices import Precision, Tower
-from clipret_training.data.batches import TextBatch
+from clipret_training.data.batches import Batch
 from clipret_training.loss import LossBatch, LossConfig, compute_loss, positive_mask, retrieval_accuracy
 from clipret_training.seeds import seed_of
 from clipret_training.tuning.precision import autocast, float32_attention
 
-__all__ = ["Batch", "GradientStep", "StepResult"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one process adds to a step. images: float32 [B,3,S,S], mean and deviation taken out, on the device.
-    image_keys int64 [B,K] and text_keys int64 [T,L]: which belong together, see `LossBatch`; so are the attributes.
-    negatives: token ids int64 [N,L] of texts that are no picture's."""
-
-    images: Tensor
-    texts: TextBatch
-    image_keys: Tensor
-    text_keys: Tensor
-    image_attributes: Tensor | None = None
-    text_attributes: Tensor | None = None
-    negatives: Tensor | None = None
-    negative_keys: Tensor | None = None
+__all__ = ["GradientStep", "StepResult"]
 
 
 @dataclass(frozen=True)

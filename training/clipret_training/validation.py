@@ -6,26 +6,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from clipret.errors import ClipretError
 from clipret.evaluation.metrics import Metrics, evaluate
 from clipret.pairs import PairSet
 from clipret.ranking.ranker import Ranker
-from clipret_training.data.batches import Pictures, Texts
+from clipret_training.data.batches import Pictures, Texts, normalise
 from clipret_training.distributed.world import World, gather_objects
 from clipret_training.models.loaded import LoadedModel
 
-__all__ = ["normalise", "quality", "recall"]
+__all__ = ["WAYS", "quality", "recall"]
+
+WAYS = ("text_to_image", "image_to_text")
 
 _BATCH = 128
 Rows = npt.NDArray[np.float32]
-
-
-def normalise(loaded: LoadedModel, images: Tensor) -> Tensor:
-    """float32 [B,3,S,S] in 0..1 less the model's mean, over its deviation, in the layout convolutions like best."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (loaded.mean, loaded.std))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def quality(metrics: dict[str, Any]) -> tuple[float, float]:
@@ -78,7 +73,7 @@ def recall(
         "text_to_image": _measure(image_rows, text_rows, [found[title] for title in asked]),
         "image_to_text": _measure(text_rows, image_rows, of_picture),
     }
-    shares_found = [result[way][f"recall_at_{k}"] for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    shares_found = [result[way][f"recall_at_{k}"] for way in WAYS for k in (1, 5, 10)]
     result["mean_recall"] = sum(shares_found) / len(shares_found)
     gather_objects(result, world)
     return result

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-import clipret_training.fit as module
 from clipret_training.config import FitConfig
-from clipret_training.data.batches import TextBatch
+from clipret_training.data.batches import Batch, TextBatch
 from clipret_training.distributed.world import World, average_gradients, join
+from clipret_training.fit import fit
 from clipret_training.loss import LossConfig
 from clipret_training.models.load import load_model
-from clipret_training.step import Batch, GradientStep
+from clipret_training.step import GradientStep
 
 
 def gradients(folder: Path, world: World, *, local_loss: bool, parts: int) -> dict[str, torch.Tensor]:
@@ -45,15 +45,15 @@ def main(folder: Path) -> None:
 
 
 def die(params: Path, out: Path, last: int) -> None:
-    original = module._Training._step
+    original = GradientStep.__call__
 
-    def step(self: Any, *arguments: Any) -> Any:
-        if self.at.step > last:
+    def step(self: GradientStep, batch: Any, number: int, *scale: Any) -> Any:
+        if number > last:
             os._exit(9)
-        return original(self, *arguments)
+        return original(self, batch, number, *scale)
 
-    module._Training._step = step  # type: ignore[method-assign]
-    module.fit(FitConfig.read(params), out)
+    GradientStep.__call__ = step  # type: ignore[method-assign]
+    fit(FitConfig.read(params), out)
 
 
 if __name__ == "__main__":

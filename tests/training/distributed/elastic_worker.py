@@ -9,20 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import clipret_training.fit as module
 from clipret_training.config import FitConfig
+from clipret_training.fit import fit
+from clipret_training.step import GradientStep
 
 
 def main(params: Path, out: Path, last: int) -> None:
-    original = module._Training._step
+    original = GradientStep.__call__
 
-    def step(self: Any, *arguments: Any) -> Any:
-        if self.at.step > last and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    def step(self: GradientStep, batch: Any, number: int, *scale: Any) -> Any:
+        if number > last and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *arguments)
+        return original(self, batch, number, *scale)
 
-    module._Training._step = step  # type: ignore[method-assign]
-    module.fit(FitConfig.read(params), out, resume=True)
+    GradientStep.__call__ = step  # type: ignore[method-assign]
+    fit(FitConfig.read(params), out, resume=True)
 
 
 if __name__ == "__main__":

@@ -115,17 +115,17 @@ def test_an_interrupted_step_goes_on_with_what_it_has(recipe: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("[[step]]", "[[steps]]"), "has no \\[\\[step\\]\\]"),
+        (("[[step]]", "[[steps]]"), r"unknown field `steps`; a pipeline has \[values\] and \[\[step\]\]"),
         (("[values]", "[values"), "is not TOML"),
         (('"search"\nrun', '"index"\nrun'), "has two steps 'index'"),
         (("{texts}", "{text}"), "has no value 'text': it has bundle, pictures"),
         (('"{more}"]', '"-{more}"]'), "more is a list and stands in"),
-        (("keeps = true", "keep = true"), "has keep = True: a step has name, run"),
-        (('makes = "{out}/gallery"', "makes = 1"), "has makes = 1"),
+        (("keeps = true", "keep = true"), r"step\[0\]: object contains unknown field `keep`; .* a step has name, run"),
+        (('makes = "{out}/gallery"', "makes = 1"), r"step\[0\]\.makes is 1: expected `str`"),
         (('"clipret-search", "query"', '"rm", "query"'), "runs 'rm': use clipret-train"),
         (('needs = ["queries"]', 'needs = ["truth"]'), "needs 'truth', which is no value"),
         (("measures = true", 'measures = true\nagainst = "start"'), "against 'start', which is no step"),
-        (('name = "index"', 'name = "../index"'), "is no name for a file"),
+        (('name = "index"', 'name = "../index"'), "name is '../index': .* in its name are letters"),
         (("more = []", "more = 1"), "the value more is 1"),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     assert "traffic retrieval" in run().stdout
     assert run("product", "--show").stdout.startswith("# product retrieval")
     assert "name the folder" in run(recipe, code=2).stderr
-    assert "there is no pipeline 'trafic': use product, traffic" in run("trafic", "--out", "o", code=1).stderr
+    assert "there is no pipeline 'trafic': did you mean traffic, product" in run("trafic", "--out", "o", code=1).stderr
     assert "has no value 'text'" in run(recipe, "--out", "o", "--set", "text=a", code=1).stderr
     assert "is no NAME=VALUE" in run(recipe, "--out", "o", "--set", "texts", code=1).stderr
     recipe.write_text(recipe.read_text().replace(', "--wrong"]', "]"))

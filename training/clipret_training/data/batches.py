@@ -23,7 +23,7 @@ from clipret_training.seeds import generator
 
 Pixels = npt.NDArray[np.uint8]
 
-__all__ = ["Pictures", "TextBatch", "Texts"]
+__all__ = ["Batch", "Pictures", "TextBatch", "Texts", "normalise"]
 
 _AHEAD = 3  # batches decoded ahead of the model when pictures are streamed: 58 MiB at 224 px and batch 128
 
@@ -43,6 +43,22 @@ class TextBatch:
         order[self.places] = torch.arange(len(self.places))
         joined = torch.cat(list(rows))
         return joined[order.to(joined.device)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process adds to a step. images: float32 [B,3,S,S], mean and deviation taken out, on the device.
+    image_keys int64 [B,K] and text_keys int64 [T,L]: which belong together, see `LossBatch`; so are the attributes.
+    negatives: token ids int64 [N,L] of texts that are no picture's."""
+
+    images: Tensor
+    texts: TextBatch
+    image_keys: Tensor
+    text_keys: Tensor
+    image_attributes: Tensor | None = None
+    text_attributes: Tensor | None = None
+    negatives: Tensor | None = None
+    negative_keys: Tensor | None = None
 
 
 class Texts:
@@ -185,3 +201,9 @@ class Pictures:
                         yield position, None
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for pictures nobody will use
+
+
+def normalise(loaded: LoadedModel, images: Tensor) -> Tensor:
+    """float32 [B,3,S,S] in 0..1 less the model's mean, over its deviation, in the layout convolutions like best."""
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (loaded.mean, loaded.std))
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)

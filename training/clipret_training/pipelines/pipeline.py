@@ -53,7 +53,7 @@ _COMMANDS = {
     "clipret-export": "clipret_export.cli",
     "clipret-search": "clipret.cli",
 }
-_ANY_COMMAND = f"{', '.join(_COMMANDS)}, in quotes, and a word each"
+_KNOWN = f"{', '.join(_COMMANDS)}, in quotes, and a word each"
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,7 +97,10 @@ class Pipeline:
 
         Raises ClipretError for what is wrong in it and for a value that it does not have.
         """
-        advice = f"a step has {', '.join(Step.__struct_fields__)}"
+        advice = (
+            f"a pipeline has [values] and [[step]], a step has {', '.join(Step.__struct_fields__)}; in its name are "
+            "letters, digits, blanks, dots and dashes"
+        )
         file = convert(f"pipeline {recipe}", read_recipe(recipe, "pipeline"), _File, advice)
         values, steps = file.values, file.step
         for name, text in (given or {}).items():
@@ -114,7 +117,7 @@ class Pipeline:
         made = cls(recipe, values, steps)
         for step in steps:  # whatever is misspelt is found before hours of training
             if step.run[0] not in _COMMANDS:
-                raise ClipretError(f"pipeline {recipe}: step {step.name!r} runs {step.run[0]!r}: use {_ANY_COMMAND}")
+                raise ClipretError(f"pipeline {recipe}: step {step.name!r} runs {step.run[0]!r}: use {_KNOWN}")
             made.words(step, Path("out"))
             if step.against and step.against not in names:
                 raise ClipretError(
