@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Collection
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipret.server.limits import BusyError, Limits, MisdirectedError, RequestError, TooLargeError
@@ -17,15 +17,19 @@ from clipret.server.requests import JSON, kind_of
 
 __all__ = ["Guard"]
 
-_HEADERS = {
-    # Nothing but this service's own files runs, is shown or is asked; blob: are pictures that a person drags in.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
+# As they are sent: to put them in by starlette's MutableHeaders costs every request some microseconds.
+_HEADERS = [
+    # Nothing but this service's own files runs, is shown or is asked; blob: are images that a person drags in.
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+        b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
 
 
 class Guard:
@@ -47,7 +51,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update(_HEADERS)
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
         async def refuse(error: RequestError) -> None:
