@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from clipret.bundle import FORMAT, Bundle, Manifest, file_entry
@@ -127,7 +128,7 @@ def fill(skeleton: Path, out: Path) -> Bundle:
                 file.write(piece.tobytes())
                 left, start = left - len(piece), 0
     content = json.loads((skeleton / "manifest.json").read_text(encoding="utf-8"))
-    content["files"] = {name: vars(file_entry(out / name)) for name in ("image.onnx", DATA)}
+    content["files"] = {name: msgspec.structs.asdict(file_entry(out / name)) for name in ("image.onnx", DATA)}
     (out / "bundle.json").write_text(json.dumps(content), encoding="utf-8")
     return Bundle.open(out)
 

@@ -127,9 +127,11 @@ def _with_options(
         own = {name: given.pop(name) for name in names}
         return function(*arguments, **made(own), **given)
 
+    command: Any = call
     for option in reversed(options):
-        call = option(call)
-    return call  # type: ignore[return-value]
+        command = option(command)
+    decorated: F = command
+    return decorated
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

@@ -25,11 +25,12 @@ def _read_prompts(context: click.Context, _parameter: click.Parameter, given: tu
     templates = [value for value in given if "{}" in value]
     if len(templates) == len(given):
         return Prompts.of_templates(templates)
-    if len(given) > 1:
+    first, *others = given
+    if others:
         raise click.UsageError("--prompts takes either templates or one file of rules: leave the other out.")
-    if not Path(given[0]).is_file():
-        raise ClipretError(f"--prompts {given[0]!r} has no {{}} for the text and is no file: write one of the two")
-    return Prompts.read(given[0])
+    if not Path(first).is_file():
+        raise ClipretError(f"--prompts {first!r} has no {{}} for the text and is no file: write one of the two")
+    return Prompts.read(first)
 
 
 prompts_option = click.option(

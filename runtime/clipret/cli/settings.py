@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["Settings", "merged"]
 
@@ -61,7 +64,7 @@ class Settings(click.ParamType[Any]):
         ctx: click.Context,  # noqa: ARG002 (click names both by keyword)
         param: click.Parameter,  # noqa: ARG002
         incomplete: str,
-    ) -> "list[click.shell_completion.CompletionItem]":
+    ) -> "list[CompletionItem]":
         from click.shell_completion import CompletionItem
 
         before, comma, start = incomplete.rpartition(",")

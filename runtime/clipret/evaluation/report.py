@@ -277,6 +277,6 @@ def _missed(searcher: Searcher, result: Evaluation, chosen: Sequence[int]) -> di
     ranks = searcher.ranker.first_ranks(result.rows[query], [[at] for at in row.tolist()])
     values = StoredRows(searcher.ranker.shards).scores(row, query, grid)
     for at, place, rank, score in zip(query.tolist(), row.tolist(), ranks.tolist(), values.tolist(), strict=True):
-        path = searcher.gallery.paths([searcher.stored.ids[place]])[0]
+        path = searcher.gallery.paths([int(searcher.stored.ids[place])])[0]
         cards.setdefault(at, []).append(Card(searcher.gallery.file(path), path, score, True, rank))
     return {at: cards.get(at, []) for at in chosen}

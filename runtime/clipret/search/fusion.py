@@ -126,7 +126,8 @@ class _Fusion:
     """The merging of some sources; they are the same for all texts that it is asked for."""
 
     def __init__(self, sources: Sequence[Source], how: How, depth: int) -> None:
-        self.how, self.depth = how, depth
+        self.how: How = how
+        self.depth = depth
         self.sources = sources
         self.galleries = [(source, source.searcher) for source in sources if source.searcher is not None]
         self.files = [(source, source.results) for source in sources if source.results is not None]

@@ -22,21 +22,26 @@ class Searchable(Protocol):
     @property
     def name(self) -> str:
         """What messages call it."""
+        ...
 
     @property
     def fingerprint(self) -> str:
         """That of the bundle its embeddings come from."""
+        ...
 
     @property
     def root(self) -> Path:
         """What stored paths are relative to."""
+        ...
 
     @property
     def columns(self) -> Sequence[str]:
         """The metadata columns."""
+        ...
 
     def count(self) -> int:
         """How many images there are."""
+        ...
 
     def filter(self, where: str | None, exclude: Collection[int] = ()) -> Any:
         """What `rank` takes as `allowed`; None for all images.
@@ -66,18 +71,24 @@ class Searchable(Protocol):
         Raises:
             ClipretError: k is out of range, or a query is no vector of this model.
         """
+        ...
 
     def records(self, ids: Sequence[int]) -> dict[int, Picture]:
         """Path, size, time and hash of those of these images that are there."""
+        ...
 
     def metadata(self, ids: Sequence[int]) -> dict[int, dict[str, Value]]:
         """Every column of those of these images that are there, None where an image has no value."""
+        ...
 
     def row(self, number: int) -> Floats:
         """The stored embedding of an image, float64 [D]. Raises ClipretError where there is no such image."""
+        ...
 
     def ids_of(self, paths: Collection[str]) -> dict[str, int]:
         """The ids of those of these stored paths that are there."""
+        ...
 
     def close(self) -> None:
         """Let go of files and connections."""
+        ...

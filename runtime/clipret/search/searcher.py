@@ -202,7 +202,7 @@ class Searcher:
             if length < 1e-6:
                 named = " ".join(f"{part.weight:+g} x {_shown(part.content)}" for part in query.parts)
                 raise ClipretError(f"the query {named or 'without parts'} points nowhere: change its parts or weights")
-            if len(query.parts) > 1 or query.parts[0].weight != 1:
+            if [part.weight for part in query.parts] != [1]:
                 row /= length
         return rows
 

@@ -49,8 +49,12 @@ class GallerySnapshot:
     def root(self) -> Path:
         return Path(self.gallery.info.root)
 
-    @cached_property
+    @property
     def columns(self) -> list[str]:
+        return self._columns
+
+    @cached_property
+    def _columns(self) -> list[str]:
         return self.gallery.columns()
 
     @cached_property

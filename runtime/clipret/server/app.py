@@ -193,9 +193,12 @@ def _shown(desk: Desk, answer: Answer, seconds: float) -> dict[str, Any]:
     return {**facts, "results": results}
 
 
+Number = Annotated[Id, InPath(description="A picture's id.")]
+Version = Annotated[str | None, Query(max_length=64, description="Lets a browser keep the answer.")]
+Side = Annotated[int, Query(ge=16, le=SIDES[-1], description="Longest side in pixels, rounded up to one there is.")]
+
+
 def _add_pictures(app: FastAPI, service: Service) -> None:
-    Number = Annotated[Id, InPath(description="A picture's id.")]
-    Version = Annotated[str | None, Query(max_length=64, description="Lets a browser keep the answer.")]
 
     async def sent(request: Request, desk: Desk, id: int, v: str | None, side: int) -> Response:
         root, picture = await desk.record(id)
@@ -215,7 +218,6 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
             raise NotFoundError(f"picture {id} cannot be shown: {error}") from None
         return Response(content, media_type=kind, headers=headers)
 
-    Side = Annotated[int, Query(ge=16, le=SIDES[-1], description="Longest side in pixels, rounded up to one there is.")]
     images = {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
 
     @app.get("/pictures/{id}", response_class=Response, responses={200: images}, summary="A picture's own file")

@@ -18,9 +18,11 @@ class Watch(Protocol):
 
     def changed(self) -> bool:
         """Whether it was changed since the last call; True at the first. Raises ClipretError where it is gone."""
+        ...
 
     def close(self) -> None:
         """Forget what was seen: the next call of `changed` says True."""
+        ...
 
 
 class GalleryWatch:
