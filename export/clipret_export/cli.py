@@ -10,7 +10,7 @@ from typing import Any, get_args
 import click
 
 from clipret.backends import BackendChoice
-from clipret.bundle import Bundle
+from clipret.bundle import Bundle, Precision
 from clipret.console import DefaultGroup, show_table
 from clipret.errors import ClipretError, require
 
@@ -134,7 +134,7 @@ def export(
     from clipret_export.pipeline import export_bundle
     from clipret_export.samples import Sample
 
-    chosen = [name for name in ("fp16", "bf16", "int8") if given[name]]
+    chosen = [name for name in get_args(Precision)[1:] if given[name]]  # fp32 has no flag
     if len(chosen) > 1:
         raise click.UsageError(f"a bundle has one precision, not {' and '.join(chosen)}: export twice")
     precision: Any = chosen[0] if chosen else "fp32"

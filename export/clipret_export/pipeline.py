@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipret.bundle import FORMAT, Bundle, Manifest, file_entry
+from clipret.bundle import FORMAT, Bundle, Manifest, Precision, file_entry
 from clipret.console import stages
 from clipret.errors import ClipretError
 from clipret.files import new_folder
@@ -23,17 +23,15 @@ from clipret_export.engines import PlanRequest, gate_plans
 from clipret_export.fusion import fuse
 from clipret_export.graph import write_onnx
 from clipret_export.parity import LIMITS, Limits, Reference, Report, data_sha256, run_gate
-from clipret_export.precision import Precision, convert
+from clipret_export.precision import convert
 from clipret_export.reference import inputs, reference, texts
 from clipret_export.samples import TEXTS, Sample, pictures
 from clipret_export.sensitivity import costs, worst
 from clipret_export.towers import ImageTower, TextTower, rewrite
-from clipret_training.models.load import load_model
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.choices import Tower
+from clipret_training.models import LoadedModel, load_model
 
 __all__ = ["export_bundle"]
-
-Kind = Literal["image", "text"]
 
 _PARTS = ("bundle.json", "*.onnx", "*.onnx.data", "tokenizer.json", "reference.npz", "verify.json", "engines")
 _ATTEMPTS = 3
@@ -46,9 +44,9 @@ _HALF_CHECK = 4  # inputs that run in torch's own half precision
 class _Plan:
     """What has been found out about a model's layers so far, over all attempts."""
 
-    keep: dict[Kind, list[str]] = field(default_factory=lambda: {"image": [], "text": []})
+    keep: dict[Tower, list[str]] = field(default_factory=lambda: {"image": [], "text": []})
     report: Report | None = None
-    nodes: dict[Kind, int] = field(default_factory=dict)
+    nodes: dict[Tower, int] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=dict)  # of the last attempt, by tower
     skipped: dict[Path, str] = field(default_factory=dict)  # calibration pictures that cannot be read, and why
     losses: dict[str, float] = field(default_factory=dict)  # 1 - cosine of a tower that missed its limits
@@ -199,7 +197,7 @@ def _write_towers(
         "text": torch.ones(2, length, dtype=torch.int64),
     }
     free = {0: "batch", 1: "length"} if loaded.text.pad_to == "longest" else {0: "batch"}
-    towers: tuple[tuple[Kind, nn.Module, dict[int, str], str], ...] = (
+    towers: tuple[tuple[Tower, nn.Module, dict[int, str], str], ...] = (
         ("image", ImageTower(loaded), {0: "batch"}, "pixels"),
         ("text", TextTower(loaded), free, "tokens"),
     )
@@ -231,11 +229,12 @@ def _write_towers(
 
 
 def _lower(
-    tower: nn.Module, kind: Kind, precision: Precision, batches: list[Tensor], plan: _Plan, limits: Limits
+    tower: nn.Module, kind: Tower, precision: Precision, batches: list[Tensor], plan: _Plan, limits: Limits
 ) -> None:
     """Decide which layers stay in float32 and convert the others."""
     ranges = observe(tower, batches, samples=precision == "int8")
-    keep = list(dict.fromkeys([*plan.keep[kind], *(overflows(tower, ranges) if precision == "fp16" else [])]))
+    wanted: list[str] = [*plan.keep[kind], *(overflows(tower, ranges) if precision == "fp16" else [])]
+    keep = list(dict.fromkeys(wanted))
     missed = plan.losses.get(kind)
     if precision == "int8" or missed is not None:
         parts = [part for batch in batches for part in torch.split(batch, 2)]
@@ -252,7 +251,7 @@ def _lower(
 
 
 def _run_in_torch(
-    tower: nn.Module, kind: Kind, precision: Precision, batch: Tensor, target: Any, plan: _Plan, limits: Limits
+    tower: nn.Module, kind: Tower, precision: Precision, batch: Tensor, target: Any, plan: _Plan, limits: Limits
 ) -> None:
     """Run the converted tower in torch's own half: onnxruntime's CPU provider would hide an overflow."""
     if precision == "int8":

@@ -4,7 +4,7 @@ Its keys and values still come from every token. The embedding is the same; a Vi
 Towers that pool in another way (mean, attention over all tokens, a class token of timm's) stay as they are.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ def pool_early(model: Any) -> None:
             elif isinstance(child, TextTransformer) and _pools_one_token(child):
                 setattr(parent, name, _PooledText(child, child.pool_type, child.eos_id))
             elif name == "encoder" and _is_bert(child) and _reads_first_token(parent, model):
-                child.layer[-1] = _PooledBertLayer(child.layer[-1])
+                layers = cast(nn.ModuleList, child.layer)  # _is_bert has seen that
+                layers[-1] = _PooledBertLayer(layers[-1])
     if hasattr(model, "text_pool_type") and type(model.transformer.resblocks[-1]) is ResidualAttentionBlock:
         model.pooled_text = _PooledText(model, model.text_pool_type, model.text_eos_id)
         model.encode_text = model.pooled_text.forward
@@ -34,8 +35,9 @@ def pool_early(model: Any) -> None:
 
 def _pool_class_token(tower: VisionTransformer) -> None:
     blocks = tower.transformer.resblocks
-    if type(blocks[-1]) is ResidualAttentionBlock and tower.transformer.batch_first:
-        blocks[-1] = _PooledBlock(blocks[-1])
+    last = blocks[-1]
+    if type(last) is ResidualAttentionBlock and tower.transformer.batch_first:
+        blocks[-1] = _PooledBlock(last)
 
 
 class _PooledBlock(nn.Module):

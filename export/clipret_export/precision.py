@@ -8,18 +8,17 @@ architecture: what is converted are layers, by their names in the model, whateve
 """
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipret.bundle import Precision
 from clipret_export.calibration import Ranges
 from clipret_export.layers import Kind, attention_as, kind_of
 
-__all__ = ["FLOATS", "Precision", "convert", "round_attention", "round_layer"]
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+__all__ = ["FLOATS", "convert", "round_attention", "round_layer"]
 
 Attend = Callable[..., Tensor]
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -18,7 +18,7 @@ from clipret.inference.tokenizer import Tokenizer
 from clipret.pairs import PairSet
 from clipret_export.parity import Reference, Rows
 from clipret_export.samples import TEXTS, pictures
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.models import LoadedModel
 
 __all__ = ["inputs", "reference", "texts"]
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipret.bundle import Precision
 from clipret_export.calibration import Ranges
 from clipret_export.layers import attention_as, kind_of
-from clipret_export.precision import FLOATS, Precision, round_attention, round_layer
+from clipret_export.precision import FLOATS, round_attention, round_layer
 
 __all__ = ["costs", "worst"]
 

@@ -15,7 +15,7 @@ from torch.fx.proxy import TraceError
 
 from clipret_export.layers import replace_modules, split_heads
 from clipret_export.pooling import pool_early
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.models import LoadedModel
 
 __all__ = ["ImageTower", "PlainAttention", "TextTower", "rewrite"]
 

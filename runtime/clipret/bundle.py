@@ -30,6 +30,8 @@ __all__ = [
     "FileEntry",
     "ImageSpec",
     "Manifest",
+    "Precision",
+    "Resize",
     "TextSpec",
     "check_bundle",
     "file_entry",
@@ -37,6 +39,9 @@ __all__ = [
 ]
 
 FORMAT = 1
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Resize = Literal["shortest", "longest", "squash"]
 
 
 class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +52,7 @@ class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     size: Count
-    resize: Literal["shortest", "longest", "squash"] = "shortest"
+    resize: Resize = "shortest"
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     fill: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
     exif: bool = False  # turn the picture as its EXIF tag says; the reference preprocessings do not
@@ -95,7 +100,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     source: str
     source_sha256: str
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    precision: Precision
     embedding_dim: Count
     logit_scale: Amount
     image: ImageSpec

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipret.bundle import Bundle
+from clipret.bundle import Bundle, Precision
 from clipret.errors import ClipretError
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
@@ -22,7 +22,7 @@ from clipret_export.calibration import observe, overflows
 from clipret_export.layers import replace_modules
 from clipret_export.parity import LIMITS, Limits
 from clipret_export.pipeline import export_bundle
-from clipret_export.precision import FLOATS, Precision, convert
+from clipret_export.precision import FLOATS, convert
 from clipret_export.reference import inputs, reference, texts
 from clipret_export.samples import TEXTS, Sample, pictures
 from clipret_export.sensitivity import costs, worst

@@ -10,7 +10,6 @@ __all__ = [
     "LossKind",
     "Optimizer",
     "Precision",
-    "Resize",
     "Schedule",
     "SoupMethod",
     "Style",
@@ -23,7 +22,6 @@ Language = Literal["en", "zh"]  # of drawn captions
 LossKind = Literal["infonce", "siglip", "soft"]
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Resize = Literal["shortest", "longest", "squash"]  # as in clipret.bundle.ImageSpec
 Schedule = Literal["cosine", "constant"]
 SoupMethod = Literal["uniform", "greedy", "wise"]
 Style = Literal["web", "surveillance"]  # of drawn scenes

@@ -15,11 +15,12 @@ from typing import Annotated, Any, Self
 import torch
 from msgspec import Meta
 
+from clipret.bundle import Resize
 from clipret.errors import ClipretError
 from clipret.locations import is_remote
-from clipret_training.choices import TOWERS, Adapter, Augment, LossKind, Optimizer, Precision, Resize, Schedule, Tower
+from clipret_training.choices import TOWERS, Adapter, Augment, LossKind, Optimizer, Precision, Schedule, Tower
 from clipret_training.loss import LossConfig
-from clipret_training.models.load import SMALL, anchored, architecture
+from clipret_training.models import SMALL, anchored, architecture
 from clipret_training.recipe import read_recipe
 from clipret_training.schema import (
     MANY,
@@ -39,8 +40,7 @@ from clipret_training.schema import (
     takes_text,
 )
 from clipret_training.seeds import seed_of
-from clipret_training.tuning.adapters import AdapterConfig
-from clipret_training.tuning.precision import native_precision, open_device
+from clipret_training.tuning import AdapterConfig, native_precision, open_device
 
 __all__ = ["FitConfig", "option_table", "parse_value"]
 
@@ -152,7 +152,7 @@ class FitConfig:
             raise ClipretError(f"batch_size {self.batch_size} does not split into {self.accumulate} equal parts")
         if self.adapter != "none" and (self.lock_image or self.lock_text):
             raise ClipretError("an adapter locks both towers by itself: leave lock_image and lock_text out")
-        self.loss_config, self.adapter_config  # noqa: B018 (their own checks)
+        _ = self.loss_config, self.adapter_config  # which check themselves
         if self.fsdp and self.adapter != "none":
             raise ClipretError("fsdp spreads weights that are trained, an adapter's are few: leave one of them out")
         if self.fsdp and self.ema:

@@ -16,12 +16,11 @@ from tqdm import tqdm
 from clipret.errors import ClipretError
 from clipret_training.checkpoint import Checkpoints, Position
 from clipret_training.config import FitConfig
-from clipret_training.data.training_data import TrainingData, open_held_out
-from clipret_training.distributed.fsdp import latest_shards
-from clipret_training.distributed.world import World, gather_objects, join, smallest
+from clipret_training.data import TrainingData, open_held_out
+from clipret_training.distributed import World, gather_objects, join, latest_shards, smallest
 from clipret_training.learner import Learner
 from clipret_training.listing import read_listings
-from clipret_training.optim.schedule import learning_rate
+from clipret_training.optim import learning_rate
 from clipret_training.run import RunFolder, claimed
 from clipret_training.step import GradientStep
 from clipret_training.validation import WAYS, quality, recall

@@ -15,7 +15,9 @@ from torch.distributed.tensor import DTensor
 from clipret.errors import ClipretError
 from clipret_training.checkpoint import Checkpoints
 from clipret_training.config import FitConfig
-from clipret_training.distributed.fsdp import (
+from clipret_training.distributed import (
+    World,
+    average_gradients,
     clip_gradients,
     load_shards,
     save_shards,
@@ -23,18 +25,22 @@ from clipret_training.distributed.fsdp import (
     split_groups,
     whole_weights,
 )
-from clipret_training.distributed.world import World, average_gradients
 from clipret_training.filenames import ADAPTER
 from clipret_training.loss import SIGLIP_BIAS
-from clipret_training.models.early_pooling import pool_early
-from clipret_training.models.load import load_model
-from clipret_training.models.loaded import LoadedModel
-from clipret_training.optim.averaging import MovingAverage
-from clipret_training.optim.optimizer import make_optimizer
+from clipret_training.models import LoadedModel, load_model, pool_early
+from clipret_training.optim import MovingAverage, make_optimizer
 from clipret_training.seeds import seed_of
-from clipret_training.tuning.adapters import add_adapters, base_state, write_adapter
-from clipret_training.tuning.freezing import freeze_unused, lock_tower, parameter_groups, train_mode
-from clipret_training.tuning.techniques import checkpoint_gradients, drop_patches
+from clipret_training.tuning import (
+    add_adapters,
+    base_state,
+    checkpoint_gradients,
+    drop_patches,
+    freeze_unused,
+    lock_tower,
+    parameter_groups,
+    train_mode,
+    write_adapter,
+)
 
 __all__ = ["Learner"]
 

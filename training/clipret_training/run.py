@@ -16,8 +16,7 @@ from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret_training.config import FitConfig
 from clipret_training.filenames import CHECKPOINTS, METRICS, PARAMS, SKIPPED
-from clipret_training.models.load import describe
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.models import LoadedModel, describe
 
 __all__ = ["RunFolder", "claimed"]
 

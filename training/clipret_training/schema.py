@@ -1,4 +1,4 @@
-"""Types with ranges for what users write, checked by msgspec.
+"""The types and ranges of settings, checked by msgspec one by one; files are checked whole by `clipret.schema`.
 
 What is allowed is said in words made of the same types: msgspec's own message names only the bound that is missed, in
 the words of JSON (Expected `int | null`, got `str`).
@@ -6,13 +6,11 @@ the words of JSON (Expected `int | null`, got `str`).
 
 import dataclasses
 import difflib
-import re
 import sys
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -32,14 +30,10 @@ __all__ = [
     "Whole",
     "check",
     "check_fields",
-    "convert",
-    "decode_file",
     "describe",
     "hints",
     "takes_text",
 ]
-
-Kind = TypeVar("Kind")
 
 MANY = 10**9  # where there is no other limit: neither infinity nor what no machine word holds
 _FINITE = sys.float_info.max
@@ -78,33 +72,6 @@ def hints(kind: Any) -> Mapping[str, Any]:
     """The types of a dataclass's fields, by name, with their ranges."""
     named = typing.get_type_hints(kind, include_extras=True)
     return {field.name: named[field.name] for field in dataclasses.fields(kind)}
-
-
-def convert(what: str, value: Any, kind: type[Kind], advice: str) -> Kind:
-    """Dictionaries and lists as a `kind`.
-
-    Raises ClipretError that says where `value` is wrong and what is there, with `advice` behind it.
-    """
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        wrong, _, place = str(error).partition(" - at `$")
-        place, _, _ = place.rstrip("`").partition("[...]")  # where any key of a dictionary is meant
-        for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", place):
-            value = value[name] if name else value[int(number)]
-        shown = "" if isinstance(value, dict) else f" is {value!r}"
-        where = f"{place.removeprefix('.')}{shown}: " if place else ""
-        raise ClipretError(f"{what}: {where}{wrong[0].lower()}{wrong[1:]}; {advice}") from None
-
-
-def decode_file(what: str, file: Path, kind: type[Kind], advice: str) -> Kind:
-    """A JSON file as a `kind`. Raises ClipretError as `convert` does, and when it is none."""
-    try:
-        value = msgspec.json.decode(file.read_bytes())
-    except (OSError, ValueError) as error:  # msgspec's DecodeError is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise ClipretError(f"{what} {file} cannot be read: {reason}; name a JSON file") from None
-    return convert(f"{what} {file}", value, kind, advice)
 
 
 def describe(hint: Any) -> str:

@@ -13,14 +13,13 @@ from clipret.errors import ClipretError
 from clipret.files import new_folder
 from clipret_training.choices import SoupMethod
 from clipret_training.config import FitConfig
-from clipret_training.data.batches import Pictures, Texts
+from clipret_training.data import Pictures, Texts
 from clipret_training.filenames import PARAMS
 from clipret_training.listing import read_listing
-from clipret_training.models.load import SMALL, load_model
-from clipret_training.models.loaded import LoadedModel
-from clipret_training.optim.averaging import Soup, greedy_soup, interpolate, uniform_soup
+from clipret_training.models import SMALL, LoadedModel, load_model
+from clipret_training.optim import Soup, greedy_soup, interpolate, uniform_soup
 from clipret_training.run import RunFolder
-from clipret_training.tuning.precision import open_device
+from clipret_training.tuning import open_device
 from clipret_training.validation import quality, recall
 
 __all__ = ["Measure", "Result", "cook"]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipret_training.choices import Precision, Tower
-from clipret_training.data.batches import Batch
+from clipret_training.data import Batch
 from clipret_training.loss import LossBatch, LossConfig, compute_loss, positive_mask, retrieval_accuracy
 from clipret_training.seeds import seed_of
-from clipret_training.tuning.precision import autocast, float32_attention
+from clipret_training.tuning import autocast, float32_attention
 
 __all__ = ["GradientStep", "StepResult"]
 
@@ -50,7 +50,8 @@ class GradientStep:
         seed: tuple[int | str, ...] = (0,),
     ) -> None:
         self._model, self._loss, self._seed = model, loss, seed
-        self._precision, self._device, self._parts = precision, device, parts
+        self._precision: Precision = precision
+        self._device, self._parts = device, parts
         self._encode_image: Callable[[Tensor], Tensor] = model.encode_image
         self._encode_text: Callable[[Tensor], Tensor] = model.encode_text
         if compiled:

@@ -11,9 +11,9 @@ from clipret.errors import ClipretError
 from clipret.evaluation.metrics import Metrics, evaluate
 from clipret.pairs import PairSet
 from clipret.ranking.ranker import Ranker
-from clipret_training.data.batches import Pictures, Texts, normalise
-from clipret_training.distributed.world import World, gather_objects
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.data import Pictures, Texts, normalise
+from clipret_training.distributed import World, gather_objects
+from clipret_training.models import LoadedModel
 
 __all__ = ["WAYS", "quality", "recall"]
 

@@ -94,11 +94,11 @@ def test_a_file_adds_words(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "expected `object`, got `array`"),
-        ('{"colours": []}', "unknown field `colours`"),
-        ('{"groups": {"colour": ["red", "blue"]}}', "groups: expected `array`, got `str`"),
-        ('{"groups": {"colour": [[]]}}', "expected `array` of length >= 1; write as"),
-        ('{"groups": ["colour"]}', r"groups is \['colour'\]: expected `object`"),
+        ("[]", "expected object, got array"),
+        ('{"colours": []}', "contains unknown field colours"),
+        ('{"groups": {"colour": ["red", "blue"]}}', r"groups\.colour\[0\] is 'red': expected array"),
+        ('{"groups": {"colour": [[]]}}', r"groups\.colour\[0\] is \[\]: expected array of length >= 1; write as"),
+        ('{"groups": ["colour"]}', r"groups is \['colour'\]: expected object"),
         ('{"groups": {"paint": [["red"], ["beige"]]}}', "'red' is in the groups colour and paint"),
     ],
 )

@@ -11,15 +11,7 @@ from clipret.competitions.completion import Vocabulary
 from clipret.console import show_table
 from clipret.errors import ClipretError
 from clipret.files import new_folder, write_file
-from clipret_training.competitions.traffic import (
-    COLORS,
-    COLUMNS,
-    TYPES,
-    parse_labels,
-    rows_of,
-    statistics,
-    vocabulary_of,
-)
+from clipret_training.competitions import COLORS, COLUMNS, TYPES, parse_labels, rows_of, statistics, vocabulary_of
 
 __all__ = ["challenge", "traffic"]
 

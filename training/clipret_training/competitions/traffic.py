@@ -57,7 +57,7 @@ PERSON_ATTRIBUTES = (
     "skirt or dress",
 )
 _ONE_OF = (PERSON_ATTRIBUTES[1:4], PERSON_ATTRIBUTES[4:7], PERSON_ATTRIBUTES[13:15])
-COLUMNS = ("path", "title", "kind", "color", "brand", "type", "attributes", "split")
+COLUMNS: tuple[str, ...] = ("path", "title", "kind", "color", "brand", "type", "attributes", "split")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from clipret.inference.tokenizer import Tokenizer
 from clipret_training.data.negatives import AttributeSwap
 from clipret_training.listing import Listing
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.models import LoadedModel
 
 __all__ = ["Attributes"]
 

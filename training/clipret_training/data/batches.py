@@ -18,7 +18,7 @@ from clipret.images.decode import load
 from clipret.images.walk import PictureError
 from clipret.inference.tokenizer import Tokenizer
 from clipret_training.listing import Listing
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.models import LoadedModel
 from clipret_training.seeds import generator
 
 Pixels = npt.NDArray[np.uint8]

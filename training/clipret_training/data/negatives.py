@@ -18,8 +18,8 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from clipret.errors import ClipretError
-from clipret_training.schema import decode_file
+from clipret.errors import ClipretError, one_line
+from clipret.schema import checked
 
 __all__ = ["AttributeSwap"]
 
@@ -83,7 +83,7 @@ class AttributeSwap:
         built_in = msgspec.json.decode(text, type=_Vocabulary)
         groups, keep = built_in.groups, built_in.keep
         if more is not None:
-            added = decode_file("vocabulary", more, _Vocabulary, _EXAMPLE)
+            added = _read(more)
             for name, entries in added.groups.items():
                 groups[name] = _merged(groups.get(name, []), entries)
             keep += added.keep
@@ -184,3 +184,10 @@ def _merged(entries: list[list[str]], added: list[list[str]]) -> list[list[str]]
         else:
             same += [word for word in words if word not in same]
     return merged
+
+
+def _read(file: Path) -> _Vocabulary:
+    try:
+        return checked(msgspec.json.decode(file.read_bytes()), _Vocabulary)
+    except (OSError, ValueError) as error:
+        raise ClipretError(f"vocabulary {file} cannot be read: {one_line(error)}; {_EXAMPLE}") from None

@@ -13,9 +13,9 @@ from clipret_training.config import FitConfig
 from clipret_training.data.attributes import Attributes
 from clipret_training.data.augment import Augmenter
 from clipret_training.data.batches import Batch, Pictures, Texts, normalise
-from clipret_training.distributed.world import World, gather_objects, smallest
+from clipret_training.distributed import World, gather_objects, smallest
 from clipret_training.listing import Listing
-from clipret_training.models.loaded import LoadedModel
+from clipret_training.models import LoadedModel
 from clipret_training.seeds import generator
 
 __all__ = ["TrainingData", "open_held_out"]

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from clipret.errors import ClipretError, one_line
-from clipret_training.tuning.precision import open_device
+from clipret_training.tuning import open_device
 
 __all__ = ["World", "average_gradients", "gather_objects", "join", "smallest"]
 

@@ -29,14 +29,13 @@ def _pool_last(transformer: Any) -> bool:
     if type(last) is not ResidualAttentionBlock or not transformer.batch_first:
         return False
     last.__class__ = _PooledBlock
-    last.at = None
     return True
 
 
 class _PooledBlock(ResidualAttentionBlock):  # type: ignore[misc]
     """float32 [B,L,W] -> [B,1,W]: the first token, or those at the positions `at`, int64 [B]."""
 
-    at: Tensor | None
+    at: Tensor | None = None
 
     def forward(self, q_x: Tensor, *_: None, attn_mask: Tensor | None = None) -> Tensor:
         y = self.ln_1(q_x)

@@ -40,6 +40,8 @@ def tokenizer_file(tokenizer: Any) -> tuple[str, TextSpec]:
         converted, pad_id = _hub(tokenizer)
     else:
         raise ValueError(f"it is a {type(tokenizer).__name__}, of which nothing is known here")
+    if tokenizer.context_length is None:
+        raise ValueError("it has no context length")
     spec = TextSpec(tokenizer.context_length, _clean_name(tokenizer), "context", pad_id)
     ours = Tokenizer(converted, spec)
     for text in PROBES:
@@ -68,8 +70,8 @@ def _simple(tokenizer: SimpleTokenizer) -> str:
 def _hub(tokenizer: HFTokenizer | SigLipTokenizer) -> tuple[str, int]:
     """File and pad id of a tokenizer of transformers."""
     inner = tokenizer.tokenizer
-    if getattr(tokenizer, "tokenizer_mode", ""):
-        raise ValueError(f"it has the mode {tokenizer.tokenizer_mode!r}")
+    if mode := getattr(tokenizer, "tokenizer_mode", ""):
+        raise ValueError(f"it has the mode {mode!r}")
     if not inner.is_fast:
         raise ValueError(f"it is a {type(inner).__name__}, written in Python only: a bundle needs a tokenizer.json")
     sides = (inner.padding_side, inner.truncation_side)

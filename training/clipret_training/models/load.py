@@ -15,6 +15,7 @@ from torch import nn
 
 from clipret.bundle import ImageSpec, TextSpec
 from clipret.errors import ClipretError, one_line
+from clipret.schema import checked
 from clipret_training.filenames import BEST, CHECKPOINTS, LAST, MODEL, TOKENIZER
 from clipret_training.models import chinese_clip as chinese
 from clipret_training.models import small
@@ -224,7 +225,7 @@ def _read_description(run: Path) -> _Description:
         content = (run / MODEL).read_bytes()
         if (version := msgspec.json.decode(content, type=_Version).format) != _FORMAT:
             raise ValueError(f"its format is {version}, this clipret reads format {_FORMAT}")
-        return msgspec.json.decode(content, type=_Description)
+        return checked(msgspec.json.decode(content), _Description)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def _merged(base: Any, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
 
     config = PeftConfig.from_pretrained(str(folder))
     trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-    targets = config.target_modules
+    targets = getattr(config, "target_modules", None)  # of adapters that have some
     # An adapter of our own may sit on queries, keys or values alone, for which the model has no layers.
     named = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights}
     split_attention(base, [name for name in splittable(base) if any(f"{name}.{part}" in named for part in PARTS)])

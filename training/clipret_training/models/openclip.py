@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import open_clip
 import torch
@@ -19,7 +19,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
-from clipret.bundle import ImageSpec, TextSpec
+from clipret.bundle import ImageSpec, Resize, TextSpec
 from clipret.errors import ClipretError, one_line
 from clipret.inference.tokenizer import Tokenizer
 from clipret_training.models.hub_tokenizer import tokenizer_file
@@ -88,7 +88,8 @@ def _build(name: str, pretrained: str | None, config: dict[str, Any], seed: int,
         _readable_text_cfg(name, config) as text_cfg,
     ):
         torch.manual_seed(seed)
-        model = open_clip.create_model(name, pretrained=pretrained, load_weights=weights is None, text_cfg=text_cfg)
+        made = open_clip.create_model(name, pretrained=pretrained, load_weights=weights is None, text_cfg=text_cfg)
+        model = cast(Any, made)  # a CLIP, a CustomTextCLIP or a CoCa
         if weights is not None:
             open_clip.load_checkpoint(model, str(weights))
     _adapt(model)
@@ -141,7 +142,7 @@ def _tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[str, TextSpec]:
     """The tokenizer's file and a TextSpec that pads to the context."""
     source = text_cfg.get("hf_tokenizer_name")
     # A configuration that was downloaded must not switch on code from the hub.
-    options = {"trust_remote_code": False} if source else {}
+    options: dict[str, Any] = {"trust_remote_code": False} if source else {}
     with _readable_errors(f"the tokenizer {source or ''} of {name}".replace("  ", " ")):
         return tokenizer_file(open_clip.get_tokenizer(name, **options))
 
@@ -193,7 +194,7 @@ def _image_spec(name: str, preprocess: dict[str, Any]) -> ImageSpec:
     height, width = (size, size) if isinstance(size, int) else size
     known = {
         "interpolation": ("bilinear", "bicubic", "random"),
-        "resize_mode": ("shortest", "longest", "squash"),
+        "resize_mode": get_args(Resize),
         "mode": ("RGB",),
     }
     for key, values in known.items():
@@ -222,6 +223,16 @@ class ShortTextCLIP(open_clip.CLIP):  # type: ignore[misc]
     reads its result at the end-of-text token, which no later position reaches: cutting them changes nothing.
     """
 
+    # What open_clip.CLIP takes from its text tower, whose types it does not say.
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    transformer: Any
+    attn_mask: Tensor
+    ln_final: nn.LayerNorm
+    text_projection: nn.Linear | nn.Parameter | None
+    text_pool_type: str
+    text_eos_id: int
+
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         L = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:L]  # [B,L,W]
@@ -240,6 +251,7 @@ class _ShortTextTransformer(TextTransformer):  # type: ignore[misc]
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
         L = text.shape[1]
         x, attn_mask = super()._embeds(text)
+        assert attn_mask is not None  # the tower is causal
         return x, attn_mask[:L, :L]
 
 
@@ -279,7 +291,7 @@ def _takes_short_texts(model: Any, tokenizer_json: str, spec: TextSpec) -> bool:
     """Whether texts may be cut to the longest of their batch: known from the towers and measured all the same."""
     text = getattr(model, "text", None)
     if isinstance(text, HFTextEncoder):
-        safe = text.config.pad_token_id == spec.pad_id  # else its attention mask lets pads in
+        safe = getattr(text.config, "pad_token_id", None) == spec.pad_id  # else its attention mask lets pads in
     elif isinstance(model, ShortTextCLIP) or isinstance(text, _ShortTextTransformer):
         # The largest id of a text may be its first pad, unless that is zero.
         safe = spec.pad_id == 0 or (model.text_pool_type if text is None else text.pool_type) == "eos"

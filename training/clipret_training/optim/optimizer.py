@@ -3,6 +3,10 @@
 Muon (Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024) makes the momentum of a weight
 orthogonal before it is added: all directions of a matrix are learned at one speed. Its steps are scaled to be as long
 as AdamW's (Liu et al., Muon is Scalable for LLM Training, 2025), so that learning rates and decay stay what they are.
+
+torch.optim.Muon would not do: it takes matrices only, no convolutions; has one polynomial for all iterations, so that a
+step differs from ours by 18 to 19 percent of its length; and multiplies in bf16 everywhere, which takes 20 times as
+long where a processor emulates it. Where it does not, torch's took 0.95 of our time (2 cores of an AMD EPYC).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipret_training.tuning.precision import native_precision
+from clipret_training.tuning import native_precision
 
 __all__ = ["make_optimizer"]
 
@@ -45,10 +49,7 @@ def make_optimizer(
 
 
 class _Muon(torch.optim.Optimizer):
-    """Of weights with two dimensions or more; a convolution's kernels are the rows of a matrix.
-
-    torch's and timm's multiply in bf16 everywhere, which takes 20 times as long where a processor emulates it.
-    """
+    """Of weights with two dimensions or more; a convolution's kernels are the rows of a matrix."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(groups, {})

@@ -41,8 +41,9 @@ from msgspec import Meta
 
 from clipret.errors import ClipretError
 from clipret.files import write_file
+from clipret.schema import checked
 from clipret_training.recipe import read_recipe
-from clipret_training.schema import check, convert
+from clipret_training.schema import check
 
 __all__ = ["Pipeline", "Step", "StepRecord", "run_pipeline"]
 
@@ -71,7 +72,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: Annotated[tuple[Step, ...], Meta(min_length=1)]
-    values: dict[str, Any] = msgspec.field(default_factory=dict)
+    values: dict[str, Value] = msgspec.field(default_factory=dict)
 
 
 class StepRecord(msgspec.Struct, frozen=True):
@@ -101,15 +102,17 @@ class Pipeline:
             f"a pipeline has [values] and [[step]], a step has {', '.join(Step.__struct_fields__)}; in its name are "
             "letters, digits, blanks, dots and dashes"
         )
-        file = convert(f"pipeline {recipe}", read_recipe(recipe, "pipeline"), _File, advice)
+        try:
+            file = checked(read_recipe(recipe, "pipeline"), _File)
+        except ValueError as error:
+            raise ClipretError(f"pipeline {recipe}: {error}; {advice}") from None
         values, steps = file.values, file.step
         for name, text in (given or {}).items():
             if name not in values:
                 raise ClipretError(f"pipeline {recipe} has no value {name!r}: it has {', '.join(values)}")
-            values[name] = _parsed(text) if isinstance(values[name], list) else text
-        for name, value in values.items():
-            check(f"pipeline {recipe}: the value {name}", value, Value)
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            value = _parsed(text) if isinstance(values[name], tuple) else text
+            check(f"the value {name} of pipeline {recipe}", value, Value)
+            values[name] = tuple(value) if isinstance(value, list) else value
         names = [step.name for step in steps]
         double = next((name for name in names if names.count(name) > 1), None)
         if double is not None:

@@ -19,7 +19,7 @@ import numpy as np
 from clipret.console import progress
 from clipret.files import new_folder
 from clipret_training.choices import Style
-from clipret_training.competitions.traffic import PERSON_ATTRIBUTES
+from clipret_training.competitions import PERSON_ATTRIBUTES
 from clipret_training.synthetic.draw import draw
 from clipret_training.synthetic.scene import Person, Scene
 

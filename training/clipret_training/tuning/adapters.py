@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from clipret.errors import ClipretError
 from clipret.files import new_folder, write_file
 from clipret_training.choices import TOWERS, Tower
+from clipret_training.models import tower_of
 from clipret_training.models.attention import PARTS, pack_attention, packed_state, split_attention, splittable
 from clipret_training.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from clipret_training.models.structure import tower_of
 from clipret_training.schema import Count, PartialShare, Positive, check_fields
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipret.errors import ClipretError
 from clipret_training.choices import TOWERS, Tower
-from clipret_training.models.structure import tower_of
+from clipret_training.models import tower_of
 
 __all__ = ["depth_groups", "freeze_unused", "layer_weights", "lock_tower", "parameter_groups", "train_mode"]
 
