@@ -20,7 +20,6 @@ from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts
 from clipret.cli.searching import gallery_facts, open_searcher
 from clipret.cli.show import hits_table, seen, show_option, way
 from clipret.errors import printable
-from clipret.reports.page import Card, Section, write_page
 from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
 from clipret.search.searcher import Hit, Part, Query, Searcher
@@ -96,7 +95,9 @@ def query(
             found = searcher.search(asked, k, where=where, exclude=unwanted, min_score=min_score)
         results = list(zip(names, found, strict=True))
         if html is not None:
-            sections = [Section(name, [_card(hit) for hit in hits]) for name, hits in results]
+            from clipret.reports.page import Card, Section, write_page  # most queries write no page
+
+            sections = [Section(name, [Card(hit.file, hit.path, hit.score) for hit in hits]) for name, hits in results]
             write_page(
                 html,
                 title=f"clipret: {Path(searcher.searched.name).name}",
@@ -127,10 +128,6 @@ def _queries(
     like = tuple(Part(picture) for picture in pictures)
     also = "".join(f" + {picture}" for picture in pictures)
     return [(f"{text}{also}{without}", Query((Part(text), *like, *against))) for text in texts]
-
-
-def _card(hit: Hit) -> Card:
-    return Card(hit.file, hit.path, hit.score)
 
 
 def _as_dicts(searcher: Searcher, hits: Sequence[Hit]) -> list[dict[str, object]]:

@@ -18,7 +18,6 @@ from clipret.inference.encoder import Encoder
 from clipret.ranking.ranker import Ranker
 from clipret.search.searchable import Searchable
 from clipret.search.snapshot import GallerySnapshot
-from clipret.sources.source import read_stored
 
 __all__ = ["Forms", "Hit", "Part", "Query", "Searcher"]
 
@@ -243,7 +242,11 @@ class Searcher:
 
 def _read(picture: Picture) -> Picture | PictureFile:
     """A path may lead into an archive, as those of hits do."""
-    return read_stored(picture.parent, picture.name) if isinstance(picture, Path) else picture
+    if not isinstance(picture, Path):
+        return picture
+    from clipret.sources.source import read_stored  # a query by text opens no archives
+
+    return read_stored(picture.parent, picture.name)
 
 
 def _shown(content: str | Picture) -> str:
