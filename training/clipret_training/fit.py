@@ -17,7 +17,8 @@ from clipret.errors import ClipretError
 from clipret_training.checkpoint import Checkpoints, Position
 from clipret_training.config import FitConfig
 from clipret_training.data import TrainingData, open_held_out
-from clipret_training.distributed import World, gather_objects, join, latest_shards, smallest
+from clipret_training.distributed import World, gather_objects, join, smallest
+from clipret_training.distributed.fsdp import latest_shards
 from clipret_training.learner import Learner
 from clipret_training.listing import read_listings
 from clipret_training.optim import learning_rate

@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 from clipret.errors import ClipretError
 from clipret_training.checkpoint import Checkpoints
 from clipret_training.config import FitConfig
-from clipret_training.distributed import (
-    World,
-    average_gradients,
+from clipret_training.distributed import World, average_gradients
+from clipret_training.distributed.fsdp import (
     clip_gradients,
     load_shards,
     save_shards,
@@ -90,7 +89,14 @@ class Learner:
         self.average = MovingAverage(model, config.ema) if config.ema else None
 
     def step(self, lr: float) -> bool:
-        """Go a step along the gradients, which are then gone: False where they overflowed and nothing changed."""
+        """Go a step along the gradients, averaged over the processes and clipped; they are gone afterwards.
+
+        Args:
+            lr: The learning rate of the groups with a scale of 1.
+
+        Returns:
+            False where half precision overflowed and nothing changed.
+        """
         self._average_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

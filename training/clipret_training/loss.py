@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipret.errors import ClipretError
 from clipret_training.choices import LossKind
-from clipret_training.distributed import exchange_shapes, gather_rows
+from clipret_training.distributed.gather import exchange_shapes, gather_rows
 from clipret_training.schema import PartialShare, Positive, Share, check_fields
 
 __all__ = [

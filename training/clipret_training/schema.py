@@ -50,7 +50,16 @@ PartialShare = Annotated[float, Meta(ge=0, lt=1)]
 
 
 def check(what: str, value: Any, hint: Any) -> None:
-    """Raises ClipretError unless `value` is of the type `hint` and in its range; `what` is its name."""
+    """Let a value pass that is of a type and in its range.
+
+    Args:
+        what: What a message calls the value.
+        value: As TOML or the command line gives it.
+        hint: A type, with ranges as `Annotated[int, Meta(ge=1)]`.
+
+    Raises:
+        ClipretError: It is another; the message says what is allowed, and the choice that is near.
+    """
     try:
         msgspec.convert(value, hint)
     except msgspec.ValidationError:
@@ -60,9 +69,16 @@ def check(what: str, value: Any, hint: Any) -> None:
 
 
 def check_fields(settings: Any, prefix: str = "") -> None:
-    """`check` of every field of a dataclass, whose names are said with `prefix` before them.
+    """Check every field of a dataclass.
 
     Values stay as they are: msgspec would make 1.0 of a learning rate of 1, and so another run of one from before.
+
+    Args:
+        settings: An instance whose fields have types with ranges.
+        prefix: What stands before the names of its fields in a message.
+
+    Raises:
+        ClipretError: A field has a value of another type or out of its range.
     """
     for name, hint in hints(type(settings)).items():
         check(prefix + name, getattr(settings, name), hint)

@@ -1,19 +1,6 @@
 """From images and captions to the batches of a training: decoded, varied, with hard negatives."""
 
-from typing import TYPE_CHECKING
-
-from clipret._faces import lazy_face
-
-if TYPE_CHECKING:
-    from clipret_training.data.batches import Batch, Pictures, Texts, normalise
-    from clipret_training.data.training_data import TrainingData, open_held_out
+from clipret_training.data.batches import Batch, Pictures, Texts, normalise
+from clipret_training.data.training_data import TrainingData, open_held_out
 
 __all__ = ["Batch", "Pictures", "Texts", "TrainingData", "normalise", "open_held_out"]
-
-__getattr__ = lazy_face(
-    __name__,
-    {
-        "batches": ["Batch", "Pictures", "Texts", "normalise"],
-        "training_data": ["TrainingData", "open_held_out"],
-    },
-)

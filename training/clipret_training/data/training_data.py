@@ -22,9 +22,16 @@ __all__ = ["TrainingData", "open_held_out"]
 
 
 class TrainingData:
-    """The share of `listing` that belongs to this process, as `config` wants it varied and `loaded` wants it prepared.
+    """The share of a listing that belongs to this process, varied and prepared for a model.
 
-    Raises ClipretError when a process can read none of its pictures: it is said before anything is written.
+    Args:
+        config: How images are varied, how many of them and of their captions take part in a step.
+        listing: What all processes learn from.
+        loaded: The model, which decides size, mean, deviation and tokens.
+        world: The processes.
+
+    Raises:
+        ClipretError: A process can read none of its images. It is said before anything is written.
     """
 
     def __init__(self, config: FitConfig, listing: Listing, loaded: LoadedModel, world: World) -> None:
@@ -68,9 +75,15 @@ class TrainingData:
     def epoch(self, at: Position) -> Iterator[tuple[list[int], Tensor, int]]:
         """The rest of the epoch that the training is at, in an order that its number decides.
 
-        Yields for each step the pictures, by their positions among this process's; their pixels, uint8 [B,S,S,3]; and
-        what `at.consumed` is after the step. Every process has as many steps. Raises ClipretError when no picture can
-        be read any more.
+        Args:
+            at: Where the training is. Its `size` and, at the end, its `left` are set here.
+
+        Yields:
+            For each step the images, by their positions among this process's; their pixels, uint8 [B,S,S,3]; and what
+            `at.consumed` is after the step. Every process has as many steps.
+
+        Raises:
+            ClipretError: No image can be read any more.
         """
         draw = generator(self._config.seed, "order", at.epoch, self._world.rank)
         order: list[int] = at.left + torch.randperm(len(self._mine), generator=draw).tolist()
@@ -97,7 +110,16 @@ class TrainingData:
             yield chosen, pixels, consumed
 
     def batch(self, chosen: Sequence[int], pixels: Tensor, at: Position) -> Batch:
-        """What the step that the training is at learns from, of the pictures that `epoch` chose for it."""
+        """What a step learns from.
+
+        Args:
+            chosen: The images, by their positions, as `epoch` yields them.
+            pixels: uint8 [B,S,S,3].
+            at: Where the training is: the numbers of its step and epoch decide what is drawn.
+
+        Returns:
+            Images on the device, the captions drawn for them, and what belongs together.
+        """
         config = self._config
         draw = generator(config.seed, "step", at.step, self._world.rank)
         pictures = [self._mine[position] for position in chosen]  # as the texts number them
@@ -121,9 +143,17 @@ class TrainingData:
 def open_held_out(
     config: FitConfig, listing: Listing, loaded: LoadedModel, world: World, *, cached: int
 ) -> tuple[Pictures, Texts]:
-    """The share of the held-out pictures that belongs to this process, and all their captions.
+    """The share of the held-out images that belongs to this process, and all captions.
 
-    `cached`: bytes of the cache that are taken. Raises ClipretError when no process can read any of its pictures.
+    Args:
+        config: Threads, and what the cache of decoded images may take.
+        listing: What is held out.
+        loaded: The model, which decides size and tokens.
+        world: The processes.
+        cached: Bytes of the cache that are taken already.
+
+    Raises:
+        ClipretError: No process can read any of its images.
     """
     mine = range(world.rank, len(listing.pairs.paths), world.size)
     left = max(_cache_limit(config, world) - cached, 0)

@@ -1,21 +1,7 @@
 """Steps of the optimiser, the learning rate of each, and averages of weights."""
 
-from typing import TYPE_CHECKING
-
-from clipret._faces import lazy_face
-
-if TYPE_CHECKING:
-    from clipret_training.optim.averaging import MovingAverage, Soup, greedy_soup, interpolate, uniform_soup
-    from clipret_training.optim.optimizer import make_optimizer
-    from clipret_training.optim.schedule import learning_rate
+from clipret_training.optim.averaging import MovingAverage, Soup, greedy_soup, interpolate, uniform_soup
+from clipret_training.optim.optimizer import make_optimizer
+from clipret_training.optim.schedule import learning_rate
 
 __all__ = ["MovingAverage", "Soup", "greedy_soup", "interpolate", "learning_rate", "make_optimizer", "uniform_soup"]
-
-__getattr__ = lazy_face(
-    __name__,
-    {
-        "averaging": ["MovingAverage", "Soup", "greedy_soup", "interpolate", "uniform_soup"],
-        "optimizer": ["make_optimizer"],
-        "schedule": ["learning_rate"],
-    },
-)

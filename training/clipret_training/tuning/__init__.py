@@ -1,14 +1,9 @@
 """What of a model is trained, and in which precision: adapters, locked towers, techniques."""
 
-from typing import TYPE_CHECKING
-
-from clipret._faces import lazy_face
-
-if TYPE_CHECKING:
-    from clipret_training.tuning.adapters import AdapterConfig, add_adapters, base_state, write_adapter
-    from clipret_training.tuning.freezing import freeze_unused, lock_tower, parameter_groups, train_mode
-    from clipret_training.tuning.precision import autocast, float32_attention, native_precision, open_device
-    from clipret_training.tuning.techniques import checkpoint_gradients, drop_patches
+from clipret_training.tuning.adapters import AdapterConfig, add_adapters, base_state, write_adapter
+from clipret_training.tuning.freezing import freeze_unused, lock_tower, parameter_groups, train_mode
+from clipret_training.tuning.precision import autocast, float32_attention, native_precision, open_device
+from clipret_training.tuning.techniques import checkpoint_gradients, drop_patches
 
 __all__ = [
     "AdapterConfig",
@@ -26,13 +21,3 @@ __all__ = [
     "train_mode",
     "write_adapter",
 ]
-
-__getattr__ = lazy_face(
-    __name__,
-    {
-        "adapters": ["AdapterConfig", "add_adapters", "base_state", "write_adapter"],
-        "freezing": ["freeze_unused", "lock_tower", "parameter_groups", "train_mode"],
-        "precision": ["autocast", "float32_attention", "native_precision", "open_device"],
-        "techniques": ["checkpoint_gradients", "drop_patches"],
-    },
-)
