@@ -8,7 +8,7 @@ LEAN := .venv-lean
 BENCH := .venv-bench
 GPU := .venv-gpu
 PEERS := sentence-transformers opencv-python-headless braceexpand webdataset pandas matplotlib
-EVERYTHING := .[cpu,openvino,nvjpeg,tensorrt-rtx,parquet,faiss,ray,milvus,serve,train,export,dev]
+EVERYTHING := .[cpu,openvino,nvjpeg,tensorrt-rtx,parquet,faiss,assignment,ray,milvus,serve,train,export,dev]
 UV := $(shell command -v uv 2>/dev/null)
 comma := ,
 # $(call install,VENV,PACKAGES)

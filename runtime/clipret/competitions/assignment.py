@@ -1,102 +1,98 @@
 """One picture for each query, no picture twice, such that the sum of the scores is as large as can be.
 
-Shortest augmenting paths (Jonker and Volgenant, 1987; rectangular as in Crouse, 2016) over the first pictures of each
-query only. The dual prices that the method leaves behind prove the result optimal over all pictures, or name the
-queries whose lists are too short; those are then lengthened. So neither scipy nor the matrix of all scores is needed.
+scipy assigns, among the first pictures of each query only: the matrix of all scores would not fit beside a large
+gallery. Prices of the queries (the dual of the assignment) prove the result optimal over all pictures, or name the
+queries whose lists are too short; those are then lengthened.
 """
 
 from collections.abc import Callable
-from heapq import heappop, heappush
 
 import numpy as np
-import numpy.typing as npt
 
-from clipret.errors import ClipretError
+from clipret.arrays import Ids, Scores
+from clipret.errors import ClipretError, require
 
 __all__ = ["assign"]
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
-Find = Callable[[Ids, int], tuple[Floats, Ids]]
+Find = Callable[[Ids, int], tuple[Scores, Ids]]
 
 _FIRST = 16  # pictures of each query that are looked at first
+_EPSILON = 1e-12  # of a score: sums of differences round
 
 
-def assign(find: Find, queries: int) -> tuple[Floats, Ids]:
+def assign(find: Find, queries: int) -> tuple[Scores, Ids]:
     """The picture of each query and its score: float64 [Q] and int64 [Q].
 
     `find(which, k)` gives the first k pictures of the queries `which` int64 [n]: scores falling and positions [n,K]
     as `Ranker.rank` does, K < k where there are no more than K. Where several assignments are equally good the
-    same one is found every time. Raises ClipretError when there are fewer pictures than queries need.
+    same one is found every time. Raises ClipretError when there are fewer pictures than queries need, or no scipy.
     """
     depth = np.full(queries, _FIRST)
-    lists: list[tuple[list[float], list[int]]] = [([], [])] * queries
+    lists: list[tuple[Scores, Ids]] = [(np.empty(0), np.empty(0, np.int64))] * queries
     whole = np.zeros(queries, dtype=np.bool_)  # whether a query's list holds all there is
     wanted = np.arange(queries)
-    while len(wanted):
+    while True:
         for k in np.unique(depth[wanted]).tolist():
             which = wanted[depth[wanted] == k]
-            scores, positions = find(which, k)
-            for query, line, row in zip(which.tolist(), scores, positions, strict=True):
-                there = row >= 0
-                lists[query] = (-line[there]).tolist(), row[there].tolist()
+            for query, line, row in zip(which.tolist(), *find(which, k), strict=True):
+                lists[query] = line[row >= 0], row[row >= 0]
                 whole[query] = len(lists[query][0]) < k
-        column, price, blocked = _shortest_paths(lists)
-        if blocked:
-            wanted = np.array([query for query in blocked if not whole[query]], dtype=np.int64)
+        rows = np.repeat(np.arange(queries), [len(row) for _, row in lists])
+        scores, positions = (np.concatenate(part) for part in zip(*lists, strict=True))
+        # Of the pictures that no other query lists, the best is enough: a list is in the order of its scores.
+        _, at, count = np.unique(positions, return_inverse=True, return_counts=True)
+        alone = np.flatnonzero(count[at] == 1)
+        keep = count[at] > 1
+        keep[alone[np.unique(rows[alone], return_index=True)[1]]] = True
+        rows, scores, positions = rows[keep], scores[keep], positions[keep]
+        names, columns = np.unique(positions, return_inverse=True)
+        chosen = _best(rows, columns, scores, (queries, len(names)))
+        if chosen is None:  # nothing tells whose lists are in the way
+            wanted = np.flatnonzero(~whole)
             if not len(wanted):
                 raise ClipretError(
-                    f"{len(blocked)} queries share fewer pictures than they are: there is not one for each; "
-                    "add pictures, or lengthen the lists they come from"
+                    f"not each of the {queries} queries can have a picture of its own: add pictures, or lengthen the "
+                    "lists they come from"
                 )
         else:
-            # What a list leaves out costs no less than its last entry, and pictures outside have no price.
-            short = [q for q in range(queries) if not whole[q] and price[q] > lists[q][0][-1]]
-            wanted = np.array(short, dtype=np.int64)
+            values = scores[chosen]
+            # What a list leaves out scores no more than its last entry, and pictures outside have no price.
+            last = np.array([line[-1] for line, _ in lists])
+            wanted = np.flatnonzero(~whole & (_prices(rows, columns, scores, chosen) < last))
+            if not len(wanted):
+                return values, positions[chosen]
         depth[wanted] *= 4
-    chosen = [lists[query][1].index(column[query]) for query in range(queries)]
-    scores = np.array([-lists[query][0][at] for query, at in enumerate(chosen)])
-    return scores, np.array(column, dtype=np.int64)
 
 
-def _shortest_paths(lists: list[tuple[list[float], list[int]]]) -> tuple[list[int], list[float], list[int]]:
-    """The column of each row at the least total cost, each row's dual price, and, where a row cannot be seated, that
-    row and those in its way (else none). `lists[row]`: costs, rising, and columns."""
-    column, price = [-1] * len(lists), [0.0] * len(lists)
-    owner: dict[int, int] = {}  # the row that has a column
-    toll: dict[int, float] = {}  # the dual price of a column, at most 0
-    for start in range(len(lists)):
-        reached: dict[int, float] = {}  # the least cost of getting to a column
-        came: dict[int, int] = {}  # from which row
-        settled: list[int] = []
-        done = set[int]()
-        heap: list[tuple[float, int]] = []
-        row, cost, rows = start, 0.0, [start]
-        while True:
-            for own, at in zip(*lists[row], strict=True):
-                if at not in done:
-                    through = cost + own - price[row] - toll.get(at, 0.0)
-                    if through < reached.get(at, np.inf):
-                        reached[at], came[at] = through, row
-                        heappush(heap, (through, at))
-            while heap and heap[0][1] in done:
-                heappop(heap)
-            if not heap:
-                return column, price, rows
-            cost, at = heappop(heap)
-            done.add(at)
-            if at not in owner:
-                break
-            settled.append(at)
-            row = owner[at]
-            rows.append(row)
-        price[start] += cost
-        for mine in settled:
-            price[owner[mine]] += cost - reached[mine]
-            toll[mine] = toll.get(mine, 0.0) - (cost - reached[mine])
-        while True:
-            row = came[at]
-            owner[at], column[row], at = row, at, column[row]
-            if row == start:
-                break
-    return column, price, []
+def _best(rows: Ids, columns: Ids, scores: Scores, shape: tuple[int, int]) -> Ids | None:
+    """Which entries of a matrix are the assignment, one of each row; None where there is no room for every row."""
+    if shape[1] < shape[0]:
+        return None
+    costs = np.full(shape, np.inf)
+    costs[rows, columns] = -scores
+    try:
+        _, taken = require("scipy.optimize", "assignment").linear_sum_assignment(costs)
+    except ValueError:  # what it says of that
+        return None
+    return np.flatnonzero(columns == taken[rows])
+
+
+def _prices(rows: Ids, columns: Ids, scores: Scores, chosen: Ids) -> Scores:
+    """What each query's place is worth: no picture of a lower score could make the assignment better.
+
+    The largest prices that there are: no query's is above its own score, nor above what another one's is and the
+    change in scores, if that one took its picture. Such chains end, since no ring of exchanges gains anything.
+    """
+    own = scores[chosen]
+    owner = np.full(columns.max() + 1, -1)
+    owner[columns[chosen]] = rows[chosen]
+    other = (owner[columns] >= 0) & (owner[columns] != rows)
+    rows, holder = rows[other], owner[columns[other]]
+    change = own[holder] - scores[other]
+    price = own.copy()
+    for _ in range(len(own)):
+        before = price.copy()
+        np.minimum.at(price, holder, before[rows] + change)
+        if (before - price).max() <= _EPSILON:
+            break
+    return price

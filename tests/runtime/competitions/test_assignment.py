@@ -9,6 +9,8 @@ from clipret.competitions.assignment import assign
 from clipret.errors import ClipretError
 from clipret.ranking.ranker import Ranker
 
+pytest.importorskip("scipy", reason="needs clipret[assignment]")
+
 
 class Scores:
     """A matrix of scores, searched as a ranker is; `asked` counts the scores that were looked at."""
@@ -89,5 +91,21 @@ def test_the_first_of_a_ranker_where_no_two_collide() -> None:
 
 
 def test_too_few_pictures() -> None:
-    with pytest.raises(ClipretError, match="4 queries share fewer pictures than they are"):
+    with pytest.raises(ClipretError, match="not each of the 4 queries can have a picture of its own"):
         assign(Scores(np.random.default_rng(0).normal(size=(4, 3))), 4)
+
+
+def test_many_with_scarce_pictures_and_ties_against_the_whole_matrix() -> None:
+    """Lists that are lengthened, pictures of one list alone, scores that are equal."""
+    from scipy.optimize import linear_sum_assignment
+
+    rng = np.random.default_rng(2)
+    for number in range(60):
+        Q = int(rng.integers(15, 50))
+        N = int(rng.integers(Q, 150))
+        scores = rng.normal(size=N) * (number % 3) + rng.normal(size=(Q, N)) * rng.choice([0.1, 1])
+        scores = scores.round(1) if number % 2 else scores
+        values, chosen = assign(Scores(scores), Q)
+        assert len(set(chosen.tolist())) == Q
+        np.testing.assert_array_equal(values, scores[np.arange(Q), chosen])
+        assert values.sum() == pytest.approx(scores[linear_sum_assignment(scores, maximize=True)].sum(), abs=1e-9)
