@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipret.arrays import Embeddings
 from clipret.backends import BackendChoice
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, one_line
@@ -31,7 +32,6 @@ __all__ = [
     "Limits",
     "Reference",
     "Report",
-    "Rows",
     "TowerReport",
     "check_bundle",
     "data_sha256",
@@ -40,7 +40,6 @@ __all__ = [
     "run_gate",
 ]
 
-Rows = npt.NDArray[np.float32]
 
 _NORM = 1e-3  # in any precision: the normalisation itself is always float32
 
@@ -79,11 +78,11 @@ class Reference:
     `pairs`: the user's pictures that could be decoded, and their titles, in the order of the rows.
     """
 
-    image: Rows
-    text: Rows
+    image: Embeddings
+    text: Embeddings
     pairs: PairSet | None = None
-    data_image: Rows | None = None
-    data_text: Rows | None = None
+    data_image: Embeddings | None = None
+    data_text: Embeddings | None = None
 
     def to_bytes(self) -> bytes:
         """The built-in rows as an .npz file; the user's pictures and titles are not put into a bundle."""
@@ -170,7 +169,7 @@ def run_gate(
     if expected.pairs is not None:
         data = {"image": expected.pairs.paths, "text": expected.pairs.titles}
     reports: dict[str, TowerReport] = {}
-    last: dict[str, Rows] = {}
+    last: dict[str, Embeddings] = {}
     for name, builtin, items, user in (
         ("image", expected.image, made, expected.data_image),
         ("text", expected.text, TEXTS, expected.data_text),
@@ -265,8 +264,8 @@ def _judge_recall(report: Report) -> None:
 class Found:
     """Unit rows of pictures [N,D] and of texts [M,D]."""
 
-    image: Rows
-    text: Rows
+    image: Embeddings
+    text: Embeddings
 
 
 def recalls(rows: Found, pairs: PairSet) -> dict[str, float]:
@@ -275,7 +274,7 @@ def recalls(rows: Found, pairs: PairSet) -> dict[str, float]:
     return {f"recall_at_{k}": getattr(metrics, f"recall_at_{k}") for k in (1, 5, 10)}
 
 
-def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | str]) -> Rows:
+def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | str]) -> Embeddings:
     """All rows of a tower; an engine that cannot run the batch at all is a ClipretError like any other."""
     try:
         if name == "text":
@@ -295,7 +294,7 @@ def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | st
         ) from None
 
 
-def _compare(found: list[Rows], targets: Rows, builtin: Rows) -> TowerReport:
+def _compare(found: list[Embeddings], targets: Embeddings, builtin: Embeddings) -> TowerReport:
     pairs = [(rows.astype(np.float64), targets[: len(rows)].astype(np.float64)) for rows in found]
     cosines = np.concatenate([_cosines(rows, target) for rows, target in pairs])
     centre = builtin.astype(np.float64).mean(axis=0)
@@ -315,13 +314,13 @@ def _compare(found: list[Rows], targets: Rows, builtin: Rows) -> TowerReport:
     )
 
 
-def _confused(rows: Rows, target: Rows) -> int:
+def _confused(rows: Embeddings, target: Embeddings) -> int:
     """Rows that are nearer to another input's target than to their own by more than two targets can be alike."""
     scores = rows.astype(np.float64) @ target.T.astype(np.float64)
     return int((scores.argmax(axis=1) != np.arange(len(target))).sum())
 
 
-def _widen(report: TowerReport, rows: Rows, target: Rows) -> TowerReport:
+def _widen(report: TowerReport, rows: Embeddings, target: Embeddings) -> TowerReport:
     """The report with the user's rows counted in."""
     if not len(rows):
         return report

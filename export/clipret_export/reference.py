@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from clipret.arrays import Embeddings
 from clipret.console import progress
 from clipret.errors import ClipretError
 from clipret.images.decode import load
 from clipret.images.walk import PictureError
 from clipret.inference.tokenizer import Tokenizer
 from clipret.pairs import PairSet
-from clipret_export.parity import Reference, Rows
+from clipret_export.parity import Reference
 from clipret_export.samples import TEXTS, pictures
 from clipret_training.models import LoadedModel
 
@@ -86,7 +87,7 @@ def _texts(loaded: LoadedModel, titles: Sequence[str]) -> Batches:
     ]
 
 
-def _rows(encode: Callable[[Tensor], Tensor], batches: Batches, desc: str) -> Rows:
+def _rows(encode: Callable[[Tensor], Tensor], batches: Batches, desc: str) -> Embeddings:
     shown = progress(batches, desc=desc, unit="batch") if desc else batches
     with torch.inference_mode():
         rows = [encode(batch) for batch in shown]

@@ -3,21 +3,14 @@
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "Embeddings",
-    "Ids",
-    "Mask",
-    "Pixels",
-    "Scores",
-    "StoredEmbeddings",
-]
+__all__ = ["Embeddings", "Floats", "Ids", "Mask", "Pixels", "StoredEmbeddings"]
 
 Embeddings = npt.NDArray[np.float32]
 """[N,D], each of unit length, as a tower gives them."""
 StoredEmbeddings = npt.NDArray[np.float16]
 """[N,D], as a gallery keeps them."""
-Scores = npt.NDArray[np.float64]
-"""Exact cosines, and whatever else is computed in float64."""
+Floats = npt.NDArray[np.float64]
+"""Exact scores, and whatever else is computed in float64."""
 Ids = npt.NDArray[np.int64]
 """Ids of images, or positions among embeddings."""
 Mask = npt.NDArray[np.bool_]

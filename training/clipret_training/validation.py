@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from clipret.arrays import Embeddings
 from clipret.errors import ClipretError
 from clipret.evaluation.metrics import Metrics, evaluate
 from clipret.pairs import PairSet
@@ -20,7 +20,6 @@ __all__ = ["WAYS", "quality", "recall"]
 WAYS = ("text_to_image", "image_to_text")
 
 _BATCH = 128
-Rows = npt.NDArray[np.float32]
 
 
 def quality(metrics: dict[str, Any]) -> tuple[float, float]:
@@ -81,11 +80,11 @@ def recall(
 
 def _encode_pictures(
     loaded: LoadedModel, pictures: Pictures, count: int, rounds: int, device: torch.device
-) -> tuple[list[int], Rows]:
+) -> tuple[list[int], Embeddings]:
     """Places among this process's pictures, and their rows."""
     model: Any = loaded.model
     places: list[int] = []
-    rows: list[Rows] = []
+    rows: list[Embeddings] = []
     batches = iter(pictures.batches(range(count), _BATCH))
     for _ in range(rounds):
         # All processes run the model equally often: sharded weights are collected in it.
@@ -98,11 +97,13 @@ def _encode_pictures(
     return places, np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
 
 
-def _encode_titles(loaded: LoadedModel, texts: Texts, asked: Sequence[int], device: torch.device, world: World) -> Rows:
+def _encode_titles(
+    loaded: LoadedModel, texts: Texts, asked: Sequence[int], device: torch.device, world: World
+) -> Embeddings:
     """The rows of every size-th of the titles."""
     model: Any = loaded.model
     mine = list(asked[world.rank :: world.size])
-    rows: list[Rows] = []
+    rows: list[Embeddings] = []
     for number in range(_rounds(len(asked), world)):
         titles = torch.tensor(mine[number * _BATCH : (number + 1) * _BATCH] or asked[:1])
         encoded = model.encode_text(texts.ids(titles).to(device), normalize=True).float().cpu().numpy()
@@ -116,6 +117,6 @@ def _rounds(count: int, world: World) -> int:
     return -(-most // _BATCH)
 
 
-def _measure(rows: Rows, queries: Rows, relevant: list[list[int]]) -> dict[str, float]:
+def _measure(rows: Embeddings, queries: Embeddings, relevant: list[list[int]]) -> dict[str, float]:
     metrics: Metrics = evaluate(Ranker(rows.astype(np.float16)), queries, relevant)
     return metrics.to_dict()

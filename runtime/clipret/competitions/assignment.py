@@ -9,18 +9,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clipret.arrays import Ids, Scores
+from clipret.arrays import Floats, Ids
 from clipret.errors import ClipretError, require
 
 __all__ = ["assign"]
 
-Find = Callable[[Ids, int], tuple[Scores, Ids]]
+Find = Callable[[Ids, int], tuple[Floats, Ids]]
 
 _FIRST = 16  # pictures of each query that are looked at first
 _EPSILON = 1e-12  # of a score: sums of differences round
 
 
-def assign(find: Find, queries: int) -> tuple[Scores, Ids]:
+def assign(find: Find, queries: int) -> tuple[Floats, Ids]:
     """The picture of each query and its score: float64 [Q] and int64 [Q].
 
     `find(which, k)` gives the first k pictures of the queries `which` int64 [n]: scores falling and positions [n,K]
@@ -28,7 +28,7 @@ def assign(find: Find, queries: int) -> tuple[Scores, Ids]:
     same one is found every time. Raises ClipretError when there are fewer pictures than queries need, or no scipy.
     """
     depth = np.full(queries, _FIRST)
-    lists: list[tuple[Scores, Ids]] = [(np.empty(0), np.empty(0, np.int64))] * queries
+    lists: list[tuple[Floats, Ids]] = [(np.empty(0), np.empty(0, np.int64))] * queries
     whole = np.zeros(queries, dtype=np.bool_)  # whether a query's list holds all there is
     wanted = np.arange(queries)
     while True:
@@ -64,7 +64,7 @@ def assign(find: Find, queries: int) -> tuple[Scores, Ids]:
         depth[wanted] *= 4
 
 
-def _best(rows: Ids, columns: Ids, scores: Scores, shape: tuple[int, int]) -> Ids | None:
+def _best(rows: Ids, columns: Ids, scores: Floats, shape: tuple[int, int]) -> Ids | None:
     """Which entries of a matrix are the assignment, one of each row; None where there is no room for every row."""
     if shape[1] < shape[0]:
         return None
@@ -77,7 +77,7 @@ def _best(rows: Ids, columns: Ids, scores: Scores, shape: tuple[int, int]) -> Id
     return np.flatnonzero(columns == taken[rows])
 
 
-def _prices(rows: Ids, columns: Ids, scores: Scores, chosen: Ids) -> Scores:
+def _prices(rows: Ids, columns: Ids, scores: Floats, chosen: Ids) -> Floats:
     """What each query's place is worth: no picture of a lower score could make the assignment better.
 
     The largest prices that there are: no query's is above its own score, nor above what another one's is and the

@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.inference.encoder import Encoder
 from clipret.ranking.rows import StoredRows
@@ -35,9 +36,6 @@ from clipret.schema import checked
 
 __all__ = ["Guess", "SlotReport", "Vocabulary", "complete_slot", "fill_in"]
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 _Word = Annotated[str, msgspec.Meta(pattern=r"^\S(.*\S)?$")]
 

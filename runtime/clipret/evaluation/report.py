@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Ids
 from clipret.evaluation.charts import Chart, Matrix, Table, curve, histogram
 from clipret.evaluation.evaluate import Evaluation, as_text, names
 from clipret.evaluation.metrics import average_precision
@@ -18,7 +19,6 @@ from clipret.search.searcher import Searcher
 
 __all__ = ["Attribute", "Scores", "attributes", "recall_curve", "scores_of", "worst", "write_report"]
 
-Ids = npt.NDArray[np.int64]
 Values = list[dict[str, str]]
 
 _POINTS = 160  # of the recall curve, evenly on its logarithmic axis

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Ids
 from clipret.errors import ClipretError
 from clipret.sources.item import Value
 from clipret.tables import OWN_COLUMNS, check_quotes, quoted, reading_only
 
 __all__ = ["Database", "Picture", "ShardEntry", "inherit_metadata", "name_shard", "write_metadata"]
 
-Ids = npt.NDArray[np.int64]
 
 _SCHEMA = """
 CREATE TABLE shards (

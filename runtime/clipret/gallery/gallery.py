@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Ids
 from clipret.bundle import Bundle, check_bundle, find_bundle
 from clipret.errors import ClipretError
 from clipret.files import write_file
@@ -38,7 +39,6 @@ FORMAT = 2
 _RETRIES = 5  # of a reader that compaction has taken the files away from
 
 T = TypeVar("T")
-Ids = npt.NDArray[np.int64]
 
 
 class GalleryInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

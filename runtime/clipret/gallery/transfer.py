@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Ids
 from clipret.errors import ClipretError, require
 from clipret.files import sync_folder
 from clipret.gallery.embeddings import BLOCK, FINGERPRINT, Embeddings, Record, Value, list_beside
@@ -30,7 +31,6 @@ from clipret.tables import OWN_COLUMNS
 __all__ = ["ImportReport", "Kind", "export_gallery", "import_embeddings"]
 
 Kind = Literal["parquet", "npy", "faiss"]
-Ids = npt.NDArray[np.int64]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 _KINDS: dict[str, Kind] = {".parquet": "parquet", ".npy": "npy", ".faiss": "faiss", ".index": "faiss"}

@@ -11,16 +11,15 @@ import threading
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from clipret.arrays import Pixels
 from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError, one_line, require
 from clipret.images.decode import load
 
 __all__ = ["MOST_LEVELS", "GpuDecoder"]
 
-Pixels = npt.NDArray[np.uint8]
 
 MOST_LEVELS = (
     1.0,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import numpy.typing as npt
 
+from clipret.arrays import StoredEmbeddings
 from clipret.errors import ClipretError, printable
 from clipret.files import write_file
 from clipret.gallery.gallery import Gallery, Picture, Stored
@@ -27,8 +27,6 @@ __all__ = ["IndexReport", "Job", "Run", "index_pictures"]
 
 _SHARD_ROWS = 8192  # a commit each: what an interrupted run loses at most
 _LOOKUP = 64  # pictures looked up in the database at a time; those of a Parquet file hold their bytes meanwhile
-
-Rows = npt.NDArray[np.float16]
 
 
 @dataclass
@@ -203,11 +201,11 @@ class Run:
             if len(self._waiting) == len(self._rows):
                 self.commit()
 
-    def _row(self, number: int) -> Rows:
+    def _row(self, number: int) -> StoredEmbeddings:
         """The stored row of a picture. Only this run writes: a row that is not in what was read came after it."""
         if self._held is None or not len(self._held.ids) or number > self._held.ids[-1]:
             self._held = self.gallery.read()
-        row: Rows = StoredRows(self._held.shards).take(np.searchsorted(self._held.ids, [number]))[0]
+        row: StoredEmbeddings = StoredRows(self._held.shards).take(np.searchsorted(self._held.ids, [number]))[0]
         return row
 
     def commit(self) -> None:

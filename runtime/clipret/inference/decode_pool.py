@@ -13,15 +13,14 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from clipret.arrays import Pixels
 from clipret.errors import ClipretError
 from clipret.images.walk import PictureError
 
 __all__ = ["Batch", "Decoding"]
 
 T = TypeVar("T")
-Pixels = npt.NDArray[np.uint8]
 
 _MOST_ABANDONED = 64  # hanging threads; with more than a few it is not the pictures but the drive they lie on
 

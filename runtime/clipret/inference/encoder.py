@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipret.arrays import Embeddings, Pixels
 from clipret.bundle import Bundle
 from clipret.images.decode import load
 from clipret.images.nvimagecodec import GpuDecoder
@@ -26,8 +27,6 @@ from clipret.sources.item import Item
 __all__ = ["EncodeStats", "EncodedBatch", "Encoder", "PictureSource"]
 
 T = TypeVar("T")
-Rows = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
 PictureSource = Path | bytes | Image.Image | Pixels | PictureFile | Item
 
 _AHEAD = 2  # batches decoded ahead of the engines: at 224 px and batch 32 each costs 4.6 MiB
@@ -37,7 +36,7 @@ _AHEAD = 2  # batches decoded ahead of the engines: at 224 px and batch 32 each 
 class EncodedBatch(Generic[T]):
     """`rows` float32 [n,D] belong to `items` [n], in the order of the input; `skipped` could not be decoded."""
 
-    rows: Rows
+    rows: Embeddings
     items: list[T]
     skipped: list[tuple[T, str]] = field(default_factory=list)
 
@@ -113,7 +112,7 @@ class Encoder:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_bundle(self.bundle)
 
-    def encode_texts(self, texts: Sequence[str]) -> Rows:
+    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """Unit rows float32 [N,D] in the order of `texts`. Raises ClipretError for a blank text."""
         rows = np.empty((len(texts), self.bundle.manifest.embedding_dim), dtype=np.float32)
         if not texts:
@@ -190,11 +189,13 @@ class Encoder:
         return load(source, spec, fast=True) if self.config.fast_decode else load(source, spec)
 
 
-def _run(decoding: Decoding[T], turns: list[Tower], dim: int, flip: bool) -> Iterator[tuple[Batch[T], Rows, float]]:
+def _run(
+    decoding: Decoding[T], turns: list[Tower], dim: int, flip: bool
+) -> Iterator[tuple[Batch[T], Embeddings, float]]:
     """The batches in their order, with rows float32 [n,D] and the seconds that an engine took, each batch on the
     tower whose turn it is."""
 
-    def run(tower: Tower, batch: Batch[T]) -> tuple[Rows, float]:
+    def run(tower: Tower, batch: Batch[T]) -> tuple[Embeddings, float]:
         began = time.perf_counter()
         rows = tower.run(batch.pixels) if batch.items else np.empty((0, dim), dtype=np.float32)
         if flip and batch.items:
@@ -208,7 +209,7 @@ def _run(decoding: Decoding[T], turns: list[Tower], dim: int, flip: bool) -> Ite
         return
     # Leaving the pool waits for the batches that are on a device: an engine must not be torn down while it runs.
     with ThreadPoolExecutor(len(turns), thread_name_prefix="engine") as pool:
-        flying = deque[tuple[Batch[T], Future[tuple[Rows, float]]]]()
+        flying = deque[tuple[Batch[T], Future[tuple[Embeddings, float]]]]()
         for number, batch in enumerate(decoding):
             flying.append((batch, pool.submit(run, turns[number % len(turns)], batch)))
             if len(flying) == len(turns):

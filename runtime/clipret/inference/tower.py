@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Embeddings
 from clipret.backends import BACKENDS, BackendChoice, EngineLibrary
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, EngineWarning, one_line, require
@@ -30,8 +30,6 @@ from clipret.ort.session import CUDA, gpu_number, open_session, providers
 
 __all__ = ["OnnxTower", "OpenVinoTower", "Tower", "open_tower", "pick_device"]
 
-Rows = npt.NDArray[np.float32]
-
 
 class Tower(Protocol):
     """What the encoder needs of an engine; `name` says which it is, `lanes` how many threads may run it at once."""
@@ -39,7 +37,7 @@ class Tower(Protocol):
     name: str
     lanes: int
 
-    def run(self, batch: npt.NDArray[Any]) -> Rows:
+    def run(self, batch: npt.NDArray[Any]) -> Embeddings:
         """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
         ...
 
@@ -170,8 +168,8 @@ class OnnxTower:
             for _ in range(self.lanes):
                 self._bound.put(BoundSession(self.session, "cuda", gpu, graphs=graphs, submit=submit))
 
-    def run(self, batch: npt.NDArray[Any]) -> Rows:
-        rows: Rows
+    def run(self, batch: npt.NDArray[Any]) -> Embeddings:
+        rows: Embeddings
         if self.lanes == 1:
             rows = self.session.run(None, {self._input: batch})[0]
             return rows
@@ -204,8 +202,8 @@ class OpenVinoTower:
             raise ClipretError(f"{path} cannot be opened by OpenVINO: {reason}; export the model again") from None
         self._lock = threading.Lock()  # a request is one thread's at a time
 
-    def run(self, batch: npt.NDArray[Any]) -> Rows:
+    def run(self, batch: npt.NDArray[Any]) -> Embeddings:
         with self._lock:
             # The input is read where it lies. The output is copied: the request writes its next rows to the same place.
-            rows: Rows = self._request.infer([batch], share_inputs=True, share_outputs=False)[0]
+            rows: Embeddings = self._request.infer([batch], share_inputs=True, share_outputs=False)[0]
         return rows

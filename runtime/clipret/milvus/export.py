@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Ids
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Gallery, Picture
 from clipret.milvus.collection import INDEXES, LITE_INDEXES, RECORD, Address, Collection
@@ -21,7 +22,6 @@ from clipret.sources.item import Value, scalar
 
 __all__ = ["MilvusReport", "export_to_milvus"]
 
-Ids = npt.NDArray[np.int64]
 
 _BLOCK = 1024  # entities a message: 8 MiB at 2048 dimensions, where servers take 64
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids
 from clipret.bundle import Bundle, find_bundle
 from clipret.errors import ClipretError
 from clipret.gallery.database import Picture
@@ -26,8 +27,6 @@ from clipret.sources.item import Value
 
 __all__ = ["Agreement", "MilvusCollection", "agreement", "open_milvus"]
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
 
 _SPARE = 8  # more than k are asked for: Milvus rounds scores to float32, and equal ones come in any order
 _MOST = 16384  # what servers give at once

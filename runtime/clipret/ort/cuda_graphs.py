@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Embeddings
 from clipret.errors import EngineWarning, one_line, require
 from clipret.hardware.cuda import Copies, HostCopies
 
 __all__ = ["BoundSession"]
 
-Rows = npt.NDArray[np.float32]
 
 _OFTEN = 3  # times a shape has come before it gets a graph: a recording is two runs
 _MOST = 8  # graphs of a lane: each holds some device memory
@@ -58,7 +58,7 @@ class BoundSession:
         self.recorded: dict[tuple[int, ...], int] = {}  # the number of each shape's graph
         self._batch = self._rows = self._copies.buffer(1)
 
-    def run(self, batch: npt.NDArray[Any]) -> Rows:
+    def run(self, batch: npt.NDArray[Any]) -> Embeddings:
         """As `Tower.run`."""
         shape = batch.shape
         rows = np.empty((shape[0], self._dim), np.float32)
@@ -74,7 +74,7 @@ class BoundSession:
             self._record(batch.dtype, shape, rows)
         return rows
 
-    def _record(self, dtype: Any, shape: tuple[int, ...], expected: Rows) -> None:
+    def _record(self, dtype: Any, shape: tuple[int, ...], expected: Embeddings) -> None:
         """A graph of this shape, if it gives the rows that the plain run gave; else no graphs any more."""
         number = next(_NUMBERS)
         rows = np.empty_like(expected)
@@ -104,7 +104,7 @@ class BoundSession:
 
         self._submit(run)
 
-    def _take(self, rows: Rows) -> None:
+    def _take(self, rows: Embeddings) -> None:
         self._copies.to_host(self._rows, rows.nbytes)
         self._copies.wait()
         rows[...] = self._rows.host[: rows.nbytes].view(np.float32).reshape(rows.shape)

@@ -5,15 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids, Mask
 from clipret.ranking.scan import Block
 
 __all__ = ["Pool", "candidates", "kth_value", "place"]
-
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

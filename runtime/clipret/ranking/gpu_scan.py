@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Mask, StoredEmbeddings
 from clipret.errors import require
 from clipret.hardware.cuda import free_memory
 from clipret.ort.graph import Node, Value, model
@@ -27,9 +28,6 @@ from clipret.ranking.scan import QueryCodes, check_lengths
 
 __all__ = ["DeviceScan"]
 
-Rows = npt.NDArray[np.float16]
-Floats = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 _BLOCK_ROWS = 1 << 21  # 3 GiB of rows at 768 dimensions: a call costs a tenth of a millisecond, so there are few
 _INDEXES = 1 << 31  # numbers of a block or of its scores: what a kernel may count in 32 bits
@@ -79,7 +77,7 @@ class DeviceScan:
 
     def __init__(
         self,
-        shards: Sequence[Rows],
+        shards: Sequence[StoredEmbeddings],
         device: str,
         *,
         codes: Sequence[Codes] | None = None,
@@ -118,7 +116,7 @@ class DeviceScan:
         coarser than halves."""
         return 2 * k + 128 if self.coded else min(2 * k, k + 64)
 
-    def _has_room(self, shards: Sequence[Rows]) -> bool:
+    def _has_room(self, shards: Sequence[StoredEmbeddings]) -> bool:
         """Whether the rows, and what a product takes beside them, fit into what is free on the device."""
         return sum(shard.nbytes for shard in shards) + 6 * _SCORES < free_memory(self._number)
 
@@ -224,7 +222,7 @@ class DeviceScan:
             least[least <= _NEVER // 2] = -np.inf
         return pool, np.full(len(grid), -np.inf) if whole else base + unit * least + error
 
-    def _halves(self, grid: Floats) -> tuple[Rows, Floats, Floats, Floats]:
+    def _halves(self, grid: Floats) -> tuple[StoredEmbeddings, Floats, Floats, Floats]:
         """Queries in half precision, and how a product with them is read: base, unit, error."""
         half = grid.astype(np.float16)
         norms = np.linalg.norm(grid, axis=1)
@@ -255,7 +253,7 @@ class DeviceScan:
 
 
 def _grouped(
-    shards: Sequence[Rows], codes: Sequence[Codes] | None, rows: int
+    shards: Sequence[StoredEmbeddings], codes: Sequence[Codes] | None, rows: int
 ) -> list[tuple[list[npt.NDArray[Any]], Codes | None]]:
     """The shards cut and put together into blocks of about `rows` rows, in their order; of codes only such as share
     a center and a scale, with the limits that hold for all of a block."""
@@ -283,7 +281,7 @@ def _alike(one: Codes | None, other: Codes | None) -> bool:
     return one.scale == other.scale and np.array_equal(one.center, other.center)
 
 
-def _longest(shard: Rows) -> float:
+def _longest(shard: StoredEmbeddings) -> float:
     most = 0.0
     for low in range(0, len(shard), 4096):
         block = shard[low : low + 4096].astype(np.float32)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import StoredEmbeddings
+
 __all__ = ["ZERO", "Codes", "mean", "quantise"]
 
 ZERO = 128  # the byte that stands for nothing
 _BLOCK = 1024  # rows a block: 2 MiB of float32 at 512 dimensions
-
-Rows = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Codes:
     reach: float
 
 
-def mean(rows: Rows) -> npt.NDArray[np.float32]:
+def mean(rows: StoredEmbeddings) -> npt.NDArray[np.float32]:
     """The mean of rows float16 [n,D], n >= 1; float32 [D]."""
     total = np.zeros(rows.shape[1])
     for block in _blocks(rows):
@@ -43,7 +43,7 @@ def mean(rows: Rows) -> npt.NDArray[np.float32]:
     return (total / len(rows)).astype(np.float32)
 
 
-def quantise(rows: Rows, center: npt.NDArray[np.float32], scale: float = 0.0) -> Codes:
+def quantise(rows: StoredEmbeddings, center: npt.NDArray[np.float32], scale: float = 0.0) -> Codes:
     """Codes of finite rows float16 [n,D], n >= 1. Any center is right; one near the rows' mean resolves them best.
 
     `scale`: that of the shard before, which is kept where it is wide enough and less than half again too wide:
@@ -69,7 +69,7 @@ def quantise(rows: Rows, center: npt.NDArray[np.float32], scale: float = 0.0) ->
     return Codes(values, center, scale, residual * (1 + 1e-4) + slack, reach * (1 + 1e-4) + slack)
 
 
-def _blocks(rows: Rows) -> Iterator[npt.NDArray[np.float32]]:
+def _blocks(rows: StoredEmbeddings) -> Iterator[npt.NDArray[np.float32]]:
     for low in range(0, len(rows), _BLOCK):
         yield rows[low : low + _BLOCK].astype(np.float32)
 

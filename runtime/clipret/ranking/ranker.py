@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids, Mask, StoredEmbeddings
 from clipret.errors import ClipretError
 from clipret.hardware.cpu import cpu_count
 from clipret.ranking.candidates import Pool, candidates, kth_value, place
@@ -27,10 +28,6 @@ from clipret.ranking.scan import CodeScan, FloatScan, PackedScan, Scan, check_le
 
 __all__ = ["Ranker", "snap"]
 
-Rows = npt.NDArray[np.float16]
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 _GRID = 2.0**24
 _QUERIES = 256  # queries at a time
@@ -59,7 +56,7 @@ class Ranker:
 
     def __init__(
         self,
-        shards: Rows | Sequence[Rows],
+        shards: StoredEmbeddings | Sequence[StoredEmbeddings],
         live: Mask | None = None,
         codes: Sequence[Codes] | None = None,
         *,

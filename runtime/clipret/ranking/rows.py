@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids, StoredEmbeddings
 from clipret.ort.graph import Node, Value, model
 from clipret.ort.session import open_session
 
 __all__ = ["StoredRows", "widened"]
 
-Rows = npt.NDArray[np.float16]
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
 
 _PAIRS = (
     256  # rows multiplied at a time: with their queries 2 MiB of float64 at 512 dimensions, which stay in the cache
@@ -25,11 +23,11 @@ _PAIRS = (
 class StoredRows:
     """Rows float16 [n,D] of several shards under the positions 0 to N - 1."""
 
-    def __init__(self, shards: Sequence[Rows]) -> None:
+    def __init__(self, shards: Sequence[StoredEmbeddings]) -> None:
         self.shards = shards
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
-    def take(self, positions: Ids) -> Rows:
+    def take(self, positions: Ids) -> StoredEmbeddings:
         """The rows float16 [P,D] at ascending positions."""
         rows = np.empty((len(positions), self.shards[0].shape[1]), dtype=np.float16)
         if not len(positions):
@@ -60,7 +58,7 @@ class StoredRows:
         return scores
 
 
-def widened(rows: Rows) -> npt.NDArray[np.float32]:
+def widened(rows: StoredEmbeddings) -> npt.NDArray[np.float32]:
     """Float16 rows [n,D] as float32. onnxruntime, where there is one, is ten times faster at it than numpy."""
     if not importlib.util.find_spec("onnxruntime"):
         return rows.astype(np.float32)

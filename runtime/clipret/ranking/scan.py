@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats
 from clipret.errors import ClipretError
 from clipret.hardware.cpu import int8_saturates
 from clipret.ort.graph import Node, Value, model
@@ -22,7 +23,6 @@ from clipret.ranking.rows import widened
 
 __all__ = ["Block", "CodeScan", "FloatScan", "PackedScan", "QueryCodes", "Scan", "check_lengths", "longest", "rounding"]
 
-Floats = npt.NDArray[np.float64]
 
 _FLOAT_ROWS = 16384  # rows a block in float32: 32 MiB at 512 dimensions
 _CODE_ROWS = 1024  # with 256 queries the products take 1 MiB, which stays in the second-level cache

@@ -20,8 +20,8 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids
 from clipret.errors import ClipretError
 from clipret.ranking.ranker import snap
 from clipret.ranking.rows import StoredRows, widened
@@ -30,9 +30,6 @@ from clipret.search.searcher import Searcher
 
 __all__ = ["HOW", "How", "Source", "merge"]
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 How = Literal["sum", "z", "rrf"]
 HOW: tuple[How, ...] = ("sum", "z", "rrf")
 

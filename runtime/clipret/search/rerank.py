@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Stored
 from clipret.ranking.candidates import place
@@ -30,9 +31,6 @@ from clipret.ranking.rows import StoredRows, widened
 
 __all__ = ["HUBNESS", "Hubness", "Rerank", "Reranker", "adapted", "reciprocal_order"]
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 Hubness = Literal["none", "nnn", "dual-softmax"]
 HUBNESS: tuple[Hubness, ...] = ("none", "nnn", "dual-softmax")
 

@@ -4,16 +4,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids
 from clipret.gallery.database import Picture
 from clipret.sources.item import Value
 
 __all__ = ["Searchable"]
-
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
 
 
 class Searchable(Protocol):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipret.arrays import Floats
 from clipret.bundle import check_bundle
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Gallery, Stored, id_of, stored_path
@@ -21,7 +22,6 @@ from clipret.search.snapshot import GallerySnapshot
 
 __all__ = ["Forms", "Hit", "Part", "Query", "Searcher"]
 
-Floats = npt.NDArray[np.float64]
 Picture = Path | bytes | Image.Image | npt.NDArray[np.uint8]
 Forms = Sequence[str] | Callable[[str], Sequence[str]]
 """Templates with a {}, or what gives each text the forms that are embedded in its place."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.gallery.database import Picture
 from clipret.gallery.gallery import Gallery, Stored
@@ -17,10 +18,6 @@ from clipret.ranking.rows import StoredRows
 from clipret.sources.item import Value
 
 __all__ = ["GallerySnapshot"]
-
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 
 class GallerySnapshot:

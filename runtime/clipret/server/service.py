@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Picture
 from clipret.images.decode import load
@@ -32,7 +33,6 @@ from clipret.tables import OWN_COLUMNS
 __all__ = ["Answer", "Ask", "Content", "Desk", "Found", "Threads"]
 
 T = TypeVar("T")
-Floats = npt.NDArray[np.float64]
 Content = str | int | npt.NDArray[np.uint8]
 """Of a part of a query: a text, the id of a picture of the gallery, or the pixels of another."""
 

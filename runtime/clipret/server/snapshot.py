@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.gallery.database import Database, Picture
 from clipret.gallery.gallery import Gallery, GalleryInfo
@@ -35,9 +36,6 @@ from clipret.tables import quoted
 
 __all__ = ["Manner", "ServedSnapshot"]
 
-Ids = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 _RETRIES = 5  # when compaction removes shards between the copy of the database and the opening of its files
 _MASKS = 64  # filters remembered: a byte a row each

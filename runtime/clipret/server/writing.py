@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from clipret.arrays import Floats
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.gallery.gallery import Gallery, Picture
@@ -17,8 +17,6 @@ from clipret.server.limits import ConflictError, NotFoundError
 from clipret.sources.item import Value, free_names
 
 __all__ = ["add_images", "remove_image"]
-
-Floats = npt.NDArray[np.float64]
 
 
 def add_images(

@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clipret.arrays import Pixels
 from clipret.bundle import ImageSpec
 from clipret.console import progress
 from clipret.images.decode import load
@@ -20,8 +20,6 @@ from clipret.inference.tokenizer import Tokenizer
 from clipret_training.listing import Listing
 from clipret_training.models import LoadedModel
 from clipret_training.seeds import generator
-
-Pixels = npt.NDArray[np.uint8]
 
 __all__ = ["Batch", "Pictures", "TextBatch", "Texts", "normalise"]
 
