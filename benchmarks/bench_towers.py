@@ -29,7 +29,7 @@ from clipret.backends import BackendChoice
 from clipret.inference.config import EncoderConfig
 from clipret.inference.tower import open_tower
 from clipret.ort.graph import Node, Value, model
-from clipret.ranking.rows import session
+from clipret.ort.session import open_session
 from clipret_export.parity import LIMITS, check_bundle
 
 ENGINES: dict[str, tuple[BackendChoice, ...]] = {
@@ -50,7 +50,7 @@ def products() -> dict[str, Callable[[], object]]:
         [Value("y", "float32", side)],
         {"square": square},
     )
-    runner = session(graph, 1)
+    runner = open_session(graph, threads=1)
     return {
         "numpy": lambda: square @ square,
         "torch": lambda: tensor @ tensor,
