@@ -24,7 +24,7 @@ endif
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.full  ## Draw pictures, train, export, index, evaluate, and write demo/results.html.
+demo: $(VENV)/.full  ## Draw images, train, export, index, evaluate, and write demo/results.html.
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/demo.sh demo
 
 # A worker a core, four at most, and in each of them one thread: torch's would take turns on the same cores.

@@ -50,7 +50,7 @@ def write(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> N
 
 
 def lists(data: Path, work: Path, seed: int) -> dict[str, str]:
-    """Writes what is known, and returns the true colour of every picture that has one."""
+    """Writes what is known, and returns the true colour of every image that has one."""
     rng = random.Random(seed)
     rows = read_table(data / "labels.csv").rows
     truth = {row["path"]: row["color"] for row in rows if row["known"] == "color"}
@@ -62,8 +62,8 @@ def lists(data: Path, work: Path, seed: int) -> dict[str, str]:
         elif row["split"] == "train" and rng.random() < 0.5:
             name = " ".join(part for part in (row["brand"], row["type"]) if part)
             models += [(row["path"], form.format(name)) for form in ("{}", "a photo of a {}")]
-    write(work / "captions.csv", ("path", "title", "color", "split"), cars)
-    write(work / "models.csv", ("path", "title"), models)
+    write(work / "captions.csv", ("path", "caption", "color", "split"), cars)
+    write(work / "models.csv", ("path", "caption"), models)
     words = sorted({color for color in truth.values() if color not in STRANGERS})
     (work / "vocabulary.json").write_text(json.dumps({"slots": {"color": words}}))
     return truth
@@ -72,8 +72,8 @@ def lists(data: Path, work: Path, seed: int) -> dict[str, str]:
 def trained(data: Path, work: Path, name: str, colors: dict[str, str], seed: int, epochs: int) -> dict[str, float]:
     """Train with these colours, index all cars known by colour, and measure on the held-out ones."""
     rows = [(path, form.format(color)) for path, color in colors.items() for form in FORMS]
-    rows += [(row["path"], row["title"]) for row in read_table(work / "models.csv").rows]
-    write(work / f"{name}.csv", ("path", "title"), rows)
+    rows += [(row["path"], row["caption"]) for row in read_table(work / "models.csv").rows]
+    write(work / f"{name}.csv", ("path", "caption"), rows)
     root = ("--image-root", data / "images")
     if not (
         work / f"{name}-gallery" / "gallery.json"
@@ -117,7 +117,7 @@ def quality(gallery: Path, work: Path, colors: dict[str, str]) -> dict[str, floa
 
 
 def completed(data: Path, work: Path, truth: dict[str, str], unfamiliar: float, precision: float) -> dict[str, Any]:
-    """Complete with the first model; what came of it among the pictures whose colour was hidden."""
+    """Complete with the first model; what came of it among the images whose colour was hidden."""
     out = work / f"completed-{unfamiliar}-{precision}.csv"
     options = ("--image-root", data / "images", "--vocabulary", work / "vocabulary.json", "--where", "split = 'train'")
     forms = [word for form in FORMS for word in ("--template", form.format("{color}"))]

@@ -1,12 +1,12 @@
-"""Decoding JPEGs to a tower's square: CPU time a picture beside plain Pillow, and how far the pixels differ.
+"""Decoding JPEGs to a tower's square: CPU time an image beside plain Pillow, and how far the pixels differ.
 
     python benchmarks/bench_decode.py [../shared/data/flickr8k] [--size 224] [--rounds 9]
 
 "pillow" is what open_clip's transform does with Pillow: open, resize the short side bicubically, crop the centre.
-Pictures are in memory and the variants take turns, A B A B; the first round is not counted. With several threads it
+Images are in memory and the variants take turns, A B A B; the first round is not counted. With several threads it
 is wall time. The limit is decoding alone, without resizing. cv2 and torchvision take part where they are installed.
 
-The pictures: photographs, where the folder of Flickr8k is named; 1/f noise with drawn edges in three sizes, whose
+The images: photographs, where the folder of Flickr8k is named; 1/f noise with drawn edges in three sizes, whose
 spectrum is like that of photographs; and as large ones of photographs, tiled.
 """
 
@@ -31,10 +31,10 @@ from PIL import Image, ImageDraw
 
 from clipret.bundle import ImageSpec
 from clipret.images.decode import load
-from clipret.images.walk import find_pictures
+from clipret.images.walk import find_images
 
 SIZES = {"640x480": 24, "1920x1080": 12, "4000x3000": 4}
-TILE = 480  # pixels of one photograph in a tiled picture: three times its own 160
+TILE = 480  # pixels of one photograph in a tiled image: three times its own 160
 Decode = Callable[[bytes], Any]
 
 
@@ -118,20 +118,20 @@ def peers(size: int) -> dict[str, Decode]:
     return found
 
 
-def milliseconds(variants: dict[str, Decode], pictures: list[bytes], rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds a picture of each variant in each round, the first one dropped."""
+def milliseconds(variants: dict[str, Decode], images: list[bytes], rounds: int) -> dict[str, list[float]]:
+    """CPU milliseconds an image of each variant in each round, the first one dropped."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, decode in variants.items():
             began = time.process_time()
-            for content in pictures:
+            for content in images:
                 decode(content)
-            times[name].append(1000 * (time.process_time() - began) / len(pictures))
+            times[name].append(1000 * (time.process_time() - began) / len(images))
     return {name: values[1:] for name, values in times.items()}
 
 
-def scaling(variants: dict[str, Decode], pictures: list[bytes], threads: list[int], rounds: int) -> dict[str, Any]:
-    """Pictures a second of wall time with so many threads: the median of all rounds, and its ratio to one thread.
+def scaling(variants: dict[str, Decode], images: list[bytes], threads: list[int], rounds: int) -> dict[str, Any]:
+    """Images a second of wall time with so many threads: the median of all rounds, and its ratio to one thread.
 
     "hashing" holds no lock of Python's: what it gains from threads is what the machine has to give just then.
     """
@@ -143,9 +143,9 @@ def scaling(variants: dict[str, Decode], pictures: list[bytes], threads: list[in
             for count in threads:
                 with ThreadPoolExecutor(count) as pool:
                     began = time.perf_counter()
-                    for _ in pool.map(decode, pictures):
+                    for _ in pool.map(decode, images):
                         pass
-                    found[name][count].append(len(pictures) / (time.perf_counter() - began))
+                    found[name][count].append(len(images) / (time.perf_counter() - began))
     result: dict[str, Any] = {}
     for count in threads:
         result[f"{count} threads"] = {
@@ -163,7 +163,7 @@ def levels(one: list[np.ndarray], other: list[np.ndarray]) -> dict[str, float]:
     return {"mean": round(float(difference.mean()), 3), "max": int(difference.max())}
 
 
-def measure(pictures: list[bytes], size: int, rounds: int, threads: list[int]) -> dict[str, Any]:
+def measure(images: list[bytes], size: int, rounds: int, threads: list[int]) -> dict[str, Any]:
     spec = ImageSpec(size)
     ours: dict[str, Decode] = {
         "pillow": lambda content: plain_pillow(content, size),
@@ -172,34 +172,34 @@ def measure(pictures: list[bytes], size: int, rounds: int, threads: list[int]) -
     }
     others = peers(size)
     limit: dict[str, Decode] = {"decoding alone": lambda content: Image.open(io.BytesIO(content)).load()}
-    times = milliseconds({**ours, **others, **limit}, pictures, rounds)
+    times = milliseconds({**ours, **others, **limit}, images, rounds)
     pillow = times["pillow"]
-    reference = [ours["pillow"](content) for content in pictures]
+    reference = [ours["pillow"](content) for content in images]
     result: dict[str, Any] = {
-        "pictures": len(pictures),
-        "kilobytes": round(statistics.mean(map(len, pictures)) / 1000),
+        "images": len(images),
+        "kilobytes": round(statistics.mean(map(len, images)) / 1000),
         "cpu_ms": {name: round(statistics.median(values), 3) for name, values in times.items()},
         "times_pillow": {
             name: round(statistics.median(b / a for a, b in zip(values, pillow, strict=True)), 3)
             for name, values in times.items()
         },
         "levels_to_pillow": {
-            name: levels([decode(content) for content in pictures], reference)
+            name: levels([decode(content) for content in images], reference)
             for name, decode in {**ours, **others}.items()
             if name != "pillow"
         },
-        "fast_levels": fast_levels(pictures, {"shortest": size, "longest": size, "squash": size}),
+        "fast_levels": fast_levels(images, {"shortest": size, "longest": size, "squash": size}),
     }
-    result["wall"] = scaling(ours, pictures * max(1, 24 // len(pictures)), threads, rounds)
+    result["wall"] = scaling(ours, images * max(1, 24 // len(images)), threads, rounds)
     return result
 
 
-def fast_levels(pictures: list[bytes], modes: dict[str, int]) -> dict[str, dict[str, float]]:
+def fast_levels(images: list[bytes], modes: dict[str, int]) -> dict[str, dict[str, float]]:
     """How far the fast way is from the faithful one, in each way of resizing."""
     found = {}
     for mode, side in modes.items():
         spec = ImageSpec(side, mode)  # type: ignore[arg-type]
-        faithful, fast = ([load(content, spec, fast=f) for content in pictures] for f in (False, True))
+        faithful, fast = ([load(content, spec, fast=f) for content in images] for f in (False, True))
         found[mode] = levels(fast, faithful)
     return found
 
@@ -214,11 +214,11 @@ def main() -> None:
     threads = sorted({1, cores})
     result: dict[str, Any] = {"size": arguments.size, "clock": "CPU time in one thread; wall time in several"}
 
-    def add(name: str, pictures: list[bytes]) -> None:
-        result[name] = measure(pictures, arguments.size, arguments.rounds, threads)
+    def add(name: str, images: list[bytes]) -> None:
+        result[name] = measure(images, arguments.size, arguments.rounds, threads)
         print(f"{name}: {result[name]}", file=sys.stderr)
 
-    photographs = find_pictures(arguments.photographs) if arguments.photographs else []
+    photographs = find_images(arguments.photographs) if arguments.photographs else []
     if photographs:
         add("photographs", [file.read_bytes() for file in photographs[:256]])
         sample = [file.read_bytes() for file in photographs[:1000]]

@@ -23,14 +23,14 @@ from clipret.tables import read_table
 
 def chance(gallery: Path, queries: Path) -> float:
     with Gallery.open(gallery) as opened:
-        pictures = sorted(opened.ids_by_path())
+        images = sorted(opened.ids_by_path())
     answers: dict[str, set[str]] = {}
     for row in read_table(queries).rows:
-        answers.setdefault(row["title"], set()).add(Path(row["path"]).name)
+        answers.setdefault(row["caption"], set()).add(Path(row["path"]).name)
     rng = np.random.default_rng(0)
-    number = {path: at for at, path in enumerate(pictures)}
+    number = {path: at for at, path in enumerate(images)}
     relevant = [{number[path] for path in paths} for paths in answers.values()]
-    draws = [average_precision(rng.permutation(len(pictures))[:10].tolist(), rows) for rows in relevant * 20]
+    draws = [average_precision(rng.permutation(len(images))[:10].tolist(), rows) for rows in relevant * 20]
     return float(np.mean(draws))
 
 

@@ -1,14 +1,14 @@
-"""Encoding pictures and texts beside open_clip, sentence-transformers, rclip and a plain onnxruntime loop.
+"""Encoding images and texts beside open_clip, sentence-transformers, rclip and a plain onnxruntime loop.
 
-    python benchmarks/bench_encode.py work [--data ../shared/data/flickr8k] [--pictures 64] [--rounds 5] [--only ...]
+    python benchmarks/bench_encode.py work [--data ../shared/data/flickr8k] [--images 64] [--rounds 5] [--only ...]
 
 Everything runs on one core and is measured in CPU time; what is compared runs in turn, A B A B, and medians are told.
 Weights are random, for none can be downloaded here: the speed is that of the real ones. Bundles of ViT-B-32 in three
-precisions are made in the folder `work` and kept there; int8 takes its ranges from the pictures.
+precisions are made in the folder `work` and kept there; int8 takes its ranges from the images.
 
 - folder: JPEG files to rows, decoding included. The peers are installed packages or left out: sentence-transformers
   on a random CLIPModel of the same shape, and rclip's own indexing code with its model replaced by the same ViT-B-32.
-- memory: peak resident size of `clipret-search index` on 2,000 and 20,000 pictures with a small model.
+- memory: peak resident size of `clipret-search index` on 2,000 and 20,000 images with a small model.
 - texts: queries a second, one at a time and many, and the CPU time of a fresh process up to the first.
 """
 
@@ -107,7 +107,7 @@ def open_clip_loop() -> Callable[[Sequence[Path]], object]:
 
 
 def onnxruntime_loop(bundle: Bundle) -> Callable[[Sequence[Path]], object]:
-    """One picture at a time through onnxruntime with the options it comes with."""
+    """One image at a time through onnxruntime with the options it comes with."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -119,7 +119,7 @@ def onnxruntime_loop(bundle: Bundle) -> Callable[[Sequence[Path]], object]:
 
 
 def sentence_transformers_loop(work: Path, bundle: Bundle) -> Callable[[Sequence[Path]], object]:
-    """`SentenceTransformer.encode` on opened pictures, as its documentation has it for CLIP."""
+    """`SentenceTransformer.encode` on opened images, as its documentation has it for CLIP."""
     from PIL import Image
     from sentence_transformers import SentenceTransformer
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
@@ -170,13 +170,13 @@ def rclip_loop(work: Path) -> Callable[[Sequence[Path]], object]:
     return run
 
 
-def folder(made: dict[str, Bundle], pictures: Sequence[Path], rounds: int, work: Path) -> dict[str, Any]:
+def folder(made: dict[str, Bundle], images: Sequence[Path], rounds: int, work: Path) -> dict[str, Any]:
     runs = {"open_clip": open_clip_loop(), "onnxruntime batch 1": onnxruntime_loop(made["fp32"])}
     peers = {
         "sentence-transformers": ("sentence_transformers", lambda: sentence_transformers_loop(work, made["fp32"])),
         "rclip": ("rclip", lambda: rclip_loop(work)),
     }
-    result: dict[str, Any] = {"pictures": len(pictures)}
+    result: dict[str, Any] = {"images": len(images)}
     for name, (module, make) in peers.items():
         if importlib.util.find_spec(module) is None:
             result[name] = "not installed"
@@ -189,11 +189,11 @@ def folder(made: dict[str, Bundle], pictures: Sequence[Path], rounds: int, work:
 
     for name, engine in PRECISIONS.items():
         runs[name] = encode(Encoder(made[name.split()[0]], EncoderConfig(device="cpu", backend=engine, threads=1)))  # type: ignore[arg-type]
-    bound: dict[str, Callable[[], object]] = {name: lambda at=run: at(pictures) for name, run in runs.items()}
+    bound: dict[str, Callable[[], object]] = {name: lambda at=run: at(images) for name, run in runs.items()}
     seconds = in_turn(bound, rounds)
     for name, taken in seconds.items():
         result[name] = {
-            "pictures_a_second": round(len(pictures) / taken, 1),
+            "images_a_second": round(len(images) / taken, 1),
             "ratio": round(seconds["open_clip"] / taken, 2),
         }
     return result
@@ -229,9 +229,9 @@ def peak_memory(command: list[str]) -> int:
     return int(done.stdout) * 1024
 
 
-def memory(pictures: Sequence[Path], work: Path) -> dict[str, Any]:
+def memory(images: Sequence[Path], work: Path) -> dict[str, Any]:
     bundle, peaks = small_bundle(work), {}
-    contents = [path.read_bytes() for path in pictures]
+    contents = [path.read_bytes() for path in images]
     for count in (2000, 20000):
         with tempfile.TemporaryDirectory(dir=work) as folder:
             images = Path(folder, "images")
@@ -304,18 +304,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/flickr8k"), help="images/ and captions.tsv")
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    pictures = sorted((arguments.data / "images").glob("*.jpg"))[: arguments.pictures]
+    images = sorted((arguments.data / "images").glob("*.jpg"))[: arguments.images]
     lines = (arguments.data / "captions.tsv").read_text(encoding="utf-8").splitlines()[1:]
     captions = [line.split("\t")[3] for line in lines[:2000:5]]
     made = bundles(arguments.work, arguments.data)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "folder": lambda: folder(made, pictures, arguments.rounds, arguments.work),
-        "memory": lambda: memory(pictures, arguments.work),
+        "folder": lambda: folder(made, images, arguments.rounds, arguments.work),
+        "memory": lambda: memory(images, arguments.work),
         "texts": lambda: texts(made, captions, arguments.rounds),
     }
     for name in arguments.only:

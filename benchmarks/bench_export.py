@@ -5,7 +5,7 @@
 Weights are random, for none can be downloaded here; shapes, time and memory are those of the real ones. Each export is
 a process of its own: `clipret-export`, the check against torch included. The SigLIP model gets a small tokenizer
 made here, since its own lies on the hub; Chinese-CLIP's needs a vocabulary of 21,128 lines (--vocab). The floor beside
-each time is what any exporter must do: read or draw the weights, run torch once on the check's pictures and texts,
+each time is what any exporter must do: read or draw the weights, run torch once on the check's images and texts,
 and write the bytes.
 
 Bundles go to the folder `work` and are removed again.

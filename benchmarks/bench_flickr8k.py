@@ -1,10 +1,10 @@
-"""Quality on real pictures: train from scratch, export, index, evaluate, and compare the bundle with torch.
+"""Quality on real images: train from scratch, export, index, evaluate, and compare the bundle with torch.
 
     python benchmarks/bench_flickr8k.py DATA WORK [--lang en] [--lang zh]
 
-DATA is a folder with captions.tsv (path, split, lang, title) and images/. Everything runs through the commands that
+DATA is a folder with captions.tsv (path, split, lang, caption) and images/. Everything runs through the commands that
 users run; the last part computes the recall of the same checkpoint with torch alone, without clipret's
-export, gallery or ranking. Chance is 1 % (ten of 1,000 pictures).
+export, gallery or ranking. Chance is 1 % (ten of 1,000 images).
 """
 
 import argparse
@@ -48,14 +48,14 @@ def torch_recall(run_folder: Path, data: Path, lang: str) -> dict[str, float]:
     number = {path: at for at, path in enumerate(paths)}
     answers: dict[str, set[int]] = {}
     for row in table.rows:
-        answers.setdefault(row["title"].strip(), set()).add(number[row["path"]])
+        answers.setdefault(row["caption"].strip(), set()).add(number[row["path"]])
     loaded = load_model(str(run_folder))
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (loaded.mean, loaded.std))
     pixels = np.stack([load(data / "images" / path, loaded.image) for path in paths])
     tokens = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(list(answers)))
     with torch.inference_mode():
-        pictures = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        images: Any = torch.cat([loaded.model.encode_image(part, normalize=True) for part in pictures.split(100)])
+        images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        images: Any = torch.cat([loaded.model.encode_image(part, normalize=True) for part in images.split(100)])
         texts: Any = torch.cat([loaded.model.encode_text(part, normalize=True) for part in tokens.split(500)])
     order = (texts @ images.T).argsort(dim=1, descending=True, stable=True).numpy()
     pairs = zip(order, answers.values(), strict=True)

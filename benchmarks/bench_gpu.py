@@ -9,7 +9,7 @@ of --bundle, in any precision, and of --skeleton, with random weights (see bench
 of four sizes that are kept here. --device cpu asks the same with the CPU provider in sizes so small that the code is
 tried and nothing is learned: the reduced form that the tests run.
 
-Pictures a second are those of a host clock around work that is complete when it returns, copies included; pictures a
+Images a second are those of a host clock around work that is complete when it returns, copies included; images a
 device second, and the shares made of them, of CUDA events around batches that are on the card already; the medians of
 several. The peak is the fastest large square product in half precision that onnxruntime, or torch, makes on the same
 card; the bandwidth that of a copy in device memory, read and written, both by the same events. Each question is asked
@@ -46,7 +46,7 @@ from clipret.inference.config import EncoderConfig
 from clipret.inference.tower import OnnxTower, open_tower
 from clipret.ort.graph import Node, Value, model
 
-SHAPES = {  # width, layers, patch, tokens, hidden, embedding of open_clip's picture towers
+SHAPES = {  # width, layers, patch, tokens, hidden, embedding of open_clip's image towers
     "ViT-B-32": (768, 12, 32, 50, 3072, 512),
     "ViT-L-14": (1024, 24, 14, 257, 4096, 768),
     "ViT-H-14": (1280, 32, 14, 257, 5120, 1024),
@@ -129,7 +129,7 @@ def limits(card: Card) -> dict[str, Any]:
 
 
 def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
-    """Ways of running a picture tower here, by name; each opens it."""
+    """Ways of running an image tower here, by name; each opens it."""
     plain, more = bundle.file("image.onnx"), card.clock.options
     made: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: OnnxTower(plain, card.device, 4, more=more)}
     if not card.small:
@@ -152,18 +152,18 @@ def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
 
 
 def towers(card: Card, bundle: Bundle) -> dict[str, Any]:
-    """Pictures a second of each way and batch, copies to and from the card included, and its rows beside float32's on
+    """Images a second of each way and batch, copies to and from the card included, and its rows beside float32's on
     the CPU."""
     name, size = bundle.manifest.model, bundle.manifest.image.size
     gflop = 2 * machine.multiplications(*SHAPES[name]) / 1e9 if name in SHAPES else 0.0
     batches = (1, 3) if card.small else (1, 16, 64, 256) if name in ("ViT-B-32", "ViT-L-14") else (1, 16, 64)
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (max(batches), size, size, 3), dtype=np.uint8)
-    result: dict[str, Any] = {"gflop_a_picture": round(gflop, 2), "precision": bundle.manifest.precision, "parity": {}}
+    images = rng.integers(0, 256, (max(batches), size, size, 3), dtype=np.uint8)
+    result: dict[str, Any] = {"gflop_a_image": round(gflop, 2), "precision": bundle.manifest.precision, "parity": {}}
     failed: dict[str, str] = {}
     expected = None
     try:
-        expected = open_tower(bundle, "image", "cpu", EncoderConfig(threads=8)).run(pictures[:2])
+        expected = open_tower(bundle, "image", "cpu", EncoderConfig(threads=8)).run(images[:2])
     except Exception as error:  # bf16 without OpenVINO
         failed["parity"] = f"the CPU cannot run it: {error}"
     ways = variants(card, bundle)
@@ -175,19 +175,19 @@ def towers(card: Card, bundle: Bundle) -> dict[str, Any]:
             continue
         try:
             tower = opening()
-            rows = tower.run(pictures[:2])
+            rows = tower.run(images[:2])
             if expected is not None and not way.startswith("open_clip"):  # whose random weights are others
                 result["parity"][way] = {"cosine_to_cpu": round(float((rows * expected).sum(axis=1).min()), 7)}
             for batch in batches[-1:] if "compiled" in way else batches:  # a shape takes a minute to compile
-                given, least = pictures[:batch], 0.05 if card.small else 0.5
+                given, least = images[:batch], 0.05 if card.small else 0.5
                 taken = seconds(lambda at=tower, given=given: at.run(given), least)  # type: ignore[misc]
                 found = result.setdefault(f"batch {batch}", {}).setdefault(way, {})
-                found["pictures_a_second"] = round(batch / taken, 1)
+                found["images_a_second"] = round(batch / taken, 1)
                 if gflop:
                     found["share_with_copies"] = round(batch / taken * gflop * 1e9 / card.flops, 3)
                 if (alone := device_seconds(card, tower, given, least)) is None:
                     continue
-                found["pictures_a_device_second"] = round(batch / alone, 1)
+                found["images_a_device_second"] = round(batch / alone, 1)
                 if gflop:
                     found["share_of_matrix_peak"] = round(batch / alone * gflop * 1e9 / card.flops, 3)
             del tower
@@ -196,14 +196,14 @@ def towers(card: Card, bundle: Bundle) -> dict[str, Any]:
     return result | {"failed": failed}
 
 
-def device_seconds(card: Card, tower: Any, pictures: np.ndarray, least: float) -> float | None:
+def device_seconds(card: Card, tower: Any, images: np.ndarray, least: float) -> float | None:
     """Of a batch that is on the card already, by the card's clock; None of a tower whose stream is its own."""
     if isinstance(tower, gpu_peers.OpenClip):
-        return tower.device_seconds(pictures, least)
+        return tower.device_seconds(images, least)
     if not isinstance(tower, OnnxTower):
         return None
-    graph = len(pictures) + 1_000_000 if tower.graphs else 0  # a number that its own recordings do not have
-    run = bound_run(tower.session, card.device, {tower.session.get_inputs()[0].name: pictures}, graph)
+    graph = len(images) + 1_000_000 if tower.graphs else 0  # a number that its own recordings do not have
+    run = bound_run(tower.session, card.device, {tower.session.get_inputs()[0].name: images}, graph)
     return seconds_on(card.clock, run, least)
 
 
@@ -224,7 +224,7 @@ def jpegs(count: int, size: tuple[int, int]) -> list[bytes]:
 
 
 def decoding(card: Card, bundle: Bundle) -> dict[str, Any]:
-    """Pictures a second of Pillow and of nvImageCodec in as many threads as there are processors; end to end with each,
+    """Images a second of Pillow and of nvImageCodec in as many threads as there are processors; end to end with each,
     as a share of the slower of decoding and towers."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -239,7 +239,7 @@ def decoding(card: Card, bundle: Bundle) -> dict[str, Any]:
     tower = OnnxTower(bundle.file("image.onnx"), card.device, threads)
     pixels = np.stack([load(files[0], spec)] * batch)
     tower_rate = batch / seconds(lambda: tower.run(pixels), 0.5)
-    result: dict[str, Any] = {"threads": threads, "model": bundle.manifest.model, "tower_pictures_a_second": tower_rate}
+    result: dict[str, Any] = {"threads": threads, "model": bundle.manifest.model, "tower_images_a_second": tower_rate}
     ways: dict[str, Any] = {"pillow": lambda content: load(content, spec)}
     try:
         decoder = GpuDecoder(card.device)
@@ -265,8 +265,8 @@ def decoding(card: Card, bundle: Bundle) -> dict[str, Any]:
             pass
         whole = len(files) / (time.perf_counter() - began)
         result[way] = {
-            "decode_pictures_a_second": round(rate, 1),
-            "end_to_end_pictures_a_second": round(whole, 1),
+            "decode_images_a_second": round(rate, 1),
+            "end_to_end_images_a_second": round(whole, 1),
             "share_of_the_slower": round(whole / min(rate, tower_rate), 3),
         }
     return result
@@ -322,12 +322,14 @@ class Asker:
         self.questions: dict[str, Any] = {}
         self.late: dict[str, str] = {}
 
-    def ask(self, name: str, title: str, about: str, run: Callable[[], dict[str, Any]], *, late: bool = False) -> None:
+    def ask(
+        self, name: str, caption: str, about: str, run: Callable[[], dict[str, Any]], *, late: bool = False
+    ) -> None:
         if self.card.late and not late:
             self.late[name] = "no time left"
             return
         began = time.monotonic()
-        record: dict[str, Any] = {"title": title, "about": about, "command": self.command}
+        record: dict[str, Any] = {"caption": caption, "about": about, "command": self.command}
         try:
             record["results"] = {name: {"benchmark": name, **run()}}
         except Exception as error:

@@ -24,7 +24,7 @@ import numpy as np
 from machine import keep
 
 from clipret import Bundle, Encoder, EncoderConfig, Gallery, Searcher
-from clipret.gallery.gallery import Picture
+from clipret.gallery.gallery import ImageRecord
 
 TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny-bundle"
 FLOOR = "import sqlite3, click, numpy, onnxruntime, PIL.Image, tokenizers"
@@ -42,7 +42,7 @@ def make_gallery(folder: Path, bundle: Bundle, rows: int) -> None:
         for low in range(0, rows, 8192):
             values = rng.normal(size=(min(8192, rows - low), bundle.manifest.embedding_dim)).astype(np.float32)
             values /= np.linalg.norm(values, axis=1, keepdims=True)
-            gallery.append([Picture(f"{low + n:07d}.jpg", 1, 1, "") for n in range(len(values))], values)
+            gallery.append([ImageRecord(f"{low + n:07d}.jpg", 1, 1, "") for n in range(len(values))], values)
 
 
 def texts() -> list[str]:

@@ -31,7 +31,7 @@ import numpy as np
 from machine import keep
 
 from clipret import Ranker
-from clipret.ranking.quantization import Codes, mean, quantise
+from clipret.ranking.quantization import QuantizedEmbeddings, mean, quantize
 from clipret.ranking.ranker import snap
 from clipret.ranking.scan import _CODE_ROWS, _query_session
 
@@ -49,14 +49,14 @@ def make_shards(folder: Path, kind: str, rows: int, dim: int) -> np.ndarray:
     """Write the shards with their codes; float32 queries [1000,D] come back."""
     rng = np.random.default_rng(0)
     common = rng.standard_normal(dim).astype(np.float32) * 2
-    before: Codes | None = None
+    before: QuantizedEmbeddings | None = None
     for number, low in enumerate(range(0, rows, SHARD)):
         values = rng.standard_normal((min(SHARD, rows - low), dim), dtype=np.float32)
         if kind == "cone":
             values += common
         values[99::100] = values[: len(values[99::100])]  # duplicates
         shard = unit(values).astype(np.float16)
-        codes = quantise(shard, before.center if before else mean(shard), before.scale if before else 0.0)
+        codes = quantize(shard, before.center if before else mean(shard), before.scale if before else 0.0)
         before = codes
         np.save(folder / f"rows-{number:06d}.npy", shard)
         np.save(folder / f"codes-{number:06d}.npy", codes.values)
@@ -66,13 +66,13 @@ def make_shards(folder: Path, kind: str, rows: int, dim: int) -> np.ndarray:
     return snap(unit(queries + 0.3 * common if kind == "cone" else queries))
 
 
-def open_shards(folder: Path) -> tuple[list[np.ndarray], list[Codes]]:
+def open_shards(folder: Path) -> tuple[list[np.ndarray], list[QuantizedEmbeddings]]:
     shards = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("rows-*.npy"))]
     codes = []
     for values, file in zip(sorted(folder.glob("codes-*")), sorted(folder.glob("limits-*")), strict=True):
         limits = np.load(file)
         numbers = (float(limits[name]) for name in ("scale", "residual", "reach"))
-        codes.append(Codes(np.load(values, mmap_mode="r"), limits["center"], *numbers))
+        codes.append(QuantizedEmbeddings(np.load(values, mmap_mode="r"), limits["center"], *numbers))
     return shards, codes
 
 
@@ -96,9 +96,9 @@ def brute_force(shards: list[np.ndarray], queries: np.ndarray) -> np.ndarray:
         own = queries @ shard.astype(np.float64).T
         # Everything that reaches the block's own K-th score, ties included, competes with the best so far.
         kth = np.partition(own, -K, axis=1)[:, -K]
-        for at, row in enumerate(own):
-            mine = np.flatnonzero(row >= max(kth[at], scores[at, -1]))
-            score = np.concatenate([scores[at], row[mine]])
+        for at, position in enumerate(own):
+            mine = np.flatnonzero(position >= max(kth[at], scores[at, -1]))
+            score = np.concatenate([scores[at], position[mine]])
             place = np.concatenate([places[at], mine + start])
             best = np.lexsort((place, -score))[:K]
             scores[at], places[at] = score[best], place[best]
@@ -121,7 +121,7 @@ def peers(shards: list[np.ndarray]) -> dict[str, Callable[[np.ndarray], Any]]:
     return found
 
 
-def limits(codes: list[Codes], dim: int) -> tuple[float, float]:
+def limits(codes: list[QuantizedEmbeddings], dim: int) -> tuple[float, float]:
     """Bytes a second of a pass over memory, and 8-bit operations a second of a product in the cache."""
     data = np.concatenate([one.values for one in codes[:64]]).reshape(-1).view(np.uint64)
     passes = milliseconds({"read": lambda: int(np.bitwise_or.reduce(data))}, 9)["read"]

@@ -27,7 +27,7 @@ from clipret import Encoder, EncoderConfig, Gallery, Ranker, Searcher
 from clipret.evaluation.evaluate import GroundTruth, measure, read_attribute_truth, read_ground_truth
 from clipret.evaluation.metrics import Metric
 from clipret.gallery.gallery import Stored
-from clipret.ranking.quantization import mean, quantise
+from clipret.ranking.quantization import mean, quantize
 from clipret.search.rerank import Rerank, Reranker
 
 STEPS = {
@@ -45,7 +45,7 @@ METRICS = [Metric.parse(name) for name in ("mAP@10", "mAP", "recall@1", "recall@
 
 
 def cost(rank: Callable[[npt.NDArray[np.float64], int], Any], queries: npt.NDArray[np.float64]) -> float:
-    """CPU seconds of the quicker of two rankings of ten pictures each."""
+    """CPU seconds of the quicker of two rankings of ten images each."""
     seconds = []
     for _ in range(2):
         began = time.process_time()
@@ -82,7 +82,7 @@ def of_gallery(arguments: argparse.Namespace) -> dict[str, Any]:
         lines[f"{name}, half as reference"] = {
             f"{metric} gained": round(with_half[metric] - plain_half[metric], 4) for metric in with_half
         }
-    counts = {"queries": len(texts), "pictures": len(gallery)}
+    counts = {"queries": len(texts), "images": len(gallery)}
     return {**counts, "steps": {name: {k: round(v, 4) for k, v in line.items()} for name, line in lines.items()}}
 
 
@@ -94,7 +94,7 @@ def of_random_rows(count: int) -> dict[str, Any]:
         shards.append((part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float16))
     queries = rng.normal(size=(64, 512))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    stored = Stored(shards, np.arange(count), None, [quantise(shard, mean(shard)) for shard in shards])
+    stored = Stored(shards, np.arange(count), None, [quantize(shard, mean(shard)) for shard in shards])
     ranker = Ranker(stored.shards, None, stored.codes, threads=1)
     costs = {"none": cost(ranker.rank, queries)}
     for name in ("adapt 50, half", "nnn", "dual softmax, 100", "reciprocal 100"):

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_scale.py [--counts 10000 100000 1000000] [--rows 10000 100000 1000000 4000000] [--dim 512]
 
-CPU seconds on one core. Pictures: drawn JPEGs of 64 px in a .zip, no two alike, indexed by `clipret-search index` with
+CPU seconds on one core. Images: drawn JPEGs of 64 px in a .zip, no two alike, indexed by `clipret-search index` with
 the tests' tiny tower, so that what is measured is everything around the tower: reading, hashing, decoding, rows,
-codes, the database. A tower costs the same for each picture and is measured by bench_towers. A query is one cold
+codes, the database. A tower costs the same for each image and is measured by bench_towers. A query is one cold
 `clipret-search query` on that gallery. Rows: random unit rows around a common direction in files as a gallery has
 them, ranked in this process, one query and 64, with the codes read from their files and kept in memory.
 
-The slope is that of a straight line through the logarithms: 1 is a cost that stays the same for each picture, less is a
+The slope is that of a straight line through the logarithms: 1 is a cost that stays the same for each image, less is a
 fixed part that is shared by more of them, more is a cost that grows faster than the gallery.
 """
 
@@ -57,7 +57,7 @@ def run(*command: object) -> tuple[float, float]:
     return seconds, mib
 
 
-def write_pictures(path: Path, count: int) -> None:
+def write_images(path: Path, count: int) -> None:
     """A .zip of drawn JPEGs; known bytes are not encoded again, so each has its number behind its end."""
     rng = np.random.default_rng(0)
     contents = []
@@ -76,22 +76,22 @@ def indexing(counts: Sequence[int]) -> list[dict[str, Any]]:
     for count in counts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_pictures(folder / "pictures.zip", count)
+            write_images(folder / "images.zip", count)
             gallery = folder / "gallery"
             seconds, mib = run(
-                "index", TINY, folder / "pictures.zip", gallery, "--encoder", "threads=1", "--device", "cpu"
+                "index", TINY, folder / "images.zip", gallery, "--encoder", "threads=1", "--device", "cpu"
             )
-            queries = [run("query", gallery, "a red picture", "--device", "cpu") for _ in range(3)]
-            again, _ = run("index", TINY, folder / "pictures.zip", gallery, *ONE)
+            queries = [run("query", gallery, "a red image", "--device", "cpu") for _ in range(3)]
+            again, _ = run("index", TINY, folder / "images.zip", gallery, *ONE)
             size = sum(file.stat().st_size for file in gallery.rglob("*") if file.is_file())
         points.append(
             {
-                "pictures": f"{count:,}",
+                "images": f"{count:,}",
                 "index_cpu_seconds": round(seconds, 2),
-                "index_ms_a_picture": round(1000 * seconds / count, 3),
+                "index_ms_a_image": round(1000 * seconds / count, 3),
                 "index_again_cpu_seconds": round(again, 2),
                 "peak_mib": round(mib, 1),
-                "gallery_bytes_a_picture": round(size / count, 1),
+                "gallery_bytes_a_image": round(size / count, 1),
                 "cold_query_cpu_seconds": round(statistics.median(taken for taken, _ in queries), 3),
             }
         )
@@ -163,14 +163,14 @@ def series(points: Sequence[dict[str, Any]], size: str, names: dict[str, str]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of pictures")
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of images")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 4_000_000])
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    pictures = indexing(arguments.counts)
+    images = indexing(arguments.counts)
     rows = ranking(arguments.rows, arguments.dim, arguments.rounds)
     costs = {
         "index_cpu_seconds": "index",
@@ -187,19 +187,19 @@ def main() -> None:
     result = {
         "dim": arguments.dim,
         "clock": "CPU time, one core",
-        "indexing": pictures,
+        "indexing": images,
         "ranking": rows,
-        "slopes of indexing": slopes(pictures, "pictures", [*costs, "peak_mib", "gallery_bytes_a_picture"]),
+        "slopes of indexing": slopes(images, "images", [*costs, "peak_mib", "gallery_bytes_a_image"]),
         "slopes of ranking": slopes(rows, "rows", [*queries, "resident_mib", "resident_open_seconds"]),
         "plots": [
             {
-                "title": "Indexing and a cold query",
-                "x": "pictures",
+                "caption": "Indexing and a cold query",
+                "x": "images",
                 "y": "CPU seconds",
-                "series": series(pictures, "pictures", costs),
+                "series": series(images, "images", costs),
             },
-            {"title": "Ranking", "x": "rows", "y": "CPU ms a query", "series": series(rows, "rows", queries)},
-            {"title": "Memory of ranking", "x": "rows", "y": "MiB", "series": series(rows, "rows", memory)},
+            {"caption": "Ranking", "x": "rows", "y": "CPU ms a query", "series": series(rows, "rows", queries)},
+            {"caption": "Memory of ranking", "x": "rows", "y": "MiB", "series": series(rows, "rows", memory)},
         ],
     }
     keep("scale", result)

@@ -1,4 +1,4 @@
-"""A picture tower: engine x precision x batch, beside eager and compiled open_clip and a fixed batch of 1 in ONNX.
+"""An image tower: engine x precision x batch, beside eager and compiled open_clip and a fixed batch of 1 in ONNX.
 
     python benchmarks/bench_towers.py work --data DATA [--precision fp32 fp16 bf16 int8] [--batch 1 8 32] [--rounds 9]
 
@@ -7,9 +7,9 @@ machine's peak is the fastest 2048 x 2048 product in float32 that numpy, torch o
 products of bfloat16 and int8 have a higher one, so that shares of the float32 peak may exceed 1. Multiplications are
 those that the tower computes (the last block for the pooled token only); open_clip computes 7 % more.
 
-"onnx batch 1" is the way of Chinese-CLIP's deployment: TorchScript export of the tower with a batch of 1, run picture
-by picture in onnxruntime. The parity of every engine is that of `clipret-export check`: the smallest cosine of the
-bundle's rows to torch's in float32, for pictures and texts.
+"onnx batch 1" is the way of Chinese-CLIP's deployment: TorchScript export of the tower with a batch of 1, run image
+by image in onnxruntime. The parity of every engine is that of `clipret-export check`: the smallest cosine of the
+bundle's rows to torch's in float32, for images and texts.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def products() -> dict[str, Callable[[], object]]:
 
 
 def one_at_a_time(visual: Any, work: Path, size: int) -> Callable[[np.ndarray], object]:
-    """The tower exported with a batch of 1, as a loop over the pictures."""
+    """The tower exported with a batch of 1, as a loop over the images."""
     import onnxruntime
 
     path = work / "batch-1.onnx"
@@ -130,16 +130,16 @@ def measure(made: dict[str, Bundle], batches: Sequence[int], rounds: int, work: 
                 towers.pop(name, None)
                 missing[name] = str(error)
     rng = np.random.default_rng(0)
-    result: dict[str, Any] = {"gflop_a_picture": round(work_done / 1e9, 2), "parity": accuracy, "batches": {}}
+    result: dict[str, Any] = {"gflop_a_image": round(work_done / 1e9, 2), "parity": accuracy, "batches": {}}
     for batch in batches:
-        pictures = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+        images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
         pixels = torch.randn(batch, 3, size, size)
         runs: dict[str, Callable[[], object]] = {
             name: lambda run=run, given=pixels: run(given)
             for name, run in torch_runs.items()  # type: ignore[misc]
         }
         runs |= {
-            name: lambda at=tower, given=pictures: at.run(given)
+            name: lambda at=tower, given=images: at.run(given)
             for name, tower in towers.items()  # type: ignore[misc]
         }
         squares = products()
@@ -148,7 +148,7 @@ def measure(made: dict[str, Bundle], batches: Sequence[int], rounds: int, work: 
         result["peak_gflops"] = max(result.get("peak_gflops", 0.0), round(peak / 1e9, 1))
         result["batches"][f"batch {batch}"] = {
             name: {
-                "pictures_a_second": round(batch / taken, 2),
+                "images_a_second": round(batch / taken, 2),
                 "times_open_clip": round(seconds["open_clip"] / taken, 2),
                 "share_of_fp32_peak": round(work_done * batch / taken / peak, 3),
             }

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_traffic.py WORK [--seed 0] [--seed 1] [--seed 2] [--epochs 40]
 
-For each seed other scenes are drawn and other weights: training pictures are clean and their captions name colour and
-brand or only the type; test pictures are a camera's and queries name all. `clipret-train run traffic` goes from the
-raw files to the answer, with pictures padded to a square with grey; a model each is trained beside it on pictures
+For each seed other scenes are drawn and other weights: training images are clean and their captions name colour and
+brand or only the type; test images are a camera's and queries name all. `clipret-train run traffic` goes from the
+raw files to the answer, with images padded to a square with grey; a model each is trained beside it on images
 cropped in the centre and padded with zeros, and one goes on from the pipeline's first model, for WiSE-FT, which wants
 two models with a common start. Steps are added one to another from the top, but for the last ones, each by itself on
 the completed model. A brand is not to be seen in a drawing, so the truth is colour and type, or the attributes of a
@@ -61,13 +61,13 @@ class Seed:
     def pipeline(self) -> None:
         """From the raw files to the answer by the one command."""
         fit = [*self.fit, "--epochs", str(self.epochs), "--validate-every", str(self.epochs)]
-        pictures = [str(self.drawn / "test_pictures.csv"), "--image-root", str(self.drawn / "test_images")]
+        images = [str(self.drawn / "test_images.csv"), "--image-root", str(self.drawn / "test_images")]
         values = {
             "labels": self.drawn / "train_label.txt",
             "images": self.drawn / "train_images",
             "texts": self.drawn / "test_text.txt",
             "test_images": self.drawn / "test_images",
-            "test": json.dumps(pictures),
+            "test": json.dumps(images),
             "queries": self.drawn / "test_queries.csv",
             "fit": json.dumps(fit),
             "pad": json.dumps(GREY),
@@ -79,12 +79,12 @@ class Seed:
         gallery = self.work / f"{name}-test"
         if not (gallery / "gallery.json").exists():
             run("clipret-export", model, self.work / f"{name}-bundle")
-            pictures = (self.drawn / "test_pictures.csv", gallery, "--image-root", self.drawn / "test_images")
-            run("clipret-search", "index", self.work / f"{name}-bundle", *pictures)
+            images = (self.drawn / "test_images.csv", gallery, "--image-root", self.drawn / "test_images")
+            run("clipret-search", "index", self.work / f"{name}-bundle", *images)
         return gallery
 
     def train(self, name: str, captions: Path, model: object, epochs: int, *options: str) -> Path:
-        """The run folder of a training like the pipeline's, and its gallery of test pictures."""
+        """The run folder of a training like the pipeline's, and its gallery of test images."""
         where = ("--where", "split = 'train'", "--val-where", "split = 'val'", "--validate-every", epochs)
         command = (
             "clipret-train",
@@ -142,8 +142,8 @@ class Seed:
         wise = self.index(work / "wise", "wise")
         flipped = work / "flipped"
         if not flipped.exists():
-            pictures = (self.drawn / "test_pictures.csv", flipped, "--image-root", self.drawn / "test_images")
-            run("clipret-search", "index", grey / "second-bundle", *pictures, "--flip")
+            images = (self.drawn / "test_images.csv", flipped, "--image-root", self.drawn / "test_images")
+            run("clipret-search", "index", grey / "second-bundle", *images, "--flip")
         result = {
             "baseline: centre crop": self.evaluate(crop),
             "pad to square, zeros": self.evaluate(zeros),

@@ -3,9 +3,9 @@
     pip install braceexpand webdataset pandas     # which open_clip's trainer wants and does not ask for
     python benchmarks/bench_train.py DATA WORK
 
-DATA is a folder with captions.tsv (path, split, lang, title) and images/. The model is a vision transformer of 256 x 6
+DATA is a folder with captions.tsv (path, split, lang, caption) and images/. The model is a vision transformer of 256 x 6
 at 96 px with a text tower of 256 x 4 and 32 tokens, the batch 128. CPU seconds of one thread, whole steps, loading the
-pictures included. The speed is that of processes that run in turn, each after an epoch to warm up. The quality is
+images included. The speed is that of processes that run in turn, each after an epoch to warm up. The quality is
 recall@10 of English captions on the 1,000 validation photographs of Flickr8k, from the same first weights in each of
 several seeds; a training in WORK is used again.
 """
@@ -33,7 +33,7 @@ MODEL_CFG = {
     "vision_cfg": {"image_size": 96, "layers": 6, "width": 256, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
 }
-# of both trainers, which see each of 6,000 pictures five times: open_clip's in one epoch of 30,000 rows, with a caption
+# of both trainers, which see each of 6,000 images five times: open_clip's in one epoch of 30,000 rows, with a caption
 # each time; clipret in five epochs, with one or with all captions
 LR, WEIGHT_DECAY, WARMUP_STEPS = 1e-3, 0.1, 50
 VARIANTS = ("open_clip fp32", "open_clip bf16", "clipret fp32", "clipret bf16")
@@ -76,7 +76,7 @@ def write_inputs(data: Path, work: Path) -> None:
     val = read_table(data / "captions.tsv", "split = 'val' and lang = 'en'").rows
     for name, chosen in (("whole", rows), ("part", first), ("val", val[:100])):
         # pandas reads quotes, which captions hold
-        lines = [f"{data / 'images' / row['path']}\t" + row["title"].replace('"', "'") for row in chosen]
+        lines = [f"{data / 'images' / row['path']}\t" + row["caption"].replace('"', "'") for row in chosen]
         (work / f"{name}.tsv").write_text("path\ttitle\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -93,7 +93,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 
 def speed(work: Path, rounds: int) -> dict[str, Any]:
-    """Pictures a CPU second, in turn."""
+    """Images a CPU second, in turn."""
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for number in range(rounds):
         for variant in VARIANTS if number % 2 == 0 else VARIANTS[::-1]:
@@ -104,7 +104,7 @@ def speed(work: Path, rounds: int) -> dict[str, Any]:
     table = {
         variant: {
             "cpu_seconds_a_step": round(median[variant], 4),
-            "pictures_a_cpu_second": round(BATCH / median[variant], 1),
+            "images_a_cpu_second": round(BATCH / median[variant], 1),
             "times_open_clip_fp32": round(median["open_clip fp32"] / median[variant], 3),
             "steps": STEPS * len(seconds[variant]),
         }
@@ -154,7 +154,7 @@ def open_clip_arguments(
         "dataset-type": "csv",
         "csv-separator": "\t",
         "csv-img-key": "path",
-        "csv-caption-key": "title",
+        "csv-caption-key": "caption",
         "model": f"local-dir:{model or work / 'vit'}",
         "seed": seed,
         "batch-size": BATCH,
@@ -224,24 +224,24 @@ def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
     """CPU ms of each part of a step of clipret, the median of several; and what the processor does at its best."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from clipret_training.annotations import read_annotation_files
     from clipret_training.checkpoint import Position
     from clipret_training.data.training_data import TrainingData
     from clipret_training.distributed.world import World
     from clipret_training.learner import Learner
-    from clipret_training.listing import read_listings
     from clipret_training.step import GradientStep
     from clipret_training.tuning.precision import autocast
 
     config, world, at = speed_config(work, precision), World(0, 1, torch.device("cpu")), Position(step=1)
     torch.set_num_threads(config.threads)
-    listing, _ = read_listings(config)
-    learner = Learner(config, listing.pairs.titles, world, None)
+    annotations, _ = read_annotation_files(config)
+    learner = Learner(config, annotations.pairs.captions, world, None)
     model = learner.model.train()
-    data = TrainingData(config, listing, learner.loaded, world)
+    data = TrainingData(config, annotations, learner.loaded, world)
     gradients = GradientStep(model, config.loss_config, precision=config.precision, device=world.device)
 
     def draw() -> Any:
-        chosen, pixels = next(data.pictures.batches(range(BATCH * STEPS), BATCH))
+        chosen, pixels = next(data.images.batches(range(BATCH * STEPS), BATCH))
         return data.batch(chosen, pixels, at)
 
     def step() -> None:
@@ -259,7 +259,7 @@ def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
 
     rows = [torch.nn.functional.normalize(torch.randn(BATCH, 256), dim=1).requires_grad_() for _ in range(2)]
     parts: dict[str, Callable[[], Any]] = {
-        "pictures, captions, augmentation": draw,
+        "images, captions, augmentation": draw,
         "image tower, both ways": lambda: pass_through(model.encode_image, batch.images),
         "text tower, both ways": lambda: pass_through(model.encode_text, *batch.texts.groups),
         "loss, both ways": lambda: gradients.compute_loss(batch, *rows, rows[1][:0]).backward(),
@@ -297,7 +297,7 @@ def peak(dtype: torch.dtype) -> float:
 
 
 def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
-    """Recall after as many passes over the pictures, from the same first weights in each seed; and of the small
+    """Recall after as many passes over the images, from the same first weights in each seed; and of the small
     recipe."""
     captions = ("fit", data / "captions.tsv", "--image-root", data / "images", "--threads", "1")
     split = ("--where", "lang = 'en' and split = 'train'", "--val-where", "lang = 'en' and split = 'val'")
@@ -323,30 +323,30 @@ def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
     for seed in range(seeds):
         write_model(work / f"vit-{seed}", seed)
         model = ("--model", work / f"vit-{seed}", *alike, "--set", f"seed={seed}")
-        for title, run in (
+        for caption, run in (
             ("open_clip's trainer, fp32, AdamW, 1 epoch of 30,000 pairs", lambda: open_clip(data, work, seed)),  # noqa: B023
             (
-                "clipret, bf16, AdamW, 5 epochs of 6,000 pictures, a caption each",
+                "clipret, bf16, AdamW, 5 epochs of 6,000 images, a caption each",
                 lambda: clipret(f"adamw-{seed}", *model, "--captions", 1),  # noqa: B023
             ),
             (
-                "clipret, bf16, Muon, 5 epochs of 6,000 pictures, a caption each",
+                "clipret, bf16, Muon, 5 epochs of 6,000 images, a caption each",
                 lambda: clipret(f"muon-{seed}", *model, *muon, "--captions", 1),  # noqa: B023
             ),
             (
-                "clipret, bf16, Muon, 5 epochs of 6,000 pictures, all five captions",
+                "clipret, bf16, Muon, 5 epochs of 6,000 images, all five captions",
                 lambda: clipret(f"muon-all-{seed}", *model, *muon, "--captions", 5),  # noqa: B023
             ),
         ):
-            runs.setdefault(title, []).append(run())
-            print(f"seed {seed}: {title}: {runs[title][-1]}", file=sys.stderr)
+            runs.setdefault(caption, []).append(run())
+            print(f"seed {seed}: {caption}: {runs[caption][-1]}", file=sys.stderr)
     result: dict[str, Any] = {
-        title: {
+        caption: {
             **{key: round(statistics.fmean(run[key] for run in each), 5) for key in each[0] if key != "course"},
             "recall_at_10_of_seeds": [round(run["recall_at_10"], 5) for run in each],
             "mean_recall_of_seeds": [round(run["mean_recall"], 5) for run in each],
         }
-        for title, each in runs.items()
+        for caption, each in runs.items()
     }
     timms = ("--opt", "timm/muon", "--beta1", "0.9", "--beta2", "0.98", "--eps", "1e-7")
     return result | {
@@ -372,18 +372,18 @@ def open_clip(data: Path, work: Path, seed: int, *options: str) -> dict[str, Any
 
 def measure(data: Path, work: Path, state: dict[str, torch.Tensor]) -> dict[str, float]:
     """Recall of weights of the vision transformer, by the validation of clipret's trainings."""
+    from clipret_training.annotations import read_annotations
     from clipret_training.config import FitConfig
-    from clipret_training.data.batches import Pictures, Texts
-    from clipret_training.listing import read_listing
+    from clipret_training.data.batches import ImageReader, Texts
     from clipret_training.models.load import load_model
     from clipret_training.validation import recall
 
     loaded = load_model(str(work / "vit"))
     loaded.model.load_state_dict(state)
     config = FitConfig(data=str(data / "captions.tsv"), model="", image_root=str(data / "images"))
-    val = read_listing(config, config.data, "lang = 'en' and split = 'val'")
-    pictures = Pictures(val, loaded.image, threads=1, cache_limit=2**32)
-    found = recall(loaded, val.pairs, pictures, Texts(loaded, val), torch.device("cpu"))
+    val = read_annotations(config, config.data, "lang = 'en' and split = 'val'")
+    images = ImageReader(val, loaded.image, threads=1, cache_limit=2**32)
+    found = recall(loaded, val.pairs, images, Texts(loaded, val), torch.device("cpu"))
     return {"recall_at_10": found["text_to_image"]["recall_at_10"], "mean_recall": found["mean_recall"]}
 
 

@@ -30,7 +30,7 @@ CONTEXT = 77
 
 @dataclass(frozen=True)
 class Tower:
-    """tokens: of one picture or text. outside: parameters beside the blocks, in matrices of one or more dimensions."""
+    """tokens: of one image or text. outside: parameters beside the blocks, in matrices of one or more dimensions."""
 
     width: int
     layers: int
@@ -94,7 +94,7 @@ def towers(model: str) -> tuple[Tower, Tower]:
 
 
 def activations(tower: Tower, step: Step, quick_gelu: bool) -> tuple[int, int]:
-    """Bytes that a picture or text keeps for the backward pass: of all blocks, and at most at once beyond that.
+    """Bytes that an image or text keeps for the backward pass: of all blocks, and at most at once beyond that.
 
     A block of a full step keeps, in values a token: the input and the result of both normalisations (4 W), queries,
     keys and values (3 W), what attention gave (W), the hidden layer before and after its activation (2 M; one more for

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole line on pictures that the project draws: train on clean "web" pictures, search degraded camera pictures.
+# The whole line on images that the project draws: train on clean "web" images, search degraded camera images.
 # Usage: demo.sh FOLDER, with the three commands on PATH. Takes under ten minutes on two cores.
 set -eu
 out=$1

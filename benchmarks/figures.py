@@ -1,6 +1,6 @@
 """What is a figure in a benchmark's JSON: numbers by their path, with the unit's direction where there is one.
 
-Names of keys carry the units ("ms_a_query", "pictures_a_second"), here as in every benchmark's result; the part of
+Names of keys carry the units ("ms_a_query", "images_a_second"), here as in every benchmark's result; the part of
 the path nearest to the number that names one decides whether more is better.
 """
 

@@ -39,18 +39,18 @@ def _of_tower(model: str, result: dict[str, Any]) -> list[dict[str, Any]]:
         for batch, ways in result.items()
         if batch.startswith("batch ")
         for way in ways
-        if "pictures_a_device_second" in ways[way]
+        if "images_a_device_second" in ways[way]
     ]
     ours = [one for one in found if not one[1].startswith("open_clip")]
     if not ours:
         return []
-    best, way, batch = max(ours, key=lambda one: one[0]["pictures_a_device_second"])
+    best, way, batch = max(ours, key=lambda one: one[0]["images_a_device_second"])
     rows = []
     if model in _TOWERS:
         told = f"{model}, of the matrix peak"
         rows.append(_row(told, f"{way}, {batch}", _TOWERS[model], best["share_of_matrix_peak"]))
-    if compiled := [one[0]["pictures_a_device_second"] for one in found if one[1] == "open_clip compiled"]:
-        ratio = best["pictures_a_device_second"] / max(compiled)
+    if compiled := [one[0]["images_a_device_second"] for one in found if one[1] == "open_clip compiled"]:
+        ratio = best["images_a_device_second"] / max(compiled)
         rows.append(_row(f"{model}, times open_clip compiled", f"{way}, {batch}", _OVER_COMPILED, round(ratio, 3)))
     return rows
 

@@ -69,7 +69,7 @@ class _TorchClock(HostClock):
 
 
 class OpenClip:
-    """open_clip's picture tower in half precision; pictures are copied to the card in each run, as ours are."""
+    """open_clip's image tower in half precision; images are copied to the card in each run, as ours are."""
 
     def __init__(self, name: str, device: str, compiled: bool) -> None:
         import open_clip

@@ -8,13 +8,13 @@ import gpu_peers
 import numpy as np
 
 from clipret.ranking.gpu_scan import DeviceScan
-from clipret.ranking.quantization import Codes, quantise
+from clipret.ranking.quantization import QuantizedEmbeddings, quantize
 from clipret.ranking.ranker import Ranker, snap
 
 K = 10
 
 
-def shards_of(rows: int, dim: int) -> tuple[list[np.ndarray], list[Codes]]:
+def shards_of(rows: int, dim: int) -> tuple[list[np.ndarray], list[QuantizedEmbeddings]]:
     """Unit rows float16 in shards that all differ, and codes of one center and scale: a block that was drawn, its
     components moved by one more place in each shard, which is as fast as memory."""
     base_rows = min(rows, 1 << 18)
@@ -23,13 +23,13 @@ def shards_of(rows: int, dim: int) -> tuple[list[np.ndarray], list[Codes]]:
     base /= np.linalg.norm(base, axis=1, keepdims=True)
     half = base.astype(np.float16)
     center = np.zeros(dim, np.float32)
-    codes = quantise(half, center)
+    codes = quantize(half, center)
     shards, coded = [], []
     for number, low in enumerate(range(0, rows, base_rows)):
         count = min(base_rows, rows - low)
         shards.append(np.roll(half, number, axis=1)[:count])
         values = np.roll(codes.values, number, axis=1)[:count]
-        coded.append(Codes(values, center, codes.scale, codes.residual, codes.reach))
+        coded.append(QuantizedEmbeddings(values, center, codes.scale, codes.residual, codes.reach))
     return shards, coded
 
 
@@ -58,7 +58,9 @@ def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
     return result
 
 
-def _form(card: Any, form: str, shards: list[np.ndarray], codes: list[Codes], queries: np.ndarray) -> dict[str, Any]:
+def _form(
+    card: Any, form: str, shards: list[np.ndarray], codes: list[QuantizedEmbeddings], queries: np.ndarray
+) -> dict[str, Any]:
     coded, (rows, dim) = form == "codes", (sum(map(len, shards)), shards[0].shape[1])
     began = time.perf_counter()
     scan = DeviceScan(shards, card.device, codes=codes, coded=coded)

@@ -34,7 +34,7 @@ def keep(name: str, result: dict[str, Any]) -> None:
 
 
 def multiplications(width: int, layers: int, patch: int, tokens: int, hidden: int, dim: int) -> int:
-    """Of a picture in a vision transformer whose last block computes keys and values only but for one token."""
+    """Of an image in a vision transformer whose last block computes keys and values only but for one token."""
     one = 2 * width**2 + 2 * width * hidden  # what a token is multiplied with, keys and values left out
     block = tokens * (one + 2 * width**2) + 2 * tokens**2 * width
     last = tokens * 2 * width**2 + one + 2 * tokens * width

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 FILE = HERE.parent / "runtime" / "clipret" / "diagnostics" / "rates.json"
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14")
 QUERY_TOKENS = 16  # of a query: texts are trimmed to the longest of their batch
-_PICTURES = {"0.3 MP": "drawn 640x480", "2 MP": "tiled 1920x1080", "12 MP": "tiled 4000x3000"}
+_IMAGES = {"0.3 MP": "drawn 640x480", "2 MP": "tiled 1920x1080", "12 MP": "tiled 4000x3000"}
 
 
 def result(name: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def result(name: str) -> dict[str, Any]:
 
 
 def shape(name: str) -> dict[str, float]:
-    """Width of the rows, and 10^9 operations (two a multiplication) of a picture and of a query."""
+    """Width of the rows, and 10^9 operations (two a multiplication) of an image and of a query."""
     import open_clip
 
     config = open_clip.get_model_config(name)
@@ -45,7 +45,7 @@ def blocks(layers: int, tokens: int, width: int, ratio: float) -> float:
 def rates() -> dict[str, Any]:
     towers, texts, ranks, size, decoded = map(result, ("towers", "encode-texts", "rank", "gallery-size", "decode"))
     models = {name: shape(name) for name in MODELS}
-    pictures = {kind: towers["batches"]["batch 8"][name]["pictures_a_second"] for kind, name in KINDS.items()}
+    images = {kind: towers["batches"]["batch 8"][name]["images_a_second"] for kind, name in KINDS.items()}
     base, isotropic = models[towers["model"]], ranks["isotropic"]
     clock = f"{ranks['clock']}, {ranks['machine']}, {ranks['date']}"
     return {
@@ -54,15 +54,15 @@ def rates() -> dict[str, Any]:
         "encode": {
             "measured_on": f"{towers['model']}, one core of {towers['machine']}, {towers['date']}",
             "model": towers["model"],
-            "pictures_a_core_second": {kind: round(rate, 2) for kind, rate in pictures.items()},
-            "gflops_a_core": {kind: round(base["image_gflop"] * rate, 1) for kind, rate in pictures.items()},
+            "images_a_core_second": {kind: round(rate, 2) for kind, rate in images.items()},
+            "gflops_a_core": {kind: round(base["image_gflop"] * rate, 1) for kind, rate in images.items()},
             "queries_a_core_second": {kind: texts[kind]["texts_a_second"] for kind in KINDS},
         },
         "decode": {
             "measured_on": f"one core of {decoded['machine']}, {decoded['date']}",
-            "core_ms_a_picture": {
+            "core_ms_a_image": {
                 size_: {kind: decoded[name]["cpu_ms"][mine] for kind, mine in DECODERS.items()}
-                for size_, name in _PICTURES.items()
+                for size_, name in _IMAGES.items()
             },
         },
         "rank": {
@@ -72,8 +72,8 @@ def rates() -> dict[str, Any]:
             "core_ms_a_query": {count: isotropic[f"{count} queries"]["ms_a_query"]["clipret"] for count in QUERIES},
         },
         "gallery": {
-            "measured_on": f"{size['pictures']:,} pictures with paths of {size['path_characters']} characters",
-            "database_bytes_a_picture": size["database_bytes_a_picture"],
+            "measured_on": f"{size['images']:,} images with paths of {size['path_characters']} characters",
+            "database_bytes_a_image": size["database_bytes_a_image"],
         },
     }
 

@@ -86,7 +86,7 @@ QUESTIONS = (
     Question(
         "towers",
         "Towers: engine, precision, batch",
-        "ViT-B-32's picture tower on one core, shares of the machine's float32 peak, beside open_clip eager and "
+        "ViT-B-32's image tower on one core, shares of the machine's float32 peak, beside open_clip eager and "
         "compiled and ONNX with a batch of 1; the parity of every engine with torch. onnxruntime computes fp16 graphs "
         "in float32 on a CPU: that row shows the rounding of weights, not of half arithmetic, which the export checks "
         "in torch. OpenVINO computes bf16 and int8 natively where the processor has them.",
@@ -186,7 +186,7 @@ QUESTIONS = (
     Question(
         "scale",
         "Cost as it grows",
-        "Indexing, gallery and queries at ten thousand, a hundred thousand, a million pictures, and four million rows.",
+        "Indexing, gallery and queries at ten thousand, a hundred thousand, a million images, and four million rows.",
         6,
         lambda run: [
             "bench_scale.py",
@@ -196,24 +196,24 @@ QUESTIONS = (
     Question(
         "ray",
         "Indexing on a Ray cluster",
-        "Pictures a second of one process and of workers on this machine, and the CPU time of each picture. With "
+        "Images a second of one process and of workers on this machine, and the CPU time of each image. With "
         "several workers the CPU time is undercounted: workers that end take theirs with them.",
         6,
-        lambda run: ["bench_ray.py", run.work / "ViT-B-32-bf16", "--data", run.data / "images", "--pictures", 512],
+        lambda run: ["bench_ray.py", run.work / "ViT-B-32-bf16", "--data", run.data / "images", "--images", 512],
         ("ray", "psutil", "openvino"),
         ray_lacks,
     ),
     Question(
         "gallery_size",
         "Size of a gallery",
-        "Bytes a picture of rows, codes and database.",
+        "Bytes an image of rows, codes and database.",
         1,
-        lambda run: ["bench_gallery_size.py", *pick(run, ["--pictures", 20_000], [])],
+        lambda run: ["bench_gallery_size.py", *pick(run, ["--images", 20_000], [])],
     ),
     Question(
         "demo",
         "The demo",
-        "The whole line on drawn pictures, from drawing to mAP.",
+        "The whole line on drawn images, from drawing to mAP.",
         4,
         lambda run: ["bench_demo.py", run.work / "demo"],
         ("torch",),

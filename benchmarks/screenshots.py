@@ -1,9 +1,9 @@
-"""The pictures of the page in docs/, taken in a real Chromium of what `make demo` has made.
+"""The images of the page in docs/, taken in a real Chromium of what `make demo` has made.
 
     python benchmarks/screenshots.py demo docs [--other BUNDLE]
 
-Indexes the demo's clean pictures with their captions as metadata, serves them, photographs the page: wide and light,
-on a phone in Chinese and dark, and side by side with the same pictures under another bundle.
+Indexes the demo's clean images with their captions as metadata, serves them, photographs the page: wide and light,
+on a phone in Chinese and dark, and side by side with the same images under another bundle.
 """
 
 import argparse

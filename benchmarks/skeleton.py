@@ -1,10 +1,10 @@
-"""A picture tower without its weights, and with random ones again: a model of 10 GB that travels as 40 KB.
+"""An image tower without its weights, and with random ones again: a model of 10 GB that travels as 40 KB.
 
     python benchmarks/skeleton.py make ViT-bigG-14 benchmarks/skeletons/ViT-bigG-14     # needs the export extra
     python benchmarks/skeleton.py fill benchmarks/skeletons/ViT-bigG-14 BUNDLE          # needs numpy alone
 
 Speed does not depend on what the weights are: each tensor is drawn with the mean and the deviation that open_clip's own
-random weights had. The graph is the one that `clipret-export --fp16` writes. A filled bundle holds the picture tower
+random weights had. The graph is the one that `clipret-export --fp16` writes. A filled bundle holds the image tower
 alone; what it can be checked against is itself on another engine.
 """
 
@@ -28,7 +28,7 @@ DATA = "image.onnx.data"
 
 
 def make(name: str, out: Path) -> None:
-    """Export the picture tower of open_clip's model `name` in fp16, without its check, and leave the weights out.
+    """Export the image tower of open_clip's model `name` in fp16, without its check, and leave the weights out.
 
     Its blocks are one block, again and again, so that the largest model is exported in a gigabyte; each use of a weight
     becomes a tensor of its own in the skeleton.
@@ -100,7 +100,7 @@ def make(name: str, out: Path) -> None:
 
 
 def _one_layer(name: str, folder: Path) -> int:
-    """The model with a block in each tower, as a folder of open_clip's; returns how many the picture tower has."""
+    """The model with a block in each tower, as a folder of open_clip's; returns how many the image tower has."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -114,7 +114,7 @@ def _one_layer(name: str, folder: Path) -> int:
 
 
 def fill(skeleton: Path, out: Path) -> Bundle:
-    """Write a bundle of a skeleton's picture tower with random weights."""
+    """Write a bundle of a skeleton's image tower with random weights."""
     out.mkdir(parents=True)
     normal = np.random.default_rng(0).standard_normal(TILE, dtype=np.float32)
     (out / "image.onnx").write_bytes(gzip.decompress((skeleton / "image.onnx.gz").read_bytes()))

@@ -5,7 +5,7 @@
 
 Each question is a script of its own, run as a process; what it says on the way is in WORK/logs. A question that was
 measured in WORK is not measured again, so that a run that was cut off goes on; one that failed is tried again, and the
-others go on without it. Pictures and captions are drawn by the project; --data names a folder with real ones, as
+others go on without it. Images and captions are drawn by the project; --data names a folder with real ones, as
 flickr8k/ and vehicles/. --quick asks everything in a reduced form, in a few minutes, and its figures are rough.
 
 Results are written to FOLDER (benchmarks/results; with --quick WORK) as <machine>-<date>.json, .html and .md. Compare
@@ -43,14 +43,14 @@ PEERS = {  # by the names that reports use: what is not installed is not measure
 
 
 def drawn(folder: Path, count: int) -> Path:
-    """Pictures with captions as the benchmarks read them, drawn by the project: captions.tsv and images/."""
+    """Images with captions as the benchmarks read them, drawn by the project: captions.tsv and images/."""
     if not (folder / "captions.tsv").exists():
         command = [sys.executable, "-m", "clipret_training", "data", "scenes", folder, "--count", count, "--seed", 5]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL)
         with (folder / "captions.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         title = next(name for name in rows[0] if name in ("title", "caption", "text"))
-        path = next(name for name in rows[0] if name in ("path", "image", "picture"))
+        path = next(name for name in rows[0] if name in ("path", "image", "image"))
         val = {row[path] for row in rows if int(re.sub(r"\D", "", row[path]) or 0) % 6 == 0}
         lines = ["path\tsplit\tlang\ttitle"]
         for row in rows:

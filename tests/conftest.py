@@ -1,4 +1,4 @@
-"""Fixtures for all rooms: the tiny bundle, coloured pictures, a store of objects, the real data where it lies beside
+"""Fixtures for all rooms: the tiny bundle, coloured images, a store of objects, the real data where it lies beside
 the checkout."""
 
 import logging
@@ -35,8 +35,8 @@ def tiny_bundle() -> Path:
 
 @pytest.fixture
 def colour_folder(tmp_path: Path) -> Path:
-    """Three pictures of each colour, none of them square: red/0.jpg … grey/2.png."""
-    folder = tmp_path / "pictures"
+    """Three images of each colour, none of them square: red/0.jpg … grey/2.png."""
+    folder = tmp_path / "images"
     rng = np.random.default_rng(0)
     for colour, rgb in COLOURS.items():
         (folder / colour).mkdir(parents=True)
@@ -49,7 +49,7 @@ def colour_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real pictures and captions; not part of the project, so tests that need them skip where they are absent."""
+    """Real images and captions; not part of the project, so tests that need them skip where they are absent."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")

@@ -1,8 +1,8 @@
 """Makes tests/data/tiny-bundle: a model of a few hundred bytes that knows nine colours.
 
 The runtime's tests run where neither torch nor onnx is installed, so their bundle is kept in the repository. Its towers
-are written down rather than trained: a picture's row is made of its mean colour, a text's of the colours it
-names, so "red" finds red pictures and every test can say what must come first. Run it again (in a venv with the
+are written down rather than trained: an image's row is made of its mean colour, a text's of the colours it
+names, so "red" finds red images and every test can say what must come first. Run it again (in a venv with the
 export extra) when the bundle format changes:  python tests/make_tiny_bundle.py
 """
 

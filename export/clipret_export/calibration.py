@@ -17,7 +17,7 @@ from clipret_export.layers import attention_as, kind_of
 
 __all__ = ["HALF_LIMIT", "Ranges", "observe", "overflows"]
 
-# Half of the largest finite half, 65,504: other pictures may exceed the calibration's by as much.
+# Half of the largest finite half, 65,504: other images may exceed the calibration's by as much.
 HALF_LIMIT = 32_752.0
 _SAMPLE = 1 << 15  # input values a batch kept for choosing an int8 range
 _SHRINK = [1 - 0.03 * step for step in range(24)]  # candidate ranges, as shares of the whole

@@ -21,9 +21,9 @@ EXPORT_EPILOG = """
 Examples
   A run of clipret-train, matrix products in half precision:
     clipret-export runs/cars bundles/cars --fp16
-  Checked with your own pictures and titles, recall@1 included:
+  Checked with your own images and captions, recall@1 included:
     clipret-export runs/cars bundles/cars --fp16 --verify-data captions.csv --verify-where "split = 'val'"
-  int8 for CPUs, its ranges taken from the training pictures:
+  int8 for CPUs, its ranges taken from the training images:
     clipret-export runs/cars bundles/cars-int8 --int8 --calibration-data captions.csv
   TensorRT for RTX plans for two architectures, built without a GPU:
     clipret-export runs/cars bundles/cars --fp16 --tensorrt-rtx sm_89,sm_120
@@ -49,7 +49,9 @@ def main() -> None:
 def _limits(command: Any) -> Any:
     for option in (
         click.option("--min-cosine", type=click.FloatRange(-1, 1.5), help="Smallest cosine of any row to torch's."),
-        click.option("--max-recall-loss", type=click.FloatRange(0), metavar="POINTS", help="Of recall@1 with titles."),
+        click.option(
+            "--max-recall-loss", type=click.FloatRange(0), metavar="POINTS", help="Of recall@1 with captions."
+        ),
     ):
         command = option(command)
     return command
@@ -57,14 +59,14 @@ def _limits(command: Any) -> Any:
 
 def _data(command: Any) -> Any:
     for option in (
-        click.option("--title-column", metavar="NAME", help="Column of the titles; default: detected."),
-        click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected."),
+        click.option("--caption-column", metavar="NAME", help="Column of the captions; default: detected."),
+        click.option("--image-column", metavar="NAME", help="Column of the images' paths; default: detected."),
         click.option("--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."),
         click.option(
             "--verify-limit", type=click.IntRange(1), default=1000, show_default=True, help="At most so many."
         ),
         click.option("--verify-where", metavar="SQL", help="Only rows of the list for which this holds."),
-        click.option("--verify-data", type=FILE, help="Pictures to check with: a folder, or a list with titles."),
+        click.option("--verify-data", type=FILE, help="Images to check with: a folder, or a list with captions."),
     ):
         command = option(command)
     return command
@@ -125,7 +127,7 @@ def export(
     clip_cn_vit-b-16.pt          a Chinese-CLIP checkpoint, or a folder of one
     adapters/cars                a LoRA adapter, merged into its base
 
-    The towers take uint8 pictures and token ids in batches of any size and give rows of unit length. They run in the
+    The towers take uint8 images and token ids in batches of any size and give rows of unit length. They run in the
     code that searches and are compared with torch; a tower that differs gets its worst layers back in float32, and
     one that still differs is never written.
     """
@@ -139,7 +141,7 @@ def export(
         raise click.UsageError(f"a bundle has one precision, not {' and '.join(chosen)}: export twice")
     precision: Any = chosen[0] if chosen else "fp32"
     began = time.monotonic()
-    columns = {name: given[name] for name in ("image_column", "title_column")}
+    columns = {name: given[name] for name in ("image_column", "caption_column")}
     calibration = None
     if calibration_data is not None:
         calibration = Sample(calibration_data, image_root, calibration_where, **columns)
@@ -167,7 +169,7 @@ def export(
     rows = [
         ("model", manifest.model),
         ("precision", manifest.precision),
-        ("picture", f"{manifest.image.size} px, {manifest.image.resize}"),
+        ("image", f"{manifest.image.size} px, {manifest.image.resize}"),
         ("text", f"up to {manifest.text.context_length} tokens"),
         ("embedding", str(manifest.embedding_dim)),
         ("size", f"{size / 1e6:.1f} MB"),
@@ -180,7 +182,7 @@ def export(
         click.echo(f"\nkept in float32: {', '.join(manifest.float32_layers)}")
     _show_plans(list(manifest.engines), report["plans"])
     if report["skipped"]:
-        click.echo(f"unreadable pictures: {len(report['skipped'])}, named in {made.path / 'verify.json'}", err=True)
+        click.echo(f"unreadable images: {len(report['skipped'])}, named in {made.path / 'verify.json'}", err=True)
 
 
 @main.command()
@@ -229,18 +231,18 @@ def engines(bundle: Path, **given: Any) -> None:
     clipret-export engines bundles/cars --tensorrt-rtx                  for every GPU from Ampere on, built without one
     clipret-export engines bundles/cars --tensorrt-rtx sm_89,sm_120     for these two
     """
-    from clipret_export.engines import add_plans
+    from clipret_export.engines import add_engines
 
     requests = _plan_requests(given)
     if not requests:
         raise click.UsageError("name what to build: --tensorrt or --tensorrt-rtx")
     for request in requests:
-        made, told = add_plans(bundle, request)
+        made, told = add_engines(bundle, request)
         _show_plans(list(made.manifest.engines), told)
 
 
 def _plan_requests(given: dict[str, Any]) -> list[Any]:
-    from clipret_export.engines import PlanRequest
+    from clipret_export.engines import EngineRequest
 
     try:
         batch = [int(size) for size in given["batch"].split(",")]
@@ -250,10 +252,10 @@ def _plan_requests(given: dict[str, Any]) -> list[Any]:
         ) from None
     made = []
     if given["tensorrt"]:
-        made.append(PlanRequest("tensorrt", batch=batch, timing_cache=given["timing_cache"]))
+        made.append(EngineRequest("tensorrt", batch=batch, timing_cache=given["timing_cache"]))
     if given["tensorrt_rtx"] is not None:
         cache = None if given["tensorrt"] else given["timing_cache"]  # of the two only TensorRT has one
-        made.append(PlanRequest("tensorrt_rtx", given["tensorrt_rtx"].split(","), batch, cache))
+        made.append(EngineRequest("tensorrt_rtx", given["tensorrt_rtx"].split(","), batch, cache))
     return made
 
 
@@ -270,7 +272,7 @@ def _sample(image_root: Path | None, given: dict[str, Any]) -> Any:
 
     if given["verify_data"] is None:
         return None
-    columns = {name: given[name] for name in ("image_column", "title_column")}
+    columns = {name: given[name] for name in ("image_column", "caption_column")}
     return Sample(given["verify_data"], image_root, given["verify_where"], given["verify_limit"], **columns)
 
 
@@ -303,7 +305,7 @@ def _report_table(report: dict[str, Any]) -> str:
     ]
     text = show_table(("check", "image", "text", "limit"), rows)
     text += f"\nbatches of {', '.join(map(str, report['batches']))} on {report['engine']}"
-    text += f"; {report['pictures']} pictures, {report['texts']} texts; "
+    text += f"; {report['images']} images, {report['texts']} texts; "
     text += f"agreement of the ten best {100 * report['top10_agreement']:.2f} %"
     if report["recall"]:
         shares = [

@@ -7,23 +7,23 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from clipret.backends import BACKENDS, EngineLibrary
+from clipret.backends import BACKENDS, TensorRTLibrary
 from clipret.bundle import Bundle, Engine, Manifest, file_entry
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.hardware.cuda import gpu_arch
 from clipret.inference.tensorrt import choose_engine, explain, installed
-from clipret_export.parity import LIMITS, Limits, Reference, load_reference, run_gate
+from clipret_export.parity import LIMITS, Limits, Reference, load_reference, parity_check
 from clipret_export.tensorrt import build_engines, check_request
 
-__all__ = ["PlanRequest", "add_plans", "gate_plans"]
+__all__ = ["EngineRequest", "add_engines", "check_engines"]
 
 
 @dataclass(frozen=True)
-class PlanRequest:
+class EngineRequest:
     """Which plans to build; see `build_engines`."""
 
-    library: EngineLibrary
+    library: TensorRTLibrary
     archs: Sequence[str] | None = None
     batch: Sequence[int] = (1, 64)
     timing_cache: Path | None = None
@@ -45,7 +45,7 @@ class PlanRequest:
         )
 
 
-def gate_plans(bundle: Bundle, expected: Reference, limits: Limits) -> dict[str, Any]:
+def check_engines(bundle: Bundle, expected: Reference, limits: Limits) -> dict[str, Any]:
     """Run the gate on the plans that fit this machine: library -> report, or why they could not run here.
 
     Raises ClipretError when a plan that runs here differs from torch.
@@ -63,7 +63,7 @@ def gate_plans(bundle: Bundle, expected: Reference, limits: Limits) -> dict[str,
             told[library] = f"not run: {explain(engines, versions, arch)}"
             continue
         largest = max(size for engine in engines.values() for size in engine.batch)
-        report = run_gate(bundle, expected, limits, device="cuda", engine=library, largest=largest)
+        report = parity_check(bundle, expected, limits, device="cuda", engine=library, largest=largest)
         if report.problems:
             raise ClipretError(
                 f"the {BACKENDS[library].label} plans differ from torch ({report.problem_text()}): nothing was written"
@@ -72,11 +72,11 @@ def gate_plans(bundle: Bundle, expected: Reference, limits: Limits) -> dict[str,
     return told
 
 
-def add_plans(path: Path, request: PlanRequest, limits: Limits | None = None) -> tuple[Bundle, dict[str, Any]]:
-    """Build plans into an existing bundle; also returns what `gate_plans` told. Needs no torch.
+def add_engines(path: Path, request: EngineRequest, limits: Limits | None = None) -> tuple[Bundle, dict[str, Any]]:
+    """Build plans into an existing bundle; also returns what `check_engines` told. Needs no torch.
 
     The bundle stays valid at every instant: plans count once the new manifest, written in one piece, names them. Raises
-    ClipretError for a bundle whose towers have changed, and as `PlanRequest.build` and `gate_plans` do.
+    ClipretError for a bundle whose towers have changed, and as `EngineRequest.build` and `check_engines` do.
     """
     bundle = Bundle.open(path)
     for name in ("image.onnx", "text.onnx"):
@@ -88,6 +88,6 @@ def add_plans(path: Path, request: PlanRequest, limits: Limits | None = None) ->
             files[plan.relative_to(bundle.path).as_posix()] = file_entry(plan)
     manifest = replace(bundle.manifest, files=files, engines=bundle.manifest.engines | engines)
     made = Bundle(bundle.path, manifest)
-    told = gate_plans(made, load_reference(bundle), limits or LIMITS[manifest.precision])
+    told = check_engines(made, load_reference(bundle), limits or LIMITS[manifest.precision])
     write_file(bundle.path / "bundle.json", manifest.to_json())
     return made, told

@@ -83,7 +83,7 @@ def _attention(graph: ir.Graph, softmax: ir.Node) -> bool:
 
 
 def _last_two_only(mask: ir.Value) -> bool:
-    """Whether a mask is one for all pictures and heads: of [L,L], or of ones before that."""
+    """Whether a mask is one for all images and heads: of [L,L], or of ones before that."""
     if mask.shape is None:
         made = mask.producer()  # slices of a mask keep its rank
         return (

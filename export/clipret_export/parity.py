@@ -1,6 +1,6 @@
-"""The gate: a bundle, run by the code that searches, against what torch made of the same pictures and texts.
+"""The gate: a bundle, run by the code that searches, against what torch made of the same images and texts.
 
-Nothing here needs torch. A bundle carries torch's rows for the built-in inputs (reference.npz), so that the check can
+Nothing here needs torch. A bundle carries torch's embeddings for the built-in inputs (reference.npz), so that the check can
 be repeated on any machine and engine.
 """
 
@@ -25,7 +25,7 @@ from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.pairs import PairSet
 from clipret.ranking.ranker import Ranker
-from clipret_export.samples import TEXTS, Sample, pictures
+from clipret_export.samples import TEXTS, Sample, sample_images
 
 __all__ = [
     "LIMITS",
@@ -36,8 +36,8 @@ __all__ = [
     "check_bundle",
     "data_sha256",
     "load_reference",
+    "parity_check",
     "recalls",
-    "run_gate",
 ]
 
 
@@ -48,11 +48,11 @@ _NORM = 1e-3  # in any precision: the normalisation itself is always float32
 class Limits:
     """What a tower may lose against torch in float32.
 
-    cosine: the smallest allowed of any row. relative: the largest allowed error of a built-in row as a share of how far
-    it lies from the mean of all rows: an untrained tower maps everything to nearly the same row, and then a cosine
+    cosine: the smallest allowed of any embedding. relative: the largest allowed error of a built-in embedding as a share of how far
+    it lies from the mean of all embeddings: an untrained tower maps everything to nearly the same embedding, and then a cosine
     alone proves little; None where there is no such limit. rounding: the length of an error that the precision itself
-    explains, to which `relative` does not apply (rows of an untrained MobileCLIP-S1 lie within 0.001 of each other).
-    batch: the largest allowed difference of any component of a row between batch sizes. recall_points: the largest
+    explains, to which `relative` does not apply (embeddings of an untrained MobileCLIP-S1 lie within 0.001 of each other).
+    batch: the largest allowed difference of any component of an embedding between batch sizes. recall_points: the largest
     allowed difference of recall@1, in percentage points.
     """
 
@@ -73,9 +73,9 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """torch's unit rows, float32: of the built-in pictures and texts, and of the user's where there are any.
+    """torch's unit embeddings, float32: of the built-in images and texts, and of the user's where there are any.
 
-    `pairs`: the user's pictures that could be decoded, and their titles, in the order of the rows.
+    `pairs`: the user's images that could be decoded, and their captions, in the order of the embeddings.
     """
 
     image: Embeddings
@@ -85,7 +85,7 @@ class Reference:
     data_text: Embeddings | None = None
 
     def to_bytes(self) -> bytes:
-        """The built-in rows as an .npz file; the user's pictures and titles are not put into a bundle."""
+        """The built-in embeddings as an .npz file; the user's images and captions are not put into a bundle."""
         buffer = io.BytesIO()
         np.savez(buffer, image=self.image, text=self.text, inputs=np.array(_inputs_sha256()))
         return buffer.getvalue()
@@ -93,22 +93,22 @@ class Reference:
 
 @dataclass(frozen=True)
 class TowerReport:
-    """One tower against torch: its worst row over all batch sizes, and over the user's data."""
+    """One tower against torch: its worst embedding over all batch sizes, and over the user's data."""
 
     min_cosine: float
     mean_cosine: float
     max_error: float
     relative_error: float
-    error_length: float  # of the largest error of a built-in row
+    error_length: float  # of the largest error of a built-in embedding
     batch_difference: float
-    norm_error: float  # largest difference of a row's length from 1, which no cosine shows
-    confused: int  # built-in inputs whose row is nearer to another's row of torch than to their own
+    norm_error: float  # largest difference of an embedding's length from 1, which no cosine shows
+    confused: int  # built-in inputs whose embedding is nearer to another's embedding of torch than to their own
 
 
 @dataclass
 class Report:
-    """verify.json. `top10_agreement`: the share of torch's ten best pictures of a text that the bundle has among its
-    ten. Recalls are shares of the user's titles."""
+    """verify.json. `top10_agreement`: the share of torch's ten best images of a text that the bundle has among its
+    ten. Recalls are shares of the user's captions."""
 
     precision: str
     engine: str
@@ -117,7 +117,7 @@ class Report:
     image: TowerReport
     text: TowerReport
     top10_agreement: float
-    pictures: int
+    images: int
     texts: int
     recall_torch: dict[str, float] | None = None
     recall: dict[str, float] | None = None
@@ -133,8 +133,8 @@ class Report:
 def _inputs_sha256() -> str:
     """Which built-in inputs a reference belongs to: another clipret may bring others."""
     digest = hashlib.sha256(repr(TEXTS).encode())
-    for picture in pictures():
-        digest.update(picture.tobytes())
+    for image in sample_images():
+        digest.update(image.tobytes())
     return digest.hexdigest()
 
 
@@ -143,12 +143,12 @@ def load_reference(bundle: Bundle) -> Reference:
     with np.load(bundle.file("reference.npz"), allow_pickle=False) as stored:
         if str(stored["inputs"]) != _inputs_sha256():
             raise ClipretError(
-                f"bundle {bundle.path} was checked with the pictures of another version of clipret: export it again"
+                f"bundle {bundle.path} was checked with the images of another version of clipret: export it again"
             )
         return Reference(stored["image"], stored["text"])
 
 
-def run_gate(
+def parity_check(
     bundle: Bundle,
     expected: Reference,
     limits: Limits,
@@ -157,17 +157,17 @@ def run_gate(
     engine: BackendChoice = "auto",
     largest: int = 12,
 ) -> Report:
-    """Run both towers as a search would, at batch 1, 5 and `largest` (at least 12), and compare with torch's rows.
+    """Run both towers as a search would, at batch 1, 5 and `largest` (at least 12), and compare with torch's embeddings.
 
-    A wrong row is no exception: `report.problems` is empty where the bundle may be used. Raises ClipretError when an
+    A wrong embedding is no exception: `report.problems` is empty where the bundle may be used. Raises ClipretError when an
     engine cannot be opened, or cannot run a batch at all.
     """
     batches = (1, 5, max(12, largest))
     repeat = -(-batches[-1] // len(expected.image))
-    made = (pictures() * repeat)[: batches[-1]]
+    made = (sample_images() * repeat)[: batches[-1]]
     data: dict[str, Sequence[Path | str]] = {"image": (), "text": ()}
     if expected.pairs is not None:
-        data = {"image": expected.pairs.paths, "text": expected.pairs.titles}
+        data = {"image": expected.pairs.paths, "text": expected.pairs.captions}
     reports: dict[str, TowerReport] = {}
     last: dict[str, Embeddings] = {}
     for name, builtin, items, user in (
@@ -179,7 +179,7 @@ def run_gate(
         found = []
         for size in batches:
             encoder.config = replace(encoder.config, batch_size=size)
-            # Three pictures one by one are enough: a row either depends on its batch or does not.
+            # Three images one by one are enough: an embedding either depends on its batch or does not.
             part = items if name == "text" else items[: max(size, 3)]
             found.append(_encode(encoder, name, part))
         targets = np.concatenate([builtin] * repeat)[: len(items)]
@@ -188,10 +188,10 @@ def run_gate(
             last[name] = _encode(encoder, name, data[name])
             reports[name] = _widen(reports[name], last[name], user)
         ran_on = encoder.engine_name(name)
-    ours, target = Found(last["image"], last["text"]), Found(expected.image, expected.text)
+    ours, target = TowerEmbeddings(last["image"], last["text"]), TowerEmbeddings(expected.image, expected.text)
     if expected.pairs is not None and expected.data_image is not None and expected.data_text is not None:
-        target = Found(expected.data_image, expected.data_text if expected.pairs.titles else expected.text)
-    labelled = expected.pairs is not None and expected.pairs.titles
+        target = TowerEmbeddings(expected.data_image, expected.data_text if expected.pairs.captions else expected.text)
+    labelled = expected.pairs is not None and expected.pairs.captions
     report = Report(
         precision=bundle.manifest.precision,
         engine=ran_on,
@@ -200,7 +200,7 @@ def run_gate(
         image=reports["image"],
         text=reports["text"],
         top10_agreement=_agreement(ours, target),
-        pictures=len(ours.image),
+        images=len(ours.image),
         texts=len(ours.text),
         recall_torch=recalls(target, expected.pairs) if labelled and expected.pairs is not None else None,
         recall=recalls(ours, expected.pairs) if labelled and expected.pairs is not None else None,
@@ -213,12 +213,12 @@ def run_gate(
 def check_bundle(
     bundle: Bundle, limits: Limits, *, data: Sample | None = None, device: str = "cpu", engine: BackendChoice = "auto"
 ) -> Report:
-    """Repeat the gate on this machine, with the rows and the recall of torch that the bundle carries.
+    """Repeat the gate on this machine, with the embeddings and the recall of torch that the bundle carries.
 
-    `data`: the pictures and titles that the export was checked with. Raises ClipretError for others, and as `run_gate`.
+    `data`: the images and captions that the export was checked with. Raises ClipretError for others, and as `parity_check`.
     """
     largest = max((size for plan in bundle.manifest.engines.values() for size in plan.batch), default=0)
-    report = run_gate(
+    report = parity_check(
         bundle, load_reference(bundle), limits, device=device, engine=engine, largest=largest if device != "cpu" else 0
     )
     if data is None:
@@ -230,22 +230,22 @@ def check_bundle(
     before = json.loads(bundle.file("verify.json").read_text(encoding="utf-8"))
     if before["data_sha256"] != data_sha256(kept):
         raise ClipretError(
-            f"bundle {bundle.path} was not exported with these {len(kept.paths)} pictures and {len(kept.titles)} "
-            f"titles ({before['pictures']} and {before['texts']} then): give the same --verify-data, --verify-where "
+            f"bundle {bundle.path} was not exported with these {len(kept.paths)} images and {len(kept.captions)} "
+            f"captions ({before['images']} and {before['texts']} then): give the same --verify-data, --verify-where "
             "and --verify-limit"
         )
-    report.pictures, report.texts = len(kept.paths), len(kept.titles)
-    if kept.titles:
-        image = np.concatenate([batch.rows for batch in batches])
+    report.images, report.texts = len(kept.paths), len(kept.captions)
+    if kept.captions:
+        image = np.concatenate([batch.embeddings for batch in batches])
         report.recall_torch = before["recall_torch"]
-        report.recall = recalls(Found(image, encoder.encode_texts(kept.titles)), kept)
+        report.recall = recalls(TowerEmbeddings(image, encoder.encode_texts(kept.captions)), kept)
         _judge_recall(report)
     return report
 
 
 def data_sha256(pairs: PairSet) -> str:
-    """Which pictures, by name, and titles a recall was measured with."""
-    named = [[path.name for path in pairs.paths], pairs.titles, pairs.of_picture]
+    """Which images, by name, and captions a recall was measured with."""
+    named = [[path.name for path in pairs.paths], pairs.captions, pairs.of_image]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
@@ -261,30 +261,30 @@ def _judge_recall(report: Report) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Unit rows of pictures [N,D] and of texts [M,D]."""
+class TowerEmbeddings:
+    """Unit embeddings of images [N,D] and of texts [M,D]."""
 
     image: Embeddings
     text: Embeddings
 
 
-def recalls(rows: Found, pairs: PairSet) -> dict[str, float]:
-    """recall@1/5/10 of the titles, ranked exactly over float16 rows, as a gallery holds them."""
-    metrics = evaluate(Ranker(rows.image.astype(np.float16)), rows.text, pairs.of_title())
+def recalls(embeddings: TowerEmbeddings, pairs: PairSet) -> dict[str, float]:
+    """recall@1/5/10 of the captions, ranked exactly over float16 embeddings, as a gallery holds them."""
+    metrics = evaluate(Ranker(embeddings.image.astype(np.float16)), embeddings.text, pairs.of_caption())
     return {f"recall_at_{k}": getattr(metrics, f"recall_at_{k}") for k in (1, 5, 10)}
 
 
 def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | str]) -> Embeddings:
-    """All rows of a tower; an engine that cannot run the batch at all is a ClipretError like any other."""
+    """All embeddings of a tower; an engine that cannot run the batch at all is a ClipretError like any other."""
     try:
         if name == "text":
             return encoder.encode_texts([str(item) for item in items])
-        rows = np.empty((0, encoder.bundle.manifest.embedding_dim), dtype=np.float32)
+        embeddings = np.empty((0, encoder.bundle.manifest.embedding_dim), dtype=np.float32)
         for batch in encoder.encode_images(items, lambda item: item):  # type: ignore[arg-type, return-value]
             if batch.skipped:
                 raise ClipretError(f"{batch.skipped[0][0]} could be read before and not any more: check it again")
-            rows = np.concatenate([rows, batch.rows])
-        return rows
+            embeddings = np.concatenate([embeddings, batch.embeddings])
+        return embeddings
     except ClipretError:
         raise
     except Exception as error:  # engines raise a dozen types of their own
@@ -295,10 +295,10 @@ def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | st
 
 
 def _compare(found: list[Embeddings], targets: Embeddings, builtin: Embeddings) -> TowerReport:
-    pairs = [(rows.astype(np.float64), targets[: len(rows)].astype(np.float64)) for rows in found]
-    cosines = np.concatenate([_cosines(rows, target) for rows, target in pairs])
+    pairs = [(embeddings.astype(np.float64), targets[: len(embeddings)].astype(np.float64)) for embeddings in found]
+    cosines = np.concatenate([_cosines(embeddings, target) for embeddings, target in pairs])
     centre = builtin.astype(np.float64).mean(axis=0)
-    error = max(float(np.abs(rows - target).max()) for rows, target in pairs)
+    error = max(float(np.abs(embeddings - target).max()) for embeddings, target in pairs)
     lengths = np.concatenate([np.linalg.norm(a - b, axis=1) for a, b in pairs])
     spread = np.concatenate([np.linalg.norm(b - centre, axis=1) for _, b in pairs])
     largest = found[-1]
@@ -308,28 +308,28 @@ def _compare(found: list[Embeddings], targets: Embeddings, builtin: Embeddings) 
         max_error=error,
         relative_error=float((lengths / spread).max()),
         error_length=float(lengths.max()),
-        batch_difference=max(float(np.abs(rows - largest[: len(rows)]).max()) for rows in found),
-        norm_error=max(float(np.abs(np.linalg.norm(rows, axis=1) - 1).max()) for rows, _ in pairs),
+        batch_difference=max(float(np.abs(embeddings - largest[: len(embeddings)]).max()) for embeddings in found),
+        norm_error=max(float(np.abs(np.linalg.norm(embeddings, axis=1) - 1).max()) for embeddings, _ in pairs),
         confused=_confused(largest[: len(builtin)], builtin),
     )
 
 
-def _confused(rows: Embeddings, target: Embeddings) -> int:
-    """Rows that are nearer to another input's target than to their own by more than two targets can be alike."""
-    scores = rows.astype(np.float64) @ target.T.astype(np.float64)
+def _confused(embeddings: Embeddings, target: Embeddings) -> int:
+    """Embeddings that are nearer to another input's target than to their own by more than two targets can be alike."""
+    scores = embeddings.astype(np.float64) @ target.T.astype(np.float64)
     return int((scores.argmax(axis=1) != np.arange(len(target))).sum())
 
 
-def _widen(report: TowerReport, rows: Embeddings, target: Embeddings) -> TowerReport:
-    """The report with the user's rows counted in."""
-    if not len(rows):
+def _widen(report: TowerReport, embeddings: Embeddings, target: Embeddings) -> TowerReport:
+    """The report with the user's embeddings counted in."""
+    if not len(embeddings):
         return report
-    cosines = _cosines(rows.astype(np.float64), target.astype(np.float64))
+    cosines = _cosines(embeddings.astype(np.float64), target.astype(np.float64))
     return replace(
         report,
         min_cosine=min(report.min_cosine, float(cosines.min())),
         mean_cosine=float(cosines.mean()),
-        max_error=max(report.max_error, float(np.abs(rows - target).max())),
+        max_error=max(report.max_error, float(np.abs(embeddings - target).max())),
     )
 
 
@@ -340,25 +340,27 @@ def _problems(tower: TowerReport, limits: Limits) -> list[str]:
         found.append(f"smallest cosine {tower.min_cosine:.7f}, limit {limits.cosine}")
     explained = tower.error_length <= limits.rounding
     if limits.relative is not None and not explained and not tower.relative_error <= limits.relative:
-        found.append(f"error {tower.relative_error:.2g} of the spread of the rows, limit {limits.relative}")
+        found.append(f"error {tower.relative_error:.2g} of the spread of the embeddings, limit {limits.relative}")
     if not tower.batch_difference <= limits.batch:
-        found.append(f"a row changes by {tower.batch_difference:.2g} with its batch, limit {limits.batch}")
+        found.append(f"an embedding changes by {tower.batch_difference:.2g} with its batch, limit {limits.batch}")
     if not tower.norm_error <= _NORM:
-        found.append(f"a row's length differs from 1 by {tower.norm_error:.2g}, limit {_NORM}")
+        found.append(f"an embedding's length differs from 1 by {tower.norm_error:.2g}, limit {_NORM}")
     if limits.relative is not None and tower.confused and not explained:
         found.append(f"{tower.confused} of the check's inputs are taken for another")
     return found
 
 
-def _agreement(found: Found, target: Found) -> float:
-    """Share of torch's ten best pictures of a text that are among the ten best of the bundle, mean over the texts."""
+def _agreement(found: TowerEmbeddings, target: TowerEmbeddings) -> float:
+    """Share of torch's ten best images of a text that are among the ten best of the bundle, mean over the texts."""
     if not len(target.text):
         return 1.0
     k = min(10, len(target.image))
     shares = []
     for start in range(0, len(target.text), 256):
         part = slice(start, start + 256)
-        ours, theirs = (np.argsort(-(rows.text[part] @ rows.image.T), axis=1)[:, :k] for rows in (found, target))
+        ours, theirs = (
+            np.argsort(-(embeddings.text[part] @ embeddings.image.T), axis=1)[:, :k] for embeddings in (found, target)
+        )
         shares += [len(set(a) & set(b)) / k for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
     return float(np.mean(shares))
 

@@ -19,13 +19,13 @@ from clipret.errors import ClipretError
 from clipret.files import new_folder
 from clipret.pairs import PairSet
 from clipret_export.calibration import observe, overflows
-from clipret_export.engines import PlanRequest, gate_plans
+from clipret_export.engines import EngineRequest, check_engines
 from clipret_export.fusion import fuse
 from clipret_export.graph import write_onnx
-from clipret_export.parity import LIMITS, Limits, Reference, Report, data_sha256, run_gate
+from clipret_export.parity import LIMITS, Limits, Reference, Report, data_sha256, parity_check
 from clipret_export.precision import convert
 from clipret_export.reference import inputs, reference, texts
-from clipret_export.samples import TEXTS, Sample, pictures
+from clipret_export.samples import TEXTS, Sample, sample_images
 from clipret_export.sensitivity import costs, worst
 from clipret_export.towers import ImageTower, TextTower, rewrite
 from clipret_training.choices import Tower
@@ -35,7 +35,7 @@ __all__ = ["export_bundle"]
 
 _PARTS = ("bundle.json", "*.onnx", "*.onnx.data", "tokenizer.json", "reference.npz", "verify.json", "engines")
 _ATTEMPTS = 3
-_CALIBRATION = 64  # pictures and titles: with more, the ranges hardly change
+_CALIBRATION = 64  # images and captions: with more, the ranges hardly change
 _COSTS = 12  # pairs of inputs that the layers' costs are measured with, spread over all of them
 _HALF_CHECK = 4  # inputs that run in torch's own half precision
 
@@ -48,7 +48,7 @@ class _Plan:
     report: Report | None = None
     nodes: dict[Tower, int] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=dict)  # of the last attempt, by tower
-    skipped: dict[Path, str] = field(default_factory=dict)  # calibration pictures that cannot be read, and why
+    skipped: dict[Path, str] = field(default_factory=dict)  # calibration images that cannot be read, and why
     losses: dict[str, float] = field(default_factory=dict)  # 1 - cosine of a tower that missed its limits
 
 
@@ -61,12 +61,12 @@ def export_bundle(
     limits: Limits | None = None,
     verify_data: Sample | None = None,
     calibration_data: Sample | None = None,
-    plans: Sequence[PlanRequest] = (),
+    plans: Sequence[EngineRequest] = (),
     fused: bool = False,
 ) -> Bundle:
     """Export `source` (see `load_model`) to the bundle folder `out`.
 
-    `verify_data`: pictures, with titles for a recall, that the towers are checked with beside the built-in ones.
+    `verify_data`: images, with captions for a recall, that the towers are checked with beside the built-in ones.
     `calibration_data`: what int8 takes its ranges from; half of `verify_data` unless given, which then is not checked
     with. `plans`: TensorRT plans to build, which are checked as well where a GPU here can run them. `fused`: the towers
     in onnxruntime's own operators (see `clipret_export.fusion`), which no other engine reads; fp32 and fp16 only.
@@ -86,13 +86,13 @@ def export_bundle(
     calibration = calibration_data.read() if calibration_data is not None else None
     if precision == "int8" and calibration is None:
         if checked is None:
-            raise ClipretError("int8 takes its ranges from pictures and titles like yours: give --calibration-data")
+            raise ClipretError("int8 takes its ranges from images and captions like yours: give --calibration-data")
         count = len(checked.paths)
         if count < 2:
-            raise ClipretError("one picture cannot both calibrate int8 and check it: give more, or --calibration-data")
+            raise ClipretError("one image cannot both calibrate int8 and check it: give more, or --calibration-data")
         calibration, checked = checked.subset(range(0, count, 2)), checked.subset(range(1, count, 2))
-    if calibration is not None and not calibration.titles:
-        told = "the calibration data have no titles: int8 takes the text tower's ranges from built-in texts"
+    if calibration is not None and not calibration.captions:
+        told = "the calibration data have no captions: int8 takes the text tower's ranges from built-in texts"
         warnings.warn(told, stacklevel=2)
     # The folder first: a wrong place should not cost a model's loading.
     out = out.absolute()
@@ -119,7 +119,7 @@ def export_bundle(
             bundle = _write_manifest(folder, manifest)
             if not plan.problems:
                 stage("checking the bundle")
-                plan.report = run_gate(bundle, expected, limits)
+                plan.report = parity_check(bundle, expected, limits)
                 plan.problems = plan.report.problems
                 plan.losses.update({kind: 1 - getattr(plan.report, kind).min_cosine for kind in plan.problems})
             if not plan.problems:
@@ -137,7 +137,7 @@ def export_bundle(
             "data_sha256": None if expected.pairs is None else data_sha256(expected.pairs),
             "float32_layers": manifest.float32_layers,
             "skipped": [[str(path), reason] for path, reason in [*skipped, *plan.skipped.items()]],
-            "plans": gate_plans(_write_manifest(folder, manifest), expected, limits) if plans else {},
+            "plans": check_engines(_write_manifest(folder, manifest), expected, limits) if plans else {},
         }
         (folder / "verify.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _write_manifest(folder, manifest)
@@ -190,7 +190,7 @@ def _write_towers(
     own = None
     if calibration is not None:
         own = calibration.subset(range(0, len(calibration.paths), max(1, len(calibration.paths) // _CALIBRATION)))
-    samples = {"image": inputs(loaded, pictures()), "text": texts(loaded, TEXTS)}
+    samples = {"image": inputs(loaded, sample_images()), "text": texts(loaded, TEXTS)}
     size, length = loaded.image.size, loaded.text.context_length
     examples = {
         "image": torch.zeros(2, size, size, 3, dtype=torch.uint8),
@@ -210,11 +210,11 @@ def _write_towers(
             seen = list(samples[kind])
             if own is not None:
                 unreadable: dict[int, str] = {}
-                seen += inputs(loaded, own.paths, unreadable) if kind == "image" else texts(loaded, own.titles)
+                seen += inputs(loaded, own.paths, unreadable) if kind == "image" else texts(loaded, own.captions)
                 plan.skipped |= {own.paths[at]: reason for at, reason in unreadable.items()}
                 if len(unreadable) == len(own.paths):
                     raise ClipretError(
-                        f"none of the {len(own.paths)} pictures for calibration can be read, for example "
+                        f"none of the {len(own.paths)} images for calibration can be read, for example "
                         f"{own.paths[0]}: {unreadable[0]}; check the list and --image-root"
                     )
             _lower(tower, kind, precision, seen, plan, limits)
@@ -257,8 +257,8 @@ def _run_in_torch(
     if precision == "int8":
         return
     with torch.inference_mode():
-        rows = tower(batch)
-    cosine = float((rows * torch.from_numpy(target[: len(rows)])).sum(dim=1).min())
+        embeddings = tower(batch)
+    cosine = float((embeddings * torch.from_numpy(target[: len(embeddings)])).sum(dim=1).min())
     if not cosine >= limits.cosine:
         plan.losses[kind] = 1 - cosine
         plan.problems[kind] = [f"smallest cosine {cosine:.7f} in torch's {precision}, limit {limits.cosine}"]

@@ -52,7 +52,7 @@ class _CastEmbedding(_Cast, nn.Embedding):
 class _Int8(nn.Module):
     """A layer of int8 weights, one scale a channel, whose input has one fixed scale and zero point: static QDQ.
 
-    The scale of the input is a constant of the graph, so that no row depends on what else is in its batch, as it does
+    The scale of the input is a constant of the graph, so that no embedding depends on what else is in its batch, as it does
     where the scale is taken from the batch (dynamic quantisation). Exports only; it does not run in torch.
     """
 
@@ -62,7 +62,7 @@ class _Int8(nn.Module):
     scale: Tensor
     zero: Tensor
 
-    def quantise(self, ranges: Ranges) -> None:
+    def quantize(self, ranges: Ranges) -> None:
         weight, scale = _int8_weight(self.weight.data)
         del self.weight
         self.register_buffer("weight", weight)
@@ -76,8 +76,8 @@ class _Int8(nn.Module):
 
 
 class _Int8Linear(_Int8, nn.Linear):
-    def quantise(self, ranges: Ranges) -> None:
-        super().quantise(ranges)
+    def quantize(self, ranges: Ranges) -> None:
+        super().quantize(ranges)
         self.weight = self.weight.t().contiguous()  # as MatMul takes it: [in,out]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ class _Int8Conv2d(_Int8, nn.Conv2d):
     out_scale: Tensor
     out_zero: Tensor
 
-    def quantise(self, ranges: Ranges) -> None:
-        super().quantise(ranges)
+    def quantize(self, ranges: Ranges) -> None:
+        super().quantize(ranges)
         step, zero = ranges.output_uint8()
         self.register_buffer("out_scale", torch.tensor(step))
         self.register_buffer("out_zero", torch.tensor(zero, dtype=torch.uint8))
@@ -162,7 +162,7 @@ def convert(model: nn.Module, precision: Precision, ranges: dict[str, Ranges], k
         cast, int8 = _KINDS[kind]
         if precision == "int8" and int8 is not None:
             module.__class__ = int8
-            module.quantise(ranges[name])  # type: ignore[operator]
+            module.quantize(ranges[name])  # type: ignore[operator]
         else:
             module.__class__ = cast
             module.to(FLOATS.get(precision, torch.float16))

@@ -14,11 +14,11 @@ from clipret.arrays import Embeddings
 from clipret.console import progress
 from clipret.errors import ClipretError
 from clipret.images.decode import load
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.inference.tokenizer import Tokenizer
 from clipret.pairs import PairSet
 from clipret_export.parity import Reference
-from clipret_export.samples import TEXTS, pictures
+from clipret_export.samples import TEXTS, sample_images
 from clipret_training.models import LoadedModel
 
 __all__ = ["inputs", "reference", "texts"]
@@ -30,7 +30,7 @@ Batches = list[Tensor]
 def reference(loaded: LoadedModel, pairs: PairSet | None = None) -> tuple[Reference, list[tuple[Path, str]]]:
     """Embeddings by the model's own encode_image and encode_text, texts at full context length.
 
-    Also returns the pictures of `pairs` that could not be decoded, with the reason; they are left out.
+    Also returns the images of `pairs` that could not be decoded, with the reason; they are left out.
     """
     model = loaded.model.float().eval()
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (loaded.mean, loaded.std))
@@ -42,53 +42,53 @@ def reference(loaded: LoadedModel, pairs: PairSet | None = None) -> tuple[Refere
     def text(tokens: Tensor) -> Tensor:
         return F.normalize(model.encode_text(tokens), dim=-1)  # type: ignore[operator]
 
-    image_rows = _rows(image, inputs(loaded, pictures()), "")
-    text_rows = _rows(text, _texts(loaded, TEXTS), "")
+    image_embeddings = _embeddings(image, inputs(loaded, sample_images()), "")
+    text_embeddings = _embeddings(text, _texts(loaded, TEXTS), "")
     if pairs is None:
-        return Reference(image_rows, text_rows), []
+        return Reference(image_embeddings, text_embeddings), []
     skipped: dict[int, str] = {}
-    data_image = _rows(image, inputs(loaded, pairs.paths, skipped), "pictures in torch")
+    data_image = _embeddings(image, inputs(loaded, pairs.paths, skipped), "images in torch")
     if len(skipped) == len(pairs.paths):
         raise ClipretError(
-            f"none of the {len(skipped)} pictures to check with can be read, for example {pairs.paths[0]}: "
+            f"none of the {len(skipped)} images to check with can be read, for example {pairs.paths[0]}: "
             f"{skipped[0]}; check --image-root"
         )
     kept = pairs.subset([at for at in range(len(pairs.paths)) if at not in skipped])
-    data_text = _rows(text, _texts(loaded, kept.titles), "titles in torch")
+    data_text = _embeddings(text, _texts(loaded, kept.captions), "captions in torch")
     named = [(pairs.paths[at], reason) for at, reason in skipped.items()]
-    return Reference(image_rows, text_rows, kept, data_image, data_text), named
+    return Reference(image_embeddings, text_embeddings, kept, data_image, data_text), named
 
 
 def inputs(loaded: LoadedModel, items: Sequence[Image.Image | Path], skipped: dict[int, str] | None = None) -> Batches:
-    """Pictures as uint8 [B,S,S,3]; unreadable ones go into `skipped` by their position, or raise PictureError."""
+    """Images as uint8 [B,S,S,3]; unreadable ones go into `skipped` by their position, or raise ImageError."""
     pixels: list[npt.NDArray[np.uint8]] = []
     for at, item in enumerate(items):
         try:
             pixels.append(load(item, loaded.image))
-        except PictureError as error:
+        except ImageError as error:
             if skipped is None:
                 raise
             skipped[at] = str(error)
     return [torch.from_numpy(np.stack(pixels[at : at + _BATCH])) for at in range(0, len(pixels), _BATCH)]
 
 
-def texts(loaded: LoadedModel, titles: Sequence[str]) -> Batches:
-    """Titles as int64 [B,L], each batch as long as its longest where the model allows it."""
+def texts(loaded: LoadedModel, captions: Sequence[str]) -> Batches:
+    """Captions as int64 [B,L], each batch as long as its longest where the model allows it."""
     tokenize = Tokenizer(loaded.tokenizer_json, loaded.text)
-    return [torch.from_numpy(tokenize(titles[at : at + _BATCH])) for at in range(0, len(titles), _BATCH)]
+    return [torch.from_numpy(tokenize(captions[at : at + _BATCH])) for at in range(0, len(captions), _BATCH)]
 
 
-def _texts(loaded: LoadedModel, titles: Sequence[str]) -> Batches:
-    """Titles as int64 [B, context length]: what the model was trained on, trimmed by nobody."""
-    short = [loaded.text.context_length - batch.shape[1] for batch in texts(loaded, titles)]
+def _texts(loaded: LoadedModel, captions: Sequence[str]) -> Batches:
+    """Captions as int64 [B, context length]: what the model was trained on, trimmed by nobody."""
+    short = [loaded.text.context_length - batch.shape[1] for batch in texts(loaded, captions)]
     return [
         F.pad(batch, (0, missing), value=loaded.text.pad_id)
-        for batch, missing in zip(texts(loaded, titles), short, strict=True)
+        for batch, missing in zip(texts(loaded, captions), short, strict=True)
     ]
 
 
-def _rows(encode: Callable[[Tensor], Tensor], batches: Batches, desc: str) -> Embeddings:
+def _embeddings(encode: Callable[[Tensor], Tensor], batches: Batches, desc: str) -> Embeddings:
     shown = progress(batches, desc=desc, unit="batch") if desc else batches
     with torch.inference_mode():
-        rows = [encode(batch) for batch in shown]
-    return torch.cat(rows).numpy() if rows else np.empty((0, 0), dtype=np.float32)
+        embeddings = [encode(batch) for batch in shown]
+    return torch.cat(embeddings).numpy() if embeddings else np.empty((0, 0), dtype=np.float32)

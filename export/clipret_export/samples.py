@@ -1,4 +1,4 @@
-"""What an export is checked with: pictures and texts that everyone has, and the user's own."""
+"""What an export is checked with: images and texts that everyone has, and the user's own."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from clipret.errors import ClipretError
-from clipret.images.walk import find_pictures
+from clipret.images.walk import find_images
 from clipret.pairs import PairSet, read_pairs
 
-__all__ = ["TEXTS", "Sample", "pictures"]
+__all__ = ["TEXTS", "Sample", "sample_images"]
 
 TEXTS = (
     "red",
@@ -25,8 +25,8 @@ TEXTS = (
 _SIZES = [(320, 200), (90, 251), (640, 64), (33, 77), (500, 499), (224, 180)]
 
 
-def pictures(count: int = 12) -> list[Image.Image]:
-    """Pictures, none of them square: smooth colour fields with hard-edged shapes and noise, always the same."""
+def sample_images(count: int = 12) -> list[Image.Image]:
+    """ImageReader, none of them square: smooth colour fields with hard-edged shapes and noise, always the same."""
     made = []
     for number in range(count):
         width, height = _SIZES[number % len(_SIZES)]
@@ -41,9 +41,9 @@ def pictures(count: int = 12) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Sample:
-    """The user's pictures, with titles where a list has them: `source` is a folder of pictures or a list.
+    """The user's images, with captions where a list has them: `source` is a folder of images or a list.
 
-    `limit`: at most so many pictures, spread evenly over all of them.
+    `limit`: at most so many images, spread evenly over all of them.
     """
 
     source: Path
@@ -51,17 +51,17 @@ class Sample:
     where: str | None = None
     limit: int = 1000
     image_column: str | None = None
-    title_column: str | None = None
+    caption_column: str | None = None
 
     def read(self) -> PairSet:
-        """Raises ClipretError as `find_pictures` and `read_pairs` do, and when nothing is left."""
+        """Raises ClipretError as `find_images` and `read_pairs` do, and when nothing is left."""
         if self.source.is_dir():
-            found = find_pictures(self.source)
+            found = find_images(self.source)
             pairs = PairSet(tuple(found), (), ((),) * len(found))
         else:
-            columns = {"image_column": self.image_column, "title_column": self.title_column}
+            columns = {"image_column": self.image_column, "caption_column": self.caption_column}
             pairs = read_pairs(self.source, image_root=self.image_root, where=self.where, **columns)
         if not pairs.paths:
-            raise ClipretError(f"{self.source} holds no pictures to check with: look at its --where")
+            raise ClipretError(f"{self.source} holds no images to check with: look at its --where")
         step = max(1.0, len(pairs.paths) / self.limit)
         return pairs.subset([int(at * step) for at in range(min(self.limit, len(pairs.paths)))])

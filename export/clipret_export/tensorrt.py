@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipret.backends import BACKENDS, EngineLibrary
+from clipret.backends import BACKENDS, TensorRTLibrary
 from clipret.bundle import Engine, Manifest
 from clipret.console import stages
 from clipret.errors import ClipretError
@@ -33,7 +33,7 @@ Profile = tuple[Shape, Shape, Shape]  # smallest, tuned for, largest
 def build_engines(
     folder: Path,
     manifest: Manifest,
-    library: EngineLibrary,
+    library: TensorRTLibrary,
     *,
     archs: Sequence[str] | None = None,
     batch: Sequence[int] = (1, 64),
@@ -67,7 +67,7 @@ def build_engines(
 
 
 def check_request(
-    library: EngineLibrary, archs: Sequence[str] | None, batch: Sequence[int], timing_cache: Path | None
+    library: TensorRTLibrary, archs: Sequence[str] | None, batch: Sequence[int], timing_cache: Path | None
 ) -> list[str]:
     """The architectures that `build_engines` would build for. Raises ClipretError for what it would refuse at once."""
     trt = load_library(library)
@@ -78,7 +78,7 @@ def check_request(
     return _architectures(trt, library, archs)
 
 
-def tower_profiles(kind: str, manifest: Manifest, sizes: Sequence[int], library: EngineLibrary) -> list[Profile]:
+def tower_profiles(kind: str, manifest: Manifest, sizes: Sequence[int], library: TensorRTLibrary) -> list[Profile]:
     """The optimisation profiles of a tower, by ascending batch.
 
     TensorRT picks its kernels by timing them at one shape a profile, so each batch size gets its own. TensorRT for RTX
@@ -103,7 +103,7 @@ def tower_profiles(kind: str, manifest: Manifest, sizes: Sequence[int], library:
     ]
 
 
-def _architectures(trt: Any, library: EngineLibrary, archs: Sequence[str] | None) -> list[str]:
+def _architectures(trt: Any, library: TensorRTLibrary, archs: Sequence[str] | None) -> list[str]:
     """`archs` checked, or the default, each once."""
     if library == "tensorrt":
         here = gpu_arch()
@@ -125,7 +125,7 @@ def _architectures(trt: Any, library: EngineLibrary, archs: Sequence[str] | None
 
 def _build(
     trt: Any,
-    library: EngineLibrary,
+    library: TensorRTLibrary,
     source: Path,
     arch: str,
     profiles: list[Profile],
@@ -167,7 +167,7 @@ def _build(
     return plan
 
 
-def _refusal(trt: Any, library: EngineLibrary, source: Path, parser: Any) -> str:
+def _refusal(trt: Any, library: TensorRTLibrary, source: Path, parser: Any) -> str:
     who = f"{BACKENDS[library].label} {trt.__version__}"
     if not parser.num_errors:
         return f"{who} cannot read {source}: is it whole? Export the model again"

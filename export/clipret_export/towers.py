@@ -1,4 +1,4 @@
-"""The two towers as torch modules that take what the bundle promises: uint8 pictures, int64 token ids.
+"""The two towers as torch modules that take what the bundle promises: uint8 images, int64 token ids.
 
 `rewrite` replaces what exports badly or computes more than the embedding needs; the embedding stays the same to 1e-6.
 """
@@ -120,7 +120,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainAttentionPool(nn.Module):
-    """open_clip's AttentionPool2d, whose only query is the mean of the picture: float32 [B,C,h,w] -> [B,D]."""
+    """open_clip's AttentionPool2d, whose only query is the mean of the image: float32 [B,C,h,w] -> [B,D]."""
 
     def __init__(self, packed: AttentionPool2d) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from clipret.gallery.embeddings import open_embeddings
     from clipret.gallery.gallery import Gallery
     from clipret.gallery.transfer import export_gallery, import_embeddings
-    from clipret.images.walk import PictureError
-    from clipret.indexing.index import IndexReport, index_pictures
+    from clipret.images.walk import ImageError
+    from clipret.indexing.index import IndexReport, index_images
     from clipret.inference.config import EncoderConfig
     from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
     from clipret.inference.tokenizer import Tokenizer
@@ -34,12 +34,12 @@ __all__ = [
     "EncoderConfig",
     "Gallery",
     "Hit",
+    "ImageError",
     "ImageSpec",
     "IndexReport",
     "Manifest",
     "Metrics",
     "Part",
-    "PictureError",
     "Query",
     "Ranker",
     "Searcher",
@@ -49,7 +49,7 @@ __all__ = [
     "compact_gallery",
     "export_gallery",
     "import_embeddings",
-    "index_pictures",
+    "index_images",
     "open_embeddings",
     "open_source",
 ]
@@ -64,8 +64,8 @@ __getattr__ = lazy_face(
         "gallery.embeddings": ["open_embeddings"],
         "gallery.gallery": ["Gallery"],
         "gallery.transfer": ["export_gallery", "import_embeddings"],
-        "images.walk": ["PictureError"],
-        "indexing.index": ["IndexReport", "index_pictures"],
+        "images.walk": ["ImageError"],
+        "indexing.index": ["IndexReport", "index_images"],
         "inference.config": ["EncoderConfig"],
         "inference.encoder": ["EncodeStats", "EncodedBatch", "Encoder"],
         "inference.tokenizer": ["Tokenizer"],

@@ -2,11 +2,11 @@
 
 from typing import Literal, NamedTuple, get_args
 
-__all__ = ["BACKENDS", "ENGINE_LIBRARIES", "Backend", "BackendChoice", "EngineLibrary"]
+__all__ = ["BACKENDS", "TENSORRT_LIBRARIES", "Backend", "BackendChoice", "TensorRTLibrary"]
 
 Backend = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
 BackendChoice = Literal["auto", Backend]
-EngineLibrary = Literal["tensorrt", "tensorrt_rtx"]
+TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
 """Those that build TensorRT engines and run them."""
 
 
@@ -21,4 +21,4 @@ BACKENDS: dict[Backend, _Facts] = {
     "tensorrt": _Facts("TensorRT", "tensorrt"),
     "tensorrt_rtx": _Facts("TensorRT for RTX", "tensorrt-rtx"),
 }
-ENGINE_LIBRARIES: tuple[EngineLibrary, ...] = get_args(EngineLibrary)
+TENSORRT_LIBRARIES: tuple[TensorRTLibrary, ...] = get_args(TensorRTLibrary)

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, Self
 
 import msgspec
 
-from clipret.backends import EngineLibrary
+from clipret.backends import TensorRTLibrary
 from clipret.errors import ClipretError
 from clipret.schema import Amount, Count, Hash, checked
 
@@ -45,7 +45,7 @@ Resize = Literal["shortest", "longest", "squash"]
 
 
 class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a picture becomes uint8 [size,size,3]. What is arithmetic (mean, std) is in the graph instead.
+    """How an image becomes uint8 [size,size,3]. What is arithmetic (mean, std) is in the graph instead.
 
     resize: `shortest` scales the short side to `size` and crops the centre, `longest` scales the long side
     and pads to a square with `fill`, `squash` ignores the aspect ratio.
@@ -55,7 +55,7 @@ class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resize: Resize = "shortest"
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     fill: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
-    exif: bool = False  # turn the picture as its EXIF tag says; the reference preprocessings do not
+    exif: bool = False  # turn the image as its EXIF tag says; the reference preprocessings do not
 
 
 class TextSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,7 +83,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a folder `engines/KEY` was built by and for: a plan runs with this library and version and on this
     architecture only. `batch`: the batch sizes it was tuned for, ascending; it takes any up to the last."""
 
-    library: EngineLibrary
+    library: TensorRTLibrary
     version: str
     arch: Annotated[str, msgspec.Meta(pattern=r"^sm_\d+\+?$")]  # of the GPU, as sm_89; with + for later ones too
     batch: Annotated[list[Count], msgspec.Meta(min_length=1)]
@@ -164,7 +164,7 @@ class Bundle:
     def fingerprint(self) -> str:
         """Hash over everything that decides an embedding (hex, 64 digits).
 
-        Two bundles with the same fingerprint give the same rows for the same pictures and texts, so a gallery
+        Two bundles with the same fingerprint give the same rows for the same images and texts, so a gallery
         accepts either; the report, the path and the name of the source do not count. Neither do TensorRT plans: they
         are built from the same graphs, as every other engine's kernels are, and may be added later.
         """

@@ -34,7 +34,7 @@ class Group(click.Group):
 
         with warnings.catch_warnings():
             warnings.showwarning = show  # type: ignore[assignment]
-            # Pillow warns of oddities of single pictures; those that matter are errors (see clipret.images.decode).
+            # Pillow warns of oddities of single images; those that matter are errors (see clipret.images.decode).
             warnings.filterwarnings("ignore", module=r"PIL\.")
             try:
                 return super().main(*args, **kwargs)

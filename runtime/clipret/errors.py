@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-__all__ = ["ClipretError", "EngineWarning", "one_line", "printable", "require"]
+__all__ = ["BackendWarning", "ClipretError", "one_line", "printable", "require"]
 
 
 class ClipretError(Exception):
@@ -14,7 +14,7 @@ class ClipretError(Exception):
     """
 
 
-class EngineWarning(UserWarning):
+class BackendWarning(UserWarning):
     """Something slower runs than was hoped for: an engine that does not fit this machine, CUDA graphs that fail."""
 
 

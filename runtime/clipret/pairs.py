@@ -1,4 +1,4 @@
-"""Lists of pictures and titles, many to many: training learns from them, the check of an export measures with them."""
+"""Lists of images and captions, many to many: training learns from them, the check of an export measures with them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,35 +12,35 @@ __all__ = ["PairSet", "read_pairs"]
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pictures and titles, many to many: `of_picture[i]` are the positions in `titles` that belong to `paths[i]`.
+    """Images and captions, many to many: `of_image[i]` are the positions in `captions` that belong to `paths[i]`.
 
-    Every picture is named once and every title text is kept once, so that rows with the same picture or the same
-    title are each other's positives by construction.
+    Every image is named once and every caption text is kept once, so that rows with the same image or the same
+    caption are each other's positives by construction.
     """
 
     paths: tuple[Path, ...]
-    titles: tuple[str, ...]
-    of_picture: tuple[tuple[int, ...], ...]
+    captions: tuple[str, ...]
+    of_image: tuple[tuple[int, ...], ...]
 
     def subset(self, keep: Sequence[int]) -> "PairSet":
-        """The pictures at these positions, with only their own titles."""
+        """The images at these positions, with only their own captions."""
         new: dict[int, int] = {}
-        for picture in keep:
-            for title in self.of_picture[picture]:
-                new.setdefault(title, len(new))
+        for image in keep:
+            for caption in self.of_image[image]:
+                new.setdefault(caption, len(new))
         return PairSet(
-            tuple(self.paths[picture] for picture in keep),
-            tuple(self.titles[title] for title in new),
-            tuple(tuple(new[title] for title in self.of_picture[picture]) for picture in keep),
+            tuple(self.paths[image] for image in keep),
+            tuple(self.captions[caption] for caption in new),
+            tuple(tuple(new[caption] for caption in self.of_image[image]) for image in keep),
         )
 
-    def of_title(self) -> list[list[int]]:
-        """For each title the positions of its pictures."""
-        pictures: list[list[int]] = [[] for _ in self.titles]
-        for picture, titles in enumerate(self.of_picture):
-            for title in titles:
-                pictures[title].append(picture)
-        return pictures
+    def of_caption(self) -> list[list[int]]:
+        """For each caption the positions of its images."""
+        images: list[list[int]] = [[] for _ in self.captions]
+        for image, captions in enumerate(self.of_image):
+            for caption in captions:
+                images[caption].append(image)
+        return images
 
 
 def read_pairs(
@@ -48,25 +48,25 @@ def read_pairs(
     *,
     image_root: Path | None = None,
     image_column: str | None = None,
-    title_column: str | None = None,
+    caption_column: str | None = None,
     where: str | None = None,
 ) -> PairSet:
-    """Read a CSV, TSV or JSONL list with one picture and one title a row.
+    """Read a CSV, TSV or JSONL list with one image and one caption a row.
 
-    Pictures are relative to `image_root`, by default the list's folder; columns are detected when not named.
-    Raises ClipretError as `read_table` and `pick_column` do, and for an empty picture or title.
+    Images are relative to `image_root`, by default the list's folder; columns are detected when not named.
+    Raises ClipretError as `read_table` and `pick_column` do, and for an empty image or caption.
     """
     table = read_table(path, where)
-    image, title = pick_column(table, image_column, "image"), pick_column(table, title_column, "title")
+    image, caption = pick_column(table, image_column, "image"), pick_column(table, caption_column, "caption")
     root = image_root or path.parent
-    titles: dict[str, int] = {}
-    of_picture: dict[str, dict[int, None]] = {}
+    captions: dict[str, int] = {}
+    of_image: dict[str, dict[int, None]] = {}
     for row in table.rows:
-        name, text = row[image].strip(), row[title].strip()
+        name, text = row[image].strip(), row[caption].strip()
         if not name or not text:
             raise ClipretError(
-                f"{path} has a row with an empty {title if name else image} ({text or name or 'both are empty'}): "
+                f"{path} has a row with an empty {caption if name else image} ({text or name or 'both are empty'}): "
                 "remove it, or leave it out with --where"
             )
-        of_picture.setdefault(name, {})[titles.setdefault(text, len(titles))] = None
-    return PairSet(tuple(root / name for name in of_picture), tuple(titles), tuple(map(tuple, of_picture.values())))
+        of_image.setdefault(name, {})[captions.setdefault(text, len(captions))] = None
+    return PairSet(tuple(root / name for name in of_image), tuple(captions), tuple(map(tuple, of_image.values())))

@@ -1,4 +1,4 @@
-"""Lists of pictures and captions: CSV, TSV and JSON lines, with columns named or detected."""
+"""Lists of images and captions: CSV, TSV and JSON lines, with columns named or detected."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ OWN_COLUMNS = {"id": int, "path": str, "size": int, "mtime_ns": int, "hash": str
 
 _NAMES = {
     "image": ("path", "filepath", "file_path", "image", "image_path", "filename", "file_name", "file", "img"),
-    "title": ("title", "caption", "text", "query", "sentence"),
+    "caption": ("caption", "title", "text", "query", "sentence"),
 }
 
 _INTEGER = re.compile(r"\s*[+-]?\d+\s*", re.ASCII)
@@ -64,8 +64,8 @@ def read_table(path: str | Path, where: str | None = None) -> Table:
     return Table(path, columns, rows)
 
 
-def pick_column(table: Table, given: str | None, kind: Literal["image", "title"]) -> str:
-    """The column that holds the pictures' paths or their titles: `given`, or the first usual name.
+def pick_column(table: Table, given: str | None, kind: Literal["image", "caption"]) -> str:
+    """The column that holds the images' paths or their captions: `given`, or the first usual name.
 
     Raises ClipretError that lists the columns there are.
     """

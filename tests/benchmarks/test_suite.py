@@ -80,12 +80,12 @@ def test_every_script_is_a_question() -> None:
 
 
 def test_which_figures_are_better_large() -> None:
-    assert direction(("batches", "batch 8", "fp32", "pictures_a_second")) == "higher"
+    assert direction(("batches", "batch 8", "fp32", "images_a_second")) == "higher"
     assert direction(("cone", "1 queries", "ms_a_query", "clipret")) == "lower"
     assert direction(("query", "cold", "cpu_seconds_median")) == "lower"
     assert direction(("rows",)) is None
     assert is_peer(("1 queries", "ms_a_query", "faiss flat"))
-    assert is_peer(("batches", "batch 8", "open_clip compiled", "pictures_a_second"))
+    assert is_peer(("batches", "batch 8", "open_clip compiled", "images_a_second"))
     assert not is_peer(("1 queries", "ms_a_query", "clipret"))
     named = {
         figure.name for figure in figures("export", {"exports": [{"model": "B", "precision": "fp16", "seconds": 3}]})
@@ -159,11 +159,11 @@ def test_the_gpu_questions_in_their_reduced_form(tmp_path: Path) -> None:
         assert asked["ranking"]["results"]["ranking"][form]["same as the CPU's"] is True
     towers = asked["towers ViT-B-32"]["results"]["towers ViT-B-32"]
     assert not towers["failed"]
-    assert towers["gflop_a_picture"] == pytest.approx(8.23, abs=0.01)
+    assert towers["gflop_a_image"] == pytest.approx(8.23, abs=0.01)
     for way in ("onnxruntime", "onnxruntime, fused"):
         assert towers["parity"][way]["cosine_to_cpu"] > 0.999
-        assert towers["batch 3"][way]["pictures_a_second"] > 0
-        assert towers["batch 3"][way]["pictures_a_device_second"] > 0
+        assert towers["batch 3"][way]["images_a_second"] > 0
+        assert towers["batch 3"][way]["images_a_device_second"] > 0
     aimed = {row["what"]: row for row in asked["goals"]["results"]["goals"]["goals"]}
     assert aimed["ViT-B-32, of the matrix peak"]["goal"] == 0.45
     assert aimed["results as the CPU's"]["reached"] is True
@@ -171,7 +171,7 @@ def test_the_gpu_questions_in_their_reduced_form(tmp_path: Path) -> None:
     kernels = asked["attention"]["results"]["attention"]
     assert kernels["image"]["nodes by provider"].keys() == {"CPUExecutionProvider"}
     assert kernels["image"]["flash"] is False
-    assert asked["decode"]["results"]["decode"]["pillow"]["end_to_end_pictures_a_second"] > 0
+    assert asked["decode"]["results"]["decode"]["pillow"]["end_to_end_images_a_second"] > 0
 
 
 def test_one_gpu_question_that_fails_leaves_the_others(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from clipret.bundle import Bundle, file_entry
 from clipret.inference.encoder import Encoder
 from clipret_export.cli import main
 from clipret_export.parity import Reference
-from clipret_export.samples import TEXTS, pictures
+from clipret_export.samples import TEXTS, sample_images
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, folder)
     encoder = Encoder(Bundle.open(folder))
-    image = np.concatenate([batch.rows for batch in encoder.encode_images(pictures(), lambda item: item)])
+    image = np.concatenate([batch.embeddings for batch in encoder.encode_images(sample_images(), lambda item: item)])
     (folder / "reference.npz").write_bytes(Reference(image, encoder.encode_texts(TEXTS)).to_bytes())
     manifest = Bundle.open(folder).manifest
     files = manifest.files | {"reference.npz": file_entry(folder / "reference.npz")}

@@ -11,9 +11,9 @@ from clipret.bundle import Bundle
 from clipret.errors import ClipretError
 from clipret.inference.encoder import Encoder
 from clipret_export.cli import main
-from clipret_export.engines import PlanRequest, add_plans
+from clipret_export.engines import EngineRequest, add_engines
 from clipret_export.pipeline import export_bundle
-from clipret_export.samples import TEXTS, Sample, pictures
+from clipret_export.samples import TEXTS, Sample, sample_images
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
@@ -54,16 +54,16 @@ def test_a_changed_tower_gets_no_plan(own: Callable[..., Bundle]) -> None:
     with (bundle.path / "text.onnx").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ClipretError, match=r"text\.onnx"):
-        add_plans(bundle.path, PlanRequest("tensorrt_rtx"))
+        add_engines(bundle.path, EngineRequest("tensorrt_rtx"))
     assert not (bundle.path / "engines").exists()
 
 
 def test_int8_is_for_cpus(model: str, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    for number, picture in enumerate(pictures(4)):
-        picture.save(folder / f"{number}.png")
-    (folder / "list.csv").write_text("path,title\n" + "".join(f"{n}.png,title {n}\n" for n in range(4)))
+    for number, image in enumerate(sample_images(4)):
+        image.save(folder / f"{number}.png")
+    (folder / "list.csv").write_text("path,caption\n" + "".join(f"{n}.png,caption {n}\n" for n in range(4)))
     data = Sample(folder / "list.csv")
     with pytest.raises(ClipretError, match="export with --fp16"):
         export_bundle(
@@ -71,7 +71,7 @@ def test_int8_is_for_cpus(model: str, tmp_path: Path) -> None:
             tmp_path / "bundle",
             precision="int8",
             calibration_data=data,
-            plans=[PlanRequest("tensorrt_rtx")],
+            plans=[EngineRequest("tensorrt_rtx")],
         )
     assert not (tmp_path / "bundle").exists()
 

@@ -16,7 +16,7 @@ from torch import nn
 from clipret import Bundle, ClipretError, Encoder, EncoderConfig
 from clipret_export.cli import main
 from clipret_export.pipeline import export_bundle
-from clipret_export.samples import TEXTS, pictures
+from clipret_export.samples import TEXTS, sample_images
 from clipret_training.models.load import load_model
 from clipret_training.run import RunFolder
 
@@ -31,17 +31,19 @@ def torch_rows(model: str) -> tuple[np.ndarray, np.ndarray]:
     net, _, transform = open_clip.create_model_and_transforms(f"local-dir:{model}")
     tokens = open_clip.get_tokenizer(f"local-dir:{model}")(TEXTS)
     with torch.inference_mode():
-        images = net.eval().encode_image(torch.stack([transform(picture) for picture in pictures()]), normalize=True)
+        images = net.eval().encode_image(torch.stack([transform(image) for image in sample_images()]), normalize=True)
         return images.numpy(), net.encode_text(tokens, normalize=True).numpy()
 
 
-def test_the_bundle_equals_open_clip_from_picture_to_row(bundle: Bundle, model: str) -> None:
+def test_the_bundle_equals_open_clip_from_image_to_row(bundle: Bundle, model: str) -> None:
     """Preprocessing and tokenizer included: nothing of clipret is on the reference's side."""
     images, texts = torch_rows(model)
     tolerance = {"fp32": 2e-6, "fp16": 2e-3}[bundle.manifest.precision]
     for size in (1, 3, 8):
         encoder = Encoder(bundle, EncoderConfig(batch_size=size))
-        rows = np.concatenate([batch.rows for batch in encoder.encode_images(pictures(), lambda picture: picture)])
+        rows = np.concatenate(
+            [batch.embeddings for batch in encoder.encode_images(sample_images(), lambda image: image)]
+        )
         np.testing.assert_allclose(rows, images, atol=tolerance)
         np.testing.assert_allclose(encoder.encode_texts(TEXTS), texts, atol=tolerance)
 
@@ -128,13 +130,13 @@ def test_a_failed_export_keeps_the_old_bundle(model: str, own: Callable[..., Bun
 
 
 def test_the_command(model: str, tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    pictures(1)[0].save(tmp_path / "pictures" / "one.png")
-    command = [model, str(tmp_path / "bundle"), "--fp16", "--verify-data", str(tmp_path / "pictures")]
+    (tmp_path / "images").mkdir()
+    sample_images(1)[0].save(tmp_path / "images" / "one.png")
+    command = [model, str(tmp_path / "bundle"), "--fp16", "--verify-data", str(tmp_path / "images")]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "bundle" / "verify.json").read_text())
-    assert (report["pictures"], report["recall"]) == (1, None)  # a folder has no titles
+    assert (report["images"], report["recall"]) == (1, None)  # a folder has no captions
     assert result.stdout.startswith(str(tmp_path / "bundle"))
     assert "fp16" in result.stdout
     wrong = CliRunner().invoke(main, ["ViT-B-23", str(tmp_path / "new")])

@@ -17,9 +17,9 @@ from clipret.bundle import Bundle
 from clipret.errors import ClipretError
 from clipret_export import pipeline, towers
 from clipret_export.cli import main
-from clipret_export.parity import LIMITS, check_bundle, load_reference, run_gate
+from clipret_export.parity import LIMITS, check_bundle, load_reference, parity_check
 from clipret_export.pipeline import export_bundle
-from clipret_export.samples import Sample, pictures
+from clipret_export.samples import Sample, sample_images
 
 
 def swapped_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +131,11 @@ def test_a_wrong_bundle_is_never_written(
 
 def test_the_check_runs_again_without_the_model(exported: Callable[..., Bundle]) -> None:
     bundle = exported()
-    report = run_gate(bundle, load_reference(bundle), LIMITS["fp32"])
+    report = parity_check(bundle, load_reference(bundle), LIMITS["fp32"])
     assert report.problems == {}
     written = json.loads((bundle.path / "verify.json").read_text())
     assert report.image.min_cosine == pytest.approx(written["image"]["min_cosine"], abs=1e-9)
-    stricter = run_gate(bundle, load_reference(bundle), replace(LIMITS["fp32"], cosine=1 + 1e-9))
+    stricter = parity_check(bundle, load_reference(bundle), replace(LIMITS["fp32"], cosine=1 + 1e-9))
     assert set(stricter.problems) == {"image", "text"}
 
 
@@ -143,27 +143,27 @@ def test_nan_is_a_problem(exported: Callable[..., Bundle]) -> None:
     bundle = exported()
     expected = load_reference(bundle)
     broken = replace(expected, image=np.full_like(expected.image, np.nan))
-    assert "cosine nan" in run_gate(bundle, broken, LIMITS["int8"]).problems["image"][0]
+    assert "cosine nan" in parity_check(bundle, broken, LIMITS["int8"]).problems["image"][0]
 
 
-def write_pictures(folder: Path) -> Path:
-    """Twelve pictures with a title each, one of them broken, as a list."""
+def write_images(folder: Path) -> Path:
+    """Twelve images with a caption each, one of them broken, as a list."""
     folder.mkdir()
-    lines = ["path,title"]
-    for number, picture in enumerate(pictures()):
-        picture.save(folder / f"{number}.png")
-        lines.append(f"{number}.png,picture number {number}")
-    (folder / "5.png").write_bytes(b"no picture")
+    lines = ["path,caption"]
+    for number, image in enumerate(sample_images()):
+        image.save(folder / f"{number}.png")
+        lines.append(f"{number}.png,image number {number}")
+    (folder / "5.png").write_bytes(b"no image")
     (folder / "list.csv").write_text("\n".join(lines))
     return folder / "list.csv"
 
 
-def test_the_users_own_pictures_count(model: str, tmp_path: Path) -> None:
+def test_the_users_own_images_count(model: str, tmp_path: Path) -> None:
     """Recall of torch and of the bundle over the list; what cannot be read is named and left out of both."""
-    source = write_pictures(tmp_path / "own")
+    source = write_images(tmp_path / "own")
     bundle = export_bundle(model, tmp_path / "bundle", precision="fp16", verify_data=Sample(source))
     report = json.loads((bundle.path / "verify.json").read_text())
-    assert (report["pictures"], report["texts"]) == (11, 11)
+    assert (report["images"], report["texts"]) == (11, 11)
     assert report["recall"] == report["recall_torch"]
     assert [Path(path).name for path, _ in report["skipped"]] == ["5.png"]
     again = check_bundle(bundle, LIMITS["fp16"], data=Sample(source))
@@ -176,15 +176,15 @@ def test_a_lost_recall_is_a_problem(model: str, exported: Callable[..., Bundle],
     from clipret_export.reference import reference
     from clipret_training.models.load import load_model
 
-    source = write_pictures(tmp_path / "own")
+    source = write_images(tmp_path / "own")
     bundle = exported()
     expected, _ = reference(load_model(model), Sample(source).read())
     assert expected.pairs is not None
-    assert run_gate(bundle, expected, LIMITS["fp32"]).problems == {}
-    # torch as it would be if every title were found at once
+    assert parity_check(bundle, expected, LIMITS["fp32"]).problems == {}
+    # torch as it would be if every caption were found at once
     assert expected.data_text is not None
     perfect = replace(expected, data_text=expected.data_image)
-    report = run_gate(bundle, perfect, replace(LIMITS["fp32"], cosine=-1))
+    report = parity_check(bundle, perfect, replace(LIMITS["fp32"], cosine=-1))
     assert "recall@1 differs" in " ".join(report.problems["text"])
 
 

@@ -24,26 +24,26 @@ from clipret_export.parity import LIMITS, Limits
 from clipret_export.pipeline import export_bundle
 from clipret_export.precision import FLOATS, convert
 from clipret_export.reference import inputs, reference, texts
-from clipret_export.samples import TEXTS, Sample, pictures
+from clipret_export.samples import TEXTS, Sample, sample_images
 from clipret_export.sensitivity import costs, worst
 from clipret_export.towers import ImageTower, PlainAttention, TextTower, rewrite
 from clipret_training.models.load import load_model
 
 
 def drawn(folder: Path) -> Sample:
-    """Twenty-four pictures with a title each."""
+    """Twenty-four images with a caption each."""
     folder.mkdir()
-    lines = ["path,title"]
-    for number, picture in enumerate(pictures(24)):
-        picture.save(folder / f"{number}.png")
-        lines.append(f"{number}.png,a picture with number {number}")
+    lines = ["path,caption"]
+    for number, image in enumerate(sample_images(24)):
+        image.save(folder / f"{number}.png")
+        lines.append(f"{number}.png,an image with number {number}")
     (folder / "list.csv").write_text("\n".join(lines))
     return Sample(folder / "list.csv")
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return drawn(tmp_path_factory.mktemp("sample") / "pictures")
+    return drawn(tmp_path_factory.mktemp("sample") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def tower_of(model: str, kind: str) -> tuple[nn.Module, list[torch.Tensor]]:
     loaded = load_model(model)
     rewrite(loaded.model)
     if kind == "image":
-        return ImageTower(loaded).eval(), inputs(loaded, pictures())
+        return ImageTower(loaded).eval(), inputs(loaded, sample_images())
     return TextTower(loaded).eval(), texts(loaded, TEXTS)
 
 
@@ -219,8 +219,8 @@ def test_int8_is_one_integer_product_a_layer_and_the_same_in_every_batch(int8: B
     scales = [value.shape for name, value in weights.items() if name.endswith("c_fc.weight_scale")]
     assert scales == [(256,)] * 2  # one a channel
     encoder = Encoder(int8)
-    alone = [next(iter(encoder.encode_images([picture], lambda item: item))).rows[0] for picture in pictures()]
-    together = next(iter(encoder.encode_images(pictures(), lambda item: item))).rows
+    alone = [next(iter(encoder.encode_images([image], lambda item: item))).embeddings[0] for image in sample_images()]
+    together = next(iter(encoder.encode_images(sample_images(), lambda item: item))).embeddings
     np.testing.assert_allclose(np.stack(alone), together, rtol=0, atol=1e-5)
 
 
@@ -239,7 +239,7 @@ def test_int8_keeps_what_costs_most(model: str, int8: Bundle, sample: Sample, tm
 def test_int8_of_convolutions(tmp_path: Path) -> None:
     from clipret_training.run import RunFolder
 
-    sample = drawn(tmp_path / "pictures")
+    sample = drawn(tmp_path / "images")
     loaded = load_model("clipret-small", captions=TEXTS, seed=1)
     RunFolder.create(tmp_path / "run", {"seed": 1}, loaded).save(loaded, "best")
     bundle = export_bundle(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", verify_data=sample)
@@ -247,8 +247,8 @@ def test_int8_of_convolutions(tmp_path: Path) -> None:
     assert kinds["Conv"] > 3
     assert kinds["QuantizeLinear"] >= kinds["Conv"]
     report = json.loads((bundle.path / "verify.json").read_text())
-    assert report["pictures"] == 12  # half of them; the other half calibrated
-    sample.source.with_name("2.png").write_bytes(b"no picture")
+    assert report["images"] == 12  # half of them; the other half calibrated
+    sample.source.with_name("2.png").write_bytes(b"no image")
     bundle = export_bundle(str(tmp_path / "run"), tmp_path / "again", precision="int8", calibration_data=sample)
     report = json.loads((bundle.path / "verify.json").read_text())
     assert [Path(path).name for path, _ in report["skipped"]] == ["2.png"]
@@ -258,8 +258,8 @@ def test_int8_needs_something_to_calibrate_with(model: str, tmp_path: Path) -> N
     with pytest.raises(ClipretError, match="--calibration-data"):
         export_bundle(model, tmp_path / "bundle", precision="int8")
     assert list(tmp_path.iterdir()) == []
-    pictures(1)[0].save(tmp_path / "only.png")
-    with pytest.raises(ClipretError, match="one picture"):
+    sample_images(1)[0].save(tmp_path / "only.png")
+    with pytest.raises(ClipretError, match="one image"):
         export_bundle(model, tmp_path / "bundle", precision="int8", verify_data=Sample(tmp_path))
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_pictures, open_source
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_images, open_source
 from clipret.hardware import cuda
 
 
@@ -73,13 +73,11 @@ class Client:
     def post(self, path: str, value: Any) -> Reply:
         return self.ask("POST", path, json.dumps(value), {"Content-Type": "application/json"})
 
-    def upload(
-        self, path: str, pictures: list[bytes], fields: Mapping[str, str] | None = None, **headers: str
-    ) -> Reply:
+    def upload(self, path: str, images: list[bytes], fields: Mapping[str, str] | None = None, **headers: str) -> Reply:
         named = (fields or {}).items()
         parts = [f'Content-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode() for name, value in named]
-        head = b'Content-Disposition: form-data; name="picture"; filename="x.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
-        parts += [head + picture for picture in pictures]
+        head = b'Content-Disposition: form-data; name="image"; filename="x.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+        parts += [head + image for image in images]
         body = b"".join(b"--limit\r\n" + part + b"\r\n" for part in parts) + b"--limit--\r\n"
         return self.ask("POST", path, body, {"Content-Type": "multipart/form-data; boundary=limit", **headers})
 
@@ -116,14 +114,14 @@ def on_terminal() -> Callable[..., bytes]:
 
 @pytest.fixture
 def listed_gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
-    """Twelve pictures, with a colour and a number each as metadata."""
+    """Twelve images, with a colour and a number each as metadata."""
     files = [file.relative_to(colour_folder) for file in sorted(colour_folder.rglob("*.*"))]
     lines = [f"{file.as_posix()},{file.parent},{file.stem}" for file in files]
     (colour_folder / "list.csv").write_text("\n".join(["path,colour,number", *lines]) + "\n")
     source = open_source(colour_folder / "list.csv")
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     with Gallery.create(tmp_path / "gallery", encoder.bundle, source.root) as made:
-        index_pictures(made, encoder, source)
+        index_images(made, encoder, source)
     return tmp_path / "gallery"
 
 
@@ -138,8 +136,8 @@ def query_list(colour_folder: Path) -> Path:
         "blue 红色": ["green/1.jpeg", "red/1.jpeg"],
         "white": ["blue/0.jpg"],
     }
-    lines = [f"{title},{path}" for title, paths in right.items() for path in paths]
-    (colour_folder / "queries.csv").write_text("\n".join(["title,path", *lines]) + "\n")
+    lines = [f"{caption},{path}" for caption, paths in right.items() for path in paths]
+    (colour_folder / "queries.csv").write_text("\n".join(["caption,path", *lines]) + "\n")
     return colour_folder / "queries.csv"
 
 

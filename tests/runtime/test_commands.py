@@ -50,10 +50,10 @@ def test_every_command_that_prints_a_result_has_json() -> None:
 
 def test_json_is_one_document_on_stdout(gallery: Path, tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     queries = tmp_path / "queries.csv"
-    queries.write_text(f"title,path\nred,{colour_folder}/red/0.jpg\n")
+    queries.write_text(f"caption,path\nred,{colour_folder}/red/0.jpg\n")
     (tmp_path / "texts.txt").write_text("red\nblue\n")
     assert answer("index", tiny_bundle, colour_folder, gallery)["unchanged"] == 12
-    assert answer("info", gallery)["pictures"] == 12
+    assert answer("info", gallery)["images"] == 12
     assert answer("query", gallery, "red", "-k", 2)[0]["query"] == "red"
     assert answer("eval", gallery, queries)["recall_at_1"] in (0, 1)
     assert answer("eval", gallery, queries, "--metric", "recall@12")["recall@12"] == 1
@@ -106,7 +106,7 @@ def test_an_addition_keeps_what_its_sources_do_not_name(gallery: Path, colour_fo
     (more / "broken.jpg").write_bytes(b"\xff\xd8")
     Image.new("RGB", (9, 9), "cyan").save(single)
     Image.new("RGB", (9, 9), "black").save(colour_folder / "new.png")
-    (tmp_path / "list.csv").write_text("path,kind\npictures/new.png,night\npictures/red/0.jpg,day\n")
+    (tmp_path / "list.csv").write_text("path,kind\nimages/new.png,night\nimages/red/0.jpg,day\n")
     report = answer("index", gallery, more, single, tmp_path / "list.csv")
     assert (report["added"], report["unchanged"], report["removed"], report["total"]) == (3, 1, 0, 15)
     assert [one["path"] for one in report["skipped"]] == [str(more / "broken.jpg")]
@@ -118,7 +118,7 @@ def test_an_addition_keeps_what_its_sources_do_not_name(gallery: Path, colour_fo
     found = answer("query", gallery, "yellow", "cyan", "black", "-k", 1)
     assert [Path(one["hits"][0]["path"]).name for one in found] == ["a.png", "single.png", "new.png"]
     again = run("index", gallery, more, single, tmp_path / "list.csv").stdout
-    assert "15 pictures (0 added, 0 changed, 4 unchanged, 1 skipped)" in again
+    assert "15 images (0 added, 0 changed, 4 unchanged, 1 skipped)" in again
 
 
 def test_an_addition_finds_the_bundle_or_is_told(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
@@ -159,10 +159,10 @@ def test_the_tab_key_completes(
     assert complete(f"clipret-search info {tmp_path}/") == [f"plain,{tmp_path}/gallery"]
     assert complete(f"clipret-search index {tiny_bundle.parent}/t") == [f"plain,{tiny_bundle}"]
     assert complete("clipret-search index b pi") == ["file,pi"]
-    Path("queries.csv").write_text("title;file;lang\nred;a.jpg;en\n")
-    Path("queries.jsonl").write_text(json.dumps({"title": "red", "language": "en"}) + "\n")
+    Path("queries.csv").write_text("caption;file;lang\nred;a.jpg;en\n")
+    Path("queries.jsonl").write_text(json.dumps({"caption": "red", "language": "en"}) + "\n")
     assert complete("clipret-search eval gallery queries.csv --where la") == ["plain,lang"]
-    assert complete("clipret-search eval gallery queries.jsonl --title-column l") == ["plain,language"]
+    assert complete("clipret-search eval gallery queries.jsonl --caption-column l") == ["plain,language"]
     assert complete("clipret-search index bundle queries.csv new --where la") == ["plain,lang"]
     assert complete("clipret-search eval gallery gone.csv --where la") == []
     assert complete("clipret-search query gone red --where la") == []

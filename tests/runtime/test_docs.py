@@ -47,19 +47,19 @@ def column(file: Path, heading: str) -> list[str]:
 
 @pytest.fixture
 def workplace(tiny_bundle: Path, colour_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the pages speak of: a bundle, pictures, lists, texts, in the working folder."""
+    """What the pages speak of: a bundle, images, lists, texts, in the working folder."""
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     files = [file.relative_to(tmp_path) for file in sorted(colour_folder.rglob("*.*"))]
-    head = "path,title,camera,hour,color"
+    head = "path,caption,camera,hour,color"
     lines = [
         f"{file},{file.parent.name} car,{'AB'[at % 2]}3,{2 * at},{file.parent.name}" for at, file in enumerate(files)
     ]
     (tmp_path / "list.csv").write_text("\n".join([head, *lines]) + "\n")
     gaps = [line.rpartition(",")[0] + "," if at % 3 == 2 else line for at, line in enumerate(lines)]
     (tmp_path / "captions.csv").write_text("\n".join([head, *gaps]) + "\n")
-    (tmp_path / "queries.csv").write_text("title,color\na red car,red\nsomething blue,blue\n")
+    (tmp_path / "queries.csv").write_text("caption,color\na red car,red\nsomething blue,blue\n")
     (tmp_path / "texts.txt").write_text("a red car\ngrey\n红色\n")
-    (tmp_path / "training-titles.txt").write_text("red\nblue car\nblack\nwhite\n")
+    (tmp_path / "training-captions.txt").write_text("red\nblue car\nblack\nwhite\n")
     (tmp_path / "vocabulary.json").write_text(json.dumps({"slots": {"color": ["red", "green", "blue", "grey"]}}))
     (tmp_path / "rules.toml").write_text(blocks(DOCS / "query.md", "toml")[0])
     shutil.copytree(colour_folder / "red", tmp_path / "more")
@@ -77,7 +77,7 @@ def test_the_code_of_the_python_page_runs() -> None:
         if "clipret.server.run" in code and not importlib.util.find_spec("fastapi"):
             continue
         exec(compile(code, "python.md", "exec"), names)
-    assert names["hits"][0][0].path.startswith("pictures/red/")
+    assert names["hits"][0][0].path.startswith("images/red/")
     assert len(names["again"]) == len(names["gallery"]) < 12
 
 
@@ -90,7 +90,7 @@ def test_the_python_page_names_everything_public() -> None:
 def test_the_code_of_the_format_pages_reads_what_clipret_reads() -> None:
     runner = CliRunner()
     assert runner.invoke(main, ["index", "bundle", "list.csv", "gallery"]).exit_code == 0
-    assert runner.invoke(main, ["remove", "gallery", "pictures/red/0.jpg", "3"]).exit_code == 0
+    assert runner.invoke(main, ["remove", "gallery", "images/red/0.jpg", "3"]).exit_code == 0
     names: dict[str, Any] = {}
     for page in ("bundle.md", "gallery.md"):
         for code in blocks(DOCS / page, "python"):
@@ -102,7 +102,7 @@ def test_the_code_of_the_format_pages_reads_what_clipret_reads() -> None:
     np.testing.assert_allclose(names["rows"].shape, (10, bundle.manifest.embedding_dim))
     with Gallery.open("gallery") as gallery:
         searcher = Searcher(gallery, encoder)
-        [hits] = searcher.search_rows(names["query"][None], 3)
+        [hits] = searcher.search_embeddings(names["query"][None], 3)
     assert [hit.path for hit in hits] == names["found"]
     assert sorted(names["paths"]) == sorted(names["ids"].tolist())
 
@@ -125,7 +125,7 @@ def test_the_bundle_page_names_every_key_and_file(tiny_bundle: Path) -> None:
 
 @pytest.mark.usefixtures("workplace")
 def test_the_gallery_page_names_every_key_table_and_column() -> None:
-    assert CliRunner().invoke(main, ["index", "bundle", "pictures", "gallery"]).exit_code == 0
+    assert CliRunner().invoke(main, ["index", "bundle", "images", "gallery"]).exit_code == 0
     assert column(DOCS / "gallery.md", "## gallery.json") == list(keys(GalleryInfo))
     text = (DOCS / "gallery.md").read_text(encoding="utf-8")
     with sqlite3.connect("gallery/gallery.db") as database:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from clipret.errors import ClipretError
 from clipret.tables import as_number, pick_column, read_table
 
-CSV = 'path,lang,title,hour\na.jpg,en,"red, ""big"" car",5\nb.jpg,zh,红色的车,11\n'
+CSV = 'path,lang,caption,hour\na.jpg,en,"red, ""big"" car",5\nb.jpg,zh,红色的车,11\n'
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -20,14 +20,14 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 
 def test_csv_with_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, "t.csv", "\ufeff" + CSV))
-    assert table.columns == ("path", "lang", "title", "hour")
-    assert table.rows[0]["title"] == 'red, "big" car'
-    assert table.rows[1]["title"] == "红色的车"
+    assert table.columns == ("path", "lang", "caption", "hour")
+    assert table.rows[0]["caption"] == 'red, "big" car'
+    assert table.rows[1]["caption"] == "红色的车"
 
 
 def test_tabs_are_read_without_quoting(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, "t.txt", 'path\ttitle\na.jpg\t"Go" says the sign, twice\n'))
-    assert table.rows == [{"path": "a.jpg", "title": '"Go" says the sign, twice'}]
+    assert table.rows == [{"path": "a.jpg", "caption": '"Go" says the sign, twice'}]
 
 
 def test_json_strings_may_hold_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
@@ -36,25 +36,27 @@ def test_json_strings_may_hold_what_unicode_calls_a_line_end(tmp_path: Path) -> 
 
 
 def test_semicolons_and_windows_line_ends(tmp_path: Path) -> None:
-    assert read_table(write(tmp_path, "t.csv", "path;title\r\na;b, c\r\n\r\n")).rows == [{"path": "a", "title": "b, c"}]
+    assert read_table(write(tmp_path, "t.csv", "path;caption\r\na;b, c\r\n\r\n")).rows == [
+        {"path": "a", "caption": "b, c"}
+    ]
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    table = read_table(write(tmp_path, "t.jsonl", '{"image": "a", "n": 3}\n\n{"image": "b", "title": null}\n'))
-    assert table.columns == ("image", "n", "title")
-    assert table.rows == [{"image": "a", "n": "3", "title": ""}, {"image": "b", "n": "", "title": ""}]
+    table = read_table(write(tmp_path, "t.jsonl", '{"image": "a", "n": 3}\n\n{"image": "b", "caption": null}\n'))
+    assert table.columns == ("image", "n", "caption")
+    assert table.rows == [{"image": "a", "n": "3", "caption": ""}, {"image": "b", "n": "", "caption": ""}]
 
 
 def test_where_compares_numbers_as_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, "t.csv", CSV)
     assert [row["path"] for row in read_table(path, "hour < 10").rows] == ["a.jpg"]
-    assert [row["path"] for row in read_table(path, "lang = 'zh' or title like '%big%'").rows] == ["a.jpg", "b.jpg"]
+    assert [row["path"] for row in read_table(path, "lang = 'zh' or caption like '%big%'").rows] == ["a.jpg", "b.jpg"]
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("language = 'en'", "no such column: language.*its columns are path, lang, title, hour"),
+        ("language = 'en'", "no such column: language.*its columns are path, lang, caption, hour"),
         ("hour <", "cannot be used"),
         ("hour < 0", "holds no row with hour < 0"),
         ("1) UNION SELECT load_extension('x'", "cannot be used"),
@@ -92,15 +94,15 @@ def test_numbers_are_those_of_sqlite(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", "path,title\na,b,c\n", "line 2 has 3 fields, its header 2"),
+        ("t.csv", "path,caption\na,b,c\n", "line 2 has 3 fields, its header 2"),
         ("t.csv", "path,path\na,b\n", "names a column twice"),
         ("t.csv", "", "is empty"),
-        ("t.csv", "path,title\n", "holds no rows"),
-        ("t.csv", b"path,title\n\xff,b\n", "not UTF-8"),
+        ("t.csv", "path,caption\n", "holds no rows"),
+        ("t.csv", b"path,caption\n\xff,b\n", "not UTF-8"),
         ("t.jsonl", '{"a": 1}\n[2]\n', "line 2 is not a JSON object"),
         ("t.jsonl", "{'a': 1}\n", "line 1 is not JSON"),
         ("t.jsonl", "[" * 100000, "line 1 is not JSON"),
-        ("t.csv", 'path,title\na,b\nc,"not closed\nd,e\nf,g\n', "line 3: unexpected end of data: mend the quotation"),
+        ("t.csv", 'path,caption\na,b\nc,"not closed\nd,e\nf,g\n', "line 3: unexpected end of data: mend the quotation"),
     ],
 )
 def test_broken_tables_say_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -116,15 +118,17 @@ def test_a_missing_table(tmp_path: Path) -> None:
 def test_columns_are_detected_or_named(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, "t.csv", "ID,FilePath,Caption,note\n1,a,b,c\n"))
     assert pick_column(table, None, "image") == "FilePath"
-    assert pick_column(table, None, "title") == "Caption"
-    assert pick_column(table, "note", "title") == "note"
-    with pytest.raises(ClipretError, match=r"no colour: its columns are ID, FilePath, Caption, note; .*--title-column"):
-        pick_column(table, "colour", "title")
+    assert pick_column(table, None, "caption") == "Caption"
+    assert pick_column(table, "note", "caption") == "note"
+    with pytest.raises(
+        ClipretError, match=r"no colour: its columns are ID, FilePath, Caption, note; .*--caption-column"
+    ):
+        pick_column(table, "colour", "caption")
     with pytest.raises(ClipretError, match="looked for path, filepath"):
         pick_column(read_table(write(tmp_path, "u.csv", "a,b\n1,2\n")), None, "image")
 
 
 def test_a_single_column_is_read_as_its_name_says(tmp_path: Path) -> None:
     for name, expected in (("q.csv", "red, bright"), ("q.tsv", '"red, bright"')):
-        (tmp_path / name).write_text('title\n"red, bright"\n')
-        assert read_table(tmp_path / name).rows == [{"title": expected}]
+        (tmp_path / name).write_text('caption\n"red, bright"\n')
+        assert read_table(tmp_path / name).rows == [{"caption": expected}]

@@ -20,18 +20,18 @@ def captions(colour_folder: Path) -> Path:
 
 
 def fit(captions: Path, out: Path, *more: str) -> list[str]:
-    root = captions.parent / "pictures"
+    root = captions.parent / "images"
     base = ["fit", str(captions), "--image-root", str(root), "--model", "clipret-small", "--out", str(out)]
     return [*base, "--epochs", "1", "--threads", "1", "--val-split", "0.3", *more]
 
 
 def test_fit_prints_a_table_and_names_what_it_skipped(captions: Path, tmp_path: Path) -> None:
-    (captions.parent / "pictures" / "red" / "0.jpg").write_bytes(b"broken")
+    (captions.parent / "images" / "red" / "0.jpg").write_bytes(b"broken")
     result = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
     assert result.exit_code == 0, result.output
     assert "recall@10" in result.stdout
     assert "text to image" in result.stdout
-    assert "unreadable pictures: 1, listed in" in result.stderr
+    assert "unreadable images: 1, listed in" in result.stderr
     assert "epoch   1" in result.stderr
 
 
@@ -105,7 +105,7 @@ def test_set_gives_what_has_an_argument_too(captions: Path, tmp_path: Path, monk
     """And a run whose paths were given as seen from one folder is gone on with from another."""
     monkeypatch.chdir(captions.parent)
     (tmp_path / "elsewhere").mkdir()
-    values = ("data=captions.tsv", "model=clipret-small", "image_root=pictures", "epochs=1", "threads=1")
+    values = ("data=captions.tsv", "model=clipret-small", "image_root=images", "epochs=1", "threads=1")
     command = ["fit", "--out", str(tmp_path / "run"), "--val-split", "0.3"]
     first = CliRunner().invoke(main, [*command, *(word for value in values for word in ("--set", value))])
     assert first.exit_code == 0, first.output
@@ -139,7 +139,7 @@ def test_a_seed_is_no_negative_number(tmp_path: Path, kind: str) -> None:
     assert "-5 is not in the range x>=0" in result.stderr
 
 
-def test_a_list_with_only_missing_pictures_is_refused(captions: Path, tmp_path: Path) -> None:
+def test_a_list_with_only_missing_images_is_refused(captions: Path, tmp_path: Path) -> None:
     captions.write_text(captions.read_text().replace("/", "/gone-"))
     result = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
     assert result.exit_code == 1

@@ -31,9 +31,9 @@ def test_paths_hold_whatever_folder_they_are_used_from(tmp_path: Path, monkeypat
     (tmp_path / "mine.toml").write_text(
         'data = "shards/{000..005}.tar"\nmodel = "ViT-B-32:w.pt"\nval = "val.csv"\nattributes = "at.json"\n'
     )
-    config = FitConfig.for_model(None, None, recipe="mine.toml", image_root="pictures")
+    config = FitConfig.for_model(None, None, recipe="mine.toml", image_root="images")
     assert (config.data, config.val) == (f"{tmp_path}/shards/{{000..005}}.tar", f"{tmp_path}/val.csv")
-    assert (config.attributes, config.image_root) == (f"{tmp_path}/at.json", f"{tmp_path}/pictures")
+    assert (config.attributes, config.image_root) == (f"{tmp_path}/at.json", f"{tmp_path}/images")
     assert config.model == f"ViT-B-32:{tmp_path}/w.pt"
     for model, kept in (
         ("local-dir:oc", f"local-dir:{tmp_path}/oc"),
@@ -132,7 +132,7 @@ def test_toml_and_back(tmp_path: Path) -> None:
         ("lr", "1e-4", 1e-4),
         ("compile", "true", True),
         ("where", "lang = 'en'", "lang = 'en'"),
-        ("title_column", "2024", "2024"),
+        ("caption_column", "2024", "2024"),
         ("resize", "longest", "longest"),
         ("adapter_targets", '["q", "v"]', ["q", "v"]),
         ("lr", "fast", "fast"),  # which FitConfig refuses

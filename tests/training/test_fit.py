@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from clipret.errors import ClipretError
 from clipret.inference.tokenizer import Tokenizer
+from clipret_training.annotations import read_annotations
 from clipret_training.config import FitConfig
-from clipret_training.data.batches import Pictures, Texts
+from clipret_training.data.batches import ImageReader, Texts
 from clipret_training.data.training_data import TrainingData
 from clipret_training.fit import fit
-from clipret_training.listing import read_listing
 from clipret_training.models.load import load_model
 from clipret_training.validation import recall
 
@@ -27,18 +27,18 @@ SHADES = {"red": (230, 40, 40), "green": (30, 160, 60), "blue": (40, 60, 220), "
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 plain pictures in four colours with three titles each, and one file that is no picture."""
+    """48 plain images in four colours with three captions each, and one file that is no image."""
     folder = tmp_path_factory.mktemp("toy")
     rng = np.random.default_rng(0)
-    lines = ["path,title,part"]
+    lines = ["path,caption,part"]
     for number in range(48):
         colour = list(SHADES)[number % 4]
         pixels = np.array(SHADES[colour]) + rng.integers(-25, 26, (24, 30, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
         part = "val" if number >= 36 else "train"
-        lines += [f"{number}.png,{title},{part}" for title in (f"a {colour} picture", f"{colour} paint", colour)]
+        lines += [f"{number}.png,{caption},{part}" for caption in (f"a {colour} image", f"{colour} paint", colour)]
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no more")
-    lines.append("broken.jpg,a red picture,train")
+    lines.append("broken.jpg,a red image,train")
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -63,7 +63,7 @@ def test_the_loss_falls_and_the_colours_are_found(run: Path) -> None:
     assert [line["epoch"] for line in metrics] == list(range(1, 9))
     assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
     assert [("text_to_image" in line) for line in metrics] == [False] * 4 + [True] + [False, False] + [True]
-    assert metrics[-1]["text_to_image"]["queries"] == 12  # 4 colours x 3 titles, whatever number of pictures each has
+    assert metrics[-1]["text_to_image"]["queries"] == 12  # 4 colours x 3 captions, whatever number of images each has
     assert metrics[-1]["text_to_image"]["recall_at_1"] > 0.7
     assert metrics[-1]["lr"] < metrics[3]["lr"]
 
@@ -72,7 +72,7 @@ def test_the_run_folder_is_complete(run: Path, toy: Path) -> None:
     params = tomllib.loads((run / "params.toml").read_text())
     assert params["model"] == "clipret-small"
     assert FitConfig(**params) == config(toy, epochs=8)
-    assert (run / "skipped.tsv").read_text().splitlines()[1].startswith(f"{toy / 'broken.jpg'}\tnot a picture")
+    assert (run / "skipped.tsv").read_text().splitlines()[1].startswith(f"{toy / 'broken.jpg'}\tnot an image")
     names = sorted(file.name for file in run.rglob("*") if file.is_file())
     assert [name for name in names if not name.startswith("events.")] == [
         "best.safetensors",
@@ -89,9 +89,9 @@ def test_the_run_folder_is_complete(run: Path, toy: Path) -> None:
 
 def test_a_loaded_run_measures_what_the_training_reported(run: Path, toy: Path) -> None:
     loaded = load_model(str(run))
-    val = read_listing(config(toy), str(toy / "list.csv"), "part = 'val'")
-    pictures = Pictures(val, loaded.image, threads=1, cache_limit=1 << 30)
-    measured = recall(loaded, val.pairs, pictures, Texts(loaded, val), torch.device("cpu"))
+    val = read_annotations(config(toy), str(toy / "list.csv"), "part = 'val'")
+    images = ImageReader(val, loaded.image, threads=1, cache_limit=1 << 30)
+    measured = recall(loaded, val.pairs, images, Texts(loaded, val), torch.device("cpu"))
     best = max(
         (line for line in lines_of(run) if "text_to_image" in line), key=lambda m: m["text_to_image"]["recall_at_10"]
     )
@@ -101,7 +101,7 @@ def test_a_loaded_run_measures_what_the_training_reported(run: Path, toy: Path) 
 def test_a_run_loads_to_the_same_bits_from_folder_and_checkpoint(run: Path) -> None:
     first, second = load_model(str(run)), load_model(str(run / "checkpoints" / "best.safetensors"))
     pixels = torch.rand(2, 3, 80, 80)
-    ids = torch.from_numpy(Tokenizer(first.tokenizer_json, first.text)(["a red picture", "blue"]))
+    ids = torch.from_numpy(Tokenizer(first.tokenizer_json, first.text)(["a red image", "blue"]))
     assert torch.equal(first.model.encode_image(pixels), second.model.encode_image(pixels))
     assert torch.equal(first.model.encode_text(ids), second.model.encode_text(ids))
     assert first.source_sha256 == second.source_sha256
@@ -114,7 +114,7 @@ def test_the_seed_decides_everything(toy: Path, tmp_path: Path) -> None:
         for seed, limit, name in ((1, 4.0, "a"), (1, 0.0, "b"), (2, 4.0, "c"))
     ]
     assert results[0] != results[2]
-    # Streaming meets the broken picture in the middle of an epoch and so cuts its batches elsewhere.
+    # Streaming meets the broken image in the middle of an epoch and so cuts its batches elsewhere.
     assert results[0] == pytest.approx(results[1], rel=0.2)
     assert fit(config(toy, seed=1), tmp_path / "d").last["loss"] == results[0]
 
@@ -173,9 +173,9 @@ def test_open_clip_models_go_through_the_same_loop(toy: Path, tiny_clip: Path, t
     assert -10.1 < load_model(str(biased)).model.logit_bias.item() < -9.9
 
 
-def test_held_out_pictures_are_not_trained_on(toy: Path, tmp_path: Path) -> None:
+def test_held_out_images_are_not_trained_on(toy: Path, tmp_path: Path) -> None:
     log = (fit(config(toy, epochs=1), tmp_path / "run").run / "log.txt").read_text()
-    assert "37 pictures with 12 titles to train on, 12 held out" in log  # broken.jpg is found out later
+    assert "37 images with 12 captions to train on, 12 held out" in log  # broken.jpg is found out later
 
 
 @pytest.mark.parametrize("cache_limit", [4.0, 0.0])
@@ -184,15 +184,15 @@ def test_what_cannot_be_read_at_all_is_said_before_anything_is_written(
 ) -> None:
     more = {"cache_limit": cache_limit, "val_where": "path = 'broken.jpg'"}
     with pytest.raises(
-        ClipretError, match=r"none of the 1 pictures held out .*broken\.jpg.*: hold out others with --val"
+        ClipretError, match=r"none of the 1 images held out .*broken\.jpg.*: hold out others with --val"
     ):
         fit(config(toy, **more), tmp_path / "run")
-    with pytest.raises(ClipretError, match=r"none of the 1 pictures can be read, .*broken\.jpg.*; check --image-root"):
+    with pytest.raises(ClipretError, match=r"none of the 1 images can be read, .*broken\.jpg.*; check --image-root"):
         fit(config(toy, cache_limit=cache_limit, where="path = 'broken.jpg'"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_pictures_too_few_for_a_batch_begin_the_next_epoch(
+def test_images_too_few_for_a_batch_begin_the_next_epoch(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -224,7 +224,7 @@ def test_a_taken_folder_is_refused_before_anything_is_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"title_column": "caption"}, "its columns are path, title, part"),
+        ({"caption_column": "caption"}, "its columns are path, caption, part"),
         ({"image_root": "/nowhere"}, "can be read, for example /nowhere"),
         ({"where": "part = 'val'"}, "held out"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),

@@ -45,7 +45,7 @@ def reference(images: Tensor, texts: Tensor, scale: float, right: list[list[int]
     return (side(logits, right) + side(columns, owners)) / 2
 
 
-# Picture 0 and 1 share caption 1; picture 2 has two captions of its own.
+# Image 0 and 1 share caption 1; image 2 has two captions of its own.
 RIGHT = [[0, 1], [1], [2, 3]]
 
 
@@ -76,20 +76,20 @@ def test_one_to_one_is_clips_loss() -> None:
 
 
 def test_a_shared_caption_is_no_negative() -> None:
-    """Two pictures with the same caption: pulling both to it must cost nothing."""
+    """Two images with the same caption: pulling both to it must cost nothing."""
     images = rows(1, 7).repeat(2, 1)
     texts = images[:1].repeat(2, 1)
     shared = contrastive_loss(images, texts, torch.tensor(50.0), torch.ones(2, 2, dtype=torch.bool))
     assert float(shared) == pytest.approx(math.log(2))  # the entropy of two equal answers: the least there is
 
 
-def test_accuracy_counts_captions_whose_nearest_picture_is_right() -> None:
+def test_accuracy_counts_captions_whose_nearest_image_is_right() -> None:
     images = torch.eye(3)
     texts = torch.stack([images[0], images[1], images[0], images[2]])
     assert float(retrieval_accuracy(images, texts, mask(RIGHT, 4))) == pytest.approx(3 / 4)
 
 
-# The same relation as RIGHT, said with keys: titles are 0..3, the group of picture 2 and its captions is 9.
+# The same relation as RIGHT, said with keys: captions are 0..3, the group of image 2 and its captions is 9.
 IMAGE_KEYS = torch.tensor([[0, 1, -1], [1, -1, -1], [2, 3, 9]])
 TEXT_KEYS = torch.tensor([[0, -1], [1, -1], [2, 9], [3, 9]])
 
@@ -112,7 +112,7 @@ def test_the_default_is_the_contrastive_loss() -> None:
 
 
 def test_siglip_equals_its_definition() -> None:
-    """Equation 1 of the paper, over pictures and over texts."""
+    """Equation 1 of the paper, over images and over texts."""
     total = 0.0
     for i, image in enumerate(rows(3, 1)):
         for t, text in enumerate(rows(4, 2)):
@@ -168,10 +168,10 @@ def test_soft_targets_are_least_where_the_model_agrees_with_the_attributes() -> 
     assert value(config, agrees, 5.0) > value(LossConfig("soft", soft_weight=0.5), agrees, 5.0) > 0
 
 
-def test_hard_negatives_are_further_columns_of_the_pictures() -> None:
-    """The second one happens to be a caption of picture 2, which it must not be pushed from."""
+def test_hard_negatives_are_further_columns_of_the_images() -> None:
+    """The second one happens to be a caption of image 2, which it must not be pushed from."""
     extra = rows(2, 8)
-    with_extra = batch(negative_rows=extra, negative_keys=torch.tensor([[-1], [3]]))
+    with_extra = batch(negative_embeddings=extra, negative_keys=torch.tensor([[-1], [3]]))
     images, texts = rows(3, 1), rows(4, 2)
     logits = torch.cat([7.0 * images @ texts.T, 7.0 * images @ extra.T], dim=1)
     logits[2, 5] = -math.inf
@@ -216,7 +216,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
         return {
             "image_inputs": torch.randn(B, 6, generator=generator),
             "text_inputs": torch.randn(T, 6, generator=generator),
-            # A picture's own number, and one of three groups that reach across the processes.
+            # An image's own number, and one of three groups that reach across the processes.
             "image_keys": torch.stack([first + torch.arange(B), 100 + torch.arange(B) % 3], dim=1),
             "text_keys": torch.stack([first + owners] + [100 + owners % 3] * keys, dim=1),
             "image_attributes": torch.randint(2, (B, 4), generator=generator),
@@ -255,7 +255,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
     whole = {name: torch.cat([p[name] for p in wide]) for name in parts[0]}
     for rank in (0, 1):
         results, refused = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert "process 1 has negative_rows and process 0 has none" in refused
+        assert "process 1 has negative_embeddings and process 0 has none" in refused
         for (config, _, _), (loss, gradients) in zip(cases, results, strict=True):
             expected, expected_gradients = module.run(config, whole, weights, 1)
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)

@@ -37,15 +37,15 @@ STEPS = 12  # four epochs of three
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen plain pictures with two titles each; twelve to train on."""
+    """Sixteen plain images with two captions each; twelve to train on."""
     folder = tmp_path_factory.mktemp("toy")
     rng = np.random.default_rng(0)
-    lines = ["path,title,part"]
+    lines = ["path,caption,part"]
     for number in range(16):
         colour = rng.integers(0, 256, 3)
         Image.fromarray(np.full((24, 24, 3), colour, np.uint8)).save(folder / f"{number}.png")
         part = "val" if number >= 12 else "train"
-        lines += [f"{number}.png,{title} {number},{part}" for title in ("a picture", "colour")]
+        lines += [f"{number}.png,{caption} {number},{part}" for caption in ("an image", "colour")]
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -184,8 +184,8 @@ def test_a_training_that_never_began_leaves_the_folder_free(toy: Path, tmp_path:
     assert [file.name for file in (tmp_path / "others").iterdir()] == ["letter.txt"]
 
 
-def test_streamed_pictures_resume_too(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of an epoch, with a picture that is found to be unreadable on the way."""
+def test_streamed_images_resume_too(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of an epoch, with an image that is found to be unreadable on the way."""
     data = tmp_path / "toy"
     shutil.copytree(toy, data)
     (data / "3.png").write_bytes(b"no more")
@@ -227,7 +227,7 @@ def test_a_kill_between_the_last_step_of_an_epoch_and_its_end(
     fit(wanted, tmp_path / "run", resume=True)
     assert_same_weights(whole.run, tmp_path / "run")
     assert [line["lr"] for line in _lines(tmp_path / "run")] == [line["lr"] for line in _lines(whole.run)]
-    assert all(0 < line["pictures_per_second"] < 1e5 for line in _lines(tmp_path / "run"))
+    assert all(0 < line["images_per_second"] < 1e5 for line in _lines(tmp_path / "run"))
 
 
 def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -284,11 +284,11 @@ def test_a_batch_without_a_number_is_named(
         patch.setattr(Augmenter, "__call__", spoil)
         with pytest.raises(ClipretError, match=r"the loss is nan at step 6 of epoch 2 with .*\.png") as caught:
             fit(config(toy), tmp_path / "run")
-    # Batch normalisation spreads it over the batch, but not over the other eight pictures.
+    # Batch normalisation spreads it over the batch, but not over the other eight images.
     assert f"the last checkpoint is intact: {tmp_path / 'run' / 'checkpoints' / 'last.safetensors'}" in str(
         caught.value
     )
-    named = (tmp_path / "run" / "log.txt").read_text().partition("its pictures: ")[2].splitlines()[0].split(", ")
+    named = (tmp_path / "run" / "log.txt").read_text().partition("its images: ")[2].splitlines()[0].split(", ")
     assert 1 <= len(named) <= 4
     assert all(Path(name).parent == toy for name in named)
     fit(config(toy), tmp_path / "run", resume=True)

@@ -36,7 +36,7 @@ def runs(tmp_path: Path) -> list[Path]:
 def val(colour_folder: Path) -> Path:
     file = colour_folder / "val.csv"
     rows = [f"{path.relative_to(colour_folder)},a {path.parent.name} thing" for path in colour_folder.rglob("*.*")]
-    file.write_text("\n".join(["path,title", *sorted(row for row in rows if "val.csv" not in row)]) + "\n")
+    file.write_text("\n".join(["path,caption", *sorted(row for row in rows if "val.csv" not in row)]) + "\n")
     return file
 
 

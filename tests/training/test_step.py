@@ -58,7 +58,7 @@ def chinese() -> Any:
 
 
 def batch(*, groups: int = 1, vocabulary: int = 49406) -> Batch:
-    """Pictures with two captions each, in groups by length; end-of-text has the largest id."""
+    """Images with two captions each, in groups by length; end-of-text has the largest id."""
     draw = torch.Generator().manual_seed(0)
     T = 2 * B
     lengths = torch.randint(3, 12, (T,), generator=draw).sort().values
@@ -70,10 +70,10 @@ def batch(*, groups: int = 1, vocabulary: int = 49406) -> Batch:
         for part, rows in zip(ids.tensor_split(groups), torch.arange(T).tensor_split(groups), strict=True)
     ]
     places = torch.randperm(T, generator=draw)
-    titles = torch.arange(T)
+    captions = torch.arange(T)
     owners = torch.arange(T) // 2
     images = torch.randn(B, 3, SIZE, SIZE, generator=draw)
-    return Batch(images, TextBatch(titles, tuple(parts), places), torch.arange(B)[:, None], owners[:, None])
+    return Batch(images, TextBatch(captions, tuple(parts), places), torch.arange(B)[:, None], owners[:, None])
 
 
 def gradients(model: Any, work: Batch, **given: Any) -> tuple[StepResult, dict[str, torch.Tensor]]:
@@ -139,7 +139,7 @@ def test_early_pooling_changes_neither_rows_nor_gradients(clip: Any) -> None:
     clip.visual.transformer.resblocks[-1].mlp.register_forward_hook(lambda *a: computed.append(a[2].shape[1]))
     clip.transformer.resblocks[-1].mlp.register_forward_hook(lambda *a: computed.append(a[2].shape[1]))
     result, ours = gradients(clip, batch(groups=3))
-    assert computed == [1, 1, 1, 1]  # one token of each, in one group of pictures and three of texts
+    assert computed == [1, 1, 1, 1]  # one token of each, in one group of images and three of texts
     assert result.loss == pytest.approx(whole.loss, abs=1e-5)
     assert_alike(ours, expected)
 

@@ -36,9 +36,9 @@ class Position:
 
     epoch: int = 1
     step: int = 0
-    consumed: int = 0  # pictures of this epoch's order, of this process
+    consumed: int = 0  # images of this epoch's order, of this process
     left: list[int] = field(default_factory=list)  # of the epoch before: too few for a batch, they begin this one
-    size: int = 0  # pictures of this process in a step of this epoch; 0 before it has begun
+    size: int = 0  # images of this process in a step of this epoch; 0 before it has begun
     losses: list[float] = field(default_factory=list)  # of this epoch's steps
     accuracies: list[float] = field(default_factory=list)
     seconds: float = 0.0  # that they took

@@ -61,19 +61,19 @@ class FitConfig:
     """Everything that decides a training. Raises ClipretError for a value of another type or out of its range."""
 
     # What is learned from. Of `val` (a list of its own), `val_where` (an SQL expression over the rows of `val` or
-    # `data`) and `val_split` (a share of the pictures) the first that is given decides what is held out.
+    # `data`) and `val_split` (a share of the images) the first that is given decides what is held out.
     data: str  # a list, or webdataset's .tar files
     model: str
     image_root: str | None = None
     image_column: str | None = None
-    title_column: str | None = None
+    caption_column: str | None = None
     group_column: str | None = None  # rows with the same value are each other's right answers
     where: str | None = None
     val: str | None = None
     val_where: str | None = None
     val_split: SplitShare = 0.1
     validate_every: Count = 1  # epochs
-    # How the model sees pictures and texts where that is not to be its own way; part of the run and of its bundle.
+    # How the model sees images and texts where that is not to be its own way; part of the run and of its bundle.
     resize: Resize | None = None  # longest: padded to a square with `fill`
     fill: Grey | None = None
     context_length: TokenCount | None = None  # tokens
@@ -81,16 +81,16 @@ class FitConfig:
     augment: Augment = "photo"
     crop_size: PixelCount | None = None  # pixels a side that the image tower sees in training; None: the model's own
     decode_scale: Enlargement = (
-        1.0  # pictures are kept that many times larger than the model's size, for crops to be sharp
+        1.0  # images are kept that many times larger than the model's size, for crops to be sharp
     )
-    crop_area: PositiveShare = 0.7  # the least share of a picture that a crop keeps
+    crop_area: PositiveShare = 0.7  # the least share of an image that a crop keeps
     jitter: Share = 0.3  # how far brightness, contrast and saturation may move from 1
-    repad: bool = False  # bars of padded pictures are made anew around each crop; worse when training from scratch
-    flip: Share | None = None  # share of the pictures that is mirrored; left out: half, and none without augmentation
+    repad: bool = False  # bars of padded images are made anew around each crop; worse when training from scratch
+    flip: Share | None = None  # share of the images that is mirrored; left out: half, and none without augmentation
     rotation: Degrees | None = None  # degrees at most; left out: 3 for surveillance, else 0
-    random_ops: Whole = 0  # changes a picture as in RandAugment, for pictures whose colours do not matter
+    random_ops: Whole = 0  # changes an image as in RandAugment, for images whose colours do not matter
     magnitude: Share = 0.5  # how strong they are
-    captions: Count = 1  # titles of a picture that take part in a step
+    captions: Count = 1  # captions of an image that take part in a step
     # What is trained: everything, or adapters beside frozen weights, or what is not locked
     adapter: Adapter = "none"
     adapter_rank: Count = 16
@@ -114,7 +114,7 @@ class FitConfig:
     attributes: str | None = None  # a JSON file of more attributes, for negatives and for the loss "soft"
     # Optimisation
     epochs: Count = 5
-    batch_size: BatchSize = 64  # pictures that are compared with each other in a step, of all processes together
+    batch_size: BatchSize = 64  # images that are compared with each other in a step, of all processes together
     accumulate: Count = 1  # parts in which a batch goes through the towers; its loss is that of the whole batch
     optimizer: Optimizer = "adamw"  # muon learns faster from scratch: the matrices inside the towers are its own
     lr: Factor = 1e-5
@@ -139,7 +139,7 @@ class FitConfig:
     # The machine
     device: str = "cpu"
     threads: Threads = 1
-    cache_limit: Annotated[float, Meta(ge=0, le=1000000000.0)] = 4.0  # GiB of decoded pictures
+    cache_limit: Annotated[float, Meta(ge=0, le=1000000000.0)] = 4.0  # GiB of decoded images
     save_every: Whole = 0  # steps; 0: after each epoch only
     tensorboard: bool = True
     seed: Seed = 0

@@ -1,4 +1,4 @@
-"""Training: from a list of pictures and titles to a run folder, read from top to bottom."""
+"""Training: from a list of images and captions to a run folder, read from top to bottom."""
 
 import contextlib
 import dataclasses
@@ -14,13 +14,13 @@ import torch
 from tqdm import tqdm
 
 from clipret.errors import ClipretError
+from clipret_training.annotations import read_annotation_files
 from clipret_training.checkpoint import Checkpoints, Position
 from clipret_training.config import FitConfig
 from clipret_training.data import TrainingData, open_held_out
 from clipret_training.distributed import World, gather_objects, join, smallest
 from clipret_training.distributed.fsdp import latest_shards
 from clipret_training.learner import Learner
-from clipret_training.listing import read_listings
 from clipret_training.optim import learning_rate
 from clipret_training.run import RunFolder, claimed
 from clipret_training.step import GradientStep
@@ -31,7 +31,7 @@ __all__ = ["FitResult", "fit"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """`best` and `last` are lines of metrics.jsonl; `skipped` counts the pictures that could not be read. `writes`:
+    """`best` and `last` are lines of metrics.jsonl; `skipped` counts the images that could not be read. `writes`:
     whether this is the one process of several that should print it."""
 
     run: Path
@@ -51,7 +51,7 @@ def fit(
     every process calls this alike.
 
     Raises ClipretError: `out` is taken, holds another run or one that is being trained, a list or the model cannot be
-    read, no picture can be read, the disk is full, or the loss is no longer a number.
+    read, no image can be read, the disk is full, or the loss is no longer a number.
     """
     with join(config.device) as world, claimed(out) if world.writes else contextlib.nullcontext():
         return _train(config, out, world, report, resume=resume)
@@ -72,13 +72,13 @@ def _train(
     torch.set_num_threads(config.threads)
 
     # The lists: what is learned from, and what is held out
-    train_list, val_list = read_listings(config)
-    fingerprint = train_list.fingerprint()
+    train_annotations, val_annotations = read_annotation_files(config)
+    fingerprint = train_annotations.fingerprint()
     if saved is not None and saved["listing"] != fingerprint:
         raise ClipretError(f"{config.data} is not what it was when this run began: put the old list back")
 
     # The model, with its optimiser and its loss
-    learner = Learner(config, train_list.pairs.titles, world, checkpoints.last if saved else None)
+    learner = Learner(config, train_annotations.pairs.captions, world, checkpoints.last if saved else None)
     gradients = GradientStep(
         learner.model,
         config.loss_config,
@@ -89,20 +89,24 @@ def _train(
         seed=(config.seed, "dropout", world.rank),
     )
 
-    # The pictures and titles, prepared for this model
-    data = TrainingData(config, train_list, learner.loaded, world)
-    val_pictures, val_texts = open_held_out(config, val_list, learner.loaded, world, cached=data.pictures.cached)
+    # The images and captions, prepared for this model
+    data = TrainingData(config, train_annotations, learner.loaded, world)
+    val_reader, val_texts = open_held_out(config, val_annotations, learner.loaded, world, cached=data.reader.cached)
 
     # Where the training is: at its beginning, or behind the last checkpoint
     if saved is None:
         folder.begin(config.to_dict(), learner.loaded)
         at = Position(steps=data.steps())
-        count, titles, held_out = len(train_list.pairs.paths), len(train_list.pairs.titles), len(val_list.pairs.paths)
+        count, captions, held_out = (
+            len(train_annotations.pairs.paths),
+            len(train_annotations.pairs.captions),
+            len(val_annotations.pairs.paths),
+        )
         folder.log(f"clipret {version('clipret')}, torch {torch.__version__}, {world.size} processes")
-        folder.log(f"{count} pictures with {titles} titles to train on, {held_out} held out")
+        folder.log(f"{count} images with {captions} captions to train on, {held_out} held out")
     else:
         at = Position(**saved["positions"][world.rank])
-        data.pictures.skipped |= saved["skipped"][world.rank]
+        data.reader.skipped |= saved["skipped"][world.rank]
         learner.load_state(saved, shards)
         folder.record(at.metrics)
         folder.log(f"goes on after step {at.step}")
@@ -114,7 +118,7 @@ def _train(
         position = dataclasses.replace(at, cpu_seconds=at.cpu_seconds + time.process_time())
         state = {
             "positions": gather_objects(dataclasses.asdict(position), world),
-            "skipped": gather_objects(data.pictures.skipped, world),
+            "skipped": gather_objects(data.reader.skipped, world),
             "listing": fingerprint,
             "config": config.to_dict(),
         }
@@ -124,7 +128,7 @@ def _train(
         folder.open_board(at.step)
     with _progress(at, data.batch_size() * world.size, world) as bar:
         while at.epoch <= config.epochs:
-            # An epoch: every picture once
+            # An epoch: every image once
             learner.train()
             before = time.perf_counter()
             for chosen, pixels, consumed in data.epoch(at):
@@ -151,8 +155,8 @@ def _train(
             metrics = _epoch_metrics(config, at, lr(), learner, world)
             if at.epoch % config.validate_every == 0 or at.epoch == config.epochs:
                 with learner.averaged():
-                    pairs, loaded = val_list.pairs, learner.loaded
-                    metrics |= recall(loaded, pairs, val_pictures, val_texts, world.device, world)
+                    pairs, loaded = val_annotations.pairs, learner.loaded
+                    metrics |= recall(loaded, pairs, val_reader, val_texts, world.device, world)
                     folder.scalars(at.step, {f"recall_at_10/{way}": metrics[way]["recall_at_10"] for way in WAYS})
                     folder.scalars(at.step, {"logit_scale": metrics["logit_scale"]})
                     if not at.best or quality(metrics) > quality(at.best):
@@ -165,7 +169,7 @@ def _train(
 
             # What the folder and the caller are told
             folder.record(at.metrics)
-            skipped = gather_objects(data.pictures.skipped_paths() | val_pictures.skipped_paths(), world)
+            skipped = gather_objects(data.reader.skipped_paths() | val_reader.skipped_paths(), world)
             folder.write_skipped({path: reason for share in skipped for path, reason in share.items()})
             if report is not None and world.writes:
                 report(metrics)
@@ -173,7 +177,7 @@ def _train(
     # The end
     folder.close()
     learner.consolidate(checkpoints, at.step)
-    skipped_counts = gather_objects(len(data.pictures.skipped) + len(val_pictures.skipped), world)
+    skipped_counts = gather_objects(len(data.reader.skipped) + len(val_reader.skipped), world)
     return FitResult(folder.path, at.best, at.metrics[-1], sum(skipped_counts), world.writes)
 
 
@@ -212,7 +216,7 @@ def _last_state(
 def _progress(at: Position, batch: int, world: World) -> "tqdm[Any]":
     hidden = None if world.writes else True  # None: where stderr is no terminal
     total, done = at.steps * batch, at.step * batch
-    return tqdm(total=total, initial=done, unit="picture", disable=hidden, dynamic_ncols=True, leave=False)
+    return tqdm(total=total, initial=done, unit="image", disable=hidden, dynamic_ncols=True, leave=False)
 
 
 def _epoch_metrics(config: FitConfig, at: Position, lr: float, learner: Learner, world: World) -> dict[str, Any]:
@@ -224,7 +228,7 @@ def _epoch_metrics(config: FitConfig, at: Position, lr: float, learner: Learner,
         "batch_accuracy": sum(at.accuracies) / len(at.accuracies),
         "lr": lr,
         "logit_scale": learner.logit_scale(),
-        "pictures_per_second": len(at.losses) * at.size * world.size / max(at.seconds, 1e-9),
+        "images_per_second": len(at.losses) * at.size * world.size / max(at.seconds, 1e-9),
     }
     return metrics | ({"overflows": at.overflows} if config.precision == "fp16" else {})
 
@@ -232,9 +236,9 @@ def _epoch_metrics(config: FitConfig, at: Position, lr: float, learner: Learner,
 def _no_number(
     config: FitConfig, loss: float, guilty: list[Path], at: Position, folder: RunFolder, checkpoints: Checkpoints
 ) -> ClipretError:
-    """Which pictures made the loss no number; weights and checkpoints are as they were before the step."""
+    """Which images made the loss no number; weights and checkpoints are as they were before the step."""
     what, names = f"the loss is {loss} at step {at.step} of epoch {at.epoch}", [str(path) for path in guilty]
-    folder.log(f"stopped: {what}; its pictures: {', '.join(names)}")
+    folder.log(f"stopped: {what}; its images: {', '.join(names)}")
     named = ", ".join(names[:3]) + (f" and {len(names) - 3} more, see log.txt" if len(names) > 3 else "")
     last = f"; the last checkpoint is intact: {checkpoints.last}" if checkpoints.last.exists() else ""
     return ClipretError(f"{what} with {named}: look at them, or lower --lr ({config.lr}){last}")

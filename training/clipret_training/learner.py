@@ -52,11 +52,11 @@ class Learner:
     Raises ClipretError when it cannot be loaded, or lacks what `config` asks of it.
     """
 
-    def __init__(self, config: FitConfig, titles: Sequence[str], world: World, last: Path | None) -> None:
+    def __init__(self, config: FitConfig, captions: Sequence[str], world: World, last: Path | None) -> None:
         self.config, self.world = config, world
         # Merged weights say nothing of the adapter that is in them.
         source = config.model if last is None or config.adapter != "none" or config.fsdp else str(last)
-        self.loaded = _as_wanted(load_model(source, seed=config.seed, captions=titles), config)
+        self.loaded = _as_wanted(load_model(source, seed=config.seed, captions=captions), config)
         if config.loss == "siglip":
             self.loaded = _with_bias(self.loaded)
         model: Any = self.loaded.model.to(world.device)
@@ -220,7 +220,7 @@ def _as_wanted(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
     if config.crop_size is not None and config.crop_size != loaded.image.size:
         _check_crop(loaded, config.crop_size)
     kept = loaded.config
-    if image != loaded.image and "preprocess_cfg" in kept:  # so that open_clip sees pictures like us
+    if image != loaded.image and "preprocess_cfg" in kept:  # so that open_clip sees images like us
         preprocess = kept["preprocess_cfg"] | {"resize_mode": image.resize, "fill_color": image.fill}
         kept = kept | {"preprocess_cfg": preprocess}
     return dataclasses.replace(loaded, image=image, text=text, config=kept)
@@ -251,7 +251,7 @@ def _check_length(loaded: LoadedModel, length: int) -> None:
 
 @torch.inference_mode()
 def _check_crop(loaded: LoadedModel, size: int) -> None:
-    """Whether the image tower takes pictures of that size is tried."""
+    """Whether the image tower takes images of that size is tried."""
     model: Any = loaded.model
     try:
         model.encode_image(torch.zeros(1, 3, size, size))

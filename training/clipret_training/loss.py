@@ -1,6 +1,6 @@
-"""Losses between pictures and texts of which each may have several right answers, over one process or many.
+"""Losses between images and texts of which each may have several right answers, over one process or many.
 
-A row is a positive of every row that it shares a key with: the same caption, the same picture, the same group. All
+A row is a positive of every row that it shares a key with: the same caption, the same image, the same group. All
 else in the batch is a negative.
 
 Several processes each pass the rows that they computed. The rows, not the logits, are exchanged, with their
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipret.errors import ClipretError
 from clipret_training.choices import LossKind
-from clipret_training.distributed.gather import exchange_shapes, gather_rows
+from clipret_training.distributed.gather import exchange_shapes, gather_embeddings
 from clipret_training.schema import PartialShare, Positive, Share, check_fields
 
 __all__ = [
@@ -45,7 +45,7 @@ class LossConfig:
     teacher).
 
     `label_smoothing` spreads that share of each target over the whole row (not with `siglip`). `drop_worst` leaves out
-    that share of the rows with the largest losses, of the pictures and of the texts: noisy captions are among them.
+    that share of the rows with the largest losses, of the images and of the texts: noisy captions are among them.
     Raises ClipretError for a value out of range.
     """
 
@@ -68,20 +68,20 @@ class LossConfig:
 class LossBatch:
     """What one process knows of a batch; all tensors on one device.
 
-    image_rows: float32 [B,D] and text_rows: float32 [T,D], unit rows. image_keys: int64 [B,K] and text_keys: int64
-    [T,L], any numbers from 0 that say which rows belong together (`positive_mask`), padded with -1; every picture must
-    share a key with a text and every text with a picture. image_attributes: [B,A] and text_attributes: [T,A], 0 or 1,
-    for `soft`. negative_rows: float32 [N,D], texts that are no positive of any picture, with negative_keys: int64
-    [N,L] so that a picture is not pushed from a text that happens to be one of its own.
+    image_embeddings: float32 [B,D] and text_embeddings: float32 [T,D], unit length. image_keys: int64 [B,K] and text_keys: int64
+    [T,L], any numbers from 0 that say which rows belong together (`positive_mask`), padded with -1; every image must
+    share a key with a text and every text with an image. image_attributes: [B,A] and text_attributes: [T,A], 0 or 1,
+    for `soft`. negative_embeddings: float32 [N,D], texts that are no positive of any image, with negative_keys: int64
+    [N,L] so that an image is not pushed from a text that happens to be one of its own.
     """
 
-    image_rows: Tensor
-    text_rows: Tensor
+    image_embeddings: Tensor
+    text_embeddings: Tensor
     image_keys: Tensor
     text_keys: Tensor
     image_attributes: Tensor | None = None
     text_attributes: Tensor | None = None
-    negative_rows: Tensor | None = None
+    negative_embeddings: Tensor | None = None
     negative_keys: Tensor | None = None
 
 
@@ -113,7 +113,7 @@ def compute_loss(
     if config.kind == "siglip" and logit_bias is None:
         raise ClipretError("the siglip loss needs a logit bias and this model has none: give it one or use infonce")
     if config.kind == "soft" and (batch.image_attributes is None or batch.text_attributes is None):
-        raise ClipretError("the soft loss needs the attributes of pictures and of texts: give both or use infonce")
+        raise ClipretError("the soft loss needs the attributes of images and of texts: give both or use infonce")
     world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     whole, counts = _gather(batch, group) if world > 1 else (batch, {})
     # Without local_loss, and in one process, every row is its own.
@@ -125,8 +125,12 @@ def compute_loss(
             return 0, [len(getattr(whole, name))]
         return sum(counts[name][:rank]), counts[name]
 
-    images = _image_side(mine, whole, *place("image_rows"))
-    texts = _transposed(images, len(whole.text_rows)) if mine is whole else _text_side(mine, whole, *place("text_rows"))
+    images = _image_side(mine, whole, *place("image_embeddings"))
+    texts = (
+        _transposed(images, len(whole.text_embeddings))
+        if mine is whole
+        else _text_side(mine, whole, *place("text_embeddings"))
+    )
     parts = []
     for side in (images, texts):
         logits = logit_scale * side.logits
@@ -135,17 +139,19 @@ def compute_loss(
     return (parts[0] + parts[1]) / 2
 
 
-def contrastive_loss(image_rows: Tensor, text_rows: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
+def contrastive_loss(
+    image_embeddings: Tensor, text_embeddings: Tensor, logit_scale: Tensor, positives: Tensor
+) -> Tensor:
     """CLIP's symmetric cross-entropy in which a row may have several right answers, in one process.
 
-    The target of a picture is the uniform distribution over its captions in the batch, that of a caption the uniform
-    distribution over its pictures (the "outside" form of Khosla et al., Supervised Contrastive Learning, 2020). With
-    one caption a picture and all captions different it is CLIP's loss exactly.
+    The target of an image is the uniform distribution over its captions in the batch, that of a caption the uniform
+    distribution over its images (the "outside" form of Khosla et al., Supervised Contrastive Learning, 2020). With
+    one caption an image and all captions different it is CLIP's loss exactly.
 
-    image_rows: float32 [B,D] and text_rows: float32 [T,D], unit rows. logit_scale: scalar, already exponentiated.
+    image_embeddings: float32 [B,D] and text_embeddings: float32 [T,D], unit length. logit_scale: scalar, already exponentiated.
     positives: bool [B,T], at least one in every row and in every column. Returns a scalar.
     """
-    logits = logit_scale * image_rows @ text_rows.T  # [B,T]
+    logits = logit_scale * image_embeddings @ text_embeddings.T  # [B,T]
     return (_cross_entropy(logits, positives).mean() + _cross_entropy(logits.T, positives.T).mean()) / 2
 
 
@@ -167,20 +173,20 @@ def attribute_overlap(row_attributes: Tensor, column_attributes: Tensor) -> Tens
 
 
 @torch.no_grad()
-def retrieval_accuracy(image_rows: Tensor, text_rows: Tensor, positives: Tensor) -> Tensor:
-    """The share of captions whose nearest picture of the batch is a right one; shapes as in `contrastive_loss`."""
-    nearest = (text_rows @ image_rows.T).argmax(dim=1)  # [T]
+def retrieval_accuracy(image_embeddings: Tensor, text_embeddings: Tensor, positives: Tensor) -> Tensor:
+    """The share of captions whose nearest image of the batch is a right one; shapes as in `contrastive_loss`."""
+    nearest = (text_embeddings @ image_embeddings.T).argmax(dim=1)  # [T]
     return positives[nearest, torch.arange(len(nearest), device=nearest.device)].float().mean()
 
 
 def _gather(batch: LossBatch, group: dist.ProcessGroup | None) -> tuple[LossBatch, dict[str, list[int]]]:
     """The batch of all processes, and how many rows each has of each part."""
     given = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    shapes = exchange_shapes(given, group, like=batch.image_rows)
+    shapes = exchange_shapes(given, group, like=batch.image_embeddings)
     counts = {name: [rows for rows, _ in shapes[name]] for name, value in given.items() if value is not None}
     parts = {
         # Keys may be wider on one process than on another: -1 is no key.
-        name: gather_rows(value, shapes[name], group, fill=-1 if name.endswith("_keys") else None)
+        name: gather_embeddings(value, shapes[name], group, fill=-1 if name.endswith("_keys") else None)
         for name, value in given.items()
         if value is not None
     }
@@ -188,24 +194,26 @@ def _gather(batch: LossBatch, group: dist.ProcessGroup | None) -> tuple[LossBatc
 
 
 def _image_side(mine: LossBatch, whole: LossBatch, first: int, counts: list[int]) -> _Side:
-    """Pictures against texts and, behind them, the hard negatives."""
+    """Images against texts and, behind them, the hard negatives."""
     positive = positive_mask(mine.image_keys, whole.text_keys)  # [B,T]
     overlap = _overlap(mine.image_attributes, whole.text_attributes)
-    if whole.negative_rows is None:
-        return _Side(mine.image_rows @ whole.text_rows.T, positive, None, overlap, first, counts)
-    columns = torch.cat([whole.text_rows, whole.negative_rows])
-    wrong = positive.new_zeros(len(positive), len(whole.negative_rows))  # [B,N]
+    if whole.negative_embeddings is None:
+        return _Side(mine.image_embeddings @ whole.text_embeddings.T, positive, None, overlap, first, counts)
+    columns = torch.cat([whole.text_embeddings, whole.negative_embeddings])
+    wrong = positive.new_zeros(len(positive), len(whole.negative_embeddings))  # [B,N]
     own = positive_mask(mine.image_keys, whole.negative_keys) if whole.negative_keys is not None else wrong
     if overlap is not None:
-        overlap = F.pad(overlap, (0, len(whole.negative_rows)))
+        overlap = F.pad(overlap, (0, len(whole.negative_embeddings)))
     ignored = torch.cat([torch.zeros_like(positive), own], dim=1)
-    return _Side(mine.image_rows @ columns.T, torch.cat([positive, wrong], dim=1), ignored, overlap, first, counts)
+    return _Side(
+        mine.image_embeddings @ columns.T, torch.cat([positive, wrong], dim=1), ignored, overlap, first, counts
+    )
 
 
 def _text_side(mine: LossBatch, whole: LossBatch, first: int, counts: list[int]) -> _Side:
     positive = positive_mask(mine.text_keys, whole.image_keys)  # [T,B]
     overlap = _overlap(mine.text_attributes, whole.image_attributes)
-    return _Side(mine.text_rows @ whole.image_rows.T, positive, None, overlap, first, counts)
+    return _Side(mine.text_embeddings @ whole.image_embeddings.T, positive, None, overlap, first, counts)
 
 
 def _transposed(images: _Side, T: int) -> _Side:
@@ -258,7 +266,7 @@ def _mean(losses: Tensor, side: _Side, drop: float, group: dist.ProcessGroup | N
     if dropped:
         every = losses.detach()
         if len(side.counts) > 1:
-            every = gather_rows(every[:, None], [(count, 1) for count in side.counts], group)[:, 0]
+            every = gather_embeddings(every[:, None], [(count, 1) for count in side.counts], group)[:, 0]
         worst = every.argsort(descending=True, stable=True)[:dropped]
         keep = torch.ones_like(every, dtype=torch.bool).index_fill(0, worst, False)
         losses = losses * keep[side.first : side.first + len(losses)]

@@ -29,7 +29,7 @@ class RunFolder:
     model.json          what rebuilds the model, with tokenizer.json and, for open_clip's models, open_clip_config.json
     log.txt             what happened, with the time of day
     metrics.jsonl       a line for each epoch
-    skipped.tsv         pictures that could not be read, with the reason
+    skipped.tsv         images that could not be read, with the reason
     tensorboard/        the course of each step, where it is asked for
     checkpoints/        last.safetensors, best.safetensors and what resuming needs; see checkpoint.py
     adapter/            the adapter of the best epoch in PEFT's layout, where one is trained

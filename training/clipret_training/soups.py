@@ -11,11 +11,11 @@ from torch import Tensor
 
 from clipret.errors import ClipretError
 from clipret.files import new_folder
+from clipret_training.annotations import read_annotations
 from clipret_training.choices import SoupMethod
 from clipret_training.config import FitConfig
-from clipret_training.data import Pictures, Texts
+from clipret_training.data import ImageReader, Texts
 from clipret_training.filenames import PARAMS
-from clipret_training.listing import read_listing
 from clipret_training.models import SMALL, LoadedModel, load_model
 from clipret_training.optim import Soup, greedy_soup, interpolate, uniform_soup
 from clipret_training.run import RunFolder
@@ -49,18 +49,18 @@ class Measure:
     def __init__(self, val: str, *, device: str, threads: int | None, val_where: str | None, **columns: Any) -> None:
         self._val, self._where, self._columns = val, val_where, columns
         self._device, self._threads = open_device(device), threads or torch.get_num_threads()
-        self._prepared: tuple[Any, Pictures, Texts] | None = None
+        self._prepared: tuple[Any, ImageReader, Texts] | None = None
 
     def __call__(self, loaded: LoadedModel) -> dict[str, Any]:
         """What `clipret_training.validation.recall` finds. Raises ClipretError for a list that cannot be read."""
         if self._prepared is None:
             config = FitConfig(data=self._val, model=loaded.source, **self._columns)
-            listing = read_listing(config, self._val, self._where)
-            pictures = Pictures(listing, loaded.image, threads=self._threads, cache_limit=4 << 30)
-            self._prepared = listing.pairs, pictures, Texts(loaded, listing)
-        pairs, pictures, texts = self._prepared
+            annotations = read_annotations(config, self._val, self._where)
+            images = ImageReader(annotations, loaded.image, threads=self._threads, cache_limit=4 << 30)
+            self._prepared = annotations.pairs, images, Texts(loaded, annotations)
+        pairs, images, texts = self._prepared
         loaded.model.to(self._device)
-        return recall(loaded, pairs, pictures, texts, self._device)
+        return recall(loaded, pairs, images, texts, self._device)
 
 
 def cook(
@@ -146,5 +146,5 @@ def _original_of(run: str) -> str:
 def _check_alike(first: LoadedModel, first_name: str, loaded: LoadedModel, name: str) -> None:
     for what in ("image", "mean", "std", "text", "tokenizer_json"):
         if getattr(first, what) != getattr(loaded, what):
-            part = {"text": "tokenizer", "tokenizer_json": "tokenizer"}.get(what, "preprocessing of pictures")
+            part = {"text": "tokenizer", "tokenizer_json": "tokenizer"}.get(what, "preprocessing of images")
             raise ClipretError(f"{first_name} and {name} have a different {part}: average runs that see data alike")

@@ -20,8 +20,8 @@ __all__ = ["GradientStep", "StepResult"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """accuracy: the share of captions whose nearest picture among this process's is a right one. broken: places in the
-    batch of pictures whose embedding, or whose captions' embedding, is no number."""
+    """accuracy: the share of captions whose nearest image among this process's is a right one. broken: places in the
+    batch of images whose embedding, or whose captions' embedding, is no number."""
 
     loss: float
     accuracy: float
@@ -31,8 +31,8 @@ class StepResult:
 class GradientStep:
     """Adds the gradients of a batch to the parameters of `model`, times `scale` where a loss is scaled.
 
-    With `parts` > 1 the towers never see more than that share of a batch at once: their rows are computed without
-    gradients first, the loss gives each row its gradient, and then each part is computed again to pass it on. The loss
+    With `parts` > 1 the towers never see more than that share of a batch at once: their embeddings are computed without
+    gradients first, the loss gives each embedding its gradient, and then each part is computed again to pass it on. The loss
     is that of the whole batch, and so are the gradients (Gao et al., Scaling Deep Contrastive Learning Batch Size under
     Memory Limited Setup, 2021; open_clip's --accum-freq). Costs a second forward pass. Only batch normalisation
     sees the difference: its statistics are those of a part.
@@ -68,20 +68,20 @@ class GradientStep:
             self._part(self._encode_text, part.to(self._device), step, "text", n) for n, part in enumerate(texts)
         ]
         if self._parts == 1:
-            rows = [encode() for encode in encoders]
+            embeddings = [encode() for encode in encoders]
         else:
             with torch.no_grad(), _frozen_statistics(self._model):
-                rows = [encode() for encode in encoders]
-            rows = [part.requires_grad_() for part in rows]
+                embeddings = [encode() for encode in encoders]
+            embeddings = [part.requires_grad_() for part in embeddings]
         first, behind = len(images), len(images) + len(batch.texts.groups)
-        image_rows, text_rows = torch.cat(rows[:first]), batch.texts.ordered(rows[first:behind])
-        negative_rows = torch.cat(rows[behind:]) if len(rows) > behind else text_rows[:0]
-        loss = self.compute_loss(batch, image_rows, text_rows, negative_rows)
-        result = self._result(batch, loss, image_rows, text_rows)
+        image_embeddings, text_embeddings = torch.cat(embeddings[:first]), batch.texts.ordered(embeddings[first:behind])
+        negative_embeddings = torch.cat(embeddings[behind:]) if len(embeddings) > behind else text_embeddings[:0]
+        loss = self.compute_loss(batch, image_embeddings, text_embeddings, negative_embeddings)
+        result = self._result(batch, loss, image_embeddings, text_embeddings)
         if not result.broken and torch.isfinite(loss):
             self._backward(scale(loss), None)
             if self._parts > 1:
-                for encode, part in zip(encoders, rows, strict=True):
+                for encode, part in zip(encoders, embeddings, strict=True):
                     self._backward(encode(), part.grad)
         return result
 
@@ -92,41 +92,43 @@ class GradientStep:
     def _part(
         self, encode: Callable[[Tensor], Tensor], inputs: Tensor, step: int, tower: Tower, number: int
     ) -> Callable[[], Tensor]:
-        """A function that gives unit rows float32, the same whenever it is called: dropout is seeded."""
+        """A function that gives unit embeddings float32, the same whenever it is called: dropout is seeded."""
         seed = seed_of(*self._seed, step, tower, number)
 
         def run() -> Tensor:
             torch.manual_seed(seed)
             with autocast(self._precision, self._device):
-                rows = encode(inputs)
-            return F.normalize(rows.float(), dim=-1)
+                embeddings = encode(inputs)
+            return F.normalize(embeddings.float(), dim=-1)
 
         return run
 
-    def compute_loss(self, batch: Batch, image_rows: Tensor, text_rows: Tensor, negative_rows: Tensor) -> Tensor:
+    def compute_loss(
+        self, batch: Batch, image_embeddings: Tensor, text_embeddings: Tensor, negative_embeddings: Tensor
+    ) -> Tensor:
         names = ("image_keys", "text_keys", "image_attributes", "text_attributes", "negative_keys")
         rest = {name: value.to(self._device) for name in names if (value := getattr(batch, name)) is not None}
-        negatives = negative_rows if batch.negatives is not None else None
-        together = LossBatch(image_rows, text_rows, negative_rows=negatives, **rest)
+        negatives = negative_embeddings if batch.negatives is not None else None
+        together = LossBatch(image_embeddings, text_embeddings, negative_embeddings=negatives, **rest)
         return compute_loss(self._loss, together, self._model.logit_scale.exp(), self._bias())
 
     def _bias(self) -> Tensor | None:
         return getattr(self._model, "logit_bias", None) if self._loss.kind == "siglip" else None
 
-    def _result(self, batch: Batch, loss: Tensor, image_rows: Tensor, text_rows: Tensor) -> StepResult:
+    def _result(self, batch: Batch, loss: Tensor, image_embeddings: Tensor, text_embeddings: Tensor) -> StepResult:
         right = positive_mask(batch.image_keys, batch.text_keys).to(self._device)  # [B,T]
-        accuracy = retrieval_accuracy(image_rows, text_rows, right)
+        accuracy = retrieval_accuracy(image_embeddings, text_embeddings, right)
         value, share = torch.stack([loss.detach(), accuracy]).tolist()  # one wait for the device
         if torch.isfinite(loss):
             return StepResult(value, share, ())
-        broken = ~image_rows.isfinite().all(dim=1)
-        broken |= (right & ~text_rows.isfinite().all(dim=1)).any(dim=1)
+        broken = ~image_embeddings.isfinite().all(dim=1)
+        broken |= (right & ~text_embeddings.isfinite().all(dim=1)).any(dim=1)
         return StepResult(value, share, tuple(broken.nonzero()[:, 0].tolist()))
 
 
 @contextlib.contextmanager
 def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep batch normalisation's running statistics as they are: the same pictures will come once more."""
+    """Keep batch normalisation's running statistics as they are: the same images will come once more."""
     layers: Sequence[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Recall on held-out pictures, measured as the search will measure it: whole pictures, float32, exact ranking."""
+"""Recall on held-out images, measured as the search will measure it: whole images, float32, exact ranking."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from clipret.errors import ClipretError
 from clipret.evaluation.metrics import Metrics, evaluate
 from clipret.pairs import PairSet
 from clipret.ranking.ranker import Ranker
-from clipret_training.data import Pictures, Texts, normalise
+from clipret_training.data import ImageReader, Texts, normalise
 from clipret_training.distributed import World, gather_objects
 from clipret_training.models import LoadedModel
 
@@ -31,46 +31,46 @@ def quality(metrics: dict[str, Any]) -> tuple[float, float]:
 def recall(
     loaded: LoadedModel,
     pairs: PairSet,
-    pictures: Pictures,
+    reader: ImageReader,
     texts: Texts,
     device: torch.device,
     world: World | None = None,
 ) -> dict[str, Any]:
     """`text_to_image` and `image_to_text` as dictionaries of `Metrics`, and `mean_recall`, the mean of both ways'
-    recall@1, 5 and 10; pictures that cannot be read do not count.
+    recall@1, 5 and 10; images that cannot be read do not count.
 
-    A title is one query however many pictures it has. `pictures` are all of `pairs` or, with `world`, those whose
+    A caption is one query however many images it has. `images` are all of `pairs` or, with `world`, those whose
     position is this process's rank modulo the number of processes; each then encodes its share, and all
-    get the result. Leaves the model in eval mode. Raises ClipretError when no picture can be read.
+    get the result. Leaves the model in eval mode. Raises ClipretError when no image can be read.
     """
     world = world or World(0, 1, device)
     loaded.model.eval()
     mine = range(world.rank, len(pairs.paths), world.size)
     rounds = _rounds(len(pairs.paths), world)
-    shares = gather_objects(_encode_pictures(loaded, pictures, len(mine), rounds, device), world)
-    # Every rank's pictures by their positions in `pairs`, and the titles that any readable one has.
+    shares = gather_objects(_encode_images(loaded, reader, len(mine), rounds, device), world)
+    # Every rank's images by their positions in `pairs`, and the captions that any readable one has.
     row_of: dict[int, int] = {}
     for rank, (chosen, _) in enumerate(shares):
         row_of |= {rank + world.size * place: len(row_of) + n for n, place in enumerate(chosen)}
     if not row_of:
         raise ClipretError(
-            f"none of the {len(pairs.paths)} held-out pictures can be read{pictures.example()}; check --image-root"
+            f"none of the {len(pairs.paths)} held-out images can be read{reader.example()}; check --image-root"
         )
-    found = [[row_of[picture] for picture in owners if picture in row_of] for owners in pairs.of_title()]
-    asked = [title for title, rows in enumerate(found) if rows]
-    encoded = gather_objects(_encode_titles(loaded, texts, asked, device, world), world)
+    found = [[row_of[image] for image in owners if image in row_of] for owners in pairs.of_caption()]
+    asked = [caption for caption, embeddings in enumerate(found) if embeddings]
+    encoded = gather_objects(_encode_captions(loaded, texts, asked, device, world), world)
     if not world.writes:
         result: dict[str, Any] = gather_objects(None, world)[0]
         return result
-    image_rows = np.concatenate([rows for _, rows in shares if len(rows)])
-    text_rows = np.empty((len(asked), image_rows.shape[1]), dtype=np.float32)
-    for rank, rows in enumerate(encoded):
-        text_rows[rank :: world.size] = rows
-    place_of = {title: place for place, title in enumerate(asked)}
-    of_picture = [[place_of[title] for title in pairs.of_picture[picture]] for picture in row_of]
+    image_embeddings = np.concatenate([embeddings for _, embeddings in shares if len(embeddings)])
+    text_embeddings = np.empty((len(asked), image_embeddings.shape[1]), dtype=np.float32)
+    for rank, embeddings in enumerate(encoded):
+        text_embeddings[rank :: world.size] = embeddings
+    place_of = {caption: place for place, caption in enumerate(asked)}
+    of_image = [[place_of[caption] for caption in pairs.of_image[image]] for image in row_of]
     result = {
-        "text_to_image": _measure(image_rows, text_rows, [found[title] for title in asked]),
-        "image_to_text": _measure(text_rows, image_rows, of_picture),
+        "text_to_image": _measure(image_embeddings, text_embeddings, [found[caption] for caption in asked]),
+        "image_to_text": _measure(text_embeddings, image_embeddings, of_image),
     }
     shares_found = [result[way][f"recall_at_{k}"] for way in WAYS for k in (1, 5, 10)]
     result["mean_recall"] = sum(shares_found) / len(shares_found)
@@ -78,14 +78,14 @@ def recall(
     return result
 
 
-def _encode_pictures(
-    loaded: LoadedModel, pictures: Pictures, count: int, rounds: int, device: torch.device
+def _encode_images(
+    loaded: LoadedModel, reader: ImageReader, count: int, rounds: int, device: torch.device
 ) -> tuple[list[int], Embeddings]:
-    """Places among this process's pictures, and their rows."""
+    """Places among this process's images, and their embeddings."""
     model: Any = loaded.model
     places: list[int] = []
-    rows: list[Embeddings] = []
-    batches = iter(pictures.batches(range(count), _BATCH))
+    embeddings: list[Embeddings] = []
+    batches = iter(reader.batches(range(count), _BATCH))
     for _ in range(rounds):
         # All processes run the model equally often: sharded weights are collected in it.
         chosen, pixels = next(batches, ([], torch.zeros(1, loaded.image.size, loaded.image.size, 3, dtype=torch.uint8)))
@@ -93,22 +93,22 @@ def _encode_pictures(
         encoded = model.encode_image(normalise(loaded, images), normalize=True).float().cpu().numpy()
         if chosen:
             places += chosen
-            rows.append(encoded)
-    return places, np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+            embeddings.append(encoded)
+    return places, np.concatenate(embeddings) if embeddings else np.empty((0, 0), np.float32)
 
 
-def _encode_titles(
+def _encode_captions(
     loaded: LoadedModel, texts: Texts, asked: Sequence[int], device: torch.device, world: World
 ) -> Embeddings:
-    """The rows of every size-th of the titles."""
+    """The embeddings of every size-th of the captions."""
     model: Any = loaded.model
     mine = list(asked[world.rank :: world.size])
-    rows: list[Embeddings] = []
+    embeddings: list[Embeddings] = []
     for number in range(_rounds(len(asked), world)):
-        titles = torch.tensor(mine[number * _BATCH : (number + 1) * _BATCH] or asked[:1])
-        encoded = model.encode_text(texts.ids(titles).to(device), normalize=True).float().cpu().numpy()
-        rows.append(encoded[: max(len(mine) - number * _BATCH, 0)])
-    return np.concatenate(rows)
+        captions = torch.tensor(mine[number * _BATCH : (number + 1) * _BATCH] or asked[:1])
+        encoded = model.encode_text(texts.ids(captions).to(device), normalize=True).float().cpu().numpy()
+        embeddings.append(encoded[: max(len(mine) - number * _BATCH, 0)])
+    return np.concatenate(embeddings)
 
 
 def _rounds(count: int, world: World) -> int:
@@ -117,6 +117,6 @@ def _rounds(count: int, world: World) -> int:
     return -(-most // _BATCH)
 
 
-def _measure(rows: Embeddings, queries: Embeddings, relevant: list[list[int]]) -> dict[str, float]:
-    metrics: Metrics = evaluate(Ranker(rows.astype(np.float16)), queries, relevant)
+def _measure(embeddings: Embeddings, queries: Embeddings, relevant: list[list[int]]) -> dict[str, float]:
+    metrics: Metrics = evaluate(Ranker(embeddings.astype(np.float16)), queries, relevant)
     return metrics.to_dict()

@@ -1,4 +1,4 @@
-"""clipret-search: index pictures, query them by text and picture, evaluate."""
+"""clipret-search: index images, query them by text and image, evaluate."""
 
 import click
 
@@ -31,10 +31,10 @@ COMMANDS = {
 )
 @click.version_option(package_name="clipret")
 def main() -> None:
-    """Search pictures by text: exact results, no torch.
+    """Search images by text: exact results, no torch.
 
     \b
-    clipret-search index BUNDLE pictures/ GALLERY      encode pictures once
+    clipret-search index BUNDLE images/ GALLERY      encode images once
     clipret-search query GALLERY "a red sedan"         find the best ten
     clipret-search eval GALLERY queries.csv            recall@k, mAP@10
 

@@ -10,12 +10,12 @@ from clipret.cli.options import (
     FILE,
     Number,
     Runtime,
+    caption_column_option,
     encoder_options,
     image_root_option,
     json_option,
     print_json,
     runtime_options,
-    title_column_option,
     where_option,
 )
 from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts, rerank_options
@@ -25,10 +25,10 @@ from clipret.competitions.submission import FORMS, Form, Sample, named, product_
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.inference.config import EncoderConfig
-from clipret.search.fusion import HOW, How, Source, merge
+from clipret.search.fusion import HOW, FusionSource, How, merge
 from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
-from clipret.search.results import Found, as_results, read_results
+from clipret.search.results import RankedPaths, as_results, read_results
 from clipret.search.searcher import Searcher
 from clipret.tables import pick_column, read_table
 
@@ -41,8 +41,8 @@ __all__ = ["merge_command", "submit"]
     "--only vehicle --only person > merged.json",
 )
 @click.argument("sources", type=FILE, nargs=-1, required=True)
-@click.option("--texts", type=FILE, required=True, help="The queries: one a line in a .txt, or a list with titles.")
-@title_column_option
+@click.option("--texts", type=FILE, required=True, help="The queries: one a line in a .txt, or a list with captions.")
+@caption_column_option
 @click.option("--how", type=click.Choice(HOW), default="z", show_default=True, help="See above.")
 @click.option("--weight", "weights", type=Number(), multiple=True, help="Of each source, in their order; default: 1.")
 @click.option(
@@ -51,14 +51,14 @@ __all__ = ["merge_command", "submit"]
     multiple=True,
     help='The texts of each source, in their order: those of this rule of --prompts, "other" for those of none, "all".',
 )
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
-@click.option("--depth", type=click.IntRange(1), default=1000, show_default=True, help="Pictures of a list, for rrf.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many images a query.")
+@click.option("--depth", type=click.IntRange(1), default=1000, show_default=True, help="Images of a list, for rrf.")
 @prompts_option
 @encoder_options
 def merge_command(
     sources: tuple[Path, ...],
     texts: Path,
-    title_column: str | None,
+    caption_column: str | None,
     how: How,
     weights: tuple[float, ...],
     only: tuple[str, ...],
@@ -67,16 +67,16 @@ def merge_command(
     prompts: Prompts,
     config: EncoderConfig,
 ) -> None:
-    """Rank pictures by several SOURCES together: galleries of different models, and result files. Prints a result file.
+    """Rank images by several SOURCES together: galleries of different models, and result files. Prints a result file.
 
-    Pictures are matched by their path; of several galleries those count that all of them hold. "sum" adds up
+    Images are matched by their path; of several galleries those count that all of them hold. "sum" adds up
     similarities, "z" similarities as deviations from each query's mean, "rrf" 1 / (60 + rank), which needs no
-    scores. The first two are exact: no picture outside the lists that were looked at could be better.
+    scores. The first two are exact: no image outside the lists that were looked at could be better.
 
     Result files come from  clipret-search query --texts FILE --json,  with re-ranking or without, from merge, and
-    from submit. Where one does not list a picture, its score there is taken to be that of the last one that it lists.
+    from submit. Where one does not list an image, its score there is taken to be that of the last one that it lists.
     """
-    queries = read_texts(texts, title_column)
+    queries = read_texts(texts, caption_column)
     for name, given in (("--weight", weights), ("--only", only)):
         if given and len(given) != len(sources):
             raise ClipretError(f"{len(given)} {name} for {len(sources)} sources: give one for each, in their order")
@@ -92,7 +92,7 @@ def merge_command(
         searcher, results = _open(path, prompts, Runtime(config))
         chosen = only[number] if only else "all"
         answers = None if chosen == "all" else frozenset(text for text, name in fitting.items() if name == chosen)
-        opened.append(Source(str(path), searcher, results, weights[number] if weights else 1.0, answers))
+        opened.append(FusionSource(str(path), searcher, results, weights[number] if weights else 1.0, answers))
     print_json(as_results(queries, merge(opened, queries, k, how=how, depth=depth)))
 
 
@@ -103,17 +103,15 @@ def merge_command(
 @click.argument("source", type=FILE)
 @click.argument("texts", type=FILE)
 @click.argument("answer", type=FILE)
-@title_column_option
+@caption_column_option
 @click.option("--sample", type=FILE, help="The sample submission whose shape a .csv answer takes.")
-@click.option("--one-to-one", is_flag=True, help="No picture twice in a .csv: the assignment with the best sum.")
-@click.option("--leave-out", type=FILE, help="A list of pictures that are no answer, such as those of the training.")
+@click.option("--one-to-one", is_flag=True, help="No image twice in a .csv: the assignment with the best sum.")
+@click.option("--leave-out", type=FILE, help="A list of images that are no answer, such as those of the training.")
 @image_root_option
 @where_option
-@click.option(
-    "--names", type=click.Choice(FORMS), help="What pictures are called; default: file names; as in --sample."
-)
-@click.option("--images", type=FILE, help="The folder of the test pictures: an answer with any other is refused.")
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures a text in a .json answer.")
+@click.option("--names", type=click.Choice(FORMS), help="What images are called; default: file names; as in --sample.")
+@click.option("--images", type=FILE, help="The folder of the test images: an answer with any other is refused.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Images a text in a .json answer.")
 @prompts_option
 @rerank_options
 @runtime_options
@@ -122,7 +120,7 @@ def submit(
     source: Path,
     texts: Path,
     answer: Path,
-    title_column: str | None,
+    caption_column: str | None,
     sample: Path | None,
     one_to_one: bool,
     leave_out: Path | None,
@@ -139,9 +137,9 @@ def submit(
 ) -> None:
     """Answer TEXTS from SOURCE, a gallery or a result file, in a competition's format.
 
-    An ANSWER that ends in .json is one to the traffic retrieval challenge: the ten best pictures of each line of TEXTS,
-    in their order. One that ends in .csv is one to the product retrieval contest: the best picture of each query, in
-    the shape of --sample. What the scorer would reject (a text without pictures, another number of pictures, one
+    An ANSWER that ends in .json is one to the traffic retrieval challenge: the ten best images of each line of TEXTS,
+    in their order. One that ends in .csv is one to the product retrieval contest: the best image of each query, in
+    the shape of --sample. What the scorer would reject (a text without images, another number of images, one
     of them twice or unknown) is refused with the reason, and nothing is written.
     """
     product = answer.suffix.lower() == ".csv"
@@ -152,8 +150,8 @@ def submit(
             "a .csv answer takes the shape of a --sample, and nothing else has one: name it, or write .json"
         )
     if one_to_one and not product:
-        raise ClipretError("--one-to-one is for .csv answers: a .json one has several pictures a text")
-    queries = read_texts(texts, title_column)
+        raise ClipretError("--one-to-one is for .csv answers: a .json one has several images a text")
+    queries = read_texts(texts, caption_column)
     searcher, results = _open(source, prompts, runtime)
     taken = 1 if product else k
     if searcher is not None:
@@ -169,7 +167,7 @@ def submit(
     shape = None if sample is None else Sample.read(sample)
     form = names or ("name" if shape is None else shape.form(known if known is not None else paths))
     called = named(paths, form)
-    # Of a gallery's own pictures nobody need say that they exist.
+    # Of a gallery's own images nobody need say that they exist.
     allowed = set(named(known, form).values()) if known is not None else None
     lines = [[called[path] for path in line] for line in found]
     if shape is not None:
@@ -177,14 +175,14 @@ def submit(
     else:
         content = traffic_answer(queries, lines, allowed, k)
     write_file(answer, content)
-    pictures = len({path for line in found for path in line})
+    count = len({path for line in found for path in line})
     if as_json:
-        print_json({"answer": str(answer), "texts": len(queries), "pictures": pictures})
+        print_json({"answer": str(answer), "texts": len(queries), "images": count})
     else:
-        click.echo(f"{answer}: {len(queries)} texts, {pictures} different pictures")
+        click.echo(f"{answer}: {len(queries)} texts, {count} different images")
 
 
-def _open(path: Path, prompts: Prompts, runtime: Runtime) -> tuple[Searcher | None, dict[str, Found] | None]:
+def _open(path: Path, prompts: Prompts, runtime: Runtime) -> tuple[Searcher | None, dict[str, RankedPaths] | None]:
     """A gallery's searcher, or the results of a file."""
     if path.is_dir():
         return open_searcher(path, runtime, prompts.forms), None
@@ -202,7 +200,7 @@ def _search(
     reference: Path | None,
     one_to_one: bool,
 ) -> tuple[list[list[str]], list[str]]:
-    """The paths that each query found, and those of all pictures of the gallery."""
+    """The paths that each query found, and those of all images of the gallery."""
     held = searcher.gallery.ids_by_path()
     unwanted = [] if leave_out is None else _unwanted(searcher, leave_out, image_root)
     among = searcher.among(where, unwanted)
@@ -227,22 +225,22 @@ def _part(
 
 
 def _unwanted(searcher: Searcher, path: Path, image_root: Path | None) -> list[int]:
-    """The ids of the pictures of a list. Raises ClipretError when the gallery holds none of them."""
+    """The ids of the images of a list. Raises ClipretError when the gallery holds none of them."""
     table = read_table(path)
     image, root = pick_column(table, None, "image"), image_root or path.parent
     names = {row[image].strip() for row in table.rows}
     found = [number for _, number in searcher.find({name: root / name for name in names}).values()]
     if not found:
         raise ClipretError(
-            f"none of the {len(names)} pictures of {path} is in the gallery (such as {sorted(names)[0]}): "
+            f"none of the {len(names)} images of {path} is in the gallery (such as {sorted(names)[0]}): "
             "set --image-root, or go without --leave-out"
         )
-    click.echo(f"{len(set(found))} pictures of {path} are left out", err=True)
+    click.echo(f"{len(set(found))} images of {path} are left out", err=True)
     return found
 
 
 def _listed(
-    results: dict[str, Found], queries: Sequence[str], k: int, source: Path, one_to_one: bool
+    results: dict[str, RankedPaths], queries: Sequence[str], k: int, source: Path, one_to_one: bool
 ) -> list[list[str]]:
     for number, text in enumerate(queries, 1):
         if text not in results:
@@ -266,5 +264,5 @@ def _listed(
 def _files(folder: Path) -> list[str]:
     """The paths of all files below a folder, relative to it."""
     if not folder.is_dir():
-        raise ClipretError(f"{folder} is no folder: name the one that holds the test pictures")
+        raise ClipretError(f"{folder} is no folder: name the one that holds the test images")
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())

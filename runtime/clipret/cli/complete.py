@@ -26,15 +26,15 @@ from clipret.competitions.completion import Guess, SlotReport, Vocabulary, compl
 from clipret.console import show_table
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.ranking.rows import StoredRows
+from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.reports.page import Card, Section, write_page
 from clipret.search.searcher import Searcher
 from clipret.tables import Table, pick_column, read_table
 
 __all__ = ["complete"]
 
-_FOOTER = "The figure is the confidence: the word's share among the vocabulary. A picture links to its file."
-_SHOWN = 24  # pictures of a word or a reason on the review page: the least certain ones
+_FOOTER = "The figure is the confidence: the word's share among the vocabulary. An image links to its file."
+_SHOWN = 24  # images of a word or a reason on the review page: the least certain ones
 FILLED = "filled"  # the column that says which words were filled in
 
 
@@ -54,20 +54,20 @@ FILLED = "filled"  # the column that says which words were filled in
     multiple=True,
     help="How a word is asked for, slots in braces; several are averaged. Default: --caption.",
 )
-@click.option("--caption", metavar="TEXT", help='The title to write; default: all slots, "{color} {brand} {type}".')
+@click.option("--caption", metavar="TEXT", help='The caption to write; default: all slots, "{color} {brand} {type}".')
 @click.option("--precision", type=Number(0, 1), default=0.95, show_default=True, help="Asked for; see above.")
 @click.option(
     "--unfamiliar",
     type=Number(0, 1),
     default=0.1,
     show_default=True,
-    help="Share of the known pictures that would be refused as unlike the others of their word.",
+    help="Share of the known images that would be refused as unlike the others of their word.",
 )
-@click.option("--where", metavar="SQL", help="Only pictures of rows for which this holds are filled.")
+@click.option("--where", metavar="SQL", help="Only images of rows for which this holds are filled.")
 @click.option("--calibrate", metavar="SQL", help="Rows to calibrate on, best those that no training has seen.")
 @image_column_option
 @image_root_option
-@click.option("--html", type=PAGE, help="Also write a page to review: pictures with what was filled in, or not.")
+@click.option("--html", type=PAGE, help="Also write a page to review: images with what was filled in, or not.")
 @json_option
 @runtime_options
 def complete(
@@ -88,32 +88,32 @@ def complete(
     as_json: bool,
     runtime: Runtime,
 ) -> None:
-    """Fill in what CAPTIONS do not say of the pictures in GALLERY, and write the list OUT to train with.
+    """Fill in what CAPTIONS do not say of the images in GALLERY, and write the list OUT to train with.
 
-    CAPTIONS is a list with a picture, a title and a column for each slot (color, brand, type) a row, empty where it is
-    not known. A missing word is chosen among the vocabulary by the model that made the gallery. Pictures
+    CAPTIONS is a list with an image, a caption and a column for each slot (color, brand, type) a row, empty where it is
+    not known. A missing word is chosen among the vocabulary by the model that made the gallery. Images
     whose word is known are predicted too, as if it were not: from them comes the threshold of confidence that
-    reaches --precision, and how unlike the known ones a picture may be (a silver car where no caption says silver).
+    reaches --precision, and how unlike the known ones an image may be (a silver car where no caption says silver).
     The table reports what was reached, on rows that the model was trained on unless --calibrate names others, and of
-    how many pictures. Templates that name one slot alone ask about every picture in the same words, whatever else is
+    how many images. Templates that name one slot alone ask about every image in the same words, whatever else is
     known of it; such as  --template "a {color} vehicle" --template "a {type}".
 
-    OUT has all rows of CAPTIONS and, for each picture of which something was filled, one more with the full title; its
+    OUT has all rows of CAPTIONS and, for each image of which something was filled, one more with the full caption; its
     column "filled" says which slots were. Indexing can be interrupted and goes on; this takes seconds a
-    hundred thousand pictures.
+    hundred thousand images.
     """
     words = Vocabulary.read(vocabulary)
     table = read_table(captions)
-    image, title = pick_column(table, image_column, "image"), pick_column(table, None, "title")
+    image, caption_column = pick_column(table, image_column, "image"), pick_column(table, None, "caption")
     slots = slots or tuple(slot for slot in words.slots if slot != "brand")
     _check(table, words, slots, templates, caption, out)
     caption = caption or " ".join(f"{{{slot}}}" for slot in words.slots)
     searcher = open_searcher(gallery, runtime)
     with searcher:
-        rows, names, positions = _pictures(searcher, table, image, image_root)
+        rows, names, positions = _images(searcher, table, image, image_root)
         values = _known(table, names, rows, [slot for slot in words.slots if slot in table.columns])
         chosen = [None if sql is None else _chosen(captions, sql, image, names) for sql in (where, calibrate)]
-        stored = StoredRows(searcher.ranker.shards)
+        stored = EmbeddingShards(searcher.ranker.shards)
         found: dict[str, tuple[SlotReport, dict[int, Guess]]] = {}
         for slot in slots:
             found[slot] = complete_slot(
@@ -134,25 +134,25 @@ def complete(
             {slot: one.word for slot, (_, guesses) in found.items() if (one := guesses.get(at)) and not one.refused}
             for at in range(len(names))
         ]
-        write_file(out, _completed(table, title, [rows[name][0] for name in names], values, filled, caption))
+        write_file(out, _completed(table, caption_column, [rows[name][0] for name in names], values, filled, caption))
         if html is not None:
             files = [searcher.gallery.file(path) for path in _stored(searcher, positions)]
             _review(html, gallery, names, files, {slot: guesses for slot, (_, guesses) in found.items()}, reports)
             click.echo(f"page: {html.absolute()}", err=True)
     lost = len({row[image].strip() for row in table.rows}) - len(names)
     if lost:
-        click.echo(f"{lost} pictures of {captions} are not in the gallery and stay as they are", err=True)
+        click.echo(f"{lost} images of {captions} are not in the gallery and stay as they are", err=True)
     for report in reports:
         if report.rare:
             rare = ", ".join(report.rare)
-            click.echo(f"{report.slot}: too few pictures are known to fill in {rare}", err=True)
+            click.echo(f"{report.slot}: too few images are known to fill in {rare}", err=True)
         if not np.isfinite(report.threshold):
             click.echo(f"{report.slot}: no threshold reaches a precision of {precision:g}: nothing is filled", err=True)
     if as_json:
         print_json([_finite(dataclasses.asdict(report)) for report in reports])
         return
     click.echo(show_table(_HEADER, [_line(report) for report in reports]))
-    click.echo(f"{out}: {sum(map(bool, filled))} pictures got a fuller title")
+    click.echo(f"{out}: {sum(map(bool, filled))} images got a fuller caption")
 
 
 _HEADER = (
@@ -194,10 +194,10 @@ def _check(
             )
 
 
-def _pictures(
+def _images(
     searcher: Searcher, table: Table, image: str, image_root: Path | None
 ) -> tuple[dict[str, list[dict[str, str]]], list[str], np.ndarray]:
-    """The rows of each picture of the list; the names of those that the gallery holds, and where it holds them."""
+    """The rows of each image of the list; the names of those that the gallery holds, and where it holds them."""
     rows: dict[str, list[dict[str, str]]] = {}
     for row in table.rows:
         rows.setdefault(row[image].strip(), []).append(row)
@@ -206,8 +206,8 @@ def _pictures(
     names, ids = list(found), [number for _, number in found.values()]
     if not names:
         raise ClipretError(
-            f"gallery {searcher.gallery.path} holds none of the {len(rows)} pictures of {table.path} "
-            f"(the first: {next(iter(rows))}): set --image-root, or index those pictures"
+            f"gallery {searcher.gallery.path} holds none of the {len(rows)} images of {table.path} "
+            f"(the first: {next(iter(rows))}): set --image-root, or index those images"
         )
     return rows, names, np.searchsorted(searcher.stored.ids, np.array(ids))
 
@@ -215,7 +215,7 @@ def _pictures(
 def _known(
     table: Table, names: Sequence[str], rows: Mapping[str, list[dict[str, str]]], slots: Sequence[str]
 ) -> list[dict[str, str]]:
-    """What the rows of each picture say together. Raises ClipretError where two contradict each other."""
+    """What the rows of each image say together. Raises ClipretError where two contradict each other."""
     known = []
     for name in names:
         values: dict[str, str] = {}
@@ -231,14 +231,14 @@ def _known(
 
 
 def _chosen(captions: Path, where: str, image: str, names: Sequence[str]) -> np.ndarray:
-    """Which pictures have a row for which an expression holds, bool [P]."""
+    """Which images have a row for which an expression holds, bool [P]."""
     chosen = {row[image].strip() for row in read_table(captions, where).rows}
     return np.array([name in chosen for name in names])
 
 
 def _completed(
     table: Table,
-    title: str,
+    caption_column: str,
     first: Sequence[Mapping[str, str]],
     values: Sequence[Mapping[str, str]],
     filled: Sequence[Mapping[str, str]],
@@ -252,7 +252,7 @@ def _completed(
         if new:
             every = {**known, **new}
             given = {slot: word for slot, word in every.items() if slot in table.columns}
-            writer.writerow({**row, **given, title: fill_in(caption, every), FILLED: ";".join(new)})
+            writer.writerow({**row, **given, caption_column: fill_in(caption, every), FILLED: ";".join(new)})
     return out.getvalue()
 
 

@@ -11,12 +11,12 @@ from clipret.cli.options import (
     PAGE,
     SEARCHED,
     Runtime,
+    caption_column_option,
     image_column_option,
     image_root_option,
     json_option,
     print_json,
     runtime_options,
-    title_column_option,
     where_list_option,
 )
 from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts, rerank_options
@@ -46,7 +46,7 @@ __all__ = ["eval_command"]
 )
 @click.argument("gallery", type=SEARCHED)
 @click.argument("queries", type=FILE)
-@title_column_option
+@caption_column_option
 @image_column_option
 @image_root_option
 @where_list_option
@@ -55,7 +55,7 @@ __all__ = ["eval_command"]
     metavar="COLUMN",
     multiple=True,
     shell_complete=gallery_columns,
-    help="Right is a picture with the query's value in this column.",
+    help="Right is an image with the query's value in this column.",
 )
 @click.option(
     "--includes",
@@ -86,7 +86,7 @@ __all__ = ["eval_command"]
 def eval_command(
     gallery: Path | str,
     queries: Path,
-    title_column: str | None,
+    caption_column: str | None,
     image_column: str | None,
     image_root: Path | None,
     where: str | None,
@@ -105,18 +105,18 @@ def eval_command(
 ) -> None:
     """Measure how well GALLERY answers QUERIES.
 
-    QUERIES is a .csv, .tsv or .jsonl list with a title and a picture a row: captions with their pictures, or
-    queries with one row for each picture that answers them. Rows with the same title are one query.
+    QUERIES is a .csv, .tsv or .jsonl list with a caption and an image a row: captions with their images, or
+    queries with one row for each image that answers them. Rows with the same caption are one query.
 
-    recall@k is the share of queries with a right picture among the first k; median rank is that of the first
-    right picture; mAP@10 is the standard mean average precision over the first ten, mAP that over all. The metric
-    "challenge" is the scorer published for the CVPR 2023 traffic challenge. It divides by the right pictures found,
+    recall@k is the share of queries with a right image among the first k; median rank is that of the first
+    right image; mAP@10 is the standard mean average precision over the first ten, mAP that over all. The metric
+    "challenge" is the scorer published for the CVPR 2023 traffic challenge. It divides by the right images found,
     not by those to be found: three right ones before seven wrong ones score 1.0 where a hundred are right.
 
-    With --equal and --includes the list has no pictures: a query's own columns say what it asks for (color, type),
-    and the pictures' columns, from the list they were indexed from, say which answer it.
+    With --equal and --includes the list has no images: a query's own columns say what it asks for (color, type),
+    and the images' columns, from the list they were indexed from, say which answer it.
 
-    The page that --html writes has the recall at every k, the scores of right and wrong pictures, what was found for
+    The page that --html writes has the recall at every k, the scores of right and wrong images, what was found for
     what was wanted by each attribute (those of --equal and --includes, else columns of the gallery with few values),
     and --html-queries queries with what they found and should have found: half of them the worst.
 
@@ -132,21 +132,21 @@ def eval_command(
     searcher = open_searcher(gallery, runtime, prompts.forms)
     with searcher:
         if against is not None:
-            _show_agreement(searcher, against, queries, title_column, as_json)
+            _show_agreement(searcher, against, queries, caption_column, as_json)
             return
         if isinstance(gallery, str):
             if equal or includes or html is not None or rerank.steps:
-                raise ClipretError("--equal, --includes, --html and re-ranking look at every picture: use the gallery")
+                raise ClipretError("--equal, --includes, --html and re-ranking look at every image: use the gallery")
             chosen = chosen or [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
         if equal or includes:
             truth = read_attribute_truth(
-                searcher, queries, equal=equal, includes=includes, title_column=title_column, where=where
+                searcher, queries, equal=equal, includes=includes, caption_column=caption_column, where=where
             )
         else:
             truth = read_ground_truth(
                 searcher,
                 queries,
-                title_column=title_column,
+                caption_column=caption_column,
                 image_column=image_column,
                 image_root=image_root,
                 where=where,
@@ -169,22 +169,22 @@ def eval_command(
         if html is not None and evaluated is not None:
             from clipret.evaluation.report import write_report  # no other command needs it, and it needs numpy.random
 
-            title = f"clipret: evaluation of {Path(searcher.searched.name).name}"
+            page_title = f"clipret: evaluation of {Path(searcher.searched.name).name}"
             every = [*facts, *gallery_facts(searcher)]
-            write_report(html, searcher, evaluated, facts=every, title=title, queries=html_queries)
+            write_report(html, searcher, evaluated, facts=every, title=page_title, queries=html_queries)
             click.echo(f"page: {html.absolute()}", err=True)
     if truth.missing or truth.unanswerable:
         click.echo(
-            f"{truth.missing} pictures of {queries} are not in the gallery; {truth.unanswerable} queries left out",
+            f"{truth.missing} images of {queries} are not in the gallery; {truth.unanswerable} queries left out",
             err=True,
         )
     if as_json:
-        print_json({**report, "missing_pictures": truth.missing, "queries_left_out": truth.unanswerable})
+        print_json({**report, "missing_images": truth.missing, "queries_left_out": truth.unanswerable})
         return
     click.echo(headed(show_table(("metric", "value"), facts)))
 
 
-def _show_agreement(searcher: Searcher, against: str, queries: Path, title_column: str | None, as_json: bool) -> None:
+def _show_agreement(searcher: Searcher, against: str, queries: Path, caption_column: str | None, as_json: bool) -> None:
     """eval milvus+URI QUERIES --against: what the index finds of the exact ranking."""
     from clipret.milvus.search import MilvusCollection, agreement
 
@@ -192,7 +192,7 @@ def _show_agreement(searcher: Searcher, against: str, queries: Path, title_colum
     if not isinstance(there, MilvusCollection):
         raise ClipretError("--against compares a Milvus collection with a gallery: name it as milvus+URI")
     place = there.source if against == "exact" else Path(against)
-    texts = list(dict.fromkeys(read_texts(queries, title_column)))
+    texts = list(dict.fromkeys(read_texts(queries, caption_column)))
     with Searcher(Gallery.open(place), searcher.encoder, templates=searcher.templates) as exact:
         found = agreement(there, exact, texts)
     rate, exact_rate = found.queries / found.seconds, found.queries / found.exact_seconds
@@ -210,7 +210,7 @@ def _show_agreement(searcher: Searcher, against: str, queries: Path, title_colum
 def _listed(searcher: Searcher, truth: GroundTruth, metrics: Sequence[Metric]) -> dict[str, list[str]]:
     """What each text of a truth finds, as far as the metrics look."""
     if any(metric.k is None for metric in metrics):
-        raise ClipretError("a metric without @K ranks every picture, which Milvus does not: write it with @K")
+        raise ClipretError("a metric without @K ranks every image, which Milvus does not: write it with @K")
     texts = list(truth.relevant)
     found = searcher.search(texts, max(metric.k or 1 for metric in metrics))
     return {text: [hit.path for hit in hits] for text, hits in zip(texts, found, strict=True)}

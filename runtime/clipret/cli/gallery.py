@@ -25,7 +25,7 @@ from clipret.console import headed, progress, show_table
 from clipret.errors import ClipretError, printable
 from clipret.gallery.compaction import compact_gallery
 from clipret.gallery.gallery import Gallery
-from clipret.indexing.index import IndexReport, index_pictures
+from clipret.indexing.index import IndexReport, index_images
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.sources.source import Item, Source, open_source
@@ -45,8 +45,8 @@ def _open_encoder(bundle: Bundle, config: EncoderConfig) -> Encoder:
 @image_column_option
 @image_root_option
 @where_list_option
-@click.option("--prune", is_flag=True, help="Also delete pictures that no SOURCE names any more.")
-@click.option("--flip", is_flag=True, help="Of a new GALLERY: average each picture and its horizontal flip; see above.")
+@click.option("--prune", is_flag=True, help="Also delete images that no SOURCE names any more.")
+@click.option("--flip", is_flag=True, help="Of a new GALLERY: average each image and its horizontal flip; see above.")
 @bundle_option
 @encoder_options
 @click.option("--ray", metavar="auto|HOST:PORT", help="Spread the work over a Ray cluster; see above.")
@@ -65,7 +65,7 @@ def index(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Encode the pictures of each SOURCE with BUNDLE into GALLERY.
+    """Encode the images of each SOURCE with BUNDLE into GALLERY.
 
     \b
     clipret-search index BUNDLE SOURCE... GALLERY    a new gallery, or the same again
@@ -73,23 +73,23 @@ def index(
 
     \b
     SOURCE is
-      a folder, walked recursively, or one picture
+      a folder, walked recursively, or one image
       a .csv, .tsv or .jsonl list with a column of paths; its other columns become metadata, for query --where
-      .tar shards (webdataset), as shards/{000..127}.tar or a folder of them; .json and .txt beside a picture are
+      .tar shards (webdataset), as shards/{000..127}.tar or a folder of them; .json and .txt beside an image are
         its metadata
-      a .zip, or a .parquet with paths or with the pictures themselves
-      pictures, .tar or .parquet files of a store, as s3://bucket/shards/{000..999}.tar, gs://…, hdfs://…
+      a .zip, or a .parquet with paths or with the images themselves
+      images, .tar or .parquet files of a store, as s3://bucket/shards/{000..999}.tar, gs://…, hdfs://…
 
-    Run it again to add new and changed pictures, after an interruption too: what GALLERY holds already is not encoded
-    twice, not even under another name. Pictures that cannot be read are skipped, counted, and named with the
-    reason in GALLERY/skipped.tsv. What no SOURCE names stays, unless --prune says otherwise. Pictures below GALLERY's
+    Run it again to add new and changed images, after an interruption too: what GALLERY holds already is not encoded
+    twice, not even under another name. Images that cannot be read are skipped, counted, and named with the
+    reason in GALLERY/skipped.tsv. What no SOURCE names stays, unless --prune says otherwise. Images below GALLERY's
     root (clipret-search info) are named relative to it, others by their whole path.
 
-    --flip makes a gallery whose embeddings are the mean of each picture and its horizontal flip, for a second pass of
+    --flip makes a gallery whose embeddings are the mean of each image and its horizontal flip, for a second pass of
     the image tower. GALLERY remembers it.
 
     --encoder fast_decode reads large JPEGs two to four times faster; pixels then differ a little from those that
-    the model was trained on (benchmarks/README.md has the figures). Use it for all pictures of a gallery or for none.
+    the model was trained on (benchmarks/README.md has the figures). Use it for all images of a gallery or for none.
 
     --ray auto spreads the work over the Ray cluster of this machine, or over this machine alone where there is none;
     --ray HOST:PORT over another. Bundle and local sources lie at the same path on every machine of it; GALLERY is
@@ -105,21 +105,21 @@ def index(
 
     def target() -> Gallery:
         if not (folder / "gallery.json").exists():
-            return Gallery.create(folder, model, opened.root, mirrored=flip)
+            return Gallery.create(folder, model, opened.root, flipped=flip)
         held = Gallery.open(folder)
-        if flip and not held.info.mirrored:
-            raise ClipretError(f"{folder} holds pictures as they are, without their flips: choose a new folder")
+        if flip and not held.info.flipped:
+            raise ClipretError(f"{folder} holds images as they are, without their flips: choose a new folder")
         # A run that found nothing has made it.
         return held if len(held) or places[0] == folder else held.rooted(opened.root)
 
     if encoder is not None:
         with target() as into:
-            _fill(into, opened, as_json, partial(index_pictures, into, encoder, opened, prune=prune), prune=prune)
+            _fill(into, opened, as_json, partial(index_images, into, encoder, opened, prune=prune), prune=prune)
         return
     from clipret.indexing.ray_cluster import connect, index_on_cluster
     from clipret.indexing.ray_worker import Settings
 
-    flipped = flip or ((folder / "gallery.json").exists() and Gallery.open(folder).info.mirrored)
+    flipped = flip or ((folder / "gallery.json").exists() and Gallery.open(folder).info.flipped)
     settings = Settings(model.path.absolute(), model.fingerprint, config, flipped)
     with connect(str(ray), settings, workers) as pool, target() as into:
         click.echo(f"{pool.workers} workers of {pool.settings.encoder.threads} threads", err=True)
@@ -163,7 +163,7 @@ def _fill(
     target: Gallery, source: Source, as_json: bool, run: Callable[..., IndexReport], *, prune: bool = False
 ) -> None:
     """Index into a gallery, and say what was done."""
-    report = run(partial(progress, total=source.count, desc="index", unit="pictures"))
+    report = run(partial(progress, total=source.count, desc="index", unit="images"))
     total = len(target)
     for path, reason in report.skipped[:SHOWN]:
         click.echo(printable(f"skipped {path}: {reason}"), err=True)
@@ -174,13 +174,13 @@ def _fill(
         return
     removed = f", {report.removed} removed" if prune else ""
     click.echo(
-        f"{target.path}: {total} pictures ({report.added} added, {report.changed} changed, "
-        f"{report.unchanged} unchanged, {len(report.skipped)} skipped{removed}), {report.rate:.0f} pictures/s"
+        f"{target.path}: {total} images ({report.added} added, {report.changed} changed, "
+        f"{report.unchanged} unchanged, {len(report.skipped)} skipped{removed}), {report.rate:.0f} images/s"
     )
     stages = report.stages
     if report.seconds > 1:  # shorter, and there is nothing to make faster
         click.echo(
-            f"{report.seconds:.1f} s: engine {stages.engine_seconds:.1f}, waiting for pixels {stages.wait_seconds:.1f} "
+            f"{report.seconds:.1f} s: engine {stages.compute_seconds:.1f}, waiting for pixels {stages.wait_seconds:.1f} "
             f"(decoding took {stages.decode_seconds:.1f} in its threads), writing {report.write_seconds:.1f}; "
             f"the limit is the {report.limit}",
             err=True,
@@ -198,10 +198,10 @@ def _as_dict(report: IndexReport, total: int) -> dict[str, object]:
         "skipped": [{"path": path, "reason": reason} for path, reason in report.skipped],
         "total": total,
         "seconds": round(report.seconds, 3),
-        "pictures_per_second": round(report.rate, 2),
+        "images_per_second": round(report.rate, 2),
         "decode_seconds": round(stages.decode_seconds, 3),
         "wait_seconds": round(stages.wait_seconds, 3),
-        "engine_seconds": round(stages.engine_seconds, 3),
+        "compute_seconds": round(stages.compute_seconds, 3),
         "write_seconds": round(report.write_seconds, 3),
         "limit": report.limit,
     }
@@ -209,35 +209,35 @@ def _as_dict(report: IndexReport, total: int) -> dict[str, object]:
 
 @click.command(epilog='Example:  clipret-search remove gallery/ red/0.jpg 17 --where "hour < 6"')
 @click.argument("gallery", type=GALLERY)
-@click.argument("pictures", nargs=-1)
+@click.argument("images", nargs=-1)
 @where_option
 @json_option
-def remove(gallery: Path, pictures: tuple[str, ...], where: str | None, as_json: bool) -> None:
-    """Delete pictures from GALLERY: by path, by id, or all for which --where holds.
+def remove(gallery: Path, images: tuple[str, ...], where: str | None, as_json: bool) -> None:
+    """Delete images from GALLERY: by path, by id, or all for which --where holds.
 
-    The picture files are not touched. Nothing finds the pictures any more at once; clipret-search compact gives the
+    The image files are not touched. Nothing finds the images any more at once; clipret-search compact gives the
     room of their rows back. An index run adds them again while their files are in its source.
     """
-    if not pictures and where is None:
-        raise click.UsageError("name pictures by path or id, or choose them with --where")
+    if not images and where is None:
+        raise click.UsageError("name images by path or id, or choose them with --where")
     with Gallery.open(gallery) as opened:
         with opened.writing():
-            ids = [_id(opened, name) for name in pictures]
+            ids = [_id(opened, name) for name in images]
             if where is not None:
                 ids += opened.select(where).tolist()
             removed = opened.remove(ids)
         if as_json:
             print_json({"removed": removed, "total": len(opened)})
         else:
-            click.echo(f"{opened.path}: {removed} removed, {len(opened)} pictures left")
+            click.echo(f"{opened.path}: {removed} removed, {len(opened)} images left")
 
 
 def _id(gallery: Gallery, name: str) -> int:
-    """A picture may be called 17: a path goes before an id."""
+    """An image may be called 17: a path goes before an id."""
     if name in gallery.database.by_path([name]) or not (name.isascii() and name.isdecimal() and len(name) < 19):
         return gallery.id_of(name)
     if not len(gallery.select(f"id = {name}")):
-        raise ClipretError(f"{gallery.path} holds no picture {name}: clipret-search query --json shows ids")
+        raise ClipretError(f"{gallery.path} holds no image {name}: clipret-search query --json shows ids")
     return int(name)
 
 
@@ -255,21 +255,21 @@ def compact(gallery: Path, as_json: bool) -> None:
         if as_json:
             print_json({"dropped": dropped, "total": len(opened)})
         else:
-            click.echo(f"{opened.path}: {len(opened)} pictures, {dropped} deleted rows dropped")
+            click.echo(f"{opened.path}: {len(opened)} images, {dropped} deleted rows dropped")
 
 
 @click.command(epilog="Example:  clipret-search info gallery/ --duplicates")
 @click.argument("gallery", type=GALLERY)
-@click.option("--duplicates", is_flag=True, help="Also list the pictures whose files are equal byte for byte.")
+@click.option("--duplicates", is_flag=True, help="Also list the images whose files are equal byte for byte.")
 @json_option
 def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
-    """Tell what GALLERY holds: pictures, files, the model, and the columns that --where can use."""
+    """Tell what GALLERY holds: images, files, the model, and the columns that --where can use."""
     with Gallery.open(gallery) as opened:
         stored = opened.read()
         groups = opened.duplicates()
         size = sum(_size(file) for file in opened.path.iterdir())
         facts = {
-            "pictures": len(opened),
+            "images": len(opened),
             "deleted rows": len(stored.ids) - len(opened),
             "shards": len(stored.shards),
             "bytes": size,

@@ -48,7 +48,7 @@ class _Place(MarkedFolder):
 LOCATION = _Location(path_type=Path)
 PLACE = _Place("bundle.json", otherwise="file")
 SEARCHED = _Searched("gallery.json")
-SHOWN = 10  # skipped pictures that are named on the terminal
+SHOWN = 10  # skipped images that are named on the terminal
 
 
 class Number(click.FloatRange):
@@ -81,7 +81,7 @@ _ENCODER = (
         "--encoder",
         type=Settings(EncoderConfig, leave_out=("device", "backend")),
         multiple=True,
-        help="Tuning: threads=4, batch_size=64, fast_decode, decode=gpu, cuda_graphs, picture_timeout=10. See "
+        help="Tuning: threads=4, batch_size=64, fast_decode, decode=gpu, cuda_graphs, image_timeout=10. See "
         "docs/galleries.md.",
     ),
 )
@@ -145,16 +145,16 @@ where_option = click.option(
     "--where",
     metavar="SQL",
     shell_complete=gallery_columns,
-    help="Only pictures for which this holds; columns: clipret-search info GALLERY.",
+    help="Only images for which this holds; columns: clipret-search info GALLERY.",
 )
 image_column_option = click.option(
     "--image-column",
     metavar="NAME",
     shell_complete=list_columns,
-    help="Column of the pictures' paths; default: detected.",
+    help="Column of the images' paths; default: detected.",
 )
-title_column_option = click.option(
-    "--title-column", metavar="NAME", shell_complete=list_columns, help="Column of the texts; default: detected."
+caption_column_option = click.option(
+    "--caption-column", metavar="NAME", shell_complete=list_columns, help="Column of the texts; default: detected."
 )
 image_root_option = click.option(
     "--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."

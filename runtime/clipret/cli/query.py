@@ -30,19 +30,19 @@ __all__ = ["query"]
 @click.command(epilog='Example:  clipret-search query gallery/ "a red sedan" "一辆红色的轿车" -k 20 --html found.html')
 @click.argument("gallery", type=SEARCHED)
 @click.argument("texts", nargs=-1)
-@click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with titles.")
-@click.option("--picture", "pictures", type=FILE, multiple=True, help="Find pictures like this one; see above.")
-@click.option("--minus", metavar="TEXT", multiple=True, help="What the pictures shall not show.")
+@click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with captions.")
+@click.option("--image", "images", type=FILE, multiple=True, help="Find images like this one; see above.")
+@click.option("--minus", metavar="TEXT", multiple=True, help="What the images shall not show.")
 @click.option(
     "--minus-weight", type=Number(-100, 100), default=0.5, show_default=True, help="How strongly --minus counts."
 )
 @prompts_option
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many pictures a query.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many images a query.")
 @where_option
-@click.option("--exclude", metavar="PATH", multiple=True, help="A picture of the gallery that is not wanted.")
-@click.option("--min-score", type=Number(), help="Only pictures with at least this score.")
+@click.option("--exclude", metavar="PATH", multiple=True, help="An image of the gallery that is not wanted.")
+@click.option("--min-score", type=Number(), help="Only images with at least this score.")
 @rerank_options
-@click.option("--html", type=PAGE, help="Also write a page with the pictures.")
+@click.option("--html", type=PAGE, help="Also write a page with the images.")
 @show_option
 @json_option
 @runtime_options
@@ -50,7 +50,7 @@ def query(
     gallery: Path | str,
     texts: tuple[str, ...],
     texts_file: Path | None,
-    pictures: tuple[Path, ...],
+    images: tuple[Path, ...],
     minus: tuple[str, ...],
     minus_weight: float,
     prompts: Prompts,
@@ -65,26 +65,26 @@ def query(
     as_json: bool,
     runtime: Runtime,
 ) -> None:
-    """Find the pictures of GALLERY that fit each of TEXTS best.
+    """Find the images of GALLERY that fit each of TEXTS best.
 
-    Prints rank, score (the cosine of picture and query) and path. Equal scores are ordered by age in the gallery.
+    Prints rank, score (the cosine of image and query) and path. Equal scores are ordered by age in the gallery.
 
     \b
-    Each of TEXTS is a query of its own. With TEXTS, --picture is added to each of them ("like this, but at
-    night"); without, each --picture is a query. --minus takes something away from every query:
+    Each of TEXTS is a query of its own. With TEXTS, --image is added to each of them ("like this, but at
+    night"); without, each --image is a query. --minus takes something away from every query:
         clipret-search query gallery/ "a red truck" --minus "a fire engine"
-        clipret-search query gallery/ --picture car.jpg --where "camera = 'A3' and hour < 6"
+        clipret-search query gallery/ --image car.jpg --where "camera = 'A3' and hour < 6"
 
-    In a terminal that shows pictures (kitty, Ghostty, WezTerm, iTerm2, foot, mintty and others) they stand above the
+    In a terminal that shows images (kitty, Ghostty, WezTerm, iTerm2, foot, mintty and others) they stand above the
     table, and in most others a path is a link to its file; --show none leaves that out.
     """
     if texts_file is not None:
         texts = (*texts, *read_texts(texts_file))
-    if not texts and not pictures:
-        raise click.UsageError("name at least one text, or a picture with --picture")
+    if not texts and not images:
+        raise click.UsageError("name at least one text, or an image with --image")
     if rerank.steps and min_score is not None:
         raise click.UsageError("--min-score is a cosine, which re-ranking changes: leave one of them out")
-    names, asked = zip(*_queries(texts, pictures, minus, minus_weight), strict=True)
+    names, asked = zip(*_queries(texts, images, minus, minus_weight), strict=True)
     searcher = open_searcher(gallery, runtime, prompts.forms)
     with searcher:
         unwanted = [searcher.id_of(path) for path in exclude]
@@ -118,15 +118,15 @@ def query(
 
 
 def _queries(
-    texts: Sequence[str], pictures: Sequence[Path], minus: Sequence[str], minus_weight: float
+    texts: Sequence[str], images: Sequence[Path], minus: Sequence[str], minus_weight: float
 ) -> list[tuple[str, Query]]:
     """The queries of a command line with the names under which they are shown."""
     against = tuple(Part(text, -minus_weight) for text in minus)
     without = "".join(f" − {text}" for text in minus)
     if not texts:
-        return [(f"{picture}{without}", Query((Part(picture), *against))) for picture in pictures]
-    like = tuple(Part(picture) for picture in pictures)
-    also = "".join(f" + {picture}" for picture in pictures)
+        return [(f"{image}{without}", Query((Part(image), *against))) for image in images]
+    like = tuple(Part(image) for image in images)
+    also = "".join(f" + {image}" for image in images)
     return [(f"{text}{also}{without}", Query((Part(text), *like, *against))) for text in texts]
 
 

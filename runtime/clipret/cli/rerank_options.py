@@ -70,7 +70,7 @@ def open_reranker(searcher: Searcher, rerank: Rerank, reference: Path | None) ->
 
 
 def read_texts(path: Path, column: str | None = None) -> Sequence[str]:
-    """The texts of a file, in their order, repeated ones too: one a line in a .txt, else the titles of a list.
+    """The texts of a file, in their order, repeated ones too: one a line in a .txt, else the captions of a list.
 
     Raises ClipretError for a blank text between others, with its number, and for a file without any.
     """
@@ -88,8 +88,8 @@ def read_texts(path: Path, column: str | None = None) -> Sequence[str]:
             raise ClipretError(f"{path} holds no texts: nothing to do")
     else:
         table = read_table(path)
-        title = pick_column(table, column, "title")
-        texts = [row[title] for row in table.rows]
+        caption = pick_column(table, column, "caption")
+        texts = [row[caption] for row in table.rows]
     blank = next((number for number, text in enumerate(texts, 1) if not text.strip()), None)
     if blank is not None:
         raise ClipretError(f"text {blank} of {path} is blank: fill it in or remove it")

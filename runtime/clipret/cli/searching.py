@@ -26,4 +26,4 @@ def open_searcher(place: Path | str, runtime: Runtime, templates: Forms = ("{}",
 
 def gallery_facts(searcher: Searcher) -> Sequence[tuple[str, str]]:
     manifest = searcher.encoder.bundle.manifest
-    return (("pictures", f"{searcher.searched.count():,}"), ("model", f"{manifest.model} {manifest.precision}"))
+    return (("images", f"{searcher.searched.count():,}"), ("model", f"{manifest.model} {manifest.precision}"))

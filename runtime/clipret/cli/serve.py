@@ -54,11 +54,11 @@ def serve_command(
     \b
     The page is at the address that this prints; /docs there describes the API:
         curl 'http://127.0.0.1:8000/search?q=a+red+truck&k=5&where=hour<6'
-        curl -F picture=@car.jpg http://127.0.0.1:8000/search
+        curl -F image=@car.jpg http://127.0.0.1:8000/search
 
     Galleries that other processes change are read anew within a second, while searches go on. With several galleries
     the page compares what they find side by side. Anybody who reaches the address may search: by default that is this
-    machine alone. With --token-file (or the token in CLIPRET_TOKEN) pictures can be added and deleted through the API.
+    machine alone. With --token-file (or the token in CLIPRET_TOKEN) images can be added and deleted through the API.
 
     --prompts and re-ranking hold for every search and give what  clipret-search query  gives with them. Queries come
     one at a time here: adapt and reciprocal look at no other, and hubness needs a reference.
@@ -67,10 +67,10 @@ def serve_command(
     require("uvicorn", "serve")
     require("python_multipart", "serve")
     from clipret.server.run import open_service, serve
-    from clipret.server.snapshot import Manner
+    from clipret.server.snapshot import SearchSettings
 
     texts = () if reference is None else tuple(read_texts(reference))
-    manner = Manner(prompts.forms, rerank, texts)
+    manner = SearchSettings(prompts.forms, rerank, texts)
     if bundles and len(bundles) != len(galleries):
         raise click.UsageError(f"{len(bundles)} times --bundle for {len(galleries)} galleries: give one for each")
     encoders = dict[str, Encoder]()

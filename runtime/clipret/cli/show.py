@@ -1,4 +1,4 @@
-"""What a query found, as a person sees it in a terminal: pictures above the table, links in it."""
+"""What a query found, as a person sees it in a terminal: images above the table, links in it."""
 
 import os
 import sys
@@ -18,20 +18,20 @@ __all__ = ["Way", "hits_table", "seen", "show_option", "way"]
 
 Way = Literal["kitty", "sixel", "links", "none"]
 
-_HEIGHT = 128  # pixels of a row of pictures
-_MOST = 30  # pictures of a query
+_HEIGHT = 128  # pixels of a row of images
+_MOST = 30  # images of a query
 
 show_option = click.option(
     "--show",
     type=click.Choice(["auto", "kitty", "sixel", "links", "none"]),
     default="auto",
     show_default=True,
-    help="Pictures in the terminal, or links to their files; auto: what the terminal can. In a pipe: none.",
+    help="Images in the terminal, or links to their files; auto: what the terminal can. In a pipe: none.",
 )
 
 
 def way(show: str) -> Way:
-    """How to show pictures on stdout: not at all where that is no terminal."""
+    """How to show images on stdout: not at all where that is no terminal."""
     if show == "none" or sys.stdout is None or not sys.stdout.isatty():
         return "none"
     if show == "auto":
@@ -42,19 +42,19 @@ def way(show: str) -> Way:
 
 
 def seen(hits: Sequence[Hit], how: Way) -> str:
-    """The first pictures side by side, numbered by rank; empty where the terminal shows none."""
+    """The first images side by side, numbered by rank; empty where the terminal shows none."""
     if how not in ("kitty", "sixel") or not hits:
         return ""
     from clipret.cli.terminal import kitty, pixels_across, sixel, strip
     from clipret.images.decode import thumbnail
-    from clipret.images.walk import PictureError
+    from clipret.images.walk import ImageError
     from clipret.sources.source import read_stored
 
     found: list[Image.Image | None] = []
     for hit in hits[:_MOST]:
         try:
             found.append(thumbnail(read_stored(hit.file.parent, hit.file.name).content, 4 * _HEIGHT))
-        except PictureError:
+        except ImageError:
             found.append(None)
     return (kitty if how == "kitty" else sixel)(strip(found, pixels_across(), _HEIGHT))
 

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: kitty's graphics protocol, sixel, or links to the files where it can show neither.
+"""Images in a terminal: kitty's graphics protocol, sixel, or links to the files where it can show neither.
 
 Which one is told by the environment alone. A terminal that is asked might not answer, and what it answers too late
 ends up in the shell.
@@ -21,7 +21,7 @@ _CHUNK = 4096  # bytes of base64 in one command of kitty's protocol
 _COLOURS = 256  # what every terminal with sixels has
 _CELL = 9  # pixels of a character's width, where the terminal does not tell
 _GAP = 6
-_GREY = (128, 128, 128)  # of a picture that cannot be read; neither light nor dark
+_GREY = (128, 128, 128)  # of an image that cannot be read; neither light nor dark
 
 
 def detect(environment: Mapping[str, str]) -> Literal["kitty", "sixel", "links", "none"]:
@@ -54,12 +54,12 @@ def pixels_across(stream: int = 1) -> int:
     return width or _CELL * (columns or 80)
 
 
-def strip(pictures: Sequence[Image.Image | None], width: int, height: int) -> Image.Image:
-    """Pictures side by side with their numbers from 1, in rows as wide as `width` pixels and `height` high; None is a
+def strip(images: Sequence[Image.Image | None], width: int, height: int) -> Image.Image:
+    """Images side by side with their numbers from 1, in rows as wide as `width` pixels and `height` high; None is a
     grey square."""
     tiles = []
-    for number, picture in enumerate(pictures, 1):
-        tile = Image.new("RGB", (height, height), _GREY) if picture is None else picture.convert("RGB")
+    for number, image in enumerate(images, 1):
+        tile = Image.new("RGB", (height, height), _GREY) if image is None else image.convert("RGB")
         ratio = min(height / tile.height, width / tile.width)
         tile = tile.resize((max(round(tile.width * ratio), 1), max(round(tile.height * ratio), 1)))
         draw = ImageDraw.Draw(tile)
@@ -74,7 +74,7 @@ def strip(pictures: Sequence[Image.Image | None], width: int, height: int) -> Im
         places.append((x, y))
         x += tile.width + _GAP
     across = max((left + tile.width for (left, _), tile in zip(places, tiles, strict=True)), default=1)
-    # Transparent between the pictures, where the terminal can: there its own background shows.
+    # Transparent between the images, where the terminal can: there its own background shows.
     whole = Image.new("RGBA", (across, y + height), (0, 0, 0, 0))
     for place, tile in zip(places, tiles, strict=True):
         whole.paste(tile, place)
@@ -82,7 +82,7 @@ def strip(pictures: Sequence[Image.Image | None], width: int, height: int) -> Im
 
 
 def kitty(image: Image.Image) -> str:
-    """The picture in kitty's graphics protocol: a PNG in chunks, shown at the cursor; the terminal answers nothing."""
+    """The image in kitty's graphics protocol: a PNG in chunks, shown at the cursor; the terminal answers nothing."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     content = base64.standard_b64encode(buffer.getvalue()).decode()
@@ -95,7 +95,7 @@ def kitty(image: Image.Image) -> str:
 
 
 def sixel(image: Image.Image) -> str:
-    """The picture as sixels (DEC, VT330/VT340 Programmer Reference Manual, volume 2, chapter 14), in up to 255 colours;
+    """The image as sixels (DEC, VT330/VT340 Programmer Reference Manual, volume 2, chapter 14), in up to 255 colours;
     what is transparent keeps the background."""
     clear = np.asarray(image.convert("RGBA"))[..., 3] < 128
     quantised = image.convert("RGB").quantize(_COLOURS - 1)

@@ -48,15 +48,15 @@ def export_command(
     TARGET ends in
       .parquet   id, path, size, mtime_ns, hash, metadata, embedding (float32); for pandas, polars, duckdb
       .npy       float16 [N,D]; line n of TARGET.jsonl says what row n is
-      .faiss     a flat inner product index under the gallery's ids; TARGET.jsonl says which picture an id is
+      .faiss     a flat inner product index under the gallery's ids; TARGET.jsonl says which image an id is
 
     Every row keeps its bits: clipret-search import makes the same gallery of a .parquet or .npy again. --where is an
     SQL expression over the gallery's columns, such as  camera = 'A3' and hour < 6.  A TARGET that exists is replaced.
 
     \b
     With --to milvus TARGET is http://HOST:19530#COLLECTION, or a .db file for Milvus Lite on this machine:
-        clipret-search export gallery/ pictures.db --to milvus --index HNSW
-        clipret-search query milvus+pictures.db "a red truck"
+        clipret-search export gallery/ images.db --to milvus --index HNSW
+        clipret-search query milvus+images.db "a red truck"
     Exported again, only what is new, changed or deleted is sent. docs/milvus.md says more.
     """
     shown = partial(progress, desc="export", unit="blocks")
@@ -90,7 +90,7 @@ def export_command(
     if as_json:
         print_json({"target": str(address), **asdict(report)})
     else:
-        click.echo(f"{address}: {report.total} pictures ({report.sent} sent, {report.deleted} deleted)")
+        click.echo(f"{address}: {report.total} images ({report.sent} sent, {report.deleted} deleted)")
 
 
 def _parameter(given: str) -> tuple[str, int]:
@@ -100,14 +100,14 @@ def _parameter(given: str) -> tuple[str, int]:
     return name, int(value)
 
 
-@click.command("import", epilog="Example:  clipret-search import bundle/ embeddings.npy gallery/ --paths pictures.csv")
+@click.command("import", epilog="Example:  clipret-search import bundle/ embeddings.npy gallery/ --paths images.csv")
 @click.argument("bundle", type=BUNDLE)
 @click.argument("embeddings", type=FILE)
 @click.argument("gallery", type=GALLERY)
-@click.option("--paths", type=FILE, help="List of the pictures that the rows belong to, in their order; see above.")
-@click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected.")
+@click.option("--paths", type=FILE, help="List of the images that the rows belong to, in their order; see above.")
+@click.option("--image-column", metavar="NAME", help="Column of the images' paths; default: detected.")
 @click.option("--embedding-column", metavar="NAME", help="Column of the embeddings; needed where there are several.")
-@click.option("--image-root", type=FILE, help="What paths are relative to; default: GALLERY's pictures, else the list.")
+@click.option("--image-root", type=FILE, help="What paths are relative to; default: GALLERY's images, else the list.")
 @json_option
 def import_command(
     bundle: Path,
@@ -119,12 +119,12 @@ def import_command(
     image_root: Path | None,
     as_json: bool,
 ) -> None:
-    """Append EMBEDDINGS of pictures, made elsewhere, to GALLERY, which is made where it does not exist.
+    """Append EMBEDDINGS of images, made elsewhere, to GALLERY, which is made where it does not exist.
 
     They must come from the image tower of the very model that BUNDLE was exported from: its text tower answers the
     queries, and rows of another model would be ranked at random.
 
-    EMBEDDINGS is an .npy [N,D] with a list of N pictures (--paths: .csv, .tsv, .jsonl, or .txt with a path a line), an
+    EMBEDDINGS is an .npy [N,D] with a list of N images (--paths: .csv, .tsv, .jsonl, or .txt with a path a line), an
     .npz that holds both, or a .parquet with a column of paths and one of float lists. Other columns become metadata.
     Rows that are not of unit length are normalised; those that are zero or not finite are skipped and named.
     """
@@ -159,6 +159,6 @@ def _show(gallery: Gallery, report: ImportReport, total: int, as_json: bool) -> 
         print_json({**counts, "skipped": skipped, "total": total})
         return
     click.echo(
-        f"{gallery.path}: {total} pictures ({report.imported} imported, {report.replaced} of them replaced, "
+        f"{gallery.path}: {total} images ({report.imported} imported, {report.replaced} of them replaced, "
         f"{report.normalised} normalised, {len(report.skipped)} skipped)"
     )

@@ -1,7 +1,7 @@
-"""One picture for each query, no picture twice, such that the sum of the scores is as large as can be.
+"""One image for each query, no image twice, such that the sum of the scores is as large as can be.
 
-scipy assigns, among the first pictures of each query only: the matrix of all scores would not fit beside a large
-gallery. Prices of the queries (the dual of the assignment) prove the result optimal over all pictures, or name the
+scipy assigns, among the first images of each query only: the matrix of all scores would not fit beside a large
+gallery. Prices of the queries (the dual of the assignment) prove the result optimal over all images, or name the
 queries whose lists are too short; those are then lengthened.
 """
 
@@ -16,16 +16,16 @@ __all__ = ["assign"]
 
 Find = Callable[[Ids, int], tuple[Floats, Ids]]
 
-_FIRST = 16  # pictures of each query that are looked at first
+_FIRST = 16  # images of each query that are looked at first
 _EPSILON = 1e-12  # of a score: sums of differences round
 
 
 def assign(find: Find, queries: int) -> tuple[Floats, Ids]:
-    """The picture of each query and its score: float64 [Q] and int64 [Q].
+    """The image of each query and its score: float64 [Q] and int64 [Q].
 
-    `find(which, k)` gives the first k pictures of the queries `which` int64 [n]: scores falling and positions [n,K]
+    `find(which, k)` gives the first k images of the queries `which` int64 [n]: scores falling and positions [n,K]
     as `Ranker.rank` does, K < k where there are no more than K. Where several assignments are equally good the
-    same one is found every time. Raises ClipretError when there are fewer pictures than queries need, or no scipy.
+    same one is found every time. Raises ClipretError when there are fewer images than queries need, or no scipy.
     """
     depth = np.full(queries, _FIRST)
     lists: list[tuple[Floats, Ids]] = [(np.empty(0), np.empty(0, np.int64))] * queries
@@ -39,7 +39,7 @@ def assign(find: Find, queries: int) -> tuple[Floats, Ids]:
                 whole[query] = len(lists[query][0]) < k
         rows = np.repeat(np.arange(queries), [len(row) for _, row in lists])
         scores, positions = (np.concatenate(part) for part in zip(*lists, strict=True))
-        # Of the pictures that no other query lists, the best is enough: a list is in the order of its scores.
+        # Of the images that no other query lists, the best is enough: a list is in the order of its scores.
         _, at, count = np.unique(positions, return_inverse=True, return_counts=True)
         alone = np.flatnonzero(count[at] == 1)
         keep = count[at] > 1
@@ -51,12 +51,12 @@ def assign(find: Find, queries: int) -> tuple[Floats, Ids]:
             wanted = np.flatnonzero(~whole)
             if not len(wanted):
                 raise ClipretError(
-                    f"not each of the {queries} queries can have a picture of its own: add pictures, or lengthen the "
+                    f"not each of the {queries} queries can have an image of its own: add images, or lengthen the "
                     "lists they come from"
                 )
         else:
             values = scores[chosen]
-            # What a list leaves out scores no more than its last entry, and pictures outside have no price.
+            # What a list leaves out scores no more than its last entry, and images outside have no price.
             last = np.array([line[-1] for line, _ in lists])
             wanted = np.flatnonzero(~whole & (_prices(rows, columns, scores, chosen) < last))
             if not len(wanted):
@@ -78,10 +78,10 @@ def _best(rows: Ids, columns: Ids, scores: Floats, shape: tuple[int, int]) -> Id
 
 
 def _prices(rows: Ids, columns: Ids, scores: Floats, chosen: Ids) -> Floats:
-    """What each query's place is worth: no picture of a lower score could make the assignment better.
+    """What each query's place is worth: no image of a lower score could make the assignment better.
 
     The largest prices that there are: no query's is above its own score, nor above what another one's is and the
-    change in scores, if that one took its picture. Such chains end, since no ring of exchanges gains anything.
+    change in scores, if that one took its image. Such chains end, since no ring of exchanges gains anything.
     """
     own = scores[chosen]
     owner = np.full(columns.max() + 1, -1)

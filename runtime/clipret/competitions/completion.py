@@ -3,17 +3,17 @@
 Half of the captions of the traffic challenge name colour and brand, half the type; its queries name all three. So a
 model trained on the captions as they are fills the gaps by zero-shot choice among the vocabulary, and the next
 training learns from full captions ("self-enhancement" in a published solution). What is filled wrongly is learnt
-wrongly, hence three reasons to refuse, set by the pictures whose attribute is known, each predicted as if it were not:
+wrongly, hence three reasons to refuse, set by the images whose attribute is known, each predicted as if it were not:
 
     unsure      the softmax over the vocabulary is below the threshold at which the known ones reach the precision
                 that is asked for
-    unfamiliar  the picture is less like the known pictures of the word than a given share of them is. A silver car is
+    unfamiliar  the image is less like the known images of the word than a given share of them is. A silver car is
                 no further from its nearest word than a dark blue one; but it is unlike all blue cars. Of real cars in
                 two colours that no caption named, 41 % were filled with this rule and 67 % by confidence alone,
                 where either filled 93 % of the others
     other       a word beside the vocabulary (silver) fits better; for models that know such words
 
-A picture's embedding is its row in the gallery, so nothing is encoded but texts.
+An image's embedding is its row in the gallery, so nothing is encoded but texts.
 """
 
 import json
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.inference.encoder import Encoder
-from clipret.ranking.rows import StoredRows
+from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.schema import checked
 
 __all__ = ["Guess", "SlotReport", "Vocabulary", "complete_slot", "fill_in"]
@@ -39,14 +39,14 @@ __all__ = ["Guess", "SlotReport", "Vocabulary", "complete_slot", "fill_in"]
 
 _Word = Annotated[str, msgspec.Meta(pattern=r"^\S(.*\S)?$")]
 
-_NEAREST = 5  # known pictures that a picture is compared with; from 1 to 20 it makes no difference (measured)
-_LEAST = 20  # known pictures on which a precision may rest
-_ROWS = 4096  # pictures at a time
+_NEAREST = 5  # known images that an image is compared with; from 1 to 20 it makes no difference (measured)
+_LEAST = 20  # known images on which a precision may rest
+_ROWS = 4096  # images at a time
 _SCORES = 1 << 22  # similarities at a time: 32 MiB
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """The words of each attribute ("slot"), and words beside them that a picture may show and no caption names."""
+    """The words of each attribute ("slot"), and words beside them that an image may show and no caption names."""
 
     slots: dict[str, tuple[_Word, ...]]
     other: dict[str, tuple[_Word, ...]] = {}
@@ -76,7 +76,7 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Guess:
-    """What the model makes of one picture: a word, its share of the softmax, how familiar the picture is, and why it
+    """What the model makes of one image: a word, its share of the softmax, how familiar the image is, and why it
     was not filled in ("" where it was)."""
 
     word: str
@@ -87,11 +87,11 @@ class Guess:
 
 @dataclass(frozen=True)
 class SlotReport:
-    """How a slot was completed. Shares are 0 to 1; `precision` and `coverage` are of the known pictures that calibrate.
+    """How a slot was completed. Shares are 0 to 1; `precision` and `coverage` are of the known images that calibrate.
 
     accuracy: of the bare choice, before any refusal. threshold: of the confidence; infinite where the precision asked
-    for is out of reach and nothing is filled. sure: the known pictures on which `precision` rests; of 24 pictures with
-    one wrong it may as well be 80 % as 99 %. rare: words that too few pictures have to be filled in.
+    for is out of reach and nothing is filled. sure: the known images on which `precision` rests; of 24 images with
+    one wrong it may as well be 80 % as 99 %. rare: words that too few images have to be filled in.
     """
 
     slot: str
@@ -111,7 +111,7 @@ class SlotReport:
 
 
 def complete_slot(
-    rows: StoredRows,
+    rows: EmbeddingShards,
     positions: Ids,
     values: Sequence[Mapping[str, str]],
     slot: str,
@@ -126,11 +126,11 @@ def complete_slot(
 ) -> tuple[SlotReport, dict[int, Guess]]:
     """Guess the words of one slot that are missing; the guesses by their place in `values`.
 
-    `positions` int64 [P]: each picture's row. `values` [P]: what is known of each, by slot, "" or absent where it is
-    not. `templates`: with slots in braces, such as "a photo of a {color} {brand} {type}"; what a picture does not
+    `positions` int64 [P]: each image's row. `values` [P]: what is known of each, by slot, "" or absent where it is
+    not. `templates`: with slots in braces, such as "a photo of a {color} {brand} {type}"; what an image does not
     have is left out, and the embeddings of all that name the slot are averaged as unit rows. `precision`: the
-    share of right words that is asked for. `unfamiliar`: the share of the known pictures of a word that would
-    be refused as unfamiliar; 0 refuses none. `among` bool [P]: the pictures to fill. `calibrate` bool [P]: the
+    share of right words that is asked for. `unfamiliar`: the share of the known images of a word that would
+    be refused as unfamiliar; 0 refuses none. `among` bool [P]: the images to fill. `calibrate` bool [P]: the
     known ones to calibrate on, best those that the model was not trained on; default: all.
     Raises ClipretError when too few are known, or a known word is none of the vocabulary.
     """
@@ -146,7 +146,7 @@ def complete_slot(
     used = known if calibrate is None else known & calibrate
     if used.sum() < _LEAST:
         raise ClipretError(
-            f"{int(used.sum())} pictures have a {slot} to calibrate with, {_LEAST} are the least: label more"
+            f"{int(used.sum())} images have a {slot} to calibrate with, {_LEAST} are the least: label more"
         )
     wanted = ~known if among is None else ~known & among
     asked = np.flatnonzero(known | wanted)
@@ -191,7 +191,7 @@ def fill_in(template: str, values: Mapping[str, str]) -> str:
 def _by_context(
     values: Sequence[Mapping[str, str]], asked: Ids, slot: str, words: Sequence[str], templates: Sequence[str]
 ) -> Iterator[tuple[Ids, list[list[str]]]]:
-    """Pictures of which the same is known, and for each word the texts that name it."""
+    """Images of which the same is known, and for each word the texts that name it."""
     naming = [template for template in templates if f"{{{slot}}}" in template]
     if not naming:
         raise ClipretError(f"no template names {{{slot}}}: add one, such as {{{slot}}} car")
@@ -205,8 +205,8 @@ def _by_context(
         yield np.array(places), texts
 
 
-def _shares(rows: StoredRows, positions: Ids, texts: Sequence[Sequence[str]], encoder: Encoder) -> Floats:
-    """The softmax over the words [n,V] of each picture's similarities to the mean of each word's texts."""
+def _shares(rows: EmbeddingShards, positions: Ids, texts: Sequence[Sequence[str]], encoder: Encoder) -> Floats:
+    """The softmax over the words [n,V] of each image's similarities to the mean of each word's texts."""
     encoded = encoder.encode_texts([text for some in texts for text in some]).astype(np.float64)
     means = encoded.reshape(len(texts), -1, encoded.shape[1]).mean(axis=1)
     means /= np.linalg.norm(means, axis=1, keepdims=True)
@@ -219,9 +219,9 @@ def _shares(rows: StoredRows, positions: Ids, texts: Sequence[Sequence[str]], en
 
 
 def _familiarities(
-    rows: StoredRows, positions: Ids, guess: Ids, truth: Ids, asked: Ids, words: int, unfamiliar: float
+    rows: EmbeddingShards, positions: Ids, guess: Ids, truth: Ids, asked: Ids, words: int, unfamiliar: float
 ) -> tuple[Floats, Floats]:
-    """How familiar each picture is, [P]: the mean similarity to the nearest known pictures of the word it was given,
+    """How familiar each image is, [P]: the mean similarity to the nearest known images of the word it was given,
     other than itself; and the least that counts for each word and each other word, infinite where nothing does."""
     familiarity = np.full(len(guess), -np.inf)
     limit = np.full(max(words, int(guess.max()) + 1), np.inf)
@@ -259,7 +259,7 @@ def _threshold(confidence: Floats, usable: Mask, right: Mask, precision: float) 
     return float(confidence[order[good[-1]]]), float(share[good[-1]])
 
 
-def _take(rows: StoredRows, positions: Ids) -> npt.NDArray[Any]:
+def _take(rows: EmbeddingShards, positions: Ids) -> npt.NDArray[Any]:
     order = np.argsort(positions, kind="stable")
     taken = np.empty((len(positions), rows.shards[0].shape[1]))
     taken[order] = rows.take(positions[order])

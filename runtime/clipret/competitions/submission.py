@@ -1,10 +1,10 @@
 """Answers to two competitions, written only if their scorers would take them.
 
-Traffic retrieval (CVPR 2023 foundation model challenge, track 2): JSON, the texts in their order, ten pictures each:
+Traffic retrieval (CVPR 2023 foundation model challenge, track 2): JSON, the texts in their order, ten images each:
 
     {"results": [{"text": "a white Audi sedan.", "image_names": ["0017.jpg", …]}, …]}
 
-Product retrieval (iFLYTEK 2024 multimodal retrieval): a CSV in the shape of the sample submission, one picture a query.
+Product retrieval (iFLYTEK 2024 multimodal retrieval): a CSV in the shape of the sample submission, one image a query.
 """
 
 import csv
@@ -32,9 +32,9 @@ _NAMING: dict[Form, Callable[[str], str]] = {
 
 
 def named(paths: Iterable[str], form: Form) -> dict[str, str]:
-    """What an answer calls each picture: its stored path, its file name, or that without the suffix.
+    """What an answer calls each image: its stored path, its file name, or that without the suffix.
 
-    Raises ClipretError when two pictures would have the same name.
+    Raises ClipretError when two images would have the same name.
     """
     names = {path: _NAMING[form](path) for path in paths}
     owners = defaultdict[str, list[str]](list)
@@ -49,17 +49,17 @@ def named(paths: Iterable[str], form: Form) -> dict[str, str]:
 def traffic_answer(
     texts: Sequence[str], found: Sequence[Sequence[str]], known: Collection[str] | None = None, k: int = 10
 ) -> str:
-    """The answer's JSON: `found[q]` are the names of the pictures of text q.
+    """The answer's JSON: `found[q]` are the names of the images of text q.
 
-    `known`: the names of all test pictures; None where nobody can say. Raises ClipretError, with the text's
-    number, when the scorer would reject it: a text missing or blank, not exactly k pictures, one of them twice or
+    `known`: the names of all test images; None where nobody can say. Raises ClipretError, with the text's
+    number, when the scorer would reject it: a text missing or blank, not exactly k images, one of them twice or
     unknown.
     """
     _check_texts(texts, len(found))
     for number, (text, names) in enumerate(zip(texts, found, strict=True), 1):
         where = f"text {number} ({text!r})"
         if len(names) != k:
-            raise ClipretError(f"{where} has {len(names)} pictures, the scorer wants {k}: search again with -k {k}")
+            raise ClipretError(f"{where} has {len(names)} images, the scorer wants {k}: search again with -k {k}")
         _check_names(where, names, known)
     results = [{"text": text, "image_names": list(names)} for text, names in zip(texts, found, strict=True)]
     return json.dumps({"results": results}, ensure_ascii=False, indent=1) + "\n"
@@ -67,35 +67,35 @@ def traffic_answer(
 
 @dataclass(frozen=True)
 class Sample:
-    """The shape of a sample submission: its columns, how it separates and ends lines, and what it calls pictures.
+    """The shape of a sample submission: its columns, how it separates and ends lines, and what it calls images.
 
-    `title` is None where it has pictures alone; they then stand in the order of the queries.
+    `caption` is None where it has images alone; they then stand in the order of the queries.
     """
 
     table: Table
     image: str
-    title: str | None
+    caption: str | None
     separator: str
     line_end: str
     mark: bool  # whether it starts with a byte order mark, as spreadsheets write it
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises ClipretError for what `read_table` raises, and for a column that is neither picture nor title."""
+        """Raises ClipretError for what `read_table` raises, and for a column that is neither image nor caption."""
         table = read_table(path)
         image = pick_column(table, None, "image")
         others = [column for column in table.columns if column != image]
-        title = pick_column(table, None, "title") if others else None
-        strange = [column for column in others if column != title]
+        caption = pick_column(table, None, "caption") if others else None
+        strange = [column for column in others if column != caption]
         if strange:
-            raise ClipretError(f"{path} has a column {strange[0]!r} that is neither picture nor title: take it out")
+            raise ClipretError(f"{path} has a column {strange[0]!r} that is neither image nor caption: take it out")
         data = path.read_bytes()
         header = data.decode("utf-8-sig").splitlines()[0]
         separator = next((mark for mark in ",\t;|" if len(header.split(mark)) == len(table.columns)), ",")
-        return cls(table, image, title, separator, "\r\n" if b"\r\n" in data else "\n", data[:3] == b"\xef\xbb\xbf")
+        return cls(table, image, caption, separator, "\r\n" if b"\r\n" in data else "\n", data[:3] == b"\xef\xbb\xbf")
 
     def form(self, paths: Collection[str]) -> Form:
-        """How the sample names pictures, of all that are known by these stored paths.
+        """How the sample names images, of all that are known by these stored paths.
 
         Raises ClipretError when no form gives all of its names: nothing is guessed.
         """
@@ -107,7 +107,7 @@ class Sample:
         every = {_NAMING[form](path) for form in FORMS for path in paths}
         odd = next((name for name in used if name not in every), used[0])
         raise ClipretError(
-            f"{self.table.path} calls a picture {odd!r}, which is no path, file name or name without suffix of one "
+            f"{self.table.path} calls an image {odd!r}, which is no path, file name or name without suffix of one "
             "that is known: say how the answer shall name them with --names"
         )
 
@@ -120,11 +120,11 @@ def product_answer(
     *,
     once: bool = False,
 ) -> str:
-    """The answer's CSV in the sample's shape: `found[q]` is the name of the picture of query q.
+    """The answer's CSV in the sample's shape: `found[q]` is the name of the image of query q.
 
-    `once`: no picture may answer two queries. Raises ClipretError, with the query's number, when the scorer would
+    `once`: no image may answer two queries. Raises ClipretError, with the query's number, when the scorer would
     reject it: a query missing or blank, another number or order of queries than a sample that lists them all, an
-    unknown picture, a name that the sample's shape cannot hold.
+    unknown image, a name that the sample's shape cannot hold.
     """
     _check_texts(texts, len(found))
     _check_sample(sample, texts)
@@ -154,11 +154,11 @@ def _separated(rows: Sequence[Sequence[str]], sample: Sample) -> str:
 def _check_sample(sample: Sample, texts: Sequence[str]) -> None:
     """A sample that lists as many queries as there are must list these, if it lists any."""
     rows = sample.table.rows
-    if sample.title is not None and len(rows) == len(texts):
+    if sample.caption is not None and len(rows) == len(texts):
         for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
-            if row[sample.title].strip() != text.strip():
+            if row[sample.caption].strip() != text.strip():
                 raise ClipretError(
-                    f"query {number} is {text!r}, in {sample.table.path} {row[sample.title]!r}: give them in its order"
+                    f"query {number} is {text!r}, in {sample.table.path} {row[sample.caption]!r}: give them in its order"
                 )
     if len(rows) > len(texts):
         raise ClipretError(f"{sample.table.path} has {len(rows)} rows for {len(texts)} queries: give all of them")
@@ -177,8 +177,8 @@ def _check_texts(texts: Sequence[str], found: int) -> None:
 def _check_names(where: str, names: Sequence[str], known: Collection[str] | None) -> None:
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
-        raise ClipretError(f"{where} has the picture {double} twice: the scorer would reject it; remove duplicates")
+        raise ClipretError(f"{where} has the image {double} twice: the scorer would reject it; remove duplicates")
     if known is not None:
         for name in names:
             if name not in known:
-                raise ClipretError(f"{where} has the picture {name}, which is not among the test pictures: remove it")
+                raise ClipretError(f"{where} has the image {name}, which is not among the test images: remove it")

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from clipret.backends import BACKENDS, Backend, EngineLibrary
+from clipret.backends import BACKENDS, Backend, TensorRTLibrary
 from clipret.errors import ClipretError, require
 from clipret.hardware.cpu import cpu_count, int8_saturates
 from clipret.hardware.cuda import device_name, gpu_count
@@ -30,7 +30,7 @@ from clipret.inference.tensorrt import TensorRTTower, error_log, load_library
 from clipret.inference.tower import OnnxTower, OpenVinoTower, Tower
 from clipret.ort.graph import Node, Value, model
 from clipret.ort.session import CUDA, has_device
-from clipret.ranking.quantization import mean, quantise
+from clipret.ranking.quantization import mean, quantize
 from clipret.ranking.ranker import Ranker, snap
 
 __all__ = ["Extra", "Finding", "check_engines", "check_exactness", "extras", "machine"]
@@ -216,7 +216,7 @@ def _probe_openvino(path: Path) -> tuple[State, str]:
     return "works", f"{openvino.__version__.partition('-')[0]} on CPU, {'bf16' if native else 'no bf16 here: float32'}"
 
 
-def _probe_tensorrt(path: Path, library: EngineLibrary) -> tuple[State, str]:
+def _probe_tensorrt(path: Path, library: TensorRTLibrary) -> tuple[State, str]:
     trt, gpus = load_library(library), gpu_count()
     if library == "tensorrt" and not gpus:
         return "idle", f"{trt.__version__}, which needs a GPU, and there is none"
@@ -255,7 +255,7 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
     rows = distinct.astype(np.float16)[rng.integers(0, len(distinct), count)]
     shards = np.split(rows, [count // 7, count // 2])
     center = mean(shards[0])
-    codes = [quantise(shard, center) for shard in shards]
+    codes = [quantize(shard, center) for shard in shards]
     live = rng.random(count) > 0.1
     few = rng.random(count) < 0.05
     queries = snap(np.concatenate([rng.standard_normal((20, 64)) / 8, rows[rng.integers(0, count, 28)]]))

@@ -17,7 +17,7 @@ import msgspec
 from clipret.errors import ClipretError
 from clipret.schema import Amount, Count, checked
 
-__all__ = ["Ask", "Line", "Rates", "plan", "read_rates"]
+__all__ = ["Line", "Rates", "Workload", "plan", "read_rates"]
 
 T = TypeVar("T")
 Origin = Literal["measured", "computed", "given", "missing"]
@@ -26,12 +26,12 @@ _BATCH = "16"  # queries ranked together: what a service under load gathers
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What is planned. `hours`: to encode in; None where the machines are given instead. `rate`: pictures a second of
+class Workload:
+    """What is planned. `hours`: to encode in; None where the machines are given instead. `rate`: images a second of
     one GPU with this model, as measured by the user; `tflops`: 10^12 operations a second that a GPU sustains there.
     `milvus_qps`: queries a second that one query node answers, from eval --against on the user's own index."""
 
-    pictures: int
+    images: int
     model: str
     precision: str = "bf16"
     qps: float = 0.0
@@ -40,7 +40,7 @@ class Ask:
     hours: float | None = None
     rate: float | None = None
     tflops: float | None = None
-    picture: str = "0.3 MP"
+    image: str = "0.3 MP"
     kilobytes: float | None = None
     milvus_qps: float | None = None
 
@@ -70,7 +70,7 @@ class EncodeRates(msgspec.Struct, frozen=True):
 
     measured_on: str
     model: str
-    pictures_a_core_second: dict[str, Amount]
+    images_a_core_second: dict[str, Amount]
     gflops_a_core: dict[str, Amount]
     queries_a_core_second: dict[str, Amount]
 
@@ -84,7 +84,7 @@ class DecodeRates(msgspec.Struct, frozen=True):
     """By size of the images."""
 
     measured_on: str
-    core_ms_a_picture: dict[str, Decoding]
+    core_ms_a_image: dict[str, Decoding]
 
 
 class RankRates(msgspec.Struct, frozen=True):
@@ -98,7 +98,7 @@ class RankRates(msgspec.Struct, frozen=True):
 
 class GalleryRates(msgspec.Struct, frozen=True):
     measured_on: str
-    database_bytes_a_picture: Amount
+    database_bytes_a_image: Amount
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -122,7 +122,7 @@ def read_rates(file: Path | None = None) -> Rates:
         raise ClipretError(f"{source} holds no rates ({error}): benchmarks/make_rates.py writes it") from None
 
 
-def plan(ask: Ask, rates: Rates) -> list[Line]:
+def plan(ask: Workload, rates: Rates) -> list[Line]:
     """The lines of a plan, in the order in which they build on each other. Raises ClipretError for what has no rate."""
     model = _pick(rates.models, ask.model, "model")
     encode = _Encoding(ask, model, rates)
@@ -139,7 +139,7 @@ def _pick(table: Mapping[str, T], name: str, kind: str) -> T:
 
 
 class _Encoding:
-    def __init__(self, ask: Ask, model: Model, rates: Rates) -> None:
+    def __init__(self, ask: Workload, model: Model, rates: Rates) -> None:
         self.ask, self.model, self.rates = ask, model, rates
         self.part = "encoding"
 
@@ -148,32 +148,32 @@ class _Encoding:
         lines = list[Line]()
         gflops = _pick(encode.gflops_a_core, ask.precision, "precision")
         if ask.model == encode.model:
-            core = encode.pictures_a_core_second[ask.precision]
+            core = encode.images_a_core_second[ask.precision]
             how: tuple[str, Origin] = (encode.measured_on, "measured")
         else:
             core = gflops / self.model.image_gflop
             how = (
-                f"{gflops:g} GFLOP/s a core ({encode.measured_on}) / {self.model.image_gflop:g} GFLOP a picture",
+                f"{gflops:g} GFLOP/s a core ({encode.measured_on}) / {self.model.image_gflop:g} GFLOP an image",
                 "computed",
             )
-        lines.append(self._line("a core, tower alone", core, "pictures/s", *how))
-        milliseconds = _pick(decode.core_ms_a_picture, ask.picture, "picture size").default
-        origin = f"a JPEG of {ask.picture}, {decode.measured_on}"
-        lines.append(self._line("decoding", milliseconds, "core ms/picture", origin, "measured"))
+        lines.append(self._line("a core, tower alone", core, "images/s", *how))
+        milliseconds = _pick(decode.core_ms_a_image, ask.image, "image size").default
+        origin = f"a JPEG of {ask.image}, {decode.measured_on}"
+        lines.append(self._line("decoding", milliseconds, "core ms/image", origin, "measured"))
         both = 1 / (1 / core + milliseconds / 1000)
         formula = f"1 / (1/{core:.4g} + {milliseconds:g} ms)"
-        lines.append(self._line("a core, with decoding", both, "pictures/s", formula, "computed"))
-        hours = ask.pictures / both / 3600
+        lines.append(self._line("a core, with decoding", both, "images/s", formula, "computed"))
+        hours = ask.images / both / 3600
         lines.append(
-            self._line("on processors", hours, "core hours", f"{ask.pictures:.3g} / {both:.4g} / 3600", "computed")
+            self._line("on processors", hours, "core hours", f"{ask.images:.3g} / {both:.4g} / 3600", "computed")
         )
         lines += self._time("cores", ask.cores, hours, "core hours")
         lines += self._gpu(milliseconds)
         if ask.kilobytes is None:
-            lines.append(self._missing("to be read", "TB", "pass --kilobytes, of a picture in its store"))
+            lines.append(self._missing("to be read", "TB", "pass --kilobytes, of an image in its store"))
         else:
-            total = ask.pictures * ask.kilobytes * 1e3
-            formula = f"{ask.pictures:.3g} x {ask.kilobytes:g} kB"
+            total = ask.images * ask.kilobytes * 1e3
+            formula = f"{ask.images:.3g} x {ask.kilobytes:g} kB"
             lines.append(self._line("to be read", total / 1e12, "TB", formula, "given"))
             if ask.hours is not None:
                 network = 8 * total / (3600 * ask.hours) / 1e9
@@ -202,20 +202,20 @@ class _Encoding:
         ask = self.ask
         if ask.rate is not None:
             rate = ask.rate
-            lines = [self._line("a GPU", rate, "pictures/s", "--rate", "given")]
+            lines = [self._line("a GPU", rate, "images/s", "--rate", "given")]
         elif ask.tflops is not None:
             rate = 1000 * ask.tflops / self.model.image_gflop
-            formula = f"{ask.tflops:g} TFLOP/s (--tflops) / {self.model.image_gflop:g} GFLOP a picture"
-            lines = [self._line("a GPU", rate, "pictures/s", formula, "computed")]
+            formula = f"{ask.tflops:g} TFLOP/s (--tflops) / {self.model.image_gflop:g} GFLOP an image"
+            lines = [self._line("a GPU", rate, "images/s", formula, "computed")]
         else:
             advice = "no GPU was measured: pass --rate, of clipret-search index there, or --tflops"
-            return [self._missing("a GPU", "pictures/s", advice)]
-        hours = ask.pictures / rate / 3600
-        formula = f"{ask.pictures:.3g} / {rate:.4g} / 3600"
+            return [self._missing("a GPU", "images/s", advice)]
+        hours = ask.images / rate / 3600
+        formula = f"{ask.images:.3g} / {rate:.4g} / 3600"
         lines.append(self._line("on GPUs", hours, "GPU hours", formula, "computed"))
         lines += self._time("GPUs", ask.gpus, hours, "GPU hours")
         cores = rate * milliseconds / 1000
-        formula = f"{rate:.4g} pictures/s x {milliseconds:g} ms"
+        formula = f"{rate:.4g} images/s x {milliseconds:g} ms"
         lines.append(self._line("cores that decode for a GPU", cores, "cores", formula, "computed"))
         return lines
 
@@ -226,24 +226,24 @@ class _Encoding:
         return Line(self.part, name, None, unit, formula, "missing")
 
 
-def _storage(ask: Ask, model: Model, rates: Rates) -> list[Line]:
+def _storage(ask: Workload, model: Model, rates: Rates) -> list[Line]:
     dim, part = int(model.dim), "storage"
-    database = rates.gallery.database_bytes_a_picture
-    many = f"{ask.pictures:.3g}"
+    database = rates.gallery.database_bytes_a_image
+    many = f"{ask.images:.3g}"
     each: list[tuple[str, float, str, Origin]] = [
         ("rows, float16", 2 * dim, f"{many} x 2 x {dim}", "computed"),
         ("codes, 8 bits", dim, f"{many} x {dim}", "computed"),
         ("database", database, f"{many} x {database:g}: {rates.gallery.measured_on}, no metadata", "measured"),
     ]
-    lines = [Line(part, name, ask.pictures * size / 1e9, "GB", formula, origin) for name, size, formula, origin in each]
+    lines = [Line(part, name, ask.images * size / 1e9, "GB", formula, origin) for name, size, formula, origin in each]
     total = sum(line.value or 0 for line in lines)
     lines.append(Line(part, "a gallery", total, "GB", "the three above", "computed"))
     return lines
 
 
-def _searching(ask: Ask, model: Model, rates: Rates) -> list[Line]:
+def _searching(ask: Workload, model: Model, rates: Rates) -> list[Line]:
     dim, encode, rank, part = int(model.dim), rates.encode, rates.rank, "searching"
-    many, lines = f"{ask.pictures:.3g}", list[Line]()
+    many, lines = f"{ask.images:.3g}", list[Line]()
     if ask.model == encode.model:
         texts, how = encode.queries_a_core_second[ask.precision], encode.measured_on
         origin: Origin = "measured"
@@ -257,19 +257,19 @@ def _searching(ask: Ask, model: Model, rates: Rates) -> list[Line]:
     formula = f"{ask.qps:g} / {texts:.4g}"
     lines.append(Line(part, "cores for texts", ask.qps / texts, "cores", formula, "computed"))
     measured = rank.core_ms_a_query[_BATCH]
-    query = measured * ask.pictures / rank.rows * dim / rank.dim
+    query = measured * ask.images / rank.rows * dim / rank.dim
     ratio = f"{many} / {rank.rows:.0e} x {dim} / {rank.dim}"
     formula = f"{measured:g} ms ({rank.measured_on}, {_BATCH} at once) x {ratio}"
     lines.append(Line(part, "exact ranking", query, "core ms/query", formula, "computed"))
     formula = f"{ask.qps:g} x {query:.4g} ms"
     lines.append(Line(part, "cores for exact ranking", ask.qps * query / 1000, "cores", formula, "computed"))
-    lines.append(Line(part, "memory, exact", ask.pictures * dim / 1e9, "GB", f"codes: {many} x {dim}", "computed"))
+    lines.append(Line(part, "memory, exact", ask.images * dim / 1e9, "GB", f"codes: {many} x {dim}", "computed"))
     for name, size, formula in (
         ("memory, Milvus FLAT or IVF_FLAT", 4 * dim, f"{many} x 4 x {dim}"),
         ("memory, Milvus IVF_SQ8", dim, f"{many} x {dim}"),
         ("memory, Milvus HNSW", 4 * dim + 8 * _HNSW_M, f"{many} x (4 x {dim} + 2 x {_HNSW_M} links x 4)"),
     ):
-        lines.append(Line(part, name, ask.pictures * size / 1e9, "GB", formula, "computed"))
+        lines.append(Line(part, name, ask.images * size / 1e9, "GB", formula, "computed"))
     if ask.milvus_qps is None:
         advice = "pass --milvus-qps: what  clipret-search eval milvus+URI QUERIES --against exact  says of a node"
         lines.append(Line(part, "Milvus query nodes", None, "nodes", advice, "missing"))

@@ -1,4 +1,4 @@
-"""Evaluating a gallery: queries with their relevant pictures from a list, and what the search makes of them."""
+"""Evaluating a gallery: queries with their relevant images from a list, and what the search makes of them."""
 
 import re
 from collections import defaultdict
@@ -29,17 +29,17 @@ __all__ = [
 
 Find = Callable[[npt.NDArray[np.float64], int], tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]
 
-_PLACES = 1 << 22  # ranks held at a time: of 41 queries over 100,000 pictures, 32 MiB
+_PLACES = 1 << 22  # ranks held at a time: of 41 queries over 100,000 images, 32 MiB
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Each distinct text with the stored paths of all pictures that some row names beside it."""
+    """Each distinct text with the stored paths of all images that some row names beside it."""
 
     relevant: dict[str, list[str]]
-    missing: int  # pictures of the list that the gallery does not hold
-    unanswerable: int  # texts left out because the gallery holds none of their pictures
-    # What each text asks for, by column, where attributes say which pictures answer; `includes`: the columns of those
+    missing: int  # images of the list that the gallery does not hold
+    unanswerable: int  # texts left out because the gallery holds none of their images
+    # What each text asks for, by column, where attributes say which images answer; `includes`: the columns of those
     # that name several things.
     asked: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     includes: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Evaluation:
 
     metrics: Metrics
     truth: GroundTruth
-    rows: npt.NDArray[np.float64]
+    embeddings: npt.NDArray[np.float64]
     relevant: list[list[int]]
     scores: npt.NDArray[np.float64]
     found: npt.NDArray[np.int64]
@@ -67,26 +67,26 @@ def read_ground_truth(
     searcher: Searcher,
     path: Path,
     *,
-    title_column: str | None = None,
+    caption_column: str | None = None,
     image_column: str | None = None,
     image_root: Path | None = None,
     where: str | None = None,
 ) -> GroundTruth:
-    """Read a list with a title and an image a row; rows with the same title are one query with several answers.
+    """Read a list with a caption and an image a row; rows with the same caption are one query with several answers.
 
-    A picture is found by the path that the gallery stores or by its place on disk (relative to `image_root`, by
-    default the list's folder). Raises ClipretError when no picture of the list is in the gallery.
+    An image is found by the path that the gallery stores or by its place on disk (relative to `image_root`, by
+    default the list's folder). Raises ClipretError when no image of the list is in the gallery.
     """
     table = read_table(path, where)
-    title, image = pick_column(table, title_column, "title"), pick_column(table, image_column, "image")
+    caption, image = pick_column(table, caption_column, "caption"), pick_column(table, image_column, "image")
     root = image_root or path.parent
     found = searcher.find({row[image]: root / row[image] for row in table.rows})
     relevant: dict[str, dict[str, None]] = {}
     lost: set[str] = set()
     for row in table.rows:
-        text, name = row[title].strip(), row[image]
+        text, name = row[caption].strip(), row[image]
         if not text:
-            raise ClipretError(f"{path} has a row with an empty {title} (picture {name}): remove it or fill it in")
+            raise ClipretError(f"{path} has a row with an empty {caption} (image {name}): remove it or fill it in")
         answers = relevant.setdefault(text, {})
         if name in found:
             answers[found[name][0]] = None
@@ -95,8 +95,8 @@ def read_ground_truth(
     answerable = {text: list(paths) for text, paths in relevant.items() if paths}
     if not answerable:
         raise ClipretError(
-            f"gallery {searcher.searched.name} holds none of the {len(lost)} pictures of {path} "
-            f"(the first: {sorted(lost)[0]}): set --image-root, or index those pictures"
+            f"gallery {searcher.searched.name} holds none of the {len(lost)} images of {path} "
+            f"(the first: {sorted(lost)[0]}): set --image-root, or index those images"
         )
     return GroundTruth(answerable, len(lost), len(relevant) - len(answerable))
 
@@ -107,23 +107,23 @@ def read_attribute_truth(
     *,
     equal: Sequence[str] = (),
     includes: Sequence[str] = (),
-    title_column: str | None = None,
+    caption_column: str | None = None,
     where: str | None = None,
 ) -> GroundTruth:
-    """Read a list with a title a row and the attributes that it asks for; pictures answer by their own attributes.
+    """Read a list with a caption a row and the attributes that it asks for; images answer by their own attributes.
 
-    A picture answers when its value in every column of `equal` is the query's (colour, brand, type), and when what it
+    An image answers when its value in every column of `equal` is the query's (colour, brand, type), and when what it
     holds in every column of `includes` includes what the query holds there: names between commas or semicolons,
-    such as  hat, backpack.  Where the query has no value it asks for nothing. Pictures have the columns
+    such as  hat, backpack.  Where the query has no value it asks for nothing. Images have the columns
     that the list they were indexed from had. Raises ClipretError for a column that the list or the gallery lacks, a
-    query that asks for nothing, two rows with the same title that ask for different things, and when no
-    picture answers any query.
+    query that asks for nothing, two rows with the same caption that ask for different things, and when no
+    image answers any query.
     """
     table = read_table(path, where)
-    title = pick_column(table, title_column, "title")
+    caption = pick_column(table, caption_column, "caption")
     columns = (*equal, *includes)
     if not columns:
-        raise ClipretError("name at least one column to compare: there is nothing to tell which pictures answer")
+        raise ClipretError("name at least one column to compare: there is nothing to tell which images answer")
     held = searcher.gallery.columns()
     for column in columns:
         for owner, there in ((path, table.columns), (searcher.gallery.path, held)):
@@ -132,9 +132,9 @@ def read_attribute_truth(
                 raise ClipretError(f"{owner} has no column {column!r}: its columns are {known}")
     asked: dict[str, tuple[str, ...]] = {}
     for number, row in enumerate(table.rows, 1):
-        if not row[title].strip():
+        if not row[caption].strip():
             raise ClipretError(f"{path}: query {number} is blank: fill it in or remove it")
-        text, values = row[title].strip(), tuple(as_text(row[column]) for column in columns)
+        text, values = row[caption].strip(), tuple(as_text(row[column]) for column in columns)
         if not any(values[: len(equal)]) and not any(map(names, values[len(equal) :])):
             raise ClipretError(f"{path}: the query {text!r} asks for nothing: fill in {' or '.join(columns)}")
         if asked.setdefault(text, values) != values:
@@ -149,7 +149,7 @@ def read_attribute_truth(
         if paths:
             relevant[text] = paths
     if not relevant:
-        raise ClipretError(f"no picture of {searcher.gallery.path} answers any of {path}: check {', '.join(columns)}")
+        raise ClipretError(f"no image of {searcher.gallery.path} answers any of {path}: check {', '.join(columns)}")
     wanted = {
         text: {column: value for column, value in zip(columns, asked[text], strict=True) if value} for text in relevant
     }
@@ -157,7 +157,7 @@ def read_attribute_truth(
 
 
 def _answers(asked: Sequence[str], has: Sequence[str], equal: int) -> bool:
-    """Whether a picture has what a query asks for: the first `equal` values alike, the others among its own."""
+    """Whether an image has what a query asks for: the first `equal` values alike, the others among its own."""
     if any(want and want != own for want, own in zip(asked[:equal], has[:equal], strict=True)):
         return False
     return all(names(want) <= names(own) for want, own in zip(asked[equal:], has[equal:], strict=True))

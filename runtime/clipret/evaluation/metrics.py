@@ -20,9 +20,9 @@ __all__ = ["Metric", "Metrics", "average_precision", "challenge_precision", "eva
 class Metrics:
     """Shares lie between 0 and 1.
 
-    recall_at_k: the share of queries with a relevant picture among the first k, as image-text retrieval papers
-    count it. median_rank: of the first relevant picture, from 1. map_at_10: mean over the queries of
-    sum(precision at each relevant rank <= 10) / min(10, relevant pictures), the standard mAP@k.
+    recall_at_k: the share of queries with a relevant image among the first k, as image-text retrieval papers
+    count it. median_rank: of the first relevant image, from 1. map_at_10: mean over the queries of
+    sum(precision at each relevant rank <= 10) / min(10, relevant images), the standard mAP@k.
     """
 
     queries: int
@@ -65,9 +65,9 @@ def summarise(found: npt.NDArray[np.int64], first: npt.NDArray[np.int64], releva
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a ranking, over its first `k` pictures, or over the whole order where `k` is None.
+    """One number of a ranking, over its first `k` images, or over the whole order where `k` is None.
 
-    `mAP`: see `average_precision`. `recall`: the share of queries with a relevant picture among the first k.
+    `mAP`: see `average_precision`. `recall`: the share of queries with a relevant image among the first k.
     `challenge`: see `challenge_precision`.
     """
 
@@ -97,7 +97,7 @@ class Metric:
     def of(self, found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
         """Of one query: what it found, best first, and what it should have found."""
         if self.kind == "mAP":
-            # Of the whole order every relevant picture counts, be the list as short as it may.
+            # Of the whole order every relevant image counts, be the list as short as it may.
             return average_precision(found, relevant, self.k or max(len(found), len(relevant)))
         if self.kind == "challenge":
             return challenge_precision(found[: self.k], relevant)
@@ -119,8 +119,8 @@ def average_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable]
 def challenge_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
     """AP as the scorer published for the CVPR 2023 foundation model challenge (track 2, traffic retrieval) computes it.
 
-    It divides by the hits found rather than by the pictures that could have been found. So it does not see what is
-    missing: of a hundred relevant pictures, three in front of seven wrong ones score 1.0, and a tenth right picture
+    It divides by the hits found rather than by the images that could have been found. So it does not see what is
+    missing: of a hundred relevant images, three in front of seven wrong ones score 1.0, and a tenth right image
     on rank 10 lowers the score. Use it to compare with that challenge's figures, not to choose a model.
     """
     hits, total = _precisions(found, relevant)

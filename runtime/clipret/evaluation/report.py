@@ -12,8 +12,8 @@ from clipret.arrays import Ids
 from clipret.evaluation.charts import Chart, Matrix, Table, curve, histogram
 from clipret.evaluation.evaluate import Evaluation, as_text, names
 from clipret.evaluation.metrics import average_precision
+from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.ranking.ranker import snap
-from clipret.ranking.rows import StoredRows
 from clipret.reports.page import Card, Section, write_page
 from clipret.search.searcher import Searcher
 
@@ -28,16 +28,16 @@ _BINS = 40
 _VALUES = 12  # of an attribute in its matrix; the others are one
 _MOST_VALUES = 30  # a column of more is no attribute but a name or a time
 _ATTRIBUTES = 4  # columns of a gallery that are looked at where nobody named any
-_MISSED = 5  # pictures of a query that should have been found
+_MISSED = 5  # images of a query that should have been found
 OTHERS, NOTHING = "(others)", "(none)"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How the scores of right and of wrong pictures lie: counts in the bins between `edges`.
+    """How the scores of right and of wrong images lie: counts in the bins between `edges`.
 
     `above`: how often a right one scores higher than a wrong one, of any query each; equal scores count half.
-    `drawn`: whether the pairs of query and picture are a sample.
+    `drawn`: whether the pairs of query and image are a sample.
     """
 
     edges: list[float]
@@ -49,11 +49,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Attribute:
-    """What queries wanted of a column, and what their first picture has there.
+    """What queries wanted of a column, and what their first image has there.
 
     `counts[w][f]`: queries that wanted `wanted[w]` and found `found[f]`; `among[w]`: the share of their first ten
-    pictures that have what they wanted. `several`: values hold several names; then a query counts once for each name
-    that it wanted, `found` is "yes" and "no", and a picture has a name among others.
+    images that have what they wanted. `several`: values hold several names; then a query counts once for each name
+    that it wanted, `found` is "yes" and "no", and an image has a name among others.
     """
 
     column: str
@@ -73,7 +73,7 @@ def recall_curve(first: Ids, count: int) -> list[tuple[int, float]]:
 
 
 def worst(result: Evaluation) -> list[int]:
-    """The numbers of the queries, the worst first: by AP@10, then by the rank of their first right picture."""
+    """The numbers of the queries, the worst first: by AP@10, then by the rank of their first right image."""
     precision = [
         average_precision(line, set(right)) for line, right in zip(result.found.tolist(), result.relevant, strict=True)
     ]
@@ -81,7 +81,7 @@ def worst(result: Evaluation) -> list[int]:
 
 
 def scores_of(searcher: Searcher, result: Evaluation, *, most: int = _PAIRS, seed: int = 0) -> Scores:
-    """The scores of pairs of a query and a picture, right and wrong; of each kind all, or `most` drawn evenly."""
+    """The scores of pairs of a query and an image, right and wrong; of each kind all, or `most` drawn evenly."""
     rng = np.random.default_rng(seed)
     ids, live = searcher.stored.ids, searcher.stored.live
     count = len(ids)
@@ -111,11 +111,11 @@ def _drawn(keys: Ids, most: int, rng: np.random.Generator) -> Ids:
 
 
 def _values(searcher: Searcher, result: Evaluation, keys: Ids, count: int) -> npt.NDArray[np.float64]:
-    return StoredRows(searcher.ranker.shards).scores(keys % count, keys // count, snap(result.rows))
+    return EmbeddingShards(searcher.ranker.shards).scores(keys % count, keys // count, snap(result.embeddings))
 
 
 def attributes(searcher: Searcher, result: Evaluation) -> list[Attribute]:
-    """Confusion by attribute: by what the queries ask for where the truth says it, else by what their right pictures
+    """Confusion by attribute: by what the queries ask for where the truth says it, else by what their right images
     have in common in those columns of the gallery that hold few different values."""
     found = _metadata(searcher, result.found)
     if result.truth.asked:
@@ -144,7 +144,7 @@ def _metadata(searcher: Searcher, positions: Ids) -> list[Values]:
 
 
 def _common(searcher: Searcher, relevant: Sequence[Sequence[int]]) -> list[Mapping[str, str]]:
-    """Of each query the values that all its right pictures have."""
+    """Of each query the values that all its right images have."""
     used = np.unique(np.array([at for right in relevant for at in right], dtype=np.int64))
     of = dict(zip(used.tolist(), (one[0] for one in _metadata(searcher, used[:, None])), strict=True))
     return [dict(set.intersection(*(set(of[at].items()) for at in right))) for right in relevant]
@@ -153,13 +153,13 @@ def _common(searcher: Searcher, relevant: Sequence[Sequence[int]]) -> list[Mappi
 def _attribute(column: str, asked: Sequence[Mapping[str, str]], found: Sequence[Values], several: bool) -> Attribute:
     pairs = Counter[tuple[str, str]]()
     hits, places = Counter[str](), Counter[str]()
-    for one, pictures in zip(asked, found, strict=True):
+    for one, images in zip(asked, found, strict=True):
         value = one.get(column)
-        if not value or not pictures:
+        if not value or not images:
             continue
         for want in sorted(names(value)) if several else [value]:
-            has = [want in names(held[column]) if several else want == held[column] for held in pictures]
-            first = ("yes" if has[0] else "no") if several else pictures[0][column] or NOTHING
+            has = [want in names(held[column]) if several else want == held[column] for held in images]
+            first = ("yes" if has[0] else "no") if several else images[0][column] or NOTHING
             pairs[want, first] += 1
             hits[want] += sum(has)
             places[want] += len(has)
@@ -214,17 +214,15 @@ def _charts(searcher: Searcher, result: Evaluation) -> list[Chart]:
     count = len(searcher.stored.ids) if live is None else int(live.sum())
     points = recall_curve(result.first, count)
     marked = [k for k in _MARKS if k <= count]
-    note = f"The share of {len(result.first):,} queries that have a right picture among the first k of {count:,}."
+    note = f"The share of {len(result.first):,} queries that have a right image among the first k of {count:,}."
     made: list[Chart] = [curve("Recall", note, points, marked)]
     scores = scores_of(searcher, result)
     some = "drawn evenly" if scores.drawn else "all there are"
     note = (
-        f"Pairs of a query and a picture, {some}: {sum(scores.right):,} right, {sum(scores.wrong):,} wrong. "
+        f"Pairs of a query and an image, {some}: {sum(scores.right):,} right, {sum(scores.wrong):,} wrong. "
         f"A right one scores above a wrong one, of any query each, in {scores.above:.1%}."
     )
-    made.append(
-        histogram("Scores", note, scores.edges, scores.right, scores.wrong, ("right pictures", "wrong pictures"))
-    )
+    made.append(histogram("Scores", note, scores.edges, scores.right, scores.wrong, ("right images", "wrong images")))
     for one in attributes(searcher, result):
         total = sum(map(sum, one.counts))
         if one.several:
@@ -235,9 +233,7 @@ def _charts(searcher: Searcher, result: Evaluation) -> list[Chart]:
             head = ("wanted", "queries", "the first has it", "of the first 10")
             made.append(Table(f"What was found: {one.column}", "By each name that a query asks for.", head, rows))
         else:
-            note = (
-                f"What {total:,} queries wanted, and what their first picture is; the last column is of all first ten."
-            )
+            note = f"What {total:,} queries wanted, and what their first image is; the last column is of all first ten."
             made.append(Matrix(f"Confusion: {one.column}", note, one.wanted, one.found, one.counts, one.among))
     return made
 
@@ -250,7 +246,7 @@ def _sections(searcher: Searcher, result: Evaluation, chosen: Sequence[int]) -> 
     for at, line in zip(chosen, hits, strict=True):
         right = set(result.truth.relevant[texts[at]])
         cards = [Card(hit.file, hit.path, hit.score, hit.path in right) for hit in line]
-        noun = "picture" if len(right) == 1 else "pictures"
+        noun = "image" if len(right) == 1 else "images"
         found = sum(hit.path in right for hit in line)
         note = f"{found} of the first {len(line)} right; {len(right)} {noun} to find"
         if result.first[at] > len(line):
@@ -260,8 +256,8 @@ def _sections(searcher: Searcher, result: Evaluation, chosen: Sequence[int]) -> 
 
 
 def _missed(searcher: Searcher, result: Evaluation, chosen: Sequence[int]) -> dict[int, list[Card]]:
-    """Of each query the best of the right pictures that it should have found among the first, with their ranks."""
-    grid, cards = snap(result.rows), dict[int, list[Card]]()
+    """Of each query the best of the right images that it should have found among the first, with their ranks."""
+    grid, cards = snap(result.embeddings), dict[int, list[Card]]()
     pairs = list[tuple[int, int]]()
     for at in chosen:
         right, there = set(result.relevant[at]), set(result.found[at].tolist())
@@ -269,13 +265,13 @@ def _missed(searcher: Searcher, result: Evaluation, chosen: Sequence[int]) -> di
         if not room:
             continue  # no ranking could have shown more of them
         left = np.array(sorted(right - there), dtype=np.int64)
-        values = StoredRows(searcher.ranker.shards).scores(left, np.full(len(left), at), grid)
+        values = EmbeddingShards(searcher.ranker.shards).scores(left, np.full(len(left), at), grid)
         pairs += [(at, int(left[place])) for place in np.lexsort((left, -values))[: min(room, _MISSED)]]
     if not pairs:
         return {at: [] for at in chosen}
     query, row = (np.array(column) for column in zip(*pairs, strict=True))
-    ranks = searcher.ranker.first_ranks(result.rows[query], [[at] for at in row.tolist()])
-    values = StoredRows(searcher.ranker.shards).scores(row, query, grid)
+    ranks = searcher.ranker.first_ranks(result.embeddings[query], [[at] for at in row.tolist()])
+    values = EmbeddingShards(searcher.ranker.shards).scores(row, query, grid)
     for at, place, rank, score in zip(query.tolist(), row.tolist(), ranks.tolist(), values.tolist(), strict=True):
         path = searcher.gallery.paths([int(searcher.stored.ids[place])])[0]
         cards.setdefault(at, []).append(Card(searcher.gallery.file(path), path, score, True, rank))

@@ -1,4 +1,4 @@
-"""Compaction: the live rows of a gallery into few large shards, the deleted ones forgotten."""
+"""Compaction: the live embeddings of a gallery into few large shards, the deleted ones forgotten."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,8 +8,8 @@ import numpy.typing as npt
 from clipret.gallery.database import ShardEntry, name_shard
 from clipret.gallery.gallery import Gallery
 from clipret.gallery.shards import ids_and_live, write_shard
-from clipret.ranking.quantization import mean, quantise
-from clipret.ranking.rows import StoredRows
+from clipret.ranking.embedding_shards import EmbeddingShards
+from clipret.ranking.quantization import mean, quantize
 
 __all__ = ["compact_gallery"]
 
@@ -19,43 +19,43 @@ _ROWS = 65536  # 64 MiB a shard at 512 dimensions
 def compact_gallery(
     gallery: Gallery, progress: Callable[[Iterable[int]], Iterable[int]] = lambda starts: starts
 ) -> int:
-    """Write the live rows anew, with codes around their own mean, and drop the deleted ones; return how many.
+    """Write the live embeddings anew, with codes around their own mean, and drop the deleted ones; return how many.
 
     Ids and order stay, so that every search finds the same. Searches that are open go on with what they hold; one
-    that finds a picture deleted since has to be opened again. Takes room for the rows a second time while it runs.
+    that finds an image deleted since has to be opened again. Takes room for the embeddings a second time while it runs.
     Raises ClipretError beside another writer, or when the disk refuses; nothing is then changed.
     """
     with gallery.writing():
         entries, deleted, shards, _ = gallery.consistent(lambda _: None)
         ids, live = ids_and_live(entries, deleted)
-        positions, rows = np.arange(len(ids)) if live is None else np.flatnonzero(live), StoredRows(shards)
-        center, scale, first = _mean_at(rows, positions), 0.0, gallery.database.next_shard()
+        positions, embeddings = np.arange(len(ids)) if live is None else np.flatnonzero(live), EmbeddingShards(shards)
+        center, scale, first = _mean_at(embeddings, positions), 0.0, gallery.database.next_shard()
         made: list[ShardEntry] = []
         with gallery.refusable():
             for start in progress(range(0, len(positions), _ROWS)):
                 part = positions[start : start + _ROWS]
-                stored = rows.take(part)
-                codes = quantise(stored, center, scale)
+                stored = embeddings.take(part)
+                codes = quantize(stored, center, scale)
                 scale = codes.scale
                 number = first + len(made)
                 write_shard(gallery.path, number, stored, codes)
                 made.append(ShardEntry(number, ids[part], center, codes.scale, codes.residual, codes.reach))
             with gallery.database.transaction() as transaction:
                 transaction.execute("DELETE FROM shards")
-                transaction.execute("DELETE FROM rows WHERE deleted = 1")
-                transaction.execute("DELETE FROM metadata WHERE id NOT IN (SELECT id FROM rows)")
+                transaction.execute("DELETE FROM embeddings WHERE deleted = 1")
+                transaction.execute("DELETE FROM metadata WHERE id NOT IN (SELECT id FROM embeddings)")
                 for entry in made:
                     name_shard(transaction, entry)
                     bounds = (entry.number, int(entry.ids[0]), int(entry.ids[-1]))
-                    transaction.execute("UPDATE rows SET shard = ? WHERE id BETWEEN ? AND ?", bounds)
+                    transaction.execute("UPDATE embeddings SET shard = ? WHERE id BETWEEN ? AND ?", bounds)
         gallery.sweep()
     return len(ids) - len(positions)
 
 
-def _mean_at(rows: StoredRows, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """The mean of the rows at ascending positions, a part of them in memory at a time."""
-    total = np.zeros(rows.shards[0].shape[1] if rows.shards else 0)
+def _mean_at(embeddings: EmbeddingShards, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """The mean of the embeddings at ascending positions, a part of them in memory at a time."""
+    total = np.zeros(embeddings.shards[0].shape[1] if embeddings.shards else 0)
     for start in range(0, len(positions), _ROWS):
-        part = rows.take(positions[start : start + _ROWS])
+        part = embeddings.take(positions[start : start + _ROWS])
         total += mean(part).astype(np.float64) * len(part)
     return (total / max(len(positions), 1)).astype(np.float32)

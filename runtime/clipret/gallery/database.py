@@ -1,4 +1,4 @@
-"""The sqlite side of a gallery: which shards and pictures there are, what is known of each picture, and filters."""
+"""The sqlite side of a gallery: which shards and images there are, what is known of each image, and filters."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from clipret.errors import ClipretError
 from clipret.sources.item import Value
 from clipret.tables import OWN_COLUMNS, check_quotes, quoted, reading_only
 
-__all__ = ["Database", "Picture", "ShardEntry", "inherit_metadata", "name_shard", "write_metadata"]
+__all__ = ["Database", "ImageRecord", "ShardEntry", "inherit_metadata", "name_shard", "write_metadata"]
 
 
 _SCHEMA = """
@@ -33,7 +33,7 @@ CREATE TABLE shards (
 CREATE TABLE rows (
     id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, also when the row is gone
     shard INTEGER NOT NULL,
-    path TEXT NOT NULL,             -- relative to the pictures' root, with /; absolute for pictures outside it
+    path TEXT NOT NULL,             -- relative to the images' root, with /; absolute for images outside it
     size INTEGER NOT NULL,          -- of the file, in bytes
     mtime_ns INTEGER NOT NULL,
     hash TEXT NOT NULL,             -- BLAKE2b-128 of the file, hex; empty where it is not known
@@ -48,8 +48,8 @@ _MANY = 500  # values a statement: old builds of sqlite take 999
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture of the gallery as its database knows it. `path` is relative to the root or absolute."""
+class ImageRecord:
+    """An image of the gallery as its database knows it. `path` is relative to the root or absolute."""
 
     path: str
     size: int
@@ -142,7 +142,7 @@ class Database:
         return int((self.query("SELECT seq FROM sqlite_sequence WHERE name = ?", table) or [(0,)])[0][0]) + 1
 
     def count(self) -> int:
-        """Live pictures."""
+        """Live images."""
         return int(self.query("SELECT count(*) FROM rows WHERE deleted = 0")[0][0])
 
     def columns(self) -> list[str]:
@@ -150,7 +150,7 @@ class Database:
         return [name for _, name, *_ in self.query("PRAGMA table_info(metadata)") if name != "id"]
 
     def select(self, where: str) -> Ids:
-        """The ids of live pictures for which an SQL expression over their columns holds, ascending."""
+        """The ids of live images for which an SQL expression over their columns holds, ascending."""
         columns = self.columns()
         shown = "".join(f", m.{quoted(name)} AS {quoted(name)}" for name in columns)
         source = (
@@ -168,23 +168,23 @@ class Database:
             ) from None
         return np.array(found, dtype=np.int64).reshape(-1)
 
-    def pictures(self, ids: Sequence[int] | Ids) -> dict[int, Picture]:
-        """What is known of each of these pictures, deleted or not."""
+    def images(self, ids: Sequence[int] | Ids) -> dict[int, ImageRecord]:
+        """What is known of each of these images, deleted or not."""
         rows = self._many("SELECT id, path, size, mtime_ns, hash FROM rows WHERE id", [int(number) for number in ids])
-        return {number: Picture(*rest) for number, *rest in rows}
+        return {number: ImageRecord(*rest) for number, *rest in rows}
 
-    def by_path(self, paths: Sequence[str]) -> dict[str, tuple[int, Picture]]:
+    def by_path(self, paths: Sequence[str]) -> dict[str, tuple[int, ImageRecord]]:
         """Id and record of each of these paths that is live."""
         rows = self._many("SELECT id, path, size, mtime_ns, hash FROM rows WHERE deleted = 0 AND path", paths)
-        return {rest[0]: (number, Picture(*rest)) for number, *rest in rows}
+        return {rest[0]: (number, ImageRecord(*rest)) for number, *rest in rows}
 
     def by_hash(self, digest: str) -> int | None:
-        """The oldest live picture whose file has these bytes."""
+        """The oldest live image whose file has these bytes."""
         found = self.query("SELECT id FROM rows WHERE deleted = 0 AND hash = ? ORDER BY id LIMIT 1", digest)
         return int(found[0][0]) if found else None
 
     def live_paths(self) -> Iterator[tuple[int, str]]:
-        """Id and path of every live picture, a few thousand of them in memory at a time."""
+        """Id and path of every live image, a few thousand of them in memory at a time."""
         last = 0
         statement = "SELECT id, path FROM rows WHERE deleted = 0 AND id > ? ORDER BY id LIMIT 8192"
         while part := self.query(statement, last):
@@ -192,7 +192,7 @@ class Database:
             last = part[-1][0]
 
     def metadata(self, ids: Sequence[int] | Ids) -> dict[int, dict[str, Value]]:
-        """The metadata of those of these pictures that have any."""
+        """The metadata of those of these images that have any."""
         columns = self.columns()
         names = "".join(f", {quoted(name)}" for name in columns)
         rows = self._many(f"SELECT id{names} FROM metadata WHERE id", [int(number) for number in ids])
@@ -235,7 +235,7 @@ def write_metadata(
 
 
 def inherit_metadata(transaction: sqlite3.Connection, heirs: Mapping[int, int]) -> None:
-    """Give new pictures, the keys, the metadata of those that they replace."""
+    """Give new images, the keys, the metadata of those that they replace."""
     columns = [quoted(name) for _, name, *_ in transaction.execute("PRAGMA table_info(metadata)") if name != "id"]
     if columns:
         names = ", ".join(columns)

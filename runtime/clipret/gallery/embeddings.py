@@ -1,4 +1,4 @@
-"""Embeddings that others made, with the pictures that they belong to: .npy, .npz, Parquet, arrays."""
+"""Embeddings that others made, with the images that they belong to: .npy, .npz, Parquet, arrays."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Rows = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Rows that others made, with the picture of each. `blocks` reads them anew: rows [b,D] as they are, and b records,
+    """Rows that others made, with the image of each. `blocks` reads them anew: rows [b,D] as they are, and b records,
     whose `image_column` is the path. `fingerprint` is that of the bundle, where the file tells."""
 
     name: str
@@ -52,7 +52,7 @@ def open_embeddings(
     """Open embeddings for `import_embeddings` and check what can be checked before a gallery is touched.
 
     `source` is an array float16, float32 or float64 [N,D], an .npy of one, an .npz with one, or a .parquet with a
-    column of float lists. `paths` names the picture of each row: a .csv, .tsv or .jsonl list, a .txt with one path
+    column of float lists. `paths` names the image of each row: a .csv, .tsv or .jsonl list, a .txt with one path
     a line, or a sequence. It is left out for a .parquet, which has a column for that, and may be for an .npz with an
     array of strings and for an .npy that `export_gallery` wrote. Every further column is metadata.
 
@@ -63,7 +63,7 @@ def open_embeddings(
     kind = source.suffix.lower()
     if kind == ".parquet":
         if paths is not None:
-            raise ClipretError(f"{source} names its pictures itself: leave the list of paths out")
+            raise ClipretError(f"{source} names its images itself: leave the list of paths out")
         return _from_parquet(source, image_column, embedding_column)
     if kind not in (".npy", ".npz"):
         raise ClipretError(f"{source} is of no known kind: give a .npy, .npz or .parquet file")
@@ -96,7 +96,7 @@ def _from_array(
     if rows.dtype.kind != "f" or rows.ndim != 2 or not rows.size:
         raise ClipretError(f"{name} holds {rows.dtype} {list(rows.shape)}: embeddings are floats [N,D]")
     if paths is None:
-        raise ClipretError(f"{name} does not say which pictures its rows belong to: name a list with --paths")
+        raise ClipretError(f"{name} does not say which images its rows belong to: name a list with --paths")
     records: Sequence[Record]
     if isinstance(paths, Path):
         folder = paths.parent

@@ -1,9 +1,9 @@
 """The gallery: the folder of stored rows, readable with numpy and sqlite3 alone.
 
-    gallery.json        format version, bundle fingerprint, dimension, where pictures and bundle lie
+    gallery.json        format version, bundle fingerprint, dimension, where images and bundle lie
     rows-000017.npy     immutable shard, float16 [n,D]: the truth that results are exact against
     codes-000017.npy    uint8 [n,D], made from the rows: what the first stage of the exact search reads
-    gallery.db          sqlite: shards, a row for each picture, metadata (the schema is in clipret.gallery.database)
+    gallery.db          sqlite: shards, a row for each image, metadata (the schema is in clipret.gallery.database)
 
 A shard is written under a temporary name, synced and renamed; the sqlite transaction that names it is the commit.
 What no transaction names never happened and is swept by the next writer.
@@ -27,13 +27,13 @@ from clipret.arrays import Ids
 from clipret.bundle import Bundle, check_bundle, find_bundle
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.gallery.database import Database, Picture, ShardEntry, inherit_metadata, name_shard, write_metadata
-from clipret.gallery.shards import ids_and_live, open_codes, open_rows, sweep, write_shard
-from clipret.ranking.quantization import Codes, mean, quantise
+from clipret.gallery.database import Database, ImageRecord, ShardEntry, inherit_metadata, name_shard, write_metadata
+from clipret.gallery.shards import ids_and_live, open_quantized, open_rows, sweep, write_shard
+from clipret.ranking.quantization import QuantizedEmbeddings, mean, quantize
 from clipret.schema import Count, Hash, checked
 from clipret.sources.item import Value
 
-__all__ = ["FORMAT", "Gallery", "GalleryInfo", "Picture", "Stored", "id_of", "stored_path"]
+__all__ = ["FORMAT", "Gallery", "GalleryInfo", "ImageRecord", "Stored", "id_of", "stored_path"]
 
 FORMAT = 2
 _RETRIES = 5  # of a reader that compaction has taken the files away from
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 class GalleryInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """gallery.json. `bundle` is where the bundle was at indexing time: the fingerprint decides, not the place.
-    `mirrored`: each embedding is the mean of an image and its horizontal flip."""
+    `flipped`: each embedding is the mean of an image's and its horizontal flip's; "mirrored" on disk since format 2."""
 
     format: int
     fingerprint: Hash
@@ -51,7 +51,7 @@ class GalleryInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     root: str
     bundle: str
     bundle_relative: str
-    mirrored: bool = False
+    flipped: bool = msgspec.field(default=False, name="mirrored")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Stored:
     shards: list[npt.NDArray[np.float16]]
     ids: Ids
     live: npt.NDArray[np.bool_] | None
-    codes: list[Codes]
+    codes: list[QuantizedEmbeddings]
 
 
 class Gallery:
@@ -73,7 +73,7 @@ class Gallery:
         self.info = info
 
     @classmethod
-    def create(cls, path: str | Path, bundle: Bundle, root: Path, mirrored: bool = False) -> Self:
+    def create(cls, path: str | Path, bundle: Bundle, root: Path, flipped: bool = False) -> Self:
         """Make an empty gallery in a folder that is new or empty. Raises ClipretError."""
         folder = Path(path).absolute()
         try:
@@ -92,7 +92,7 @@ class Gallery:
             root=os.path.abspath(root),  # noqa: PTH100 (without .., by which nothing would be found again)
             bundle=str(bundle.path),
             bundle_relative=os.path.relpath(bundle.path, folder),
-            mirrored=mirrored,
+            flipped=flipped,
         )
         # Last: a folder without gallery.json is no gallery yet, and making one may start over.
         write_file(folder / "gallery.json", _json(info))
@@ -121,7 +121,7 @@ class Gallery:
         return cls(folder, info)
 
     def rooted(self, root: Path) -> Self:
-        """The same gallery with another folder that its paths are relative to: for one that holds no picture."""
+        """The same gallery with another folder that its paths are relative to: for one that holds no image."""
         info = msgspec.structs.replace(self.info, root=os.path.abspath(root))  # noqa: PTH100
         if info != self.info:
             write_file(self.path / "gallery.json", _json(info))
@@ -162,7 +162,7 @@ class Gallery:
 
         Raises ClipretError for a shard that is missing or of another shape than the database says.
         """
-        entries, deleted, shards, codes = self.consistent(lambda entry: open_codes(self.path, entry))
+        entries, deleted, shards, codes = self.consistent(lambda entry: open_quantized(self.path, entry))
         return Stored(shards, *ids_and_live(entries, deleted), codes)
 
     def consistent(
@@ -182,18 +182,18 @@ class Gallery:
 
     def paths(self, ids: Sequence[int] | Ids) -> list[str]:
         """The stored path of each id. Raises ClipretError for an id that compaction has removed."""
-        return [picture.path for picture in self.pictures_of(ids)]
+        return [image.path for image in self.images_of(ids)]
 
-    def pictures_of(self, ids: Sequence[int] | Ids) -> list[Picture]:
-        """What is known of each picture, deleted or not. Raises ClipretError for an id that compaction has removed."""
-        found = self.database.pictures(ids)
+    def images_of(self, ids: Sequence[int] | Ids) -> list[ImageRecord]:
+        """What is known of each image, deleted or not. Raises ClipretError for an id that compaction has removed."""
+        found = self.database.images(ids)
         lost = next((int(number) for number in ids if int(number) not in found), None)
         if lost is not None:
-            raise ClipretError(f"{self.path} holds no picture {lost} any more: open the gallery again")
+            raise ClipretError(f"{self.path} holds no image {lost} any more: open the gallery again")
         return [found[int(number)] for number in ids]
 
     def metadata(self, ids: Sequence[int] | Ids) -> list[dict[str, Value]]:
-        """The metadata of each picture: every column, None where it has no value."""
+        """The metadata of each image: every column, None where it has no value."""
         found, empty = self.database.metadata(ids), dict.fromkeys(self.columns())
         return [dict(found.get(int(number), empty)) for number in ids]
 
@@ -202,31 +202,31 @@ class Gallery:
         return self.database.columns()
 
     def select(self, where: str) -> Ids:
-        """The ids of pictures for which an SQL expression holds, such as  camera = 'A3' and hour < 6;  ascending.
+        """The ids of images for which an SQL expression holds, such as  camera = 'A3' and hour < 6;  ascending.
 
         Its columns are id, path, size, mtime_ns, hash and those of the metadata. Raises ClipretError.
         """
         return self.database.select(where)
 
     def ids_of(self, paths: Collection[str]) -> dict[str, int]:
-        """The ids of those of these stored paths that live pictures have."""
+        """The ids of those of these stored paths that live images have."""
         return {path: number for path, (number, *_) in self.database.by_path(list(paths)).items()}
 
     def id_of(self, name: str) -> int:
-        """The id of a live picture, by its stored path or its place on disk. Raises ClipretError for no such one."""
+        """The id of a live image, by its stored path or its place on disk. Raises ClipretError for no such one."""
         return id_of(name, Path(self.info.root), self.ids_of, str(self.path))
 
     def ids_by_path(self) -> dict[str, int]:
-        """The id of every live picture by its stored path."""
+        """The id of every live image by its stored path."""
         return dict(self.database.query("SELECT path, id FROM rows WHERE deleted = 0"))
 
-    def pictures(self) -> dict[str, Picture]:
-        """Every live picture by its stored path."""
+    def images(self) -> dict[str, ImageRecord]:
+        """Every live image by its stored path."""
         rows = self.database.query("SELECT path, size, mtime_ns, hash FROM rows WHERE deleted = 0")
-        return {row[0]: Picture(*row) for row in rows}
+        return {row[0]: ImageRecord(*row) for row in rows}
 
     def duplicates(self) -> list[list[str]]:
-        """The paths of live pictures whose files are equal byte for byte, oldest first, a list for each file."""
+        """The paths of live images whose files are equal byte for byte, oldest first, a list for each file."""
         rows = self.database.query(
             "SELECT hash, path FROM rows WHERE deleted = 0 AND hash IN "
             "(SELECT hash FROM rows WHERE deleted = 0 AND hash <> '' GROUP BY hash HAVING count(*) > 1) ORDER BY id"
@@ -241,7 +241,7 @@ class Gallery:
         return stored_path(file, Path(self.info.root))
 
     def file(self, stored: str) -> Path:
-        """Where the picture with this stored path lies."""
+        """Where the image with this stored path lies."""
         return Path(self.info.root, stored)
 
     @contextlib.contextmanager
@@ -284,25 +284,25 @@ class Gallery:
 
     def append(
         self,
-        pictures: Sequence[Picture],
+        images: Sequence[ImageRecord],
         rows: npt.NDArray[np.floating[Any]],
         metadata: Sequence[Mapping[str, Value]] | None = None,
     ) -> None:
-        """Commit one shard: float32 or float16 rows [n,D] of n pictures. Only inside `writing()`.
+        """Commit one shard: float32 or float16 rows [n,D] of n images. Only inside `writing()`.
 
-        A picture whose path is there already takes the old one's place. Raises ClipretError when the disk refuses or
+        An image whose path is there already takes the old one's place. Raises ClipretError when the disk refuses or
         a row is not finite; nothing is then changed.
         """
-        if len(pictures) != len(rows):
-            raise ClipretError(f"{len(rows)} rows for {len(pictures)} pictures: give one for each")
-        if not len(pictures):
+        if len(images) != len(rows):
+            raise ClipretError(f"{len(rows)} rows for {len(images)} images: give one for each")
+        if not len(images):
             return
         stored = np.ascontiguousarray(rows, dtype=np.float16)
         if not np.isfinite(stored).all():
             raise ClipretError("an embedding is not finite: the image tower overflowed; export the model again")
         number, first = self.database.next_shard(), self.database.next_id()
         codes = self._quantised(stored)
-        replaced = self.database.by_path([picture.path for picture in pictures])
+        replaced = self.database.by_path([image.path for image in images])
         ids = np.arange(first, first + len(stored), dtype=np.int64)
         with self.refusable():
             write_shard(self.path, number, stored, codes)
@@ -310,21 +310,21 @@ class Gallery:
                 entry = ShardEntry(number, ids, codes.center, codes.scale, codes.residual, codes.reach)
                 name_shard(transaction, entry)
                 transaction.executemany(
-                    "UPDATE rows SET deleted = 1 WHERE path = ? AND deleted = 0", ((p.path,) for p in pictures)
+                    "UPDATE rows SET deleted = 1 WHERE path = ? AND deleted = 0", ((p.path,) for p in images)
                 )
                 transaction.executemany(
                     "INSERT INTO rows (id, shard, path, size, mtime_ns, hash) VALUES (?, ?, ?, ?, ?, ?)",
                     (
                         (row, number, p.path, p.size, p.mtime_ns, p.hash)
-                        for row, p in zip(ids.tolist(), pictures, strict=True)
+                        for row, p in zip(ids.tolist(), images, strict=True)
                     ),
                 )
-                places = zip(ids.tolist(), pictures, strict=True)
+                places = zip(ids.tolist(), images, strict=True)
                 inherit_metadata(transaction, {new: replaced[p.path][0] for new, p in places if p.path in replaced})
                 if metadata is not None:
                     write_metadata(transaction, ids.tolist(), metadata)
 
-    def _quantised(self, rows: npt.NDArray[np.float16]) -> Codes:
+    def _quantised(self, rows: npt.NDArray[np.float16]) -> QuantizedEmbeddings:
         """With the center and scale of the last shard, so that the search can scan the two as one, unless its center
         comes from far fewer rows than these are."""
         last = self.database.query("SELECT center, scale FROM shards ORDER BY number DESC LIMIT 1")
@@ -332,11 +332,11 @@ class Gallery:
             center, scale = last[0]
             first = self.database.query("SELECT length(ids) / 8 FROM shards WHERE center = ? LIMIT 1", center)
             if len(rows) < 4 * first[0][0]:
-                return quantise(rows, np.frombuffer(center, "<f4"), scale)
-        return quantise(rows, mean(rows))
+                return quantize(rows, np.frombuffer(center, "<f4"), scale)
+        return quantize(rows, mean(rows))
 
-    def update(self, changes: Mapping[int, tuple[Picture, Mapping[str, Value]]]) -> None:
-        """Keep new records and metadata of pictures whose embeddings stay. Only inside `writing()`.
+    def update(self, changes: Mapping[int, tuple[ImageRecord, Mapping[str, Value]]]) -> None:
+        """Keep new records and metadata of images whose embeddings stay. Only inside `writing()`.
 
         Raises ClipretError when the disk refuses; nothing is then changed.
         """
@@ -350,7 +350,7 @@ class Gallery:
             write_metadata(transaction, list(changes), [metadata for _, metadata in changes.values()])
 
     def remove(self, ids: Sequence[int] | Ids) -> int:
-        """Delete pictures; their rows stay in the files until `compact`. Only inside `writing()`.
+        """Delete images; their rows stay in the files until `compact`. Only inside `writing()`.
 
         Returns how many there were; ids of none are passed over. Raises ClipretError when the disk refuses.
         """
@@ -361,27 +361,27 @@ class Gallery:
 
 
 def _json(info: GalleryInfo) -> str:
-    return json.dumps(msgspec.structs.asdict(info), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(msgspec.to_builtins(info), indent=2, ensure_ascii=False) + "\n"
 
 
 def id_of(name: str, root: Path, ids_of: Callable[[Collection[str]], dict[str, int]], owner: str) -> int:
-    """The id of a picture, by its stored path or its place on disk.
+    """The id of an image, by its stored path or its place on disk.
 
     Args:
         name: Either of the two; a stored path goes first.
         root: What stored paths are relative to.
         ids_of: Gives the ids of those stored paths that are there.
-        owner: What holds the pictures, for messages.
+        owner: What holds the images, for messages.
 
     Raises:
-        ClipretError: There is no such picture.
+        ClipretError: There is no such image.
     """
     place = stored_path(Path(name), root)
     ids = ids_of((name, place))
     for one in (name, place):
         if one in ids:
             return ids[one]
-    raise ClipretError(f"{owner} holds no picture {name}: clipret-search query shows how it names them")
+    raise ClipretError(f"{owner} holds no image {name}: clipret-search query shows how it names them")
 
 
 def stored_path(file: Path, root: Path) -> str:

@@ -23,9 +23,9 @@ from clipret.arrays import Ids
 from clipret.errors import ClipretError, require
 from clipret.files import sync_folder
 from clipret.gallery.embeddings import BLOCK, FINGERPRINT, Embeddings, Record, Value, list_beside
-from clipret.gallery.gallery import Gallery, Picture
-from clipret.images.walk import PictureError, read_picture
-from clipret.ranking.rows import StoredRows
+from clipret.gallery.gallery import Gallery, ImageRecord
+from clipret.images.walk import ImageError, read_image
+from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.tables import OWN_COLUMNS
 
 __all__ = ["ImportReport", "Kind", "export_gallery", "import_embeddings"]
@@ -64,7 +64,7 @@ def export_gallery(
         raise ClipretError(f"{target} is a folder: name a file")
     source = _Source(gallery, where)
     if not len(source.ids):
-        reason = "no pictures" if where is None else f"no picture with {where}"
+        reason = "no images" if where is None else f"no image with {where}"
         raise ClipretError(f"{gallery.path} holds {reason}: nothing to export")
     {"parquet": _write_parquet, "npy": _write_npy, "faiss": _write_faiss}[kind](source, target, progress)
     return len(source.ids)
@@ -80,19 +80,19 @@ class _Source:
         if where is not None:
             live = live & np.isin(stored.ids, gallery.select(where))
         self._positions = np.flatnonzero(live)
-        self._rows = StoredRows(stored.shards)
+        self._rows = EmbeddingShards(stored.shards)
         self.ids: Ids = stored.ids[self._positions]
         self.starts = range(0, len(self.ids), BLOCK)
 
-    def rows(self, start: int) -> npt.NDArray[np.float16]:
+    def embeddings(self, start: int) -> npt.NDArray[np.float16]:
         return self._rows.take(self._positions[start : start + BLOCK])
 
     def records(self, start: int) -> list[dict[str, Value]]:
-        """What the gallery knows of each picture: OWN_COLUMNS, then the metadata."""
+        """What the gallery knows of each image: OWN_COLUMNS, then the metadata."""
         ids = self.ids[start : start + BLOCK]
         records = []
-        for number, picture, more in zip(ids, self.gallery.pictures_of(ids), self.gallery.metadata(ids), strict=True):
-            own: tuple[Value, ...] = (int(number), picture.path, picture.size, picture.mtime_ns, picture.hash)
+        for number, image, more in zip(ids, self.gallery.images_of(ids), self.gallery.metadata(ids), strict=True):
+            own: tuple[Value, ...] = (int(number), image.path, image.size, image.mtime_ns, image.hash)
             records.append(dict(zip(OWN_COLUMNS, own, strict=True)) | more)
         return records
 
@@ -129,7 +129,7 @@ def _write_parquet(source: _Source, target: Path, progress: Progress) -> None:
                 if type_ == pa.string():
                     values = [None if value is None else str(value) for value in values]
                 columns.append(pa.array(values, type_))
-            flat = pa.array(source.rows(start).astype(np.float32).reshape(-1))
+            flat = pa.array(source.embeddings(start).astype(np.float32).reshape(-1))
             columns.append(pa.FixedSizeListArray.from_arrays(flat, type=embedding))
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
@@ -156,7 +156,7 @@ def _write_npy(source: _Source, target: Path, progress: Progress) -> None:
         # Written, not memory-mapped: on a full disk a map is a SIGBUS where a write is an error.
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         for start in progress(source.starts):
-            file.write(source.rows(start).astype("<f2", copy=False).data)
+            file.write(source.embeddings(start).astype("<f2", copy=False).data)
             _write_lines(lines, source.records(start))
 
 
@@ -165,7 +165,7 @@ def _write_faiss(source: _Source, target: Path, progress: Progress) -> None:
     index = faiss.IndexIDMap2(faiss.IndexFlatIP(source.gallery.info.embedding_dim))
     with _replacing(target, list_beside(target)) as (file, lines):
         for start in progress(source.starts):
-            index.add_with_ids(source.rows(start).astype(np.float32), source.ids[start : start + BLOCK])
+            index.add_with_ids(source.embeddings(start).astype(np.float32), source.ids[start : start + BLOCK])
             _write_lines(lines, source.records(start))
         # Through a file of ours: faiss's own writer takes no notice when the last bytes find the disk full.
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
@@ -201,7 +201,7 @@ def _replacing(*targets: Path) -> Iterator[list[IO[bytes]]]:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did. `replaced`: of the imported rows, those whose picture the gallery held already;
+    """What an import did. `replaced`: of the imported rows, those whose image the gallery held already;
     `normalised`: those that were not of unit length; `skipped`: path and reason of each row that was not taken."""
 
     imported: int
@@ -221,12 +221,12 @@ def import_embeddings(
 
     They must come from the image tower of the model whose text tower the gallery's bundle holds: nothing else can be
     compared with its texts, and no check can tell. Rows are stored as float16. Those that are of unit length up to
-    float16's rounding keep their bits, others are normalised. A row that is zero or not finite, or whose picture
+    float16's rounding keep their bits, others are normalised. A row that is zero or not finite, or whose image
     a row before it named, is skipped.
 
-    Paths are relative to `image_root`, by default the gallery's. What later tells whether a picture has changed is
-    taken from its file; a picture that cannot be read has size 0 and the hash "", which equals no file's. A row
-    whose picture the gallery holds already takes its place.
+    Paths are relative to `image_root`, by default the gallery's. What later tells whether an image has changed is
+    taken from its file; an image that cannot be read has size 0 and the hash "", which equals no file's. A row
+    whose image the gallery holds already takes its place.
 
     Raises ClipretError: another dimension or bundle than the gallery's, no usable row, a second writer, a full disk;
     what was committed by then is kept.
@@ -263,10 +263,10 @@ def import_embeddings(
                     kept.append(number)
                     paths.append(stored)
             chosen = [records[number] for number in kept]
-            pictures = list(pool.map(partial(_identity, gallery), paths, chosen))
+            images = list(pool.map(partial(_identity, gallery), paths, chosen))
             metadata = [_metadata(record, embeddings.image_column) for record in chosen]
             before = len(gallery)
-            gallery.append(pictures, rows[kept], metadata)
+            gallery.append(images, rows[kept], metadata)
             imported += len(kept)
             replaced += len(kept) - (len(gallery) - before)
             normalised += int((~_is_unit(lengths[kept], info.embedding_dim)).sum())
@@ -300,29 +300,31 @@ def _is_unit(lengths: npt.NDArray[np.float64], dimension: int) -> npt.NDArray[np
 def _reason(name: str, length: float, again: bool) -> str | None:
     """Why a row cannot be taken."""
     if not name:
-        return "it names no picture"
+        return "it names no image"
     if not math.isfinite(length):
         return "its embedding is not finite"
     if not length:
         return "its embedding is zero"
-    return "a row before it has the same picture" if again else None
+    return "a row before it has the same image" if again else None
 
 
-def _identity(gallery: Gallery, stored: str, record: Record) -> Picture:
-    """A picture as its file is now. What an exported record says saves reading a file that has not changed since, and
+def _identity(gallery: Gallery, stored: str, record: Record) -> ImageRecord:
+    """An image as its file is now. What an exported record says saves reading a file that has not changed since, and
     stands for one that is not there."""
     recorded = None
     if set(OWN_COLUMNS) <= record.keys():
-        recorded = Picture(stored, int(record["size"] or 0), int(record["mtime_ns"] or 0), str(record["hash"] or ""))
+        recorded = ImageRecord(
+            stored, int(record["size"] or 0), int(record["mtime_ns"] or 0), str(record["hash"] or "")
+        )
     file = gallery.file(stored)
     try:
         status = file.stat()
         if recorded and (recorded.size, recorded.mtime_ns) == (status.st_size, status.st_mtime_ns):
             return recorded
-        content = read_picture(file)
-    except (OSError, PictureError):
-        return recorded or Picture(stored, 0, 0, "")
-    return Picture(stored, content.size, content.mtime_ns, content.digest)
+        content = read_image(file)
+    except (OSError, ImageError):
+        return recorded or ImageRecord(stored, 0, 0, "")
+    return ImageRecord(stored, content.size, content.mtime_ns, content.digest)
 
 
 def _metadata(record: Record, image_column: str) -> dict[str, Value]:

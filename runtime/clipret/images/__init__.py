@@ -6,8 +6,8 @@ from clipret._faces import lazy_face
 
 if TYPE_CHECKING:
     from clipret.images.decode import load
-    from clipret.images.walk import PictureError
+    from clipret.images.walk import ImageError
 
-__all__ = ["PictureError", "load"]
+__all__ = ["ImageError", "load"]
 
-__getattr__ = lazy_face(__name__, {"decode": ["load"], "walk": ["PictureError"]})
+__getattr__ = lazy_face(__name__, {"decode": ["load"], "walk": ["ImageError"]})

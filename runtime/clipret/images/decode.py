@@ -1,4 +1,4 @@
-"""Pictures decoded right or not at all."""
+"""Images decoded right or not at all."""
 
 import io
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from clipret.arrays import Pixels
 from clipret.bundle import ImageSpec
 from clipret.images.formats import FORMATS
 from clipret.images.resize import Box, fit, fit_box, resized
-from clipret.images.walk import PictureError, read_bytes
+from clipret.images.walk import ImageError, read_bytes
 
 __all__ = ["decode", "jpeg", "load", "thumbnail"]
 
@@ -32,15 +32,15 @@ _LEVELS = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np
 
 
 def load(source: Path | bytes | Image.Image | Pixels, spec: ImageSpec, fast: bool = False) -> Pixels:
-    """A picture as the tower's input: uint8 [S,S,3], S = spec.size. Arrays are uint8 [H,W], [H,W,3] or [H,W,4] (RGBA).
+    """An image as the tower's input: uint8 [S,S,3], S = spec.size. Arrays are uint8 [H,W], [H,W,3] or [H,W,4] (RGBA).
 
     The same function feeds training's evaluation, the export's check and the search, so that none of them can differ.
     By default its pixels equal those of the reference preprocessing. `fast` lets the JPEG decoder leave out what the
     resizing would average away anyway (as Pillow's `thumbnail` does) and resamples only what the crop keeps. From 1,000
     photographs with no more than two samples for each pixel of the square (three for `longest`) that changed a value by
     0.8 levels in the mean (0.4) and 20 at most (15); with more samples it is less, see benchmarks/README.md. Where the
-    picture is not that much larger than the square, and for other formats, it is 1 level at most.
-    Raises PictureError when the picture cannot be decoded whole.
+    image is not that much larger than the square, and for other formats, it is 1 level at most.
+    Raises ImageError when the image cannot be decoded whole.
     """
     with _reasons():
         if isinstance(source, Path):
@@ -48,7 +48,7 @@ def load(source: Path | bytes | Image.Image | Pixels, spec: ImageSpec, fast: boo
         image = _open(source)
         box: Box | None = None
         if fast and isinstance(source, bytes):
-            # Two samples of each side for one of the square; three where the whole picture must fit into it.
+            # Two samples of each side for one of the square; three where the whole image must fit into it.
             finer = 3 if spec.resize == "longest" else 2
             width, height = resized(*image.size, spec)
             drafted = image.draft(None, (finer * width, finer * height))  # other formats do nothing here
@@ -61,14 +61,14 @@ def load(source: Path | bytes | Image.Image | Pixels, spec: ImageSpec, fast: boo
 
 
 def decode(source: bytes | Image.Image | Pixels, *, exif: bool = False) -> Image.Image:
-    """An RGB picture from a file's bytes, from any Pillow picture or from an array as in `load`; of an animation the
-    first frame, or that to which a Pillow picture has been sought.
+    """An RGB image from a file's bytes, from any Pillow image or from an array as in `load`; of an animation the
+    first frame, or that to which a Pillow image has been sought.
 
     Mends what a plain `convert("RGB")` gets wrong: 16-bit grey is scaled instead of clipped to white, transparent
-    pixels lie on white instead of showing whatever colour they hide. `exif` turns the picture as its tag says (Pillow
+    pixels lie on white instead of showing whatever colour they hide. `exif` turns the image as its tag says (Pillow
     itself always turns a TIFF).
-    Raises PictureError for truncated, corrupt, over-large (decompression bombs) or unknown pictures. A JPEG that was
-    overwritten in the middle, its length kept, decodes to a damaged picture: no decoder tells.
+    Raises ImageError for truncated, corrupt, over-large (decompression bombs) or unknown images. A JPEG that was
+    overwritten in the middle, its length kept, decodes to a damaged image: no decoder tells.
     """
     with _reasons():
         image = _open(source)
@@ -77,8 +77,8 @@ def decode(source: bytes | Image.Image | Pixels, *, exif: bool = False) -> Image
 
 
 def thumbnail(content: bytes, side: int) -> Image.Image:
-    """The picture of a file's bytes for people to look at: RGB, upright, at most `side` pixels high and wide, never
-    enlarged, and without its metadata. Raises PictureError as `decode` does."""
+    """The image of a file's bytes for people to look at: RGB, upright, at most `side` pixels high and wide, never
+    enlarged, and without its metadata. Raises ImageError as `decode` does."""
     with _reasons():
         image = _open(content)
         image.draft(None, (2 * side, 2 * side))  # a JPEG of 12 megapixels need not be decoded whole
@@ -97,19 +97,19 @@ def jpeg(image: Image.Image) -> bytes:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Whatever Pillow raises, as a PictureError."""
+    """Whatever Pillow raises, as a ImageError."""
     try:
         yield
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"not a picture ({', '.join(_formats())})") from None
+        raise ImageError(f"not an image ({', '.join(_formats())})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise PictureError(_BOMB.format(Image.MAX_IMAGE_PIXELS)) from None
+        raise ImageError(_BOMB.format(Image.MAX_IMAGE_PIXELS)) from None
     except MemoryError:
-        raise PictureError("too large for the memory") from None
+        raise ImageError("too large for the memory") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt bytes
-        raise PictureError(f"broken: {error}" if str(error) else f"broken: {type(error).__name__}") from None
+        raise ImageError(f"broken: {error}" if str(error) else f"broken: {type(error).__name__}") from None
 
 
 _BOMB = "more than {} pixels (decompression bomb?)"
@@ -126,20 +126,20 @@ def _formats() -> tuple[str, ...]:
 
 
 def _open(source: bytes | Image.Image | Pixels) -> Image.Image:
-    """A Pillow picture, its pixels not yet decoded where that can be helped."""
+    """A Pillow image, its pixels not yet decoded where that can be helped."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not source.size or (source.ndim != 2 and source.shape[2:] not in ((3,), (4,))):
-            raise PictureError(
-                f"an array of {source.dtype} {list(source.shape)} is no picture: give uint8 [H,W], [H,W,3] or [H,W,4]"
+            raise ImageError(
+                f"an array of {source.dtype} {list(source.shape)} is no image: give uint8 [H,W], [H,W,3] or [H,W,4]"
             )
         return Image.fromarray(source)
     image = Image.open(io.BytesIO(source), formats=_formats())
     # Pillow only warns between one and two times its limit. To make that warning an error would change the filters of
     # the whole process, and whoever sets them anew would undo it.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise PictureError(_BOMB.format(Image.MAX_IMAGE_PIXELS))
+        raise ImageError(_BOMB.format(Image.MAX_IMAGE_PIXELS))
     return image
 
 
@@ -147,7 +147,7 @@ def _orientation(image: Image.Image) -> int:
     image.load()  # in a PNG the tag may follow the pixels; from a TIFF Pillow has taken it by then
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a broken tag is not a broken picture
+    except Exception:  # a broken tag is not a broken image
         return 1
 
 
@@ -156,7 +156,7 @@ def _turned(image: Image.Image, turn: int) -> Image.Image:
 
 
 def _turned_box(box: Box, size: tuple[int, int], turn: int) -> Box:
-    """Where `box` of a picture of `size` lies once that is turned."""
+    """Where `box` of an image of `size` lies once that is turned."""
     (left, upper, right, lower), (width, height) = box, size
     if turn in (5, 6, 7, 8):
         left, upper, right, lower, width, height = upper, left, lower, right, height, width
@@ -173,7 +173,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         rgb = image
     elif image.mode == "F":
-        raise PictureError("a 32-bit float picture has no defined white: convert it to 8 bits")
+        raise ImageError("a 32-bit float image has no defined white: convert it to 8 bits")
     elif image.mode.startswith("I"):
         rgb = _from_integers(image)
     elif image.has_transparency_data:
@@ -190,7 +190,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _from_integers(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.max() > 65535 or values.min() < 0:
-        raise PictureError("a 32-bit integer picture has no defined white: convert it to 8 bits")
+        raise ImageError("a 32-bit integer image has no defined white: convert it to 8 bits")
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     levels = _LEVELS[values * 16 if tags.get(258) == (12,) else values]
     if tags.get(262) == 0:  # "white is zero", which Pillow heeds at 8 bits alone

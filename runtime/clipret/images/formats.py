@@ -13,11 +13,11 @@ class Format(NamedTuple):
     media_type: str | None = None
 
 
-# By Pillow's names, and not all of Pillow's: by its first bytes a "picture" could start Ghostscript, and formats
-# without a signature take any rubbish for a picture.
+# By Pillow's names, and not all of Pillow's: by its first bytes a "image" could start Ghostscript, and formats
+# without a signature take any rubbish for an image.
 FORMATS = {
     "JPEG": Format((".jpg", ".jpeg", ".jfif"), "image/jpeg"),
-    "MPO": Format((".jpg",), "image/jpeg"),  # a JPEG of several pictures, which Pillow opens as a JPEG
+    "MPO": Format((".jpg",), "image/jpeg"),  # a JPEG of several images, which Pillow opens as a JPEG
     "PNG": Format((".png",), "image/png"),
     "WEBP": Format((".webp",), "image/webp"),
     "GIF": Format((".gif",), "image/gif"),

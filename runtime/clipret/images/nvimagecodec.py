@@ -1,7 +1,7 @@
 """JPEGs decoded by NVIDIA's nvImageCodec: on a GPU, or with its CPU backend where there is none.
 
 Only the decoding moves; resizing stays Pillow's, on the decode threads. A GPU's inverse transform and its upsampling of
-colour round differently from libjpeg's, so pixels differ: by how much is measured before the first picture, and a
+colour round differently from libjpeg's, so pixels differ: by how much is measured before the first image, and a
 decoder that differs more than `fast_decode` ever did is refused. Whatever is not a plain, whole JPEG goes to Pillow,
 which also gives the reasons for what cannot be decoded.
 """
@@ -32,7 +32,7 @@ class GpuDecoder:
     """`load` as that of clipret.images.decode. `device`: "cuda", "cuda:N", or "cpu" for nvImageCodec's own CPU backend.
 
     Raises ClipretError where nvImageCodec is missing, cannot start, or gives other pixels than Pillow by more than
-    MOST_LEVELS on the check's pictures; `levels` is what was found, mean and largest.
+    MOST_LEVELS on the check's images; `levels` is what was found, mean and largest.
     """
 
     def __init__(self, device: str) -> None:
@@ -47,7 +47,7 @@ class GpuDecoder:
         self.levels = self._compare()
 
     def load(self, content: bytes, spec: ImageSpec) -> Pixels:
-        """uint8 [S,S,3]. Raises PictureError as clipret.images.decode.load does."""
+        """uint8 [S,S,3]. Raises ImageError as clipret.images.decode.load does."""
         pixels = self._decode(content) if _plain(content, spec) else None
         return load(content if pixels is None else pixels, spec)
 
@@ -108,12 +108,12 @@ def _plain(content: bytes, spec: ImageSpec) -> bool:
 
 
 def _samples() -> list[bytes]:
-    """Drawn pictures in each way of storing colour, and one in grey."""
+    """Drawn images in each way of storing colour, and one in grey."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-    picture = coarse.resize((322, 242), Image.Resampling.BICUBIC)
-    ways: list[tuple[Image.Image, dict[str, Any]]] = [(picture, {"subsampling": way}) for way in (0, 1, 2)]
-    ways += [(picture, {"progressive": True}), (picture.convert("L"), {})]
+    sample = coarse.resize((322, 242), Image.Resampling.BICUBIC)
+    ways: list[tuple[Image.Image, dict[str, Any]]] = [(sample, {"subsampling": way}) for way in (0, 1, 2)]
+    ways += [(sample, {"progressive": True}), (sample.convert("L"), {})]
     files = []
     for image, options in ways:
         buffer = io.BytesIO()

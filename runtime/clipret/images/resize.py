@@ -1,4 +1,4 @@
-"""An RGB picture brought to the square of a tower, to the pixel as the reference preprocessings do it."""
+"""An RGB image brought to the square of a tower, to the pixel as the reference preprocessings do it."""
 
 import numpy as np
 from PIL import Image
@@ -16,11 +16,11 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_LONGEST = 64  # sides to one another, beyond which the whole of a resized picture is too much memory
+_LONGEST = 64  # sides to one another, beyond which the whole of a resized image is too much memory
 
 
 def fit(image: Image.Image, spec: ImageSpec) -> Pixels:
-    """An RGB picture brought to uint8 [S,S,3] as `spec` says.
+    """An RGB image brought to uint8 [S,S,3] as `spec` says.
 
     Sizes and offsets are rounded as in torchvision's Resize and CenterCrop and in open_clip's ResizeKeepRatio and
     CenterCropOrPad, so that pixels equal those of open_clip's own evaluation transform. Where one side is more than
@@ -38,7 +38,7 @@ def fit(image: Image.Image, spec: ImageSpec) -> Pixels:
 
 
 def fit_box(image: Image.Image, spec: ImageSpec, box: Box) -> Pixels:
-    """The same from the part `box` of the picture, without what the crop drops: within a level of `fit`, and faster."""
+    """The same from the part `box` of the image, without what the crop drops: within a level of `fit`, and faster."""
     left, upper, right, lower = box
     width, height = resized(right - left, lower - upper, spec)
     kept = min(width, spec.size), min(height, spec.size)
@@ -50,13 +50,13 @@ def fit_box(image: Image.Image, spec: ImageSpec, box: Box) -> Pixels:
 
 
 def resized(width: float, height: float, spec: ImageSpec) -> tuple[int, int]:
-    """What a picture of this size is resized to, before it is cropped or padded."""
+    """What an image of this size is resized to, before it is cropped or padded."""
     size = spec.size
     if spec.resize == "squash":
         return size, size
     if spec.resize == "longest":
         ratio = max(width, height) / size
-        # A picture of 1 x 1000 pixels would shrink to a width of none.
+        # An image of 1 x 1000 pixels would shrink to a width of none.
         return max(round(width / ratio), 1), max(round(height / ratio), 1)
     return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
 
@@ -66,7 +66,7 @@ def _offset(side: int, size: int) -> int:
 
 
 def _squared(image: Image.Image, spec: ImageSpec) -> Pixels:
-    """uint8 [S,S,3], a smaller picture in the middle of the filling."""
+    """uint8 [S,S,3], a smaller image in the middle of the filling."""
     size, (width, height) = spec.size, image.size
     if image.size != (size, size):
         square = Image.new("RGB", (size, size), (spec.fill,) * 3)

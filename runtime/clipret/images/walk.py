@@ -12,25 +12,25 @@ from clipret.images.formats import EXTENSIONS
 
 __all__ = [
     "MOST_BYTES",
-    "PictureError",
-    "PictureFile",
-    "find_pictures",
-    "no_pictures",
+    "ImageError",
+    "ImageFile",
+    "find_images",
+    "no_images",
     "read_bytes",
-    "read_picture",
-    "walk_pictures",
+    "read_image",
+    "walk_images",
 ]
 
-MOST_BYTES = 1 << 30  # of one picture's file; the largest that Pillow's pixel limit lets through is smaller
+MOST_BYTES = 1 << 30  # of one image's file; the largest that Pillow's pixel limit lets through is smaller
 
 
-class PictureError(ClipretError):
-    """One picture that cannot be used. The message is the reason alone; whoever lists it knows the path."""
+class ImageError(ClipretError):
+    """One image that cannot be used. The message is the reason alone; whoever lists it knows the path."""
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """A picture's bytes with what tells whether the file has changed since. `digest`: BLAKE2b-128 of the bytes, hex."""
+class ImageFile:
+    """An image's bytes with what tells whether the file has changed since. `digest`: BLAKE2b-128 of the bytes, hex."""
 
     content: bytes
     size: int
@@ -38,28 +38,28 @@ class PictureFile:
     digest: str
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """Every file below `folder` whose name ends like a picture's, sorted by path, hidden ones left out.
+def find_images(folder: Path) -> list[Path]:
+    """Every file below `folder` whose name ends like an image's, sorted by path, hidden ones left out.
 
     Raises ClipretError when the folder does not exist or holds none.
     """
     if not folder.is_dir():
-        raise ClipretError(f"{folder} is not a folder: name a folder of pictures, a list or an archive")
-    found = [folder / name for name in walk_pictures(folder)]
+        raise ClipretError(f"{folder} is not a folder: name a folder of images, a list or an archive")
+    found = [folder / name for name in walk_images(folder)]
     if not found:
-        raise no_pictures(folder)
+        raise no_images(folder)
     return found
 
 
-def no_pictures(folder: Path) -> ClipretError:
-    return ClipretError(f"{folder} holds no pictures ({' '.join(sorted(EXTENSIONS))}): is it the right folder?")
+def no_images(folder: Path) -> ClipretError:
+    return ClipretError(f"{folder} holds no images ({' '.join(sorted(EXTENSIONS))}): is it the right folder?")
 
 
-def walk_pictures(folder: Path) -> Iterator[str]:
-    """The same pictures one by one, named relative to `folder` with /; only the folders on the way there are held.
+def walk_images(folder: Path) -> Iterator[str]:
+    """The same images one by one, named relative to `folder` with /; only the folders on the way there are held.
 
     Links to folders are followed, but not in circles. A folder below that may not be read comes as if it were a
-    picture, so that whoever reads it learns the reason and nothing is left out in silence.
+    image, so that whoever reads it learns the reason and nothing is left out in silence.
     """
     root = os.fspath(folder)
     # A stack of our own, because folders can lie deeper than Python's recursion goes.
@@ -107,27 +107,27 @@ def _extension(name: str) -> str:
     return name[name.rfind(".") :].lower()
 
 
-def read_picture(path: Path) -> PictureFile:
-    """Read a picture's file once. Raises PictureError for what is no regular, non-empty, readable file."""
+def read_image(path: Path) -> ImageFile:
+    """Read an image's file once. Raises ImageError for what is no regular, non-empty, readable file."""
     content, mtime_ns = read_bytes(path)
-    return PictureFile(content, len(content), mtime_ns, hashlib.blake2b(content, digest_size=16).hexdigest())
+    return ImageFile(content, len(content), mtime_ns, hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 def read_bytes(path: Path) -> tuple[bytes, int]:
-    """The bytes of a picture's file and the time of its last change in nanoseconds. Raises PictureError."""
+    """The bytes of an image's file and the time of its last change in nanoseconds. Raises ImageError."""
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            raise PictureError("not a regular file")  # opening a pipe would wait for its other end
+            raise ImageError("not a regular file")  # opening a pipe would wait for its other end
         if status.st_size > MOST_BYTES:
-            raise PictureError(f"{status.st_size} bytes are too many for a picture")
+            raise ImageError(f"{status.st_size} bytes are too many for an image")
         content = path.read_bytes()
     except OSError as error:
-        raise PictureError(f"cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a zero character in the name
-        raise PictureError(f"cannot be read: {error}") from None
+        raise ImageError(f"cannot be read: {error}") from None
     except MemoryError:
-        raise PictureError("too large for the memory") from None
+        raise ImageError("too large for the memory") from None
     if not content:
-        raise PictureError("the file is empty")
+        raise ImageError("the file is empty")
     return content, status.st_mtime_ns

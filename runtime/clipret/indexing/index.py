@@ -1,4 +1,4 @@
-"""Indexing: pictures from a source into a gallery, resumable at every commit, in memory that does not grow."""
+"""Indexing: images from a source into a gallery, resumable at every commit, in memory that does not grow."""
 
 import contextlib
 import os
@@ -14,27 +14,27 @@ import numpy as np
 from clipret.arrays import StoredEmbeddings
 from clipret.errors import ClipretError, printable
 from clipret.files import write_file
-from clipret.gallery.gallery import Gallery, Picture, Stored
-from clipret.images.walk import PictureError
+from clipret.gallery.gallery import Gallery, ImageRecord, Stored
+from clipret.images.walk import ImageError
 from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
 from clipret.locations import is_remote
-from clipret.ranking.rows import StoredRows
+from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.sources.item import Item, Value
 from clipret.sources.source import Source
 from clipret.tables import as_number
 
-__all__ = ["IndexReport", "Job", "Run", "index_pictures"]
+__all__ = ["IndexReport", "Job", "Run", "index_images"]
 
 _SHARD_ROWS = 8192  # a commit each: what an interrupted run loses at most
-_LOOKUP = 64  # pictures looked up in the database at a time; those of a Parquet file hold their bytes meanwhile
+_LOOKUP = 64  # images looked up in the database at a time; those of a Parquet file hold their bytes meanwhile
 
 
 @dataclass
 class IndexReport:
     """What an indexing run did, kept up to date while it runs.
 
-    `added` and `changed` pictures have new rows, of which `copied` are those of files with the same bytes. `unchanged`
-    ones were left as they are, but for their record where only time or metadata differ. `removed`: pictures that the
+    `added` and `changed` images have new rows, of which `copied` are those of files with the same bytes. `unchanged`
+    ones were left as they are, but for their record where only time or metadata differ. `removed`: images that the
     source no longer names. `skipped`: path and reason of each that could not be used. `stages`: where the time of
     decoding and of the engine went; `write_seconds`: that of writing.
     """
@@ -51,38 +51,38 @@ class IndexReport:
 
     @property
     def rate(self) -> float:
-        """Pictures a second that were encoded or copied."""
+        """Images a second that were encoded or copied."""
         return (self.added + self.changed) / self.seconds if self.seconds else 0.0
 
     @property
     def limit(self) -> str:
         """Which stage more of would make it faster: "decode", "engine" or "write"."""
-        slowest = max(self.stages.engine_seconds, self.stages.wait_seconds)
+        slowest = max(self.stages.compute_seconds, self.stages.wait_seconds)
         return "write" if self.write_seconds > slowest else self.stages.limit
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A picture whose row waits for its commit, and nothing more: there are up to 8,192 of them."""
+    """An image whose row waits for its commit, and nothing more: there are up to 8,192 of them."""
 
-    picture: Picture
+    image: ImageRecord
     metadata: Mapping[str, Value]
     replaces: bool
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A picture on its way through the encoder; the decode thread that reads the file fills in the rest."""
+    """An image on its way through the encoder; the decode thread that reads the file fills in the rest."""
 
     number: int
     item: Item
     stored: str
-    replaces: tuple[int, Picture] | None  # what the gallery holds under this path
-    picture: Picture | None = None
-    twin: int | None = None  # a picture that the gallery holds with the same bytes
+    replaces: tuple[int, ImageRecord] | None  # what the gallery holds under this path
+    image: ImageRecord | None = None
+    twin: int | None = None  # an image that the gallery holds with the same bytes
 
 
-def index_pictures(
+def index_images(
     gallery: Gallery,
     encoder: Encoder,
     source: Source,
@@ -94,7 +94,7 @@ def index_pictures(
 
     A file is known by its size and time, and by its bytes: one that was moved, copied or touched is not encoded again.
     `prune` deletes what the gallery holds and the source no longer names, once all of the source was read.
-    Unreadable pictures are skipped and written with their reasons to `skipped.tsv` in the gallery. Raises
+    Unreadable images are skipped and written with their reasons to `skipped.tsv` in the gallery. Raises
     ClipretError when the bundle is not the gallery's, another process is writing, the disk is full, or nothing
     at all could be read; what was committed by then is kept, and the next run goes on from there.
     """
@@ -102,7 +102,7 @@ def index_pictures(
     began = time.perf_counter()
     with gallery.writing(), Run(gallery, source) as run:
         try:
-            for batch in encoder.encode_images(run.jobs(progress(source)), run.read, flip=gallery.info.mirrored):
+            for batch in encoder.encode_images(run.jobs(progress(source)), run.read, flip=gallery.info.flipped):
                 run.take(batch)
         finally:  # Ctrl-C included: what is encoded is kept
             run.report.stages = encoder.stats
@@ -131,7 +131,7 @@ class Run:
         with contextlib.suppress(OSError):  # another name of the same folder
             self._same_root = self._same_root or os.path.samefile(source.root, root)  # noqa: PTH121
         self._waiting: list[_Waiting] = []
-        self._updates: dict[int, tuple[Picture, Mapping[str, Value]]] = {}
+        self._updates: dict[int, tuple[ImageRecord, Mapping[str, Value]]] = {}
         # Decode threads look for twins through a connection of their own, which sees committed rows only.
         self._twins, self._lock = Gallery.open(gallery.path), threading.Lock()
         # On disk once it is large: a set of all paths would be the one thing here that grows.
@@ -168,21 +168,21 @@ class Run:
                     number += 1
 
     def read(self, job: Job) -> bytes:
-        """The picture's bytes, in a decode thread. A PictureError where the gallery holds a row of the same bytes."""
+        """The image's bytes, in a decode thread. A ImageError where the gallery holds a row of the same bytes."""
         file = job.item.read()
-        job.picture = Picture(job.stored, file.size, file.mtime_ns, file.digest)
+        job.image = ImageRecord(job.stored, file.size, file.mtime_ns, file.digest)
         if job.replaces is not None and job.replaces[1].hash == file.digest:
             job.twin = job.replaces[0]
         else:
             with self._lock:
                 job.twin = self._twins.database.by_hash(file.digest)
         if job.twin is not None:
-            raise PictureError("the gallery holds its row")
+            raise ImageError("the gallery holds its row")
         return file.content
 
     def take(self, batch: EncodedBatch[Job]) -> None:
         """A batch of the encoder: its rows wait for their commit, in the order of the source."""
-        rows = iter(batch.rows)
+        rows = iter(batch.embeddings)
         made = [(job, next(rows)) for job in batch.items]
         for job, reason in batch.skipped:
             if job.twin is None:
@@ -202,10 +202,10 @@ class Run:
                 self.commit()
 
     def _row(self, number: int) -> StoredEmbeddings:
-        """The stored row of a picture. Only this run writes: a row that is not in what was read came after it."""
+        """The stored row of an image. Only this run writes: a row that is not in what was read came after it."""
         if self._held is None or not len(self._held.ids) or number > self._held.ids[-1]:
             self._held = self.gallery.read()
-        row: StoredEmbeddings = StoredRows(self._held.shards).take(np.searchsorted(self._held.ids, [number]))[0]
+        row: StoredEmbeddings = EmbeddingShards(self._held.shards).take(np.searchsorted(self._held.ids, [number]))[0]
         return row
 
     def commit(self) -> None:
@@ -215,7 +215,7 @@ class Run:
         updates, self._updates = self._updates, {}
         metadata = [one.metadata for one in waiting]
         rows = self._rows[: len(waiting)]
-        self.gallery.append([one.picture for one in waiting], rows, metadata if any(metadata) else None)
+        self.gallery.append([one.image for one in waiting], rows, metadata if any(metadata) else None)
         self.gallery.update(updates)
         changed = sum(one.replaces for one in waiting)
         self.report.changed += changed
@@ -230,9 +230,9 @@ class Run:
             self._skipped_file.unlink(missing_ok=True)
         if report.skipped and not report.added + report.changed + report.unchanged:
             path, reason = report.skipped[0]
-            raise ClipretError(f"none of the {len(report.skipped)} pictures could be used; the first: {path}: {reason}")
+            raise ClipretError(f"none of the {len(report.skipped)} images could be used; the first: {path}: {reason}")
         if not report.skipped and not report.added + report.changed + report.unchanged:
-            raise ClipretError(f"{self.source.root} names no pictures: is it the right one?")
+            raise ClipretError(f"{self.source.root} names no images: is it the right one?")
         if prune:
             # A folder that could not be read is one skipped path: what lies below it has not vanished.
             unread = {path for path, _ in report.skipped}
@@ -250,7 +250,7 @@ class Run:
             write_file(self._skipped_file, "\n".join(["path\treason", *lines]) + "\n")
 
     def stored(self, item: Item) -> str:
-        """The path under which the gallery keeps a picture of the source."""
+        """The path under which the gallery keeps an image of the source."""
         if is_remote(item.path):
             return item.path
         if self._same_root and not any(part in ("", ".", "..") for part in item.path.split("/")):
@@ -266,7 +266,7 @@ class Run:
         return False
 
     def leave(self, first: str, last: str) -> None:
-        """Note that the source names all pictures from `first` to before `last` as the gallery holds them."""
+        """Note that the source names all images from `first` to before `last` as the gallery holds them."""
         rows = self.gallery.database.query(
             "SELECT path FROM rows WHERE deleted = 0 AND path >= ? AND path < ?", first, last
         )
@@ -277,7 +277,7 @@ class Run:
         return self._seen.execute("SELECT 1 FROM seen WHERE path = ?", (stored,)).fetchone() is not None
 
     def _first(self, stored: str) -> bool:
-        """Whether the source names this picture for the first time."""
+        """Whether the source names this image for the first time."""
         return self._seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (stored,)).rowcount == 1
 
 
@@ -296,12 +296,12 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
     yield chunk
 
 
-def _record(job: Job) -> Picture:
-    assert job.picture is not None  # the encoder gives back what was read
-    return job.picture
+def _record(job: Job) -> ImageRecord:
+    assert job.image is not None  # the encoder gives back what was read
+    return job.image
 
 
 def _differs(given: Mapping[str, Value], held: Mapping[str, Value]) -> bool:
-    """Whether a picture's metadata says something else than the gallery does, which holds numbers as numbers."""
+    """Whether an image's metadata says something else than the gallery does, which holds numbers as numbers."""
     lower = {name.lower(): value for name, value in held.items()}
     return any(lower.get(name.lower()) != as_number(value) for name, value in given.items())

@@ -1,4 +1,4 @@
-"""Indexing on a Ray cluster: the pictures of a source through many encoders, into a gallery that one process writes.
+"""Indexing on a Ray cluster: the images of a source through many encoders, into a gallery that one process writes.
 
 A source is cut into parts that any process can read by itself: an archive, a group of rows of a Parquet file, or some
 thousand names. Ray Data streams the parts through a pool of actors, each with an `Encoder` of its own, and gives their
@@ -27,8 +27,8 @@ import numpy as np
 
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError, one_line, require
-from clipret.gallery.gallery import Gallery, Picture
-from clipret.images.walk import PictureFile
+from clipret.gallery.gallery import Gallery, ImageRecord
+from clipret.images.walk import ImageFile
 from clipret.indexing.index import IndexReport, Job, Run
 from clipret.indexing.ray_worker import Block, Part, Result, Settings, State, encode_part
 from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
@@ -39,16 +39,16 @@ __all__ = ["Pool", "connect", "index_on_cluster"]
 
 _NAMES = 2048  # a part of a source of names
 _PARTS = 512  # handed to Ray Data at a time, of a source of names
-_TOGETHER = 256  # pictures taken up at once
+_TOGETHER = 256  # images taken up at once
 _STORE = 512 << 20  # bytes of shared memory of a cluster that is started here: the rows on their way
 _THREADS = 4  # of an actor on processors: more of them decode and compute less well together than apart
 _ADDRESS_SECONDS = 10
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS parts (  -- archives that were read from one end to the other
-    first TEXT PRIMARY KEY, last TEXT NOT NULL,  -- the paths of their pictures are in this range
+    first TEXT PRIMARY KEY, last TEXT NOT NULL,  -- the paths of their images are in this range
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-    pictures INTEGER NOT NULL, skipped TEXT NOT NULL
+    images INTEGER NOT NULL, skipped TEXT NOT NULL
 )
 """
 
@@ -61,11 +61,11 @@ def index_on_cluster(
     *,
     prune: bool = False,
 ) -> IndexReport:
-    """As `index_pictures`, with the work spread over a pool of `connect`: the same pictures, ids, metadata, report.
+    """As `index_images`, with the work spread over a pool of `connect`: the same images, ids, metadata, report.
 
-    A picture whose bytes the gallery holds under another name is encoded again here. Archives that were
+    An image whose bytes the gallery holds under another name is encoded again here. Archives that were
     read to their end and have not changed since are not read again. One that breaks off is told at the end, when all
-    others are done. Raises ClipretError as `index_pictures` does, and where the cluster fails; what was committed by
+    others are done. Raises ClipretError as `index_images` does, and where the cluster fails; what was committed by
     then is kept, and the next run goes on from there.
     """
     gallery.check(Bundle.open(pool.settings.bundle))
@@ -190,7 +190,7 @@ class Pool:
         data = require("ray.data", "ray")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = data.DataContext.get_current()
-        context.enable_progress_bars = False  # a bar of our own counts pictures
+        context.enable_progress_bars = False  # a bar of our own counts images
         context.execution_options.preserve_order = True
         rows = [{"part": self._ray.cloudpickle.dumps(part)} for part in parts]  # a source may be a program's own
         made = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -255,7 +255,7 @@ class _Taking:
         stats = self.stats
         stats.decode_seconds += block.decode_seconds
         stats.wait_seconds += block.wait_seconds
-        stats.engine_seconds += block.engine_seconds
+        stats.compute_seconds += block.compute_seconds
         self._queue.extend(_named(result, block) for result in block.results)
         for job in self.run.jobs(islice(self._shown, len(block.results))):
             self._jobs.append(job)
@@ -281,17 +281,17 @@ class _Taking:
             assert isinstance(job.item, _Named)
             result, block = job.item.result, job.item.block
             if result.file is not None:
-                job.picture = Picture(job.stored, *result.file)
+                job.image = ImageRecord(job.stored, *result.file)
                 if job.replaces is not None and job.replaces[1].hash == result.file[2]:
                     job.twin = job.replaces[0]
             if result.reason is not None or job.twin is not None:
                 skipped.append((job, result.reason or "the gallery holds its row"))
             else:
-                assert result.row is not None
+                assert result.position is not None
                 made.append(job)
-                rows.append(block.rows[result.row])
+                rows.append(block.embeddings[result.position])
         if self._jobs:
-            self.stats.pictures += len(made)
+            self.stats.images += len(made)
             self.stats.skipped += sum(job.twin is None for job, _ in skipped)
             dim = self.run.gallery.info.embedding_dim
             self.run.take(EncodedBatch(np.array(rows, np.float32).reshape(-1, dim), made, skipped))
@@ -315,7 +315,7 @@ def _named(result: Result, block: Block) -> _Named:
     return _Named(result.path, _never, result.size, result.mtime_ns, result.metadata, result, block)
 
 
-def _never() -> PictureFile:
+def _never() -> ImageFile:
     raise AssertionError("an actor has read it")
 
 
@@ -348,11 +348,11 @@ def _held_names(run: Run, items: Sequence[Item]) -> dict[str, State]:
             item.path.encode()
             stored[run.stored(item)] = item.path
     known = run.gallery.database.by_path(list(stored))
-    return {stored[path]: _state(picture) for path, (_, picture) in known.items()}
+    return {stored[path]: _state(image) for path, (_, image) in known.items()}
 
 
-def _state(picture: Picture) -> State:
-    return picture.size, picture.mtime_ns, picture.hash
+def _state(image: ImageRecord) -> State:
+    return image.size, image.mtime_ns, image.hash
 
 
 def _held_stream(run: Run, stream: Stream) -> dict[str, State]:
@@ -368,7 +368,7 @@ def _folder(path: str) -> str:
 
 
 def _bounds(run: Run, stream: Stream) -> tuple[str, str]:
-    """The range of an archive's pictures in the gallery's words."""
+    """The range of an archive's images in the gallery's words."""
     archive = stream.first.rpartition("/")[0]
     stored = run.stored(Item(archive, _never, None, None, {}))
     return stored + stream.first[len(archive) :], stored + stream.last[len(archive) :]
@@ -384,7 +384,7 @@ def _known(run: Run, stream: Stream) -> bool:
     database, bounds = run.gallery.database, _bounds(run, stream)
     if not database.query("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'parts'"):
         return False
-    statement = "SELECT last, size, mtime_ns, pictures, skipped FROM parts WHERE first = ?"
+    statement = "SELECT last, size, mtime_ns, images, skipped FROM parts WHERE first = ?"
     found = database.query(statement, bounds[0])
     if not found or found[0][:3] != (bounds[1], stream.size, stream.mtime_ns) or found[0][3] != _count(run, bounds):
         return False

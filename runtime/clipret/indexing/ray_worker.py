@@ -1,4 +1,4 @@
-"""What one process of a cluster does when pictures are indexed by many: a part of the source in, blocks of rows out.
+"""What one process of a cluster does when images are indexed by many: a part of the source in, blocks of embeddings out.
 
 The encoder is that of a single machine; a part is read, decoded, embedded and skipped as the same items are there.
 """
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.sources.item import Item, Value
@@ -21,9 +21,9 @@ from clipret.sources.item import Item, Value
 __all__ = ["Block", "Part", "Result", "Settings", "State", "encode_part"]
 
 State = tuple[int, int, str]
-"""What tells whether a picture has changed: size in bytes, time in nanoseconds, digest."""
+"""What tells whether an image has changed: size in bytes, time in nanoseconds, digest."""
 
-_RESULTS = 1024  # a block: a megabyte of rows at 512 dimensions
+_RESULTS = 1024  # a block: a megabyte of embeddings at 512 dimensions
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """Some pictures of a source, read by calling `items`. `held`: what the gallery knows of those of them that it has,
+    """Some images of a source, read by calling `items`. `held`: what the gallery knows of those of them that it has,
     by their paths in the source; they are not encoded again."""
 
     number: int
@@ -62,7 +62,7 @@ class Result:
     """What became of one item, whose own fields come first.
 
     `file`: its state as it was read; None where the size and time were those that the gallery holds, or where it could
-    not be read, for the `reason`. `row`: its place among the block's rows, None where the gallery has them.
+    not be read, for the `reason`. `embedding`: its place among the block's embeddings, None where the gallery has them.
     """
 
     path: str
@@ -71,12 +71,12 @@ class Result:
     metadata: Mapping[str, Value]
     file: State | None = None
     reason: str | None = None
-    row: int | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True)
 class Block:
-    """Results of a part, in its order; `number` counts its blocks, `last` is set in the last. `rows` float16 [n,D].
+    """Results of a part, in its order; `number` counts its blocks, `last` is set in the last. `embeddings` float16 [n,D].
 
     `error`: why the part ends before its end; `fatal`: why no part can be done. Seconds as in `EncodeStats`.
     """
@@ -84,13 +84,13 @@ class Block:
     part: int
     number: int
     results: Sequence[Result]
-    rows: npt.NDArray[np.float16]
+    embeddings: npt.NDArray[np.float16]
     last: bool = False
     error: str | None = None
     fatal: str | None = None
     decode_seconds: float = 0.0
     wait_seconds: float = 0.0
-    engine_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ def encode_part(encoder: Encoder, part: Part, flip: bool = False) -> Iterator[Bl
     error = None
     try:
         for batch in encoder.encode_images(work.tasks(), work.read, flip=flip):
-            work.take(batch.items, batch.rows.astype(np.float16), batch.skipped)
+            work.take(batch.items, batch.embeddings.astype(np.float16), batch.skipped)
             if len(work.done) >= _RESULTS:
                 yield work.block(encoder)
     except ClipretError as raised:
@@ -119,7 +119,7 @@ class _Work:
     def __init__(self, part: Part) -> None:
         self.part = part
         self.done: list[Result] = []
-        self._rows: list[npt.NDArray[np.float16]] = []
+        self._embeddings: list[npt.NDArray[np.float16]] = []
         self._unchanged: list[tuple[int, Result]] = []
         self._blocks = self._count = 0
         self._told = (0.0, 0.0, 0.0)
@@ -139,18 +139,18 @@ class _Work:
         held = self.part.held.get(task.item.path)
         if held is not None and held[2] == file.digest:
             task.touched = True
-            raise PictureError("the gallery holds its row")
+            raise ImageError("the gallery holds its embedding")
         return file.content
 
-    def take(self, items: list[_Task], rows: npt.NDArray[np.float16], skipped: list[tuple[_Task, str]]) -> None:
-        """A batch of the encoder, and what was unchanged between its pictures, in the order of the source."""
+    def take(self, items: list[_Task], embeddings: npt.NDArray[np.float16], skipped: list[tuple[_Task, str]]) -> None:
+        """A batch of the encoder, and what was unchanged between its images, in the order of the source."""
         found = list[tuple[int, Result]]()
-        for row, task in enumerate(items, self._count):
-            found.append((task.number, _result(task, row=row)))
+        for position, task in enumerate(items, self._count):
+            found.append((task.number, _result(task, position=position)))
         for task, reason in skipped:
             found.append((task.number, _result(task, reason=None if task.touched else reason)))
-        self._rows.append(rows)
-        self._count += len(rows)
+        self._embeddings.append(embeddings)
+        self._count += len(embeddings)
         end = max(number for number, _ in found) if found else -1
         found += [one for one in self._unchanged if one[0] <= end]
         self._unchanged = [one for one in self._unchanged if one[0] > end]
@@ -160,16 +160,16 @@ class _Work:
         if last:
             self.done += [result for _, result in self._unchanged]
         dim = encoder.bundle.manifest.embedding_dim
-        rows = np.concatenate([np.empty((0, dim), np.float16), *self._rows])
+        embeddings = np.concatenate([np.empty((0, dim), np.float16), *self._embeddings])
         stats = encoder.stats
-        now = (stats.decode_seconds, stats.wait_seconds, stats.engine_seconds)
+        now = (stats.decode_seconds, stats.wait_seconds, stats.compute_seconds)
         seconds = tuple(new - old for new, old in zip(now, self._told, strict=True))
-        made = Block(self.part.number, self._blocks, self.done, rows, last, error, None, *seconds)
-        self.done, self._rows, self._count, self._told = [], [], 0, now
+        made = Block(self.part.number, self._blocks, self.done, embeddings, last, error, None, *seconds)
+        self.done, self._embeddings, self._count, self._told = [], [], 0, now
         self._blocks += 1
         return made
 
 
-def _result(task: _Task, *, reason: str | None = None, row: int | None = None) -> Result:
+def _result(task: _Task, *, reason: str | None = None, position: int | None = None) -> Result:
     item = task.item
-    return Result(item.path, item.size, item.mtime_ns, item.metadata, task.file, reason, row)
+    return Result(item.path, item.size, item.mtime_ns, item.metadata, task.file, reason, position)

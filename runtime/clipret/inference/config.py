@@ -23,7 +23,7 @@ class EncoderConfig:
         fast_decode: See `images.load`.
         decode: "gpu" has JPEGs decoded by nvImageCodec, see `GpuDecoder`.
         cuda_graphs: See `OnnxTower`.
-        picture_timeout: Seconds after which an image is skipped.
+        image_timeout: Seconds after which an image is skipped.
 
     Raises:
         ClipretError: A value is out of its range, or two settings exclude each other.
@@ -36,10 +36,10 @@ class EncoderConfig:
     fast_decode: bool = False
     decode: Literal["pillow", "gpu"] = "pillow"
     cuda_graphs: bool = False
-    picture_timeout: float = 60.0
+    image_timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        for name, least, most in (("threads", 1, 1024), ("batch_size", 1, 65536), ("picture_timeout", 0.1, 86400)):
+        for name, least, most in (("threads", 1, 1024), ("batch_size", 1, 65536), ("image_timeout", 0.1, 86400)):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ClipretError(f"{name} is {value}: use a number from {least} to {most}")

@@ -1,6 +1,6 @@
-"""Decode threads that run ahead of an engine: pictures in, whole batches of pixels out, in order and in bounded memory.
+"""Decode threads that run ahead of an engine: images in, whole batches of pixels out, in order and in bounded memory.
 
-The threads are this module's own, because those of concurrent.futures are joined when the interpreter ends: one picture
+The threads are this module's own, because those of concurrent.futures are joined when the interpreter ends: one image
 that hangs its decoder would hang the process with it. These are daemons and are left behind.
 """
 
@@ -16,18 +16,18 @@ import numpy as np
 
 from clipret.arrays import Pixels
 from clipret.errors import ClipretError
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 
 __all__ = ["Batch", "Decoding"]
 
 T = TypeVar("T")
 
-_MOST_ABANDONED = 64  # hanging threads; with more than a few it is not the pictures but the drive they lie on
+_MOST_ABANDONED = 64  # hanging threads; with more than a few it is not the images but the drive they lie on
 
 
 @dataclass(eq=False)
 class Batch(Generic[T]):
-    """One batch on its way. When it comes out of a `Decoding`, `items` are the pictures in `pixels`, uint8 [n,S,S,3],
+    """One batch on its way. When it comes out of a `Decoding`, `items` are the images in `pixels`, uint8 [n,S,S,3],
     and `skipped` those that could not be decoded, with the reason; both in the order of the input."""
 
     memory: Pixels
@@ -42,7 +42,7 @@ class Batch(Generic[T]):
         return self.memory[: len(self.items)]
 
     def close_gaps(self) -> None:
-        """Move the rows together: a picture that was skipped leaves no row that an engine would see."""
+        """Move the rows together: an image that was skipped leaves no row that an engine would see."""
         if not self.reasons:
             return
         kept = [row for row in range(len(self.items)) if row not in self.reasons]
@@ -55,7 +55,7 @@ class Batch(Generic[T]):
 
 @dataclass(eq=False)
 class _Job(Generic[T]):
-    """One picture: its batch and its row there. `thread` took it at `started`, in seconds of the monotonic clock."""
+    """One image: its batch and its row there. `thread` took it at `started`, in seconds of the monotonic clock."""
 
     item: T
     batch: Batch[T]
@@ -72,7 +72,7 @@ class Decoding(Generic[T]):
     many arrays of batch_size * S * S * 3 bytes, made once, and what the threads hold. A batch belongs to the caller
     until `release(batch)` gives its memory back.
 
-    A PictureError skips the picture. One that takes longer than `timeout` seconds is skipped as well: its
+    A ImageError skips the image. One that takes longer than `timeout` seconds is skipped as well: its
     thread is left behind and another takes its place. Every row is copied into its batch under the lock and only while
     the batch waits for it, so nothing that a thread left behind still writes can reach a batch. (A decoder that hangs
     without releasing Python's lock stops everything; Pillow's release it.) Any other exception, of `decode` or
@@ -114,7 +114,7 @@ class Decoding(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nobody waits: threads that are decoding end after their picture, the others at once."""
+        """Nobody waits: threads that are decoding end after their image, the others at once."""
         with self._lock:
             self._stopped = True
             self._jobs.clear()
@@ -143,12 +143,12 @@ class Decoding(Generic[T]):
         return batch
 
     def release(self, batch: Batch[T]) -> None:
-        """Give the memory of a batch back; its pixels belong to other pictures from now on."""
+        """Give the memory of a batch back; its pixels belong to other images from now on."""
         self._pool.append(batch.memory)
         self._free += 1
 
     def _fill(self) -> None:
-        """Offer pictures to the threads, as far ahead as there is memory."""
+        """Offer images to the threads, as far ahead as there is memory."""
         while self._free and not self._exhausted:
             batch: Batch[T] = Batch(self._pool.pop() if self._pool else np.empty(self._shape, dtype=np.uint8))
             try:
@@ -207,7 +207,7 @@ class Decoding(Generic[T]):
         batch = job.batch
         self._running.discard(job)
         self.decode_seconds += time.monotonic() - job.started
-        if isinstance(error, PictureError):
+        if isinstance(error, ImageError):
             batch.reasons[job.row] = str(error)
         elif error is not None:
             batch.error = batch.error or error
@@ -222,15 +222,15 @@ class Decoding(Generic[T]):
         return max(first + self._timeout - time.monotonic(), 0.0)
 
     def _abandon_late(self) -> None:
-        """Skip the pictures whose time is over and put other threads in place of theirs; the lock is held."""
+        """Skip the images whose time is over and put other threads in place of theirs; the lock is held."""
         now = time.monotonic()
         for job in [job for job in self._running if now - job.started >= self._timeout]:
             job.abandoned = True
             self._abandoned = [thread for thread in (*self._abandoned, job.thread) if thread and thread.is_alive()]
-            self._settle(job, None, PictureError(f"took longer than {self._timeout:g} s"))
+            self._settle(job, None, ImageError(f"took longer than {self._timeout:g} s"))
             if len(self._abandoned) > _MOST_ABANDONED:
                 raise ClipretError(
-                    f"{len(self._abandoned)} pictures at once take longer than {self._timeout:g} s: does the drive "
+                    f"{len(self._abandoned)} images at once take longer than {self._timeout:g} s: does the drive "
                     "that they lie on still answer?"
                 )
             self._start()

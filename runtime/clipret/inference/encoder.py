@@ -1,4 +1,4 @@
-"""The encoder: pictures and texts in, unit rows out, decode threads running ahead of the engine."""
+"""The encoder: images and texts in, unit embeddings out, decode threads running ahead of the engine."""
 
 import time
 from collections import deque
@@ -17,26 +17,26 @@ from clipret.arrays import Embeddings, Pixels
 from clipret.bundle import Bundle
 from clipret.images.decode import load
 from clipret.images.nvimagecodec import GpuDecoder
-from clipret.images.walk import PictureFile, read_picture
+from clipret.images.walk import ImageFile, read_image
 from clipret.inference.config import EncoderConfig
 from clipret.inference.decode_pool import Batch, Decoding
 from clipret.inference.tokenizer import Tokenizer
 from clipret.inference.tower import Tower, open_tower, pick_device
 from clipret.sources.item import Item
 
-__all__ = ["EncodeStats", "EncodedBatch", "Encoder", "PictureSource"]
+__all__ = ["EncodeStats", "EncodedBatch", "Encoder", "ImageInput"]
 
 T = TypeVar("T")
-PictureSource = Path | bytes | Image.Image | Pixels | PictureFile | Item
+ImageInput = Path | bytes | Image.Image | Pixels | ImageFile | Item
 
 _AHEAD = 2  # batches decoded ahead of the engines: at 224 px and batch 32 each costs 4.6 MiB
 
 
 @dataclass(frozen=True)
 class EncodedBatch(Generic[T]):
-    """`rows` float32 [n,D] belong to `items` [n], in the order of the input; `skipped` could not be decoded."""
+    """`embeddings` float32 [n,D] belong to `items` [n], in the order of the input; `skipped` could not be decoded."""
 
-    rows: Embeddings
+    embeddings: Embeddings
     items: list[T]
     skipped: list[tuple[T, str]] = field(default_factory=list)
 
@@ -45,26 +45,26 @@ class EncodedBatch(Generic[T]):
 class EncodeStats:
     """Where the time of one `encode_images` went, kept up to date while it runs.
 
-    `decode_seconds` are summed over the decode threads and `engine_seconds` over the engines, so that both may exceed
+    `decode_seconds` are summed over the decode threads and `compute_seconds` over the engines, so that both may exceed
     `seconds`, the time from the start to the last batch; in `wait_seconds` of it no pixels were ready.
     """
 
-    pictures: int = 0
+    images: int = 0
     skipped: int = 0
     decode_seconds: float = 0.0
     wait_seconds: float = 0.0
-    engine_seconds: float = 0.0
+    compute_seconds: float = 0.0
     seconds: float = 0.0
 
     @property
     def limit(self) -> Literal["decode", "engine"]:
         """What more of would make it faster: decode threads, where the engine waits a fifth of the time for them."""
-        return "decode" if 4 * self.wait_seconds > self.engine_seconds else "engine"
+        return "decode" if 4 * self.wait_seconds > self.compute_seconds else "engine"
 
     @property
     def rate(self) -> float:
-        """Pictures a second."""
-        return self.pictures / self.seconds if self.seconds else 0.0
+        """Images a second."""
+        return self.images / self.seconds if self.seconds else 0.0
 
 
 class Encoder:
@@ -113,13 +113,15 @@ class Encoder:
         return Tokenizer.from_bundle(self.bundle)
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
-        """Unit rows float32 [N,D] in the order of `texts`. Raises ClipretError for a blank text."""
-        rows = np.empty((len(texts), self.bundle.manifest.embedding_dim), dtype=np.float32)
+        """Unit embeddings float32 [N,D] in the order of `texts`. Raises ClipretError for a blank text."""
+        embeddings = np.empty((len(texts), self.bundle.manifest.embedding_dim), dtype=np.float32)
         if not texts:
-            return rows
+            return embeddings
         places = {text: at for at, text in enumerate(dict.fromkeys(texts))}  # captions repeat: each is encoded once
         ids = self.tokenizer(list(places))
-        unique = rows if len(places) == len(texts) else np.empty((len(places), rows.shape[1]), dtype=np.float32)
+        unique = (
+            embeddings if len(places) == len(texts) else np.empty((len(places), embeddings.shape[1]), dtype=np.float32)
+        )
         lengths = _lengths(ids, self.bundle.manifest.text.pad_id)
         trimmed = self.bundle.manifest.text.pad_to == "longest"
         # Texts of like length share a batch, so that short ones do not pay for the longest.
@@ -128,16 +130,16 @@ class Encoder:
             part = order[low : low + self.config.batch_size]
             width = int(lengths[part].max()) if trimmed else ids.shape[1]
             unique[part] = self.text_tower.run(np.ascontiguousarray(ids[part, :width]))
-        return rows if unique is rows else unique[[places[text] for text in texts]]
+        return embeddings if unique is embeddings else unique[[places[text] for text in texts]]
 
     def encode_images(
-        self, items: Iterable[T], read: Callable[[T], PictureSource] | None = None, *, flip: bool = False
+        self, items: Iterable[T], read: Callable[[T], ImageInput] | None = None, *, flip: bool = False
     ) -> Iterator[EncodedBatch[T]]:
         """Encode a stream of any length in order, a batch at a time, with bounded memory.
 
-        `items` are paths, files' bytes, Pillow pictures, arrays uint8 [H,W,3], or what `open_source` gives: the
-        pictures of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the picture.
-        An item whose picture raises a PictureError, or takes longer than `config.picture_timeout`, comes back in
+        `items` are paths, files' bytes, Pillow images, arrays uint8 [H,W,3], or what `open_source` gives: the
+        images of folders, lists and archives. For anything else `read(item)`, in a decode thread, gives the image.
+        An item whose image raises a ImageError, or takes longer than `config.image_timeout`, comes back in
         `skipped` of its batch with the reason. `stats` follows.
 
         `flip`: an embedding is the unit mean of the image's own and of its horizontal flip's, as the tower sees both.
@@ -154,15 +156,15 @@ class Encoder:
             self.config.batch_size,
             threads=self.config.thread_count,
             batches=_AHEAD + len(turns),
-            timeout=self.config.picture_timeout,
+            timeout=self.config.image_timeout,
         )
         with decoding:
-            for batch, rows, seconds in _run(decoding, turns, self.bundle.manifest.embedding_dim, flip):
-                encoded = EncodedBatch(rows, batch.items, batch.skipped)
+            for batch, embeddings, seconds in _run(decoding, turns, self.bundle.manifest.embedding_dim, flip):
+                encoded = EncodedBatch(embeddings, batch.items, batch.skipped)
                 decoding.release(batch)
-                stats.pictures += len(encoded.items)
+                stats.images += len(encoded.items)
                 stats.skipped += len(encoded.skipped)
-                stats.engine_seconds += seconds
+                stats.compute_seconds += seconds
                 stats.decode_seconds, stats.wait_seconds = decoding.decode_seconds, decoding.wait_seconds
                 stats.seconds = time.perf_counter() - began
                 yield encoded
@@ -179,11 +181,11 @@ class Encoder:
     def _decode(self, source: Any) -> Pixels:
         if isinstance(source, Item):
             source = source.read()
-        if isinstance(source, PictureFile):
+        if isinstance(source, ImageFile):
             source = source.content
         spec = self.bundle.manifest.image
         if self.gpu_decoder is not None and isinstance(source, Path):
-            source = read_picture(source).content
+            source = read_image(source).content
         if self.gpu_decoder is not None and isinstance(source, bytes):
             return self.gpu_decoder.load(source, spec)
         return load(source, spec, fast=True) if self.config.fast_decode else load(source, spec)
@@ -192,16 +194,16 @@ class Encoder:
 def _run(
     decoding: Decoding[T], turns: list[Tower], dim: int, flip: bool
 ) -> Iterator[tuple[Batch[T], Embeddings, float]]:
-    """The batches in their order, with rows float32 [n,D] and the seconds that an engine took, each batch on the
+    """The batches in their order, with embeddings float32 [n,D] and the seconds that an engine took, each batch on the
     tower whose turn it is."""
 
     def run(tower: Tower, batch: Batch[T]) -> tuple[Embeddings, float]:
         began = time.perf_counter()
-        rows = tower.run(batch.pixels) if batch.items else np.empty((0, dim), dtype=np.float32)
+        embeddings = tower.run(batch.pixels) if batch.items else np.empty((0, dim), dtype=np.float32)
         if flip and batch.items:
-            rows = rows + tower.run(np.ascontiguousarray(batch.pixels[:, :, ::-1]))
-            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows, time.perf_counter() - began
+            embeddings = embeddings + tower.run(np.ascontiguousarray(batch.pixels[:, :, ::-1]))
+            embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        return embeddings, time.perf_counter() - began
 
     if len(turns) == 1:  # in the caller's own thread, where nothing can go wrong between two
         for batch in decoding:
@@ -220,7 +222,7 @@ def _run(
 
 
 def _lengths(ids: npt.NDArray[np.int64], pad_id: int) -> npt.NDArray[np.int64]:
-    """Tokens of each row of ids [N,L] up to the last that is no padding, at least 1; int64 [N]."""
+    """Tokens of each embedding of ids [N,L] up to the last that is no padding, at least 1; int64 [N]."""
     used = ids != pad_id
     lengths: npt.NDArray[np.int64] = np.where(used.any(axis=1), ids.shape[1] - used[:, ::-1].argmax(axis=1), 1)
     return lengths

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipret.backends import BACKENDS, ENGINE_LIBRARIES, EngineLibrary
+from clipret.backends import BACKENDS, TENSORRT_LIBRARIES, TensorRTLibrary
 from clipret.bundle import Engine
 from clipret.errors import ClipretError, require
 from clipret.hardware.cuda import Copies, enter_context
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def load_library(library: EngineLibrary) -> Any:
+def load_library(library: TensorRTLibrary) -> Any:
     """The module. Raises ClipretError with the pip command where it is not installed."""
     try:
         return require(library, BACKENDS[library].extra)
@@ -40,14 +40,16 @@ def load_library(library: EngineLibrary) -> Any:
         raise ClipretError(f"{BACKENDS[library].label} does not load ({error}): install {library} again") from None
 
 
-def installed() -> dict[EngineLibrary, str]:
+def installed() -> dict[TensorRTLibrary, str]:
     """The versions of the TensorRT libraries of this machine, the preferred one first."""
     return {
-        library: load_library(library).__version__ for library in ENGINE_LIBRARIES if importlib.util.find_spec(library)
+        library: load_library(library).__version__
+        for library in TENSORRT_LIBRARIES
+        if importlib.util.find_spec(library)
     }
 
 
-def choose_engine(engines: Mapping[str, Engine], library: EngineLibrary, version: str, arch: str) -> str | None:
+def choose_engine(engines: Mapping[str, Engine], library: TensorRTLibrary, version: str, arch: str) -> str | None:
     """The key of the plan to run with this library on this GPU, or None; one for exactly this GPU goes first."""
     fitting = {
         engine.arch: key
@@ -63,7 +65,7 @@ def _fits(built: str, arch: str) -> bool:
     return built == arch
 
 
-def explain(engines: Mapping[str, Engine], versions: Mapping[EngineLibrary, str], arch: str) -> str:
+def explain(engines: Mapping[str, Engine], versions: Mapping[TensorRTLibrary, str], arch: str) -> str:
     """Why no plan of a bundle fits a machine with the libraries `versions` and a GPU `arch`, and what to do."""
     held = ", ".join(
         f"{BACKENDS[engine.library].label} {engine.version} on {engine.arch}" for engine in engines.values()
@@ -109,7 +111,7 @@ class TensorRTTower:
 
     lanes = 2
 
-    def __init__(self, path: Path, library: EngineLibrary, device: int = 0) -> None:
+    def __init__(self, path: Path, library: TensorRTLibrary, device: int = 0) -> None:
         trt = load_library(library)
         self.name = f"{BACKENDS[library].label} {trt.__version__}"
         self._device = device
@@ -128,19 +130,19 @@ class TensorRTTower:
         self._made, self._making = 1, threading.Lock()
 
     def run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
+        """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each embedding of unit length; B >= 1."""
         batch = batch.astype(self._dtype, copy=False)
-        rows = np.empty((len(batch), self._dim), dtype=np.float32)
+        embeddings = np.empty((len(batch), self._dim), dtype=np.float32)
         enter_context(self._device)  # a thread's own, and any thread may come
         lane = self._take()
         try:
             for low in range(0, len(batch), self._limit):
                 part = batch[low : low + self._limit]
-                if not lane.run(part, rows[low : low + self._limit]):
+                if not lane.run(part, embeddings[low : low + self._limit]):
                     raise ClipretError(f"{self.name} cannot run a batch of shape {part.shape}: {self._log.reason}")
         finally:
             self._free.put(lane)
-        return rows
+        return embeddings
 
     def _take(self) -> "_Lane":
         """A lane that is free, a new one where all are taken and there may be more, else the first that comes free."""
@@ -169,10 +171,10 @@ class _Lane:
         self.dim = int(engine.get_tensor_shape(self._output)[-1])
         self._profile = 0
         self._batch = self._copies.buffer(max(map(prod, shapes)) * dtype.itemsize)
-        self._rows = self._copies.buffer(self.limits[-1] * self.dim * 4)
+        self._embeddings = self._copies.buffer(self.limits[-1] * self.dim * 4)
 
-    def run(self, batch: npt.NDArray[Any], rows: npt.NDArray[np.float32]) -> bool:
-        """Fill rows float32 [B,D] from a batch that a profile holds; False where the engine refuses it."""
+    def run(self, batch: npt.NDArray[Any], embeddings: npt.NDArray[np.float32]) -> bool:
+        """Fill embeddings float32 [B,D] from a batch that a profile holds; False where the engine refuses it."""
         context, copies = self._context, self._copies
         profile = next(at for at, limit in enumerate(self.limits) if len(batch) <= limit)
         if profile != self._profile:
@@ -181,7 +183,7 @@ class _Lane:
             self._profile = profile
         ready = context.set_input_shape(self._input, batch.shape)
         ready = ready and context.set_tensor_address(self._input, self._batch.address)
-        ready = ready and context.set_tensor_address(self._output, self._rows.address)
+        ready = ready and context.set_tensor_address(self._output, self._embeddings.address)
         if not ready:
             return False
         self._batch.host[: batch.nbytes].view(batch.dtype).reshape(batch.shape)[...] = batch
@@ -189,7 +191,7 @@ class _Lane:
         if not context.execute_async_v3(copies.stream):
             copies.wait()  # the next batch is staged in the same place
             return False
-        copies.to_host(self._rows, rows.nbytes)
+        copies.to_host(self._embeddings, embeddings.nbytes)
         copies.wait()
-        rows[...] = self._rows.host[: rows.nbytes].view(np.float32).reshape(rows.shape)
+        embeddings[...] = self._embeddings.host[: embeddings.nbytes].view(np.float32).reshape(embeddings.shape)
         return True

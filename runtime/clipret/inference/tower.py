@@ -1,4 +1,4 @@
-"""Towers: one half of a CLIP model as an engine that maps a batch to unit rows."""
+"""Towers: one half of a CLIP model as an engine that maps a batch to unit embeddings."""
 
 import importlib.util
 import queue
@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from clipret.arrays import Embeddings
-from clipret.backends import BACKENDS, BackendChoice, EngineLibrary
+from clipret.backends import BACKENDS, BackendChoice, TensorRTLibrary
 from clipret.bundle import Bundle
-from clipret.errors import ClipretError, EngineWarning, one_line, require
+from clipret.errors import BackendWarning, ClipretError, one_line, require
 from clipret.hardware.cpu import int8_saturates, only_avx2
 from clipret.hardware.cuda import gpu_arch, gpu_count
 from clipret.inference.config import EncoderConfig
@@ -38,14 +38,14 @@ class Tower(Protocol):
     lanes: int
 
     def run(self, batch: npt.NDArray[Any]) -> Embeddings:
-        """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each row of unit length; B >= 1."""
+        """uint8 [B,S,S,3] or int64 [B,L] -> float32 [B,D], each embedding of unit length; B >= 1."""
         ...
 
 
 def pick_device(bundle: Bundle, backend: BackendChoice = "auto") -> str:
     """What device "auto" means here: "cuda" where there is a GPU and an engine that can use it, else "cpu".
 
-    A bundle whose plans do not fit the GPU that there is, where nothing else can use it either, is an EngineWarning.
+    A bundle whose plans do not fit the GPU that there is, where nothing else can use it either, is an BackendWarning.
     """
     if backend in ("tensorrt", "tensorrt_rtx"):
         return "cuda"
@@ -56,7 +56,7 @@ def pick_device(bundle: Bundle, backend: BackendChoice = "auto") -> str:
             _fitting_plan(bundle, 0, installed())
         except ClipretError as error:
             if CUDA not in providers():
-                warnings.warn(f"the CPU runs instead of the GPU: {error}", EngineWarning, stacklevel=2)
+                warnings.warn(f"the CPU runs instead of the GPU: {error}", BackendWarning, stacklevel=2)
         else:
             return "cuda"
     return "cuda" if CUDA in providers() else "cpu"
@@ -66,7 +66,7 @@ def open_tower(bundle: Bundle, name: str, device: str = "cpu", config: EncoderCo
     """One tower of a bundle, ready to run.
 
     On a GPU the backend "auto" takes a TensorRT engine of the bundle where one fits the GPU and the installed library,
-    else onnxruntime; engines that cannot be used are an EngineWarning. On a CPU it takes onnxruntime, or OpenVINO for
+    else onnxruntime; engines that cannot be used are an BackendWarning. On a CPU it takes onnxruntime, or OpenVINO for
     bf16, which onnxruntime does not have there, and for int8 where it is installed.
 
     Args:
@@ -90,7 +90,7 @@ def open_tower(bundle: Bundle, name: str, device: str = "cpu", config: EncoderCo
         try:
             return _plan_tower(bundle, name, gpu, installed())
         except ClipretError as error:
-            warnings.warn(f"onnxruntime runs instead of TensorRT: {error}", EngineWarning, stacklevel=2)
+            warnings.warn(f"onnxruntime runs instead of TensorRT: {error}", BackendWarning, stacklevel=2)
     if backend == "openvino" and gpu is not None:
         raise ClipretError(f"OpenVINO runs on the CPU here, not on {device}: use --device cpu")
     precision = bundle.manifest.precision
@@ -103,20 +103,20 @@ def open_tower(bundle: Bundle, name: str, device: str = "cpu", config: EncoderCo
 
 
 def _openvino_is_best(precision: str) -> bool:
-    """On a CPU. Of int8 graphs it makes the same rows as onnxruntime to within a rounding, two to three times faster
+    """On a CPU. Of int8 graphs it makes the same embeddings as onnxruntime to within a rounding, two to three times faster
     where the processor multiplies tiles (AMX); it has no exact kernels for processors that overflow."""
     if precision == "int8":
         return importlib.util.find_spec("openvino") is not None and not int8_saturates()
     return precision == "bf16"
 
 
-def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[EngineLibrary, str]) -> TensorRTTower:
+def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[TensorRTLibrary, str]) -> TensorRTTower:
     """The tower as a plan for the first of the libraries that one fits."""
     key, library = _fitting_plan(bundle, gpu, versions)
     return TensorRTTower(bundle.file(f"engines/{key}/{name}.plan"), library, gpu)
 
 
-def _fitting_plan(bundle: Bundle, gpu: int, versions: dict[EngineLibrary, str]) -> tuple[str, EngineLibrary]:
+def _fitting_plan(bundle: Bundle, gpu: int, versions: dict[TensorRTLibrary, str]) -> tuple[str, TensorRTLibrary]:
     engines, arch = bundle.manifest.engines, gpu_arch(gpu)
     for library, version in versions.items():
         if key := choose_engine(engines, library, version, arch):
@@ -137,7 +137,7 @@ def _required(module: str, extra: str) -> Any:
 class OnnxTower:
     """A tower in onnxruntime, on its CPU or CUDA execution provider. On CUDA two batches may be under way at once, so
     that one is copied while the other is computed. `graphs`: record CUDA graphs of the shapes that come often; where
-    onnxruntime cannot, that is an EngineWarning and the tower runs without. `more`: options of the provider."""
+    onnxruntime cannot, that is an BackendWarning and the tower runs without. `more`: options of the provider."""
 
     name = "onnxruntime"
 
@@ -154,7 +154,7 @@ class OnnxTower:
                 recording = settings | {"enable_cuda_graph": "1"}
                 self.session = open_session(path, device, threads, provider_options=recording)
             except ClipretError as error:  # a node that only the CPU has
-                warnings.warn(f"no CUDA graphs: {error}", EngineWarning, stacklevel=2)
+                warnings.warn(f"no CUDA graphs: {error}", BackendWarning, stacklevel=2)
         graphs = self.session is not None
         self.session = self.session or open_session(path, device, threads, provider_options=settings)
         self._input = self.session.get_inputs()[0].name
@@ -169,10 +169,10 @@ class OnnxTower:
                 self._bound.put(BoundSession(self.session, "cuda", gpu, graphs=graphs, submit=submit))
 
     def run(self, batch: npt.NDArray[Any]) -> Embeddings:
-        rows: Embeddings
+        embeddings: Embeddings
         if self.lanes == 1:
-            rows = self.session.run(None, {self._input: batch})[0]
-            return rows
+            embeddings = self.session.run(None, {self._input: batch})[0]
+            return embeddings
         bound = self._bound.get()
         try:
             return bound.run(batch)
@@ -204,6 +204,6 @@ class OpenVinoTower:
 
     def run(self, batch: npt.NDArray[Any]) -> Embeddings:
         with self._lock:
-            # The input is read where it lies. The output is copied: the request writes its next rows to the same place.
-            rows: Embeddings = self._request.infer([batch], share_inputs=True, share_outputs=False)[0]
-        return rows
+            # The input is read where it lies. The output is copied: the request writes its next embeddings to the same place.
+            embeddings: Embeddings = self._request.infer([batch], share_inputs=True, share_outputs=False)[0]
+        return embeddings

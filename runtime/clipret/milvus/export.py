@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from clipret.arrays import Ids
 from clipret.errors import ClipretError
-from clipret.gallery.gallery import Gallery, Picture
+from clipret.gallery.gallery import Gallery, ImageRecord
 from clipret.milvus.collection import INDEXES, LITE_INDEXES, RECORD, Address, Collection
-from clipret.ranking.rows import StoredRows
+from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.sources.item import Value, scalar
 
 __all__ = ["MilvusReport", "export_to_milvus"]
@@ -45,7 +45,7 @@ def export_to_milvus(
     take_over: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda starts: starts,
 ) -> MilvusReport:
-    """Make a collection hold the live pictures of a gallery for which `where` holds, and no others.
+    """Make a collection hold the live images of a gallery for which `where` holds, and no others.
 
     `index`: FLAT (the default), IVF_FLAT, HNSW and so on, with its `parameters` (nlist, M, efConstruction); of a
     collection that exists it is changed. A collection belongs to one gallery, known by its place; `take_over` gives it
@@ -89,17 +89,17 @@ def _export(
     live = np.ones(len(stored.ids), np.bool_) if stored.live is None else stored.live
     if where is not None:
         live = live & np.isin(stored.ids, gallery.select(where))
-    positions, rows = np.flatnonzero(live), StoredRows(stored.shards)
+    positions, rows = np.flatnonzero(live), EmbeddingShards(stored.shards)
     ids, records = _held(collection)
     sent = 0
     for start in progress(range(0, len(positions), _BLOCK)):
         part = positions[start : start + _BLOCK]
         numbers = stored.ids[part]
-        known = zip(numbers.tolist(), gallery.pictures_of(numbers), gallery.metadata(numbers), strict=True)
+        known = zip(numbers.tolist(), gallery.images_of(numbers), gallery.metadata(numbers), strict=True)
         fresh = [
-            (at, number, picture, metadata, record)
-            for at, (number, picture, metadata) in enumerate(known)
-            if (record := _record(picture, metadata)) != _at(ids, records, number)
+            (at, number, image, metadata, record)
+            for at, (number, image, metadata) in enumerate(known)
+            if (record := _record(image, metadata)) != _at(ids, records, number)
         ]
         if fresh:
             chosen = rows.take(part[[one[0] for one in fresh]]).astype(np.float32)
@@ -108,7 +108,7 @@ def _export(
     gone = np.setdiff1d(ids, stored.ids[positions])
     collection.delete(gone.tolist())
     collection.flush()
-    collection.note(state="whole", pictures=len(positions))
+    collection.note(state="whole", images=len(positions))
     return MilvusReport(sent, len(gone), len(positions))
 
 
@@ -142,10 +142,10 @@ def _at(ids: Ids, records: Ids, number: int) -> int | None:
     return int(records[at]) if at < len(ids) and ids[at] == number else None
 
 
-def _record(picture: Picture, metadata: Mapping[str, Value]) -> int:
+def _record(image: ImageRecord, metadata: Mapping[str, Value]) -> int:
     """A number that changes with anything but the row, which never does under one id."""
     said = sorted((name, value) for name, value in _plain(metadata).items() if value is not None)  # of any columns
-    known = [picture.path, picture.size, picture.mtime_ns, picture.hash, said]
+    known = [image.path, image.size, image.mtime_ns, image.hash, said]
     return int.from_bytes(hashlib.blake2b(json.dumps(known).encode(), digest_size=7).digest(), "big")
 
 
@@ -154,8 +154,8 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def _entity(
-    row: npt.NDArray[np.float32], number: int, picture: Picture, metadata: Mapping[str, Value], record: int
+    row: npt.NDArray[np.float32], number: int, image: ImageRecord, metadata: Mapping[str, Value], record: int
 ) -> dict[str, Any]:
     # Every column is named: a null takes the place of what an older record had.
-    own = {"path": picture.path, "size": picture.size, "mtime_ns": picture.mtime_ns, "hash": picture.hash}
+    own = {"path": image.path, "size": image.size, "mtime_ns": image.mtime_ns, "hash": image.hash}
     return {"id": number, "embedding": row, **own, RECORD: record, **_plain(metadata)}

@@ -1,6 +1,6 @@
 """--where for Milvus: the part of SQL that its expressions can say, with the meaning that it has in a gallery.
 
-What would mean something else there is refused, with the reason: a filter that finds other pictures than the gallery
+What would mean something else there is refused, with the reason: a filter that finds other images than the gallery
 would, and says nothing, is worse than none.
 """
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clipret.arrays import Floats, Ids
 from clipret.bundle import Bundle, find_bundle
 from clipret.errors import ClipretError
-from clipret.gallery.database import Picture
+from clipret.gallery.database import ImageRecord
 from clipret.milvus.collection import Address, Collection
 from clipret.milvus.filter import translate
 from clipret.ranking.ranker import snap
@@ -101,9 +101,9 @@ class MilvusCollection:
                 scores[at, : len(order)], ids[at, : len(order)] = exact[order], numbers[order]
         return scores, ids
 
-    def records(self, ids: Sequence[int]) -> dict[int, Picture]:
+    def records(self, ids: Sequence[int]) -> dict[int, ImageRecord]:
         found = self.client.among("id", [int(number) for number in ids], ["path", "size", "mtime_ns", "hash"])
-        return {int(one["id"]): _picture(one) for one in found}
+        return {int(one["id"]): _image(one) for one in found}
 
     def metadata(self, ids: Sequence[int]) -> dict[int, dict[str, Value]]:
         if not self.columns:
@@ -111,18 +111,18 @@ class MilvusCollection:
         found = self.client.among("id", [int(number) for number in ids], ["*"])
         return {int(one["id"]): {name: one.get(name) for name in self.columns} for one in found}
 
-    def row(self, number: int) -> Floats:
+    def embedding(self, number: int) -> Floats:
         found = self.client.among("id", [number], ["embedding"])
         if not found:
-            raise ClipretError(f"there is no picture {number}")
+            raise ClipretError(f"there is no image {number}")
         return np.array(found[0]["embedding"], np.float64)
 
     def ids_of(self, paths: Collection_[str]) -> dict[str, int]:
         return {str(one["path"]): int(one["id"]) for one in self.client.among("path", list(paths), ["path"])}
 
 
-def _picture(entity: Mapping[str, Any]) -> Picture:
-    return Picture(str(entity["path"]), int(entity["size"]), int(entity["mtime_ns"]), str(entity["hash"]))
+def _image(entity: Mapping[str, Any]) -> ImageRecord:
+    return ImageRecord(str(entity["path"]), int(entity["size"]), int(entity["mtime_ns"]), str(entity["hash"]))
 
 
 def open_milvus(text: str) -> MilvusCollection:
@@ -148,7 +148,7 @@ def agreement(
 ) -> Agreement:
     """Compare a collection with the gallery that it was exported from.
 
-    A picture with the very score of the k-th counts as found: which of equal ones comes first is no merit.
+    An image with the very score of the k-th counts as found: which of equal ones comes first is no merit.
 
     Args:
         collection: What is judged.

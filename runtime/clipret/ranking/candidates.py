@@ -1,4 +1,4 @@
-"""Rows that may still be among the best of a query: what the first stage of the exact search hands to the second."""
+"""Embeddings that may still be among the best of a query: what the first stage of the exact search hands to the second."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ __all__ = ["Pool", "candidates", "kth_value", "place"]
 
 @dataclass(frozen=True)
 class Pool:
-    """Pairs of a query and a row (its position), each with a score between `low` and `high`; all [P]."""
+    """Pairs of a query and an embedding (its position), each with a score between `low` and `high`; all [P]."""
 
     query: Ids
-    row: Ids
+    position: Ids
     low: Floats
     high: Floats
 
@@ -25,14 +25,14 @@ class Pool:
     def joined(cls, pools: Sequence[Self]) -> Self:
         if not pools:
             return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
-        columns = zip(*((pool.query, pool.row, pool.low, pool.high) for pool in pools), strict=True)
+        columns = zip(*((pool.query, pool.position, pool.low, pool.high) for pool in pools), strict=True)
         return cls(*map(np.concatenate, columns))
 
     def __len__(self) -> int:
         return len(self.query)
 
     def taken(self, which: Ids | Mask) -> Self:
-        return type(self)(self.query[which], self.row[which], self.low[which], self.high[which])
+        return type(self)(self.query[which], self.position[which], self.low[which], self.high[which])
 
     def scored(self, which: Ids, scores: Floats) -> Self:
         """With exact scores at some places."""
@@ -42,7 +42,7 @@ class Pool:
 
     def sorted(self) -> Self:
         """By query, then by descending middle of the bounds: the most promising first, but for tiny differences."""
-        # One key instead of two: scores are below 32, and there are a few hundred queries. By `low`, a row whose
+        # One key instead of two: scores are below 32, and there are a few hundred queries. By `low`, an embedding whose
         # score is known would go before one that is most likely better, and the limit would hardly rise.
         return self.taken(np.argsort(self.query * 256.0 - (self.low + self.high)))
 
@@ -55,7 +55,7 @@ def place(query: Ids, count: int) -> Ids:
 
 
 def kth_value(block: Block, mask: Mask | None, k: int) -> Floats | None:
-    """The k-th largest value of each query among the block's rows that `mask` allows, or None where there are fewer."""
+    """The k-th largest value of each query among the block's embeddings that `mask` allows, or None where there are fewer."""
     values = block.values.T if block.by_row else block.values
     if mask is not None:
         values = values[:, mask]
@@ -72,11 +72,11 @@ def candidates(block: Block, threshold: Floats, mask: Mask | None) -> Pool:
     # Flat positions of one contiguous array: np.nonzero over two dimensions is several times slower.
     flat = np.flatnonzero(block.values >= (least if block.by_row else least[:, None]))
     if block.by_row:
-        row, query = np.divmod(flat, block.values.shape[1])
+        position, query = np.divmod(flat, block.values.shape[1])
     else:
-        query, row = np.divmod(flat, block.values.shape[1])
+        query, position = np.divmod(flat, block.values.shape[1])
     if mask is not None:
-        keep = mask[row]
-        flat, row, query = flat[keep], row[keep], query[keep]
+        keep = mask[position]
+        flat, position, query = flat[keep], position[keep], query[keep]
     score = block.base[query] + block.unit[query] * block.values.reshape(-1)[flat]
-    return Pool(query, row + block.start, score - block.error[query], score + block.error[query])
+    return Pool(query, position + block.start, score - block.error[query], score + block.error[query])

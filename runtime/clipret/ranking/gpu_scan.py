@@ -1,9 +1,9 @@
-"""The first stage of the exact search on a GPU: products with all rows and their best k, block by block.
+"""The first stage of the exact search on a GPU: products with all embeddings and their best k, block by block.
 
-Two forms, one result. Rows as they are, in half precision, or their 8-bit codes: half the memory, and integers that
+Two forms, one result. Embeddings as they are, in half precision, or their 8-bit codes: half the memory, and integers that
 are exact, so that only what the codes lose is uncertain. A block stays in the device's memory where it has room and is
 sent anew for each call where it has not. What comes back is approximate, but the bound of its error is known, and
-with it whether a row that was not listed could matter.
+with it whether an embedding that was not listed could matter.
 
 The best k of millions of scores in two steps: the scores are read once for the largest of each _CHUNK, the k
 chunks with the largest of those hold the best k, and only these are sorted. A plain TopK reads all several times.
@@ -23,28 +23,28 @@ from clipret.hardware.cuda import free_memory
 from clipret.ort.graph import Node, Value, model
 from clipret.ort.session import gpu_number, has_device, open_session
 from clipret.ranking.candidates import Pool
-from clipret.ranking.quantization import ZERO, Codes
-from clipret.ranking.scan import QueryCodes, check_lengths
+from clipret.ranking.quantization import ZERO, QuantizedEmbeddings
+from clipret.ranking.scan import QuantizedQueries, check_lengths
 
 __all__ = ["DeviceScan"]
 
 
-_BLOCK_ROWS = 1 << 21  # 3 GiB of rows at 768 dimensions: a call costs a tenth of a millisecond, so there are few
+_BLOCK_ROWS = 1 << 21  # 3 GiB of embeddings at 768 dimensions: a call costs a tenth of a millisecond, so there are few
 _INDEXES = 1 << 31  # numbers of a block or of its scores: what a kernel may count in 32 bits
 _SCORES = 1 << 29  # scores of a block at a time: 1 GiB in half precision
 _CHUNK = 64
-_NEVER = -(1 << 30)  # added to the integer score of a row that may not be found: below any that there is
+_NEVER = -(1 << 30)  # added to the integer score of an embedding that may not be found: below any that there is
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows `start` to `start + count`: halves, or codes under the limits `codes`. `resident` is their OrtValue on the
+    """Embeddings `start` to `start + count`: halves, or codes under the limits `codes`. `resident` is their OrtValue on the
     device, None where it had no room."""
 
     start: int
     count: int
     shards: Sequence[npt.NDArray[Any]]
-    codes: Codes | None
+    codes: QuantizedEmbeddings | None
     resident: Any = None
 
     @property
@@ -52,13 +52,13 @@ class _Part:
         return -(-self.count // _CHUNK)
 
     def array(self) -> npt.NDArray[Any]:
-        """As the product wants them, with rows of nothing up to whole chunks: float16 [n,D], or int8 [D,n]."""
+        """As the product wants them, with embeddings of nothing up to whole chunks: float16 [n,D], or int8 [D,n]."""
         width = self.shards[0].shape[1]
         shape = (self.chunks * _CHUNK, width)
         if self.codes is None:
-            rows = np.zeros(shape, np.float16)
-            np.concatenate(self.shards, out=rows[: self.count])
-            return rows
+            embeddings = np.zeros(shape, np.float16)
+            np.concatenate(self.shards, out=embeddings[: self.count])
+            return embeddings
         columns = np.zeros(shape[::-1], np.int8)
         start = 0
         for shard in self.shards:
@@ -68,10 +68,10 @@ class _Part:
 
 
 class DeviceScan:
-    """Rows float16 [n,D] of shards on a device of onnxruntime ("cuda", "cuda:N"; "cpu" runs the same graph slowly).
+    """Embeddings float16 [n,D] of shards on a device of onnxruntime ("cuda", "cuda:N"; "cpu" runs the same graph slowly).
 
-    `codes`: those of each shard. `coded`: whether to hold them instead of the rows, default where the device has no
-    room for the rows. `block_rows`: multiplied at a time; `resident_rows`: at most so many stay on the device, default
+    `codes`: those of each shard. `coded`: whether to hold them instead of the embeddings, default where the device has no
+    room for the embeddings. `block_rows`: multiplied at a time; `resident_rows`: at most so many stay on the device, default
     all that it takes. Raises ClipretError where onnxruntime has no such device.
     """
 
@@ -80,7 +80,7 @@ class DeviceScan:
         shards: Sequence[StoredEmbeddings],
         device: str,
         *,
-        codes: Sequence[Codes] | None = None,
+        codes: Sequence[QuantizedEmbeddings] | None = None,
         coded: bool | None = None,
         block_rows: int = _BLOCK_ROWS,
         resident_rows: int | None = None,
@@ -112,12 +112,12 @@ class DeviceScan:
             self._make_room()
 
     def width(self, k: int) -> int:
-        """How many rows of a part to list, so that most often none beyond them can be among the k best: codes are
+        """How many embeddings of a part to list, so that most often none beyond them can be among the k best: codes are
         coarser than halves."""
         return 2 * k + 128 if self.coded else min(2 * k, k + 64)
 
     def _has_room(self, shards: Sequence[StoredEmbeddings]) -> bool:
-        """Whether the rows, and what a product takes beside them, fit into what is free on the device."""
+        """Whether the embeddings, and what a product takes beside them, fit into what is free on the device."""
         return sum(shard.nbytes for shard in shards) + 6 * _SCORES < free_memory(self._number)
 
     def _uploaded(self, array: npt.NDArray[Any]) -> Any:
@@ -128,7 +128,7 @@ class DeviceScan:
             return None
 
     def _make_room(self) -> None:
-        """Give one resident block back: the others need its memory for the product and for the rows that come."""
+        """Give one resident block back: the others need its memory for the product and for the embeddings that come."""
         for at in reversed(range(len(self.parts))):
             if self.parts[at].resident is not None:
                 self.parts[at] = replace(self.parts[at], resident=None)
@@ -136,10 +136,10 @@ class DeviceScan:
 
     @cached_property
     def _sessions(self) -> dict[bool, Any]:
-        """Whether rows are left out ->  queries [Q,D], rows, starts int64 [Q,1], k and c int64 [1] (, bias [n])
+        """Whether embeddings are left out ->  queries [Q,D], embeddings, starts int64 [Q,1], k and c int64 [1] (, bias [n])
         -> values [Q,k], places [Q,k] within the c chosen chunks, chunks [Q,c] counted through all queries."""
         dtype, score = ("int8", "int32") if self.coded else ("float16", "float16")
-        rows: tuple[int | str, ...] = ("D", "n") if self.coded else ("n", "D")
+        embeddings: tuple[int | str, ...] = ("D", "n") if self.coded else ("n", "D")
         sessions = {}
         for masked in (False, True):
             if self.coded:
@@ -158,7 +158,7 @@ class DeviceScan:
                 Node("Reshape", ["held", "by_query"], ["few"]),  # [Q,c*64]
                 Node("TopK", ["few", "k"], ["values", "places"]),
             ]
-            inputs = [Value("queries", dtype, ("Q", "D")), Value("rows", dtype, rows)]
+            inputs = [Value("queries", dtype, ("Q", "D")), Value("rows", dtype, embeddings)]
             inputs += [Value("starts", "int64", ("Q", 1)), Value("c", "int64", (1,)), Value("k", "int64", (1,))]
             content = model(
                 nodes,
@@ -179,10 +179,10 @@ class DeviceScan:
         return sessions
 
     def top(self, number: int, grid: Floats, k: int, allowed: Mask | None) -> tuple[Pool, Floats]:
-        """Of part `number`, the k most promising allowed rows of each query float64 [Q,D], and [Q] a limit on the
-        exact score of every row that is not among them (-inf where all are).
+        """Of part `number`, the k most promising allowed embeddings of each query float64 [Q,D], and [Q] a limit on the
+        exact score of every embedding that is not among them (-inf where all are).
 
-        `allowed`: bool [N] of all rows.
+        `allowed`: bool [N] of all embeddings.
         """
         part = self.parts[number]
         step = max(1, _SCORES // (part.chunks * _CHUNK))
@@ -195,7 +195,7 @@ class DeviceScan:
         if part.codes is None:
             queries, base, unit, error = self._halves(grid)
         else:
-            coded = QueryCodes.of(grid)
+            coded = QuantizedQueries.of(grid)
             queries, (base, unit, error) = coded.values, coded.scales(grid, part.codes)
         whole = k >= part.count
         k = part.chunks * _CHUNK if whole else k
@@ -211,11 +211,11 @@ class DeviceScan:
             inputs["bias"] = bias
         values, places, chunks = self._run(part, inputs)
 
-        # The rows of nothing at the end of the last chunk are dropped here.
-        row = np.take_along_axis(chunks - inputs["starts"], places // _CHUNK, axis=1) * _CHUNK + places % _CHUNK
-        query, rank = np.nonzero((values > (_NEVER // 2 if self.coded else -np.inf)) & (row < part.count))
+        # The embeddings of nothing at the end of the last chunk are dropped here.
+        position = np.take_along_axis(chunks - inputs["starts"], places // _CHUNK, axis=1) * _CHUNK + places % _CHUNK
+        query, rank = np.nonzero((values > (_NEVER // 2 if self.coded else -np.inf)) & (position < part.count))
         score = base[query] + unit[query] * values[query, rank].astype(np.float64)
-        pool = Pool(query + first, row[query, rank] + part.start, score - error[query], score + error[query])
+        pool = Pool(query + first, position[query, rank] + part.start, score - error[query], score + error[query])
         # TopK sorts: the last is the least, as low as can be where everything allowed is listed.
         least = values[:, -1].astype(np.float64)
         if self.coded:
@@ -253,17 +253,17 @@ class DeviceScan:
 
 
 def _grouped(
-    shards: Sequence[StoredEmbeddings], codes: Sequence[Codes] | None, rows: int
-) -> list[tuple[list[npt.NDArray[Any]], Codes | None]]:
-    """The shards cut and put together into blocks of about `rows` rows, in their order; of codes only such as share
+    shards: Sequence[StoredEmbeddings], codes: Sequence[QuantizedEmbeddings] | None, embeddings: int
+) -> list[tuple[list[npt.NDArray[Any]], QuantizedEmbeddings | None]]:
+    """The shards cut and put together into blocks of about `embeddings` embeddings, in their order; of codes only such as share
     a center and a scale, with the limits that hold for all of a block."""
-    groups = list[tuple[list[npt.NDArray[Any]], Codes | None]]()
+    groups = list[tuple[list[npt.NDArray[Any]], QuantizedEmbeddings | None]]()
     held = 0
     for number, shard in enumerate(shards):
         own = None if codes is None else codes[number]
-        for low in range(0, len(shard), rows):
-            piece = (shard if own is None else own.values)[low : low + rows]
-            if not groups or held + len(piece) > rows or not _alike(groups[-1][1], own):
+        for low in range(0, len(shard), embeddings):
+            piece = (shard if own is None else own.values)[low : low + embeddings]
+            if not groups or held + len(piece) > embeddings or not _alike(groups[-1][1], own):
                 groups.append(([], own))
                 held = 0
             group, limits = groups[-1]
@@ -275,7 +275,7 @@ def _grouped(
     return groups
 
 
-def _alike(one: Codes | None, other: Codes | None) -> bool:
+def _alike(one: QuantizedEmbeddings | None, other: QuantizedEmbeddings | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.scale == other.scale and np.array_equal(one.center, other.center)

@@ -1,13 +1,13 @@
-"""Exact ranking of stored rows against queries.
+"""Exact ranking of stored embeddings against queries.
 
-A score here is a number, not an approximation of one. Rows are float16, hence multiples of 2^-24. A query is snapped
+A score here is a number, not an approximation of one. Embeddings are float16, hence multiples of 2^-24. A query is snapped
 to multiples of 2^-24 as well (a change of at most 3e-8 a component), so every product is a multiple of 2^-48, and
 a sum of products stays below 2^5 as long as the two norms multiply to less than 32: it fits into the 53 bits of a
 float64 without any rounding. Whatever the order of summation, the machine or the library, float64 gives
-the same score, equal rows tie exactly, and "the same ids in the same order everywhere" is arithmetic, not luck.
+the same score, equal embeddings tie exactly, and "the same ids in the same order everywhere" is arithmetic, not luck.
 
 Speed comes from a first stage (`ranking.scan`) that is cheap, approximate, and wrong by a proven bound at most: only
-rows that could still be among the first k are scored in float64.
+embeddings that could still be among the first k are scored in float64.
 """
 
 import importlib.util
@@ -21,10 +21,10 @@ from clipret.arrays import Floats, Ids, Mask, StoredEmbeddings
 from clipret.errors import ClipretError
 from clipret.hardware.cpu import cpu_count
 from clipret.ranking.candidates import Pool, candidates, kth_value, place
+from clipret.ranking.embedding_shards import EmbeddingShards, widened
 from clipret.ranking.gpu_scan import DeviceScan
-from clipret.ranking.quantization import Codes
-from clipret.ranking.rows import StoredRows, widened
-from clipret.ranking.scan import CodeScan, FloatScan, PackedScan, Scan, check_lengths, longest, rounding
+from clipret.ranking.quantization import QuantizedEmbeddings
+from clipret.ranking.scan import FloatScan, PackedScan, QuantizedScan, Scan, check_lengths, longest, rounding
 
 __all__ = ["Ranker", "snap"]
 
@@ -32,10 +32,12 @@ __all__ = ["Ranker", "snap"]
 _GRID = 2.0**24
 _QUERIES = 256  # queries at a time
 _FEW = 32  # up to so many queries the packed codes are faster than those of the files
-_DIRECT = 2048  # up to so many rows all are scored in float64: a first stage would cost more than it saves
-_BLOCK = 4096  # rows that are made float64 at a time: 16 MiB at 512 dimensions
+_DIRECT = 2048  # up to so many embeddings all are scored in float64: a first stage would cost more than it saves
+_BLOCK = 4096  # embeddings that are made float64 at a time: 16 MiB at 512 dimensions
 _SCORES = 1 << 22  # scores or candidates of one call held at a time, at least one query's: 32 MiB
-_POOL = 1 << 21  # candidates that may wait for their exact score: 64 MiB; more only where very many rows are equal
+_POOL = (
+    1 << 21
+)  # candidates that may wait for their exact score: 64 MiB; more only where very many embeddings are equal
 
 
 def snap(queries: npt.ArrayLike) -> Floats:
@@ -44,13 +46,13 @@ def snap(queries: npt.ArrayLike) -> Floats:
 
 
 class Ranker:
-    """Ranks rows, in memory or memory-mapped, by their inner product with a query; for unit rows, by cosine.
+    """Ranks embeddings, in memory or memory-mapped, by their inner product with a query; for unit embeddings, by cosine.
 
-    `shards`: float16 [n,D] each. A row's position counts through the shards in their order; equal scores
-    are ordered by position. `live`: bool [N], False for rows that are never to be found (deleted ones). `codes`: those
+    `shards`: float16 [n,D] each. An embedding's position counts through the shards in their order; equal scores
+    are ordered by position. `live`: bool [N], False for embeddings that are never to be found (deleted ones). `codes`: those
     of each shard, in the same order; with them and onnxruntime the first stage reads a byte a component, without them
     it is numpy's float32. `threads`: of the first stage, default all processors. `resident`: keep a copy of the codes
-    in memory, N x D bytes, which makes a single query three times faster and takes some seconds a million rows here.
+    in memory, N x D bytes, which makes a single query three times faster and takes some seconds a million embeddings here.
     `device`: "cuda" or "cuda:N" does the first stage of large galleries on that GPU; the results are the same.
     """
 
@@ -58,7 +60,7 @@ class Ranker:
         self,
         shards: StoredEmbeddings | Sequence[StoredEmbeddings],
         live: Mask | None = None,
-        codes: Sequence[Codes] | None = None,
+        codes: Sequence[QuantizedEmbeddings] | None = None,
         *,
         threads: int | None = None,
         resident: bool = False,
@@ -69,22 +71,22 @@ class Ranker:
         self.shards = [np.asarray(shard) for shard in given]
         widths = {shard.shape[1] for shard in self.shards}
         if len(widths) > 1 or any(shard.dtype != np.float16 for shard in self.shards):
-            raise ClipretError(f"rows must be float16 of one width, these have widths {sorted(widths)}")
+            raise ClipretError(f"embeddings must be float16 of one width, these have widths {sorted(widths)}")
         self.count = sum(len(shard) for shard in self.shards)
         if live is not None and len(live) != self.count:
-            raise ClipretError(f"{len(live)} live flags for {self.count} rows: give one for each")
+            raise ClipretError(f"{len(live)} live flags for {self.count} embeddings: give one for each")
         if codes is not None and [one.values.shape for one in codes] != [shard.shape for shard in self.shards]:
             raise ClipretError("the codes are not those of the shards: give one Codes for each, of its shape")
         self.live = live
-        self._rows = StoredRows(self.shards)
+        self._embeddings = EmbeddingShards(self.shards)
         self._floats = FloatScan(self.shards)
         self._many: Scan = self._floats
         if codes is not None and importlib.util.find_spec("onnxruntime"):
-            self._many = CodeScan(codes, threads or cpu_count())
-        packed = resident and isinstance(self._many, CodeScan) and codes is not None
+            self._many = QuantizedScan(codes, threads or cpu_count())
+        packed = resident and isinstance(self._many, QuantizedScan) and codes is not None
         self._few: Scan = PackedScan(codes, threads or cpu_count()) if packed and codes is not None else self._many
         self._device = None if device == "cpu" else DeviceScan(self.shards, device, codes=codes)
-        # Of the longest row, where the first stage is coarser than float32; None where it is not.
+        # Of the longest embedding, where the first stage is coarser than float32; None where it is not.
         self._length = None if codes is None else max(map(longest, codes), default=0.0)
         if self._device is not None:
             self._length = self._device.longest
@@ -92,17 +94,17 @@ class Ranker:
     def rank(
         self, queries: npt.ArrayLike, k: int, *, among: Mask | None = None, min_score: float | None = None
     ) -> tuple[Floats, Ids]:
-        """The k best rows of each query, best first, ties by position.
+        """The k best embeddings of each query, best first, ties by position.
 
-        `queries` [Q,D]. `among`: bool [N], the rows that may be found; `min_score`: the least score that counts.
-        Returns scores float64 [Q,K] and positions int64 [Q,K], K = min(k, rows that may be found); where fewer reach
+        `queries` [Q,D]. `among`: bool [N], the embeddings that may be found; `min_score`: the least score that counts.
+        Returns scores float64 [Q,K] and positions int64 [Q,K], K = min(k, embeddings that may be found); where fewer reach
         `min_score` the rest of a query's line is filled with -inf and -1.
-        Raises ClipretError for k < 1, another width than the rows', or a value that is not finite.
+        Raises ClipretError for k < 1, another width than the embeddings', or a value that is not finite.
         """
         if k < 1:
             raise ClipretError(f"k is {k}: ask for at least one result")
         if among is not None and len(among) != self.count:
-            raise ClipretError(f"{len(among)} flags for {self.count} rows: give one for each")
+            raise ClipretError(f"{len(among)} flags for {self.count} embeddings: give one for each")
         grid = self._checked(queries)
         allowed = self.live if among is None else among if self.live is None else among & self.live
         found = self.count if allowed is None else int(allowed.sum())
@@ -110,7 +112,7 @@ class Ranker:
         scores, positions = np.empty((len(grid), k)), np.empty((len(grid), k), dtype=np.int64)
         least = -np.inf if min_score is None else float(min_score)
         staged = self._best if self._device is None else self._best_by_device
-        # A few rows among very many are gathered; every row is otherwise passed by, allowed or not.
+        # A few embeddings among very many are gathered; every embedding is otherwise passed by, allowed or not.
         direct = found <= max(_DIRECT, self.count // 64)
         step = max(1, min(_QUERIES, _SCORES // (found if direct else 4 * k))) if k else 1
         for start in range(0, len(grid) if k else 0, step):
@@ -120,13 +122,15 @@ class Ranker:
         return scores, positions
 
     def first_ranks(self, queries: npt.ArrayLike, relevant: Sequence[Sequence[int]]) -> Ids:
-        """The rank, from 1, at which each query finds the first of its relevant rows; int64 [Q].
+        """The rank, from 1, at which each query finds the first of its relevant embeddings; int64 [Q].
 
         `relevant[q]` are positions, at least one of them live. The whole order counts, not only its head.
         """
         grid = self._checked(queries)
         if len(relevant) != len(grid):
-            raise ClipretError(f"{len(relevant)} lists of relevant rows for {len(grid)} queries: give one for each")
+            raise ClipretError(
+                f"{len(relevant)} lists of relevant embeddings for {len(grid)} queries: give one for each"
+            )
         ranks = np.empty(len(grid), dtype=np.int64)
         for start in range(0, len(grid), _QUERIES):
             part = slice(start, start + _QUERIES)
@@ -136,7 +140,7 @@ class Ranker:
     def _best(self, grid: Floats, k: int, allowed: Mask | None, least: float) -> tuple[Floats, Ids]:
         Q = len(grid)
         scan = self._few if Q <= _FEW else self._many
-        lower = np.full(Q, least)  # no row below this counts: the least score, later the k-th best so far
+        lower = np.full(Q, least)  # no embedding below this counts: the least score, later the k-th best so far
         parts, pairs = list[Pool](), 0
         seen = raised = 0
         for block in scan.blocks(grid):
@@ -150,10 +154,10 @@ class Ranker:
                 threshold = np.maximum(threshold, own - 2 * block.error / block.unit)
             parts.append(candidates(block, threshold, mask))
             pairs += len(parts[-1])
-            # The limit rises with the logarithm of the rows seen: raising it at each doubling is often enough.
+            # The limit rises with the logarithm of the embeddings seen: raising it at each doubling is often enough.
             if seen >= 2 * raised or pairs > _POOL:
                 lower, pool = self._narrowed(Pool.joined(parts), lower, grid, k)
-                if len(pool) > _POOL:  # very many rows are equal, or nearly
+                if len(pool) > _POOL:  # very many embeddings are equal, or nearly
                     pool = self._resolved(pool, grid, k)
                 parts, pairs, raised = [pool], len(pool), seen
         return self._listed(Pool.joined(parts), lower, grid, k, least)
@@ -162,7 +166,7 @@ class Ranker:
         device = self._device
         assert device is not None
         lower = np.full(len(grid), least)
-        wide = device.width(k)  # most often no row beyond these could be among the k best
+        wide = device.width(k)  # most often no embedding beyond these could be among the k best
         limits = np.empty((len(device.parts), len(grid)))
         pool = Pool.joined([])
         for number in range(len(device.parts)):
@@ -173,32 +177,36 @@ class Ranker:
         lower, pool = self._narrowed(pool, lower, grid, k)
         for number, part in enumerate(device.parts):
             width = wide
-            # Where a row that the device did not list may still be among the best, it lists more of that part.
+            # Where an embedding that the device did not list may still be among the best, it lists more of that part.
             while len(unsure := np.flatnonzero((limits[number] >= lower) & (limits[number] > -np.inf))):
                 width = min(8 * width, part.count)
                 step = max(1, _SCORES // width)
                 for some in (unsure[low : low + step] for low in range(0, len(unsure), step)):
-                    known = (pool.row >= part.start) & (pool.row < part.start + part.count) & np.isin(pool.query, some)
+                    known = (
+                        (pool.position >= part.start)
+                        & (pool.position < part.start + part.count)
+                        & np.isin(pool.query, some)
+                    )
                     more, limits[number, some] = device.top(number, grid[some], width, allowed)
                     more = replace(more, query=some[more.query])
                     lower, pool = self._narrowed(Pool.joined([pool.taken(~known), more]), lower, grid, k)
         return self._listed(pool, lower, grid, k, least)
 
     def _listed(self, pool: Pool, lower: Floats, grid: Floats, k: int, least: float) -> tuple[Floats, Ids]:
-        """The k best rows of the pool for each query, as `rank` returns them."""
+        """The k best embeddings of the pool for each query, as `rank` returns them."""
         lower, pool = self._narrowed(pool, lower, grid, k)
         _, pool = self._narrowed(self._sharpened(pool, grid), lower, grid, k)
         best = self._resolved(pool, grid, k)
         best = best.taken(best.low >= least)
         scores, positions = np.full((len(grid), k), -np.inf), np.full((len(grid), k), -1, dtype=np.int64)
         at = place(best.query, len(grid))
-        scores[best.query, at], positions[best.query, at] = best.low, best.row
+        scores[best.query, at], positions[best.query, at] = best.low, best.position
         return scores, positions
 
     def _narrowed(self, pool: Pool, lower: Floats, grid: Floats, k: int) -> tuple[Floats, Pool]:
         """`lower` [Q] raised to what the pool knows of the k-th best scores, and the pool without what lies below.
 
-        The k most promising rows of each query get their exact scores, which leaves few of the others.
+        The k most promising embeddings of each query get their exact scores, which leaves few of the others.
         """
         pool = pool.sorted()
         at = place(pool.query, len(grid))
@@ -215,9 +223,9 @@ class Ranker:
     def _resolved(self, pool: Pool, grid: Floats, k: int) -> Pool:
         """The k best of each query with their exact scores, sorted by query, score and position."""
         exact = self._exact_scores(pool, grid)
-        order = np.lexsort((pool.row, -exact, pool.query))
+        order = np.lexsort((pool.position, -exact, pool.query))
         order = order[place(pool.query[order], len(grid)) < k]
-        return Pool(pool.query[order], pool.row[order], exact[order], exact[order])
+        return Pool(pool.query[order], pool.position[order], exact[order], exact[order])
 
     def _sharpened(self, pool: Pool, grid: Floats) -> Pool:
         """The pool with the bounds of float32 where they are narrower than its own."""
@@ -225,7 +233,7 @@ class Ranker:
             return pool
         unknown = np.flatnonzero(pool.low < pool.high)
         query = pool.query[unknown]
-        score = self._rows.estimates(pool.row[unknown], query, grid)
+        score = self._embeddings.estimates(pool.position[unknown], query, grid)
         error = (rounding(grid.shape[1]) * self._length * np.linalg.norm(grid, axis=1) + 1e-12)[query]
         low, high = pool.low.copy(), pool.high.copy()
         low[unknown] = np.maximum(low[unknown], score - error)
@@ -236,48 +244,52 @@ class Ranker:
         """The score of each pair, computed where the pool does not hold it yet."""
         scores = pool.low.copy()
         unknown = np.flatnonzero(pool.low < pool.high)
-        scores[unknown] = self._rows.scores(pool.row[unknown], pool.query[unknown], grid)
+        scores[unknown] = self._embeddings.scores(pool.position[unknown], pool.query[unknown], grid)
         return scores
 
     def _score_all(self, grid: Floats, k: int, allowed: Mask | None, least: float) -> tuple[Floats, Ids]:
-        """As `_best`, with all allowed rows in float64."""
+        """As `_best`, with all allowed embeddings in float64."""
         where = np.arange(self.count) if allowed is None else np.flatnonzero(allowed)
         scores = np.empty((len(grid), len(where)))
         norms = np.linalg.norm(grid, axis=1)
         for low in range(0, len(where), _BLOCK):
-            rows = widened(self._rows.take(where[low : low + _BLOCK])).astype(np.float64)
-            check_lengths(float(np.sqrt(np.einsum("nd,nd->n", rows, rows).max())), norms)
-            np.matmul(grid, rows.T, out=scores[:, low : low + len(rows)])
+            embeddings = widened(self._embeddings.take(where[low : low + _BLOCK])).astype(np.float64)
+            check_lengths(float(np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings).max())), norms)
+            np.matmul(grid, embeddings.T, out=scores[:, low : low + len(embeddings)])
         kth = np.partition(scores, len(where) - k, axis=1)[:, len(where) - k]
-        query, row = np.nonzero(scores >= np.maximum(kth, least)[:, None])
-        score = scores[query, row]
-        order = np.lexsort((row, -score, query))
+        query, position = np.nonzero(scores >= np.maximum(kth, least)[:, None])
+        score = scores[query, position]
+        order = np.lexsort((position, -score, query))
         at = place(query[order], len(grid))
         order, at = order[at < k], at[at < k]
         best, positions = np.full((len(grid), k), -np.inf), np.full((len(grid), k), -1, dtype=np.int64)
-        best[query[order], at], positions[query[order], at] = score[order], where[row[order]]
+        best[query[order], at], positions[query[order], at] = score[order], where[position[order]]
         return best, positions
 
     def _ranks(self, grid: Floats, relevant: Sequence[Sequence[int]]) -> Ids:
-        owner = np.repeat(np.arange(len(grid)), [len(rows) for rows in relevant])
-        target = np.fromiter((row for rows in relevant for row in rows), dtype=np.int64, count=len(owner))
+        owner = np.repeat(np.arange(len(grid)), [len(embeddings) for embeddings in relevant])
+        target = np.fromiter(
+            (position for embeddings in relevant for position in embeddings), dtype=np.int64, count=len(owner)
+        )
         if self.live is not None:
             owner, target = owner[self.live[target]], target[self.live[target]]
         if len(np.unique(owner)) != len(grid):
-            raise ClipretError("a query has no relevant row in the gallery: leave it out")
-        score = self._rows.scores(target, owner, grid)
+            raise ClipretError("a query has no relevant embedding in the gallery: leave it out")
+        score = self._embeddings.scores(target, owner, grid)
         order = np.lexsort((target, -score, owner))
         first = order[np.searchsorted(owner[order], np.arange(len(grid)))]
         best, at = score[first], target[first]
         before = np.zeros(len(grid), dtype=np.int64)
-        for block in self._floats.blocks(grid):  # the narrow bounds: a wide one would leave half the rows undecided
+        for block in self._floats.blocks(
+            grid
+        ):  # the narrow bounds: a wide one would leave half the embeddings undecided
             mask = None if self.live is None else self.live[block.start : block.start + block.count]
             pool = candidates(block, best - block.error, mask)
             sure = pool.low > best[pool.query]
             before += np.bincount(pool.query[sure], minlength=len(grid))
-            query, row = pool.query[~sure], pool.row[~sure]
-            exact = self._rows.scores(row, query, grid)
-            ahead = (exact > best[query]) | ((exact == best[query]) & (row < at[query]))
+            query, position = pool.query[~sure], pool.position[~sure]
+            exact = self._embeddings.scores(position, query, grid)
+            ahead = (exact > best[query]) | ((exact == best[query]) & (position < at[query]))
             before += np.bincount(query[ahead], minlength=len(grid))
         return before + 1
 
@@ -285,7 +297,7 @@ class Ranker:
         grid = snap(queries)
         width = self.shards[0].shape[1] if self.shards else None
         if grid.ndim != 2 or (width is not None and grid.shape[1] != width):
-            raise ClipretError(f"queries have shape {grid.shape}, the rows need [Q,{width}]")
+            raise ClipretError(f"queries have shape {grid.shape}, the embeddings need [Q,{width}]")
         if not np.isfinite(grid).all():
             raise ClipretError("a query holds a value that is not finite: its text tower overflowed; export again")
         return grid

@@ -1,4 +1,4 @@
-"""The page that shows what a search found: one HTML file, no network, no script, pictures inside."""
+"""The page that shows what a search found: one HTML file, no network, no script, images inside."""
 
 import base64
 import functools
@@ -15,28 +15,28 @@ from urllib.parse import quote
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.images.decode import jpeg, thumbnail
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.reports.render import render
 from clipret.sources.source import read_stored
 
 __all__ = ["Card", "Section", "write_page"]
 
 SIDE = 256  # longest side of a thumbnail, pixels
-GAP = 10  # between pictures of a row, CSS pixels
+GAP = 10  # between images of a row, CSS pixels
 NAVIGATION_FROM = 9  # sections; fewer are scrolled through sooner than a list of them is read
-# How many times as wide as high a row of pictures should be, on each width of page that the style sheet tells apart.
+# How many times as wide as high a row of images should be, on each width of page that the style sheet tells apart.
 ROWS = {"xl": 10.0, "l": 6.2, "m": 4.4, "s": 2.2}
 
-FOOTER = "Best match first. The score is the cosine similarity of text and picture; a picture links to its file."
+FOOTER = "Best match first. The score is the cosine similarity of text and image; an image links to its file."
 
 
 @dataclass(frozen=True)
 class Card:
-    """One picture found.
+    """One image found.
 
     path: the file on disk, or that of its archive with its name in it; where it is missing or broken, a tile says so.
     label: what is written under it, usually the path relative to the gallery's root. score: cosine similarity.
-    relevant: whether the picture answers the query, None where nobody said. rank: default: the place among the cards.
+    relevant: whether the image answers the query, None where nobody said. rank: default: the place among the cards.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """One query and the pictures it found, best first. `note` stands beside the query; `missed`: pictures that should
+    """One query and the images it found, best first. `note` stands beside the query; `missed`: images that should
     have been among them."""
 
     query: str
@@ -94,9 +94,9 @@ def write_page(
     Raises:
         ClipretError: The page's folder does not exist or cannot be written.
     """
-    if not out.parent.is_dir():  # before all those pictures are decoded
+    if not out.parent.is_dir():  # before all those images are decoded
         raise ClipretError(f"{out.parent} is not a folder: make it first, or write the page somewhere else")
-    # A search for many queries finds some pictures again and again.
+    # A search for many queries finds some images again and again.
     tile = functools.cache(functools.partial(_tile, folder=out.parent.absolute()))
     page = render(
         template,
@@ -139,7 +139,7 @@ def _tile(path: Path, *, folder: Path) -> _Tile:
     """The thumbnail of a file, upright and without its metadata, or the reason why there is none."""
     try:
         image = thumbnail(read_stored(path.parent, path.name).content, SIDE)
-    except PictureError as error:
+    except ImageError as error:
         return _Tile(trouble=str(error))
     return _Tile(
         # Panoramas and pillars get bars beside them rather than a row of their own.
@@ -160,17 +160,17 @@ def _link(path: Path, folder: Path) -> str:
 
 
 def _justify(ratios: Sequence[float], row: float) -> list[str]:
-    """CSS widths of pictures such that they fill rows of nearly equal height from side to side.
+    """CSS widths of images such that they fill rows of nearly equal height from side to side.
 
     A script would measure the window. Without one, widths are made for rows about `row` times as wide as high, and
-    the style sheet chooses among several. Too few pictures for one row do not fill it.
+    the style sheet chooses among several. Too few images for one row do not fill it.
     """
     if not ratios:
         return []
 
     def flaw(rows: list[list[float]]) -> float:
         lengths = [math.log(sum(line) / row) for line in rows]
-        # Short rows make large pictures, which is worse than small ones: few fit on the screen.
+        # Short rows make large images, which is worse than small ones: few fit on the screen.
         return max(max(length, -2 * length) for length in lengths) + max(lengths) - min(lengths)
 
     guess = int(sum(ratios) / row)
@@ -180,13 +180,13 @@ def _justify(ratios: Sequence[float], row: float) -> list[str]:
         scale = max(sum(line), row) if len(rows) == 1 else sum(line)
         for ratio in line:
             share = ratio / scale
-            # 0.01 % less, lest rounding push the last picture of a row into the next.
+            # 0.01 % less, lest rounding push the last image of a row into the next.
             widths.append(f"calc({100 * share - 0.01:.2f}% - {GAP * (len(line) - 1) * share:.2f}px)")
     return widths
 
 
 def _split(ratios: Sequence[float], count: int) -> list[list[float]]:
-    """Pictures in order, in at most `count` rows of nearly equal sums."""
+    """Images in order, in at most `count` rows of nearly equal sums."""
     total = sum(ratios)
     rows: defaultdict[int, list[float]] = defaultdict(list)
     for ratio, end in zip(ratios, accumulate(ratios), strict=True):

@@ -1,16 +1,16 @@
-"""One ranking from several: galleries of different models, and result files, over the same pictures.
+"""One ranking from several: galleries of different models, and result files, over the same images.
 
-Pictures are matched by their stored path. Of several galleries those pictures count that all of them hold.
+Images are matched by their stored path. Of several galleries those images count that all of them hold.
 
     sum   the weighted sum of the similarities; right where the models have similar scales
     z     the same with each query's similarities brought to mean 0 and deviation 1 over the gallery, or over the
           list where the source is a file; no model then outweighs another by its scale alone
     rrf   reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009): the sum of weight / (60 + rank) over the
-          sources that have the picture among their first `depth`; needs no scores
+          sources that have the image among their first `depth`; needs no scores
 
-The first two are exact: lists are lengthened until no picture outside them could still be among the first k (the
+The first two are exact: lists are lengthened until no image outside them could still be among the first k (the
 threshold algorithm of Fagin, Lotem and Naor, 2001), which is seldom far. Where a result file does not
-list a picture, its score there is taken to be that of the last picture that it lists.
+list an image, its score there is taken to be that of the last image that it lists.
 """
 
 from collections import defaultdict
@@ -23,23 +23,23 @@ import numpy as np
 
 from clipret.arrays import Floats, Ids
 from clipret.errors import ClipretError
+from clipret.ranking.embedding_shards import EmbeddingShards, widened
 from clipret.ranking.ranker import snap
-from clipret.ranking.rows import StoredRows, widened
-from clipret.search.results import Found
+from clipret.search.results import RankedPaths
 from clipret.search.searcher import Searcher
 
-__all__ = ["HOW", "How", "Source", "merge"]
+__all__ = ["HOW", "FusionSource", "How", "merge"]
 
 How = Literal["sum", "z", "rrf"]
 HOW: tuple[How, ...] = ("sum", "z", "rrf")
 
 _RRF = 60  # of the paper: the first rank counts 2 % more than the second
 _QUERIES = 64  # queries at a time
-_ROWS = 16384  # rows whose scores are summed up at a time
+_ROWS = 16384  # embeddings whose scores are summed up at a time
 
 
 @dataclass
-class Source:
+class FusionSource:
     """A gallery or a result file, its weight, and the texts that it answers (None: all).
 
     `name` is for messages. Exactly one of `searcher` and `results` is given.
@@ -47,7 +47,7 @@ class Source:
 
     name: str
     searcher: Searcher | None = None
-    results: dict[str, Found] | None = None
+    results: dict[str, RankedPaths] | None = None
     weight: float = 1.0
     answers: frozenset[str] | None = field(default=None, repr=False)
 
@@ -60,12 +60,12 @@ class Source:
 
 
 def merge(
-    sources: Sequence[Source], texts: Sequence[str], k: int = 10, *, how: How = "z", depth: int = 1000
-) -> list[Found]:
-    """The k best pictures of each text by all sources that answer it, best first; ties by age in the first gallery.
+    sources: Sequence[FusionSource], texts: Sequence[str], k: int = 10, *, how: How = "z", depth: int = 1000
+) -> list[RankedPaths]:
+    """The k best images of each text by all sources that answer it, best first; ties by age in the first gallery.
 
     `depth` is of rrf alone. Raises ClipretError when a text has no source, a result file lacks a text or has no
-    scores where they are needed, and when the galleries have no picture in common.
+    scores where they are needed, and when the galleries have no image in common.
     """
     if k < 1:
         raise ClipretError(f"k is {k}: ask for at least one result")
@@ -81,7 +81,7 @@ def merge(
             if results is not None and how != "rrf" and results[text].scores is None:
                 raise ClipretError(f"{sources[number].name} has no scores: merge it with rrf, which needs none")
         groups[chosen].append(at)
-    merged: dict[int, Found] = {}
+    merged: dict[int, RankedPaths] = {}
     for chosen, places in groups.items():
         fusion = _Fusion([sources[number] for number in chosen], how, max(depth, k))
         for low in range(0, len(places), _QUERIES):
@@ -90,10 +90,10 @@ def merge(
     return [merged[at] for at in range(len(texts))]
 
 
-class _Pictures:
-    """The pictures that count, numbered: all that every gallery holds, or all that some result lists."""
+class _CommonImages:
+    """The images that count, numbered: all that every gallery holds, or all that some result lists."""
 
-    def __init__(self, sources: Sequence[Source], texts: Sequence[str] | None) -> None:
+    def __init__(self, sources: Sequence[FusionSource], texts: Sequence[str] | None) -> None:
         searchers = [source.searcher for source in sources if source.searcher is not None]
         held = [searcher.gallery.ids_by_path() for searcher in searchers]
         if held:
@@ -104,12 +104,12 @@ class _Pictures:
             self.paths = list(dict.fromkeys(path for paths in lists for path in paths))
         if not self.paths:
             raise ClipretError(
-                f"{' and '.join(source.name for source in sources)} have no picture in common: index them from the "
-                "same folder, so that the same picture has the same path"
+                f"{' and '.join(source.name for source in sources)} have no image in common: index them from the "
+                "same folder, so that the same image has the same path"
             )
         self.number = {path: at for at, path in enumerate(self.paths)}
-        self.positions: list[Ids] = []  # of each gallery: the position of each picture in it
-        self.numbers: list[Ids] = []  # of each gallery: the picture at each position, -1 for one that does not count
+        self.positions: list[Ids] = []  # of each gallery: the position of each image in it
+        self.numbers: list[Ids] = []  # of each gallery: the image at each position, -1 for one that does not count
         for searcher, ids in zip(searchers, held, strict=True):
             stored = searcher.stored.ids
             positions = np.searchsorted(stored, np.array([ids[path] for path in self.paths]))
@@ -122,7 +122,7 @@ class _Pictures:
 class _Fusion:
     """The merging of some sources; they are the same for all texts that it is asked for."""
 
-    def __init__(self, sources: Sequence[Source], how: How, depth: int) -> None:
+    def __init__(self, sources: Sequence[FusionSource], how: How, depth: int) -> None:
         self.how: How = how
         self.depth = depth
         self.sources = sources
@@ -130,42 +130,42 @@ class _Fusion:
         self.files = [(source, source.results) for source in sources if source.results is not None]
 
     @cached_property
-    def pictures(self) -> _Pictures:
-        return _Pictures(self.sources, None)
+    def images(self) -> _CommonImages:
+        return _CommonImages(self.sources, None)
 
     @cached_property
-    def rows(self) -> list[StoredRows]:
-        return [StoredRows(searcher.ranker.shards) for _, searcher in self.galleries]
+    def embeddings(self) -> list[EmbeddingShards]:
+        return [EmbeddingShards(searcher.ranker.shards) for _, searcher in self.galleries]
 
     @cached_property
     def moments(self) -> list[tuple[Floats, Floats]]:
-        """Of each gallery the mean [D] and the covariance [D,D] of the rows that count: a query's similarities have the
+        """Of each gallery the mean [D] and the covariance [D,D] of the embeddings that count: a query's similarities have the
         mean q·m and the variance q·C·q."""
         found = []
-        for rows, positions in zip(self.rows, self.pictures.positions, strict=True):
-            D = rows.shards[0].shape[1]
+        for embeddings, positions in zip(self.embeddings, self.images.positions, strict=True):
+            D = embeddings.shards[0].shape[1]
             total, square = np.zeros(D), np.zeros((D, D))
             order = np.sort(positions)
             for low in range(0, len(order), _ROWS):
-                part = widened(rows.take(order[low : low + _ROWS])).astype(np.float64)
+                part = widened(embeddings.take(order[low : low + _ROWS])).astype(np.float64)
                 total += part.sum(axis=0)
                 square += part.T @ part
             mean = total / len(order)
             found.append((mean, square / len(order) - np.outer(mean, mean)))
         return found
 
-    def ranked(self, texts: Sequence[str], k: int) -> list[Found]:
-        pictures = self.pictures if self.galleries else _Pictures(self.sources, texts)
+    def ranked(self, texts: Sequence[str], k: int) -> list[RankedPaths]:
+        images = self.images if self.galleries else _CommonImages(self.sources, texts)
         queries = [snap(searcher.embed(texts)) for _, searcher in self.galleries]
         if self.how == "rrf":
-            return list(self._fused_ranks(pictures, texts, queries, k))
-        listed = [[_listed(results[text], pictures, self.how) for text in texts] for _, results in self.files]
-        scales = [self._scale(at, rows) for at, rows in enumerate(queries)]
-        found: list[Found | None] = [None] * len(texts)
-        depth, count = max(2 * k, 64), len(pictures.paths)
+            return list(self._fused_ranks(images, texts, queries, k))
+        listed = [[_listed(results[text], images, self.how) for text in texts] for _, results in self.files]
+        scales = [self._scale(at, embeddings) for at, embeddings in enumerate(queries)]
+        found: list[RankedPaths | None] = [None] * len(texts)
+        depth, count = max(2 * k, 64), len(images.paths)
         left = list(range(len(texts)))
         while left:
-            tops = [self._top(pictures, at, rows[left], depth) for at, rows in enumerate(queries)]
+            tops = [self._top(images, at, embeddings[left], depth) for at, embeddings in enumerate(queries)]
             unsure = []
             for line, text in enumerate(left):
                 lists = [top[1][line] for top in tops] + [file[text].numbers for file in listed]
@@ -174,7 +174,7 @@ class _Fusion:
                 for at, (source, _) in enumerate(self.galleries):
                     mean, deviation = scales[at][0][text], scales[at][1][text]
                     owner = np.full(len(numbers), text)
-                    own = self.rows[at].scores(pictures.positions[at][numbers], owner, queries[at])
+                    own = self.embeddings[at].scores(images.positions[at][numbers], owner, queries[at])
                     total += source.weight * ((own - mean) / deviation)
                     bound += source.weight * ((tops[at][0][line][-1] - mean) / deviation)
                 for (source, _), file in zip(self.files, listed, strict=True):
@@ -184,8 +184,8 @@ class _Fusion:
                 # Every operation above is monotone, rounding included: what is not listed has at most `bound`.
                 sure = not tops or depth >= count or (len(order) == k and total[order[-1]] > bound)
                 if sure:
-                    names = tuple(pictures.paths[number] for number in numbers[order])
-                    found[text] = Found(names, tuple(total[order].tolist()))
+                    names = tuple(images.paths[number] for number in numbers[order])
+                    found[text] = RankedPaths(names, tuple(total[order].tolist()))
                 else:
                     unsure.append(text)
             left, depth = unsure, 4 * depth
@@ -199,33 +199,33 @@ class _Fusion:
         variance = np.maximum(np.einsum("qd,de,qe->q", queries, covariance, queries), 0)
         return queries @ mean, _or_one(np.sqrt(variance))
 
-    def _top(self, pictures: _Pictures, at: int, queries: Floats, depth: int) -> tuple[Floats, Ids]:
-        """The first pictures of a gallery, by their numbers, among those that count."""
+    def _top(self, images: _CommonImages, at: int, queries: Floats, depth: int) -> tuple[Floats, Ids]:
+        """The first images of a gallery, by their numbers, among those that count."""
         _, searcher = self.galleries[at]
-        scores, positions = searcher.ranker.rank(queries, depth, among=pictures.numbers[at] >= 0)
-        return scores, pictures.numbers[at][positions]
+        scores, positions = searcher.ranker.rank(queries, depth, among=images.numbers[at] >= 0)
+        return scores, images.numbers[at][positions]
 
     def _fused_ranks(
-        self, pictures: _Pictures, texts: Sequence[str], queries: Sequence[Floats], k: int
-    ) -> Iterator[Found]:
-        tops = [self._top(pictures, at, rows, self.depth)[1] for at, rows in enumerate(queries)]
+        self, images: _CommonImages, texts: Sequence[str], queries: Sequence[Floats], k: int
+    ) -> Iterator[RankedPaths]:
+        tops = [self._top(images, at, embeddings, self.depth)[1] for at, embeddings in enumerate(queries)]
         for line, text in enumerate(texts):
             fused = defaultdict[int, float](float)
             lists = [(source, top[line].tolist()) for (source, _), top in zip(self.galleries, tops, strict=True)]
             for source, results in self.files:
-                known = [pictures.number.get(path, -1) for path in results[text].paths[: self.depth]]
+                known = [images.number.get(path, -1) for path in results[text].paths[: self.depth]]
                 lists.append((source, known))
             for source, numbers in lists:
                 for rank, number in enumerate(numbers, 1):
                     if number >= 0:
                         fused[number] += source.weight / (_RRF + rank)
             best = sorted(fused, key=lambda number: (-fused[number], number))[:k]
-            yield Found(tuple(pictures.paths[number] for number in best), tuple(fused[number] for number in best))
+            yield RankedPaths(tuple(images.paths[number] for number in best), tuple(fused[number] for number in best))
 
 
 @dataclass(frozen=True)
 class _Listed:
-    """What a file says of one text: numbers of pictures, ascending, their scores, and the score of any other."""
+    """What a file says of one text: numbers of images, ascending, their scores, and the score of any other."""
 
     numbers: Ids
     values: Floats
@@ -238,11 +238,11 @@ class _Listed:
         return scores
 
 
-def _listed(found: Found, pictures: _Pictures, how: How) -> _Listed:
+def _listed(found: RankedPaths, images: _CommonImages, how: How) -> _Listed:
     values = np.array(found.scores or (), dtype=np.float64)
     if how == "z" and len(values):
         values = (values - values.mean()) / float(_or_one(np.array([values.std()]))[0])
-    numbers = np.array([pictures.number.get(path, -1) for path in found.paths], dtype=np.int64)
+    numbers = np.array([images.number.get(path, -1) for path in found.paths], dtype=np.int64)
     order = np.argsort(numbers)
     order = order[numbers[order] >= 0]
     return _Listed(numbers[order], values[order], float(values.min()) if len(values) else 0.0)

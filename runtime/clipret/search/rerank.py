@@ -2,16 +2,16 @@
 
 Three steps, taken in this order where they are asked for:
 
-    adapt       each query moves towards what its own first pictures have in common
-    hubness     pictures that are near to every text ("hubs") lose some of their score
-    reciprocal  the first pictures are ordered anew by the neighbours that they share
+    adapt       each query moves towards what its own first images have in common
+    hubness     images that are near to every text ("hubs") lose some of their score
+    reciprocal  the first images are ordered anew by the neighbours that they share
 
-What a step looks at beside the query and one picture is said with it. A step that looks at the gallery gives another
+What a step looks at beside the query and one image is said with it. A step that looks at the gallery gives another
 answer in another gallery; one that is *transductive over the queries* gives a query another answer beside other
 queries, which may be against the rules of a competition and cannot be had where queries come one at a time. With
 fixed reference queries, such as the captions of the training data, hubness is not transductive.
 
-Only numpy, and no more memory than `_SCORES` scores at a time, whatever the number of rows and queries.
+Only numpy, and no more memory than `_SCORES` scores at a time, whatever the number of embeddings and queries.
 """
 
 import math
@@ -26,33 +26,33 @@ from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Stored
 from clipret.ranking.candidates import place
+from clipret.ranking.embedding_shards import EmbeddingShards, widened
 from clipret.ranking.ranker import Ranker, snap
-from clipret.ranking.rows import StoredRows, widened
 
-__all__ = ["HUBNESS", "Hubness", "Rerank", "Reranker", "adapted", "reciprocal_order"]
+__all__ = ["HUBNESS", "Hubness", "Rerank", "Reranker", "adapted", "k_reciprocal_order"]
 
 Hubness = Literal["none", "nnn", "dual-softmax"]
 HUBNESS: tuple[Hubness, ...] = ("none", "nnn", "dual-softmax")
 
 _SCORES = 1 << 22  # scores held at a time: 32 MiB
-_ROWS = 8192  # rows widened at a time: 32 MiB at 512 dimensions
+_ROWS = 8192  # embeddings widened at a time: 32 MiB at 512 dimensions
 
 
 @dataclass(frozen=True)
 class Rerank:
     """Which steps are taken, and how. The defaults take none: an exact ranking by cosine.
 
-    adapt: so many first pictures adapt each query, 50 is usual; 0 for none. adapt_weight: see `adapted`. Looks at the
+    adapt: so many first images adapt each query, 50 is usual; 0 for none. adapt_weight: see `adapted`. Looks at the
     gallery, not at other queries.
 
     hubness "nnn": nearest neighbour normalisation (Chowdhury et al., Nearest Neighbor Normalization Improves Multimodal
-    Retrieval, 2024): a picture's score loses `strength` times the mean of its `neighbours` best scores over the
+    Retrieval, 2024): an image's score loses `strength` times the mean of its `neighbours` best scores over the
     reference queries. "dual-softmax" (Cheng et al., Improving Video-Text Retrieval by Multi-Stream Corpus Alignment
-    and Dual Softmax Loss, 2021): a score is multiplied by the softmax, over the reference queries, of the picture's
+    and Dual Softmax Loss, 2021): a score is multiplied by the softmax, over the reference queries, of the image's
     scores times `temperature`; a score below zero stays as it is. Both are transductive over the queries
     where the reference queries are the queries themselves.
 
-    reciprocal: so many first pictures are ordered anew (see `reciprocal_order`), 100 is usual; 0 for none. k1, k2,
+    reciprocal: so many first images are ordered anew (see `k_reciprocal_order`), 100 is usual; 0 for none. k1, k2,
     share: its parameters, as Zhong et al. set them. Looks at the gallery, not at other queries.
     """
 
@@ -95,29 +95,29 @@ class Reranker:
     def __init__(self, stored: Stored, ranker: Ranker, how: Rerank, reference: npt.ArrayLike | None = None) -> None:
         self.how = how
         self._ranker = ranker
-        self._rows = StoredRows(ranker.shards)
+        self._embeddings = EmbeddingShards(ranker.shards)
         self._live = stored.live
         self._hub = None if reference is None or how.hubness == "none" else self._measured(snap(reference))
 
     def rank(self, queries: npt.ArrayLike, k: int, *, among: Mask | None = None) -> tuple[Floats, Ids]:
-        """The k best rows of each query, best first, ties by position: scores float64 [Q,K] and positions int64 [Q,K].
+        """The k best embeddings of each query, best first, ties by position: scores float64 [Q,K] and positions int64 [Q,K].
 
-        `among`: bool [N], the rows that may be found. A score is what the last step made of it: a cosine, a cosine less
-        a picture's hubness, or 1 less the distance of `reciprocal_order`. Raises ClipretError as `Ranker.rank` does.
+        `among`: bool [N], the embeddings that may be found. A score is what the last step made of it: a cosine, a cosine less
+        an image's hubness, or 1 less the distance of `k_reciprocal_order`. Raises ClipretError as `Ranker.rank` does.
         """
         how = self.how
-        rows = snap(queries)
-        if how.adapt and len(rows):
-            scores, positions = self._ranker.rank(rows, how.adapt, among=among)
-            rows = snap([self._adapt(*line) for line in zip(rows, scores, positions, strict=True)])
+        embeddings = snap(queries)
+        if how.adapt and len(embeddings):
+            scores, positions = self._ranker.rank(embeddings, how.adapt, among=among)
+            embeddings = snap([self._adapt(*line) for line in zip(embeddings, scores, positions, strict=True)])
         depth = max(k, how.reciprocal)
         if how.hubness == "none":
-            scores, positions = self._ranker.rank(rows, depth, among=among)
+            scores, positions = self._ranker.rank(embeddings, depth, among=among)
         else:
-            self._ranker.rank(rows[:1], 1)  # refuses what is no query, in the ranker's words
-            scores, positions = self._scan(rows, depth, self._adjustment(rows), among)
+            self._ranker.rank(embeddings[:1], 1)  # refuses what is no query, in the ranker's words
+            scores, positions = self._scan(embeddings, depth, self._adjustment(embeddings), among)
         if how.reciprocal:
-            for query in range(len(rows)):
+            for query in range(len(embeddings)):
                 found = positions[query] >= 0
                 head = np.flatnonzero(found)[: how.reciprocal]
                 if len(head):
@@ -126,11 +126,11 @@ class Reranker:
         return scores[:, :k], positions[:, :k]
 
     def _take(self, positions: Ids) -> Floats:
-        """The rows float64 [P,D] at positions in any order."""
+        """The embeddings float64 [P,D] at positions in any order."""
         order = np.argsort(positions)
-        rows = np.empty((len(positions), self._rows.shards[0].shape[1]))
-        rows[order] = self._rows.take(positions[order])
-        return rows
+        embeddings = np.empty((len(positions), self._embeddings.shards[0].shape[1]))
+        embeddings[order] = self._embeddings.take(positions[order])
+        return embeddings
 
     def _adapt(self, query: Floats, scores: Floats, positions: Ids) -> Floats:
         found = positions >= 0
@@ -140,25 +140,25 @@ class Reranker:
 
     def _reorder(self, scores: Floats, positions: Ids) -> tuple[Ids, Floats]:
         how = self.how
-        distance = reciprocal_order(scores, self._take(positions), k1=how.k1, k2=how.k2, share=how.share)
+        distance = k_reciprocal_order(scores, self._take(positions), k1=how.k1, k2=how.k2, share=how.share)
         order = np.lexsort((positions, distance))
         return order, 1 - distance[order]
 
     def _blocks(self, queries: int) -> Iterator[tuple[int, Floats]]:
-        """The first position and the rows, float64 [n,D], of each block, small enough for so many queries."""
+        """The first position and the embeddings, float64 [n,D], of each block, small enough for so many queries."""
         step = max(1, min(_ROWS, _SCORES // max(queries, 1)))
         for start in range(0, self._ranker.count, step):
             positions = np.arange(start, min(start + step, self._ranker.count))
-            yield start, widened(self._rows.take(positions)).astype(np.float64)
+            yield start, widened(self._embeddings.take(positions)).astype(np.float64)
 
     def _measured(self, reference: Floats) -> Floats:
-        """What hubness takes from each row's scores, float64 [N]; see `_adjustment`."""
+        """What hubness takes from each embedding's scores, float64 [N]; see `_adjustment`."""
         if not len(reference):
             raise ClipretError("there are no queries to measure hubness with: name some")
         hub = np.empty(self._ranker.count)
         nearest = min(self.how.neighbours, len(reference))
-        for start, rows in self._blocks(len(reference)):
-            scores = reference @ rows.T  # [R,n], exact
+        for start, embeddings in self._blocks(len(reference)):
+            scores = reference @ embeddings.T  # [R,n], exact
             if self.how.hubness == "nnn":
                 best = np.partition(scores, len(reference) - nearest, axis=0)[len(reference) - nearest :]
                 values = self.how.strength * best.mean(axis=0)
@@ -166,12 +166,12 @@ class Reranker:
                 heat = self.how.temperature * scores
                 top = heat.max(axis=0)
                 values = top + np.log(np.exp(heat - top).sum(axis=0))
-            hub[start : start + len(rows)] = values
-        # Of nnn: on the grid of the scores a difference has no rounding either, so that equal rows still tie.
+            hub[start : start + len(embeddings)] = values
+        # Of nnn: on the grid of the scores a difference has no rounding either, so that equal embeddings still tie.
         return snap(hub) if self.how.hubness == "nnn" else hub
 
     def _adjustment(self, queries: Floats) -> Callable[[Floats, int], Floats]:
-        """What turns exact scores [Q,n] of the rows from a position on into those that count."""
+        """What turns exact scores [Q,n] of the embeddings from a position on into those that count."""
         hub = self._measured(queries) if self._hub is None else self._hub
         if self.how.hubness == "nnn":
             return lambda scores, start: scores - hub[start : start + scores.shape[1]]
@@ -185,25 +185,25 @@ class Reranker:
     def _scan(
         self, queries: Floats, k: int, adjust: Callable[[Floats, int], Floats], among: Mask | None
     ) -> tuple[Floats, Ids]:
-        """As `Ranker.rank`, by adjusted scores: every row against every query, block by block."""
+        """As `Ranker.rank`, by adjusted scores: every embedding against every query, block by block."""
         allowed = self._live if among is None else among if self._live is None else among & self._live
         found = self._ranker.count if allowed is None else int(allowed.sum())
         k = min(k, found)
         best, at = np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1, dtype=np.int64)
         if not k:
             return best, at
-        for start, rows in self._blocks(len(queries) + k):
-            scores = adjust(queries @ rows.T, start)  # [Q,n]
+        for start, embeddings in self._blocks(len(queries) + k):
+            scores = adjust(queries @ embeddings.T, start)  # [Q,n]
             if allowed is not None:
-                scores[:, ~allowed[start : start + len(rows)]] = -np.inf
+                scores[:, ~allowed[start : start + len(embeddings)]] = -np.inf
             worth = scores > best[:, -1:]  # an equal one further back does not come before
-            if len(rows) > k:  # nor do those that k of this very block surpass
-                worth &= scores >= np.partition(scores, len(rows) - k, axis=1)[:, len(rows) - k, None]
-            query, row = np.nonzero(worth)
+            if len(embeddings) > k:  # nor do those that k of this very block surpass
+                worth &= scores >= np.partition(scores, len(embeddings) - k, axis=1)[:, len(embeddings) - k, None]
+            query, position = np.nonzero(worth)
             old, rank = np.nonzero(at >= 0)
             owner = np.concatenate([old, query])
-            score = np.concatenate([best[old, rank], scores[query, row]])
-            where = np.concatenate([at[old, rank], row + start])
+            score = np.concatenate([best[old, rank], scores[query, position]])
+            where = np.concatenate([at[old, rank], position + start])
             order = np.lexsort((where, -score, owner))
             seat = place(owner[order], len(queries))
             order, seat = order[seat < k], seat[seat < k]
@@ -211,17 +211,17 @@ class Reranker:
         return best, at
 
 
-def adapted(query: Floats, rows: Floats, scores: Floats, weight: float) -> Floats:
-    """A query [D] moved towards its first pictures [n,D]: a unit row [D].
+def adapted(query: Floats, embeddings: Floats, scores: Floats, weight: float) -> Floats:
+    """A query [D] moved towards its first images [n,D]: a unit embedding [D].
 
     It becomes (1 - weight) times itself plus weight times the first principal component, through the origin, of the
-    pictures weighted by their scores [n]: pseudo relevance feedback, as a winning solution of the traffic retrieval
-    challenge used it with the 50 first pictures. Helps where most of those are right and harms where they are not.
+    images weighted by their scores [n]: pseudo relevance feedback, as a winning solution of the traffic retrieval
+    challenge used it with the 50 first images. Helps where most of those are right and harms where they are not.
     """
     weights = np.maximum(scores, 0)
     if not weights.any():
         return query
-    weighted = weights[:, None] * rows
+    weighted = weights[:, None] * embeddings
     _, vectors = np.linalg.eigh(weighted @ weighted.T)  # [n,n] rather than [D,D]
     component = weighted.T @ vectors[:, -1]
     component *= np.sign(component @ weighted.sum(axis=0)) / np.linalg.norm(component)
@@ -229,19 +229,19 @@ def adapted(query: Floats, rows: Floats, scores: Floats, weight: float) -> Float
     return mixed / np.linalg.norm(mixed)
 
 
-def reciprocal_order(scores: Floats, rows: Floats, *, k1: int = 20, k2: int = 6, share: float = 0.3) -> Floats:
-    """The distance, 0 to 1, of a query to each of its first n pictures by the neighbours they share; float64 [n].
+def k_reciprocal_order(scores: Floats, embeddings: Floats, *, k1: int = 20, k2: int = 6, share: float = 0.3) -> Floats:
+    """The distance, 0 to 1, of a query to each of its first n images by the neighbours they share; float64 [n].
 
-    `scores` [n]: falling, of the query and each picture; `rows` [n,D]: the pictures' unit rows. After Zhong et al.,
-    Re-ranking Person Re-identification with k-reciprocal Encoding, 2017, computed within the n pictures: each is
+    `scores` [n]: falling, of the query and each image; `embeddings` [n,D]: the images' unit embeddings. After Zhong et al.,
+    Re-ranking Person Re-identification with k-reciprocal Encoding, 2017, computed within the n images: each is
     described by those that are among its k1 nearest and have it among theirs, widened by what their own k1/2 nearest
     agree on and averaged over its k2 nearest; the distance is (1 - share) times Jaccard's distance of the descriptions
-    plus share times the original one. There a query is a picture too. A text is never among a picture's neighbours,
-    since all pictures are nearer to it than any text; so the text's own neighbours are its k1 first pictures,
+    plus share times the original one. There a query is an image too. A text is never among an image's neighbours,
+    since all images are nearer to it than any text; so the text's own neighbours are its k1 first images,
     reciprocal or not, and its original distance is its score from the best (0) to the worst (1) of the n.
     """
     n = len(scores)
-    near = rows @ rows.T
+    near = embeddings @ embeddings.T
     rank = np.empty((n, n), dtype=np.int64)
     order = np.argsort(-near, axis=1, kind="stable")
     np.put_along_axis(rank, order, np.arange(n)[None], axis=1)

@@ -17,7 +17,7 @@ import msgspec
 from clipret.errors import ClipretError
 from clipret.schema import checked
 
-__all__ = ["Found", "as_results", "read_results"]
+__all__ = ["RankedPaths", "as_results", "read_results"]
 
 
 class _Hit(msgspec.Struct, frozen=True):
@@ -32,9 +32,9 @@ class _Entry(msgspec.Struct, frozen=True):
     query: str
     hits: list[_Hit]
 
-    def found(self) -> "Found":
+    def found(self) -> "RankedPaths":
         hits = sorted(self.hits, key=lambda hit: hit.rank)
-        return Found(tuple(hit.path for hit in hits), tuple(hit.score for hit in hits))
+        return RankedPaths(tuple(hit.path for hit in hits), tuple(hit.score for hit in hits))
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -43,8 +43,8 @@ class _Answer(msgspec.Struct, frozen=True):
     query: str = msgspec.field(name="text")
     image_names: list[str]
 
-    def found(self) -> "Found":
-        return Found(tuple(self.image_names), None)
+    def found(self) -> "RankedPaths":
+        return RankedPaths(tuple(self.image_names), None)
 
 
 class _Answers(msgspec.Struct, frozen=True):
@@ -52,14 +52,14 @@ class _Answers(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Found:
-    """The pictures that one query found, best first; `scores` is None where the file has none."""
+class RankedPaths:
+    """The images that one query found, best first; `scores` is None where the file has none."""
 
     paths: tuple[str, ...]
     scores: tuple[float, ...] | None
 
 
-def as_results(queries: Iterable[str], found: Iterable[Found]) -> list[dict[str, object]]:
+def as_results(queries: Iterable[str], found: Iterable[RankedPaths]) -> list[dict[str, object]]:
     """What a result file holds."""
     return [
         {
@@ -73,11 +73,11 @@ def as_results(queries: Iterable[str], found: Iterable[Found]) -> list[dict[str,
     ]
 
 
-def read_results(path: Path) -> dict[str, Found]:
+def read_results(path: Path) -> dict[str, RankedPaths]:
     """What each query of a file found.
 
-    Raises ClipretError for what is no result file and, naming the query, for a picture that is listed twice, scores
-    that rise, and a query that is there twice with different pictures.
+    Raises ClipretError for what is no result file and, naming the query, for an image that is listed twice, scores
+    that rise, and a query that is there twice with different images.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -85,7 +85,7 @@ def read_results(path: Path) -> dict[str, Found]:
         raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ClipretError(f"{path} is not JSON ({error}): name a result file or a gallery") from None
-    results: dict[str, Found] = {}
+    results: dict[str, RankedPaths] = {}
     entries: Sequence[_Entry | _Answer]
     try:
         entries = checked(value, _Answers).results if isinstance(value, dict) else checked(value, list[_Entry])
@@ -101,7 +101,7 @@ def read_results(path: Path) -> dict[str, Found]:
         if found.scores is not None and not _falls(found.scores):
             raise ClipretError(f"{where} has scores that rise or are no numbers: mend the file")
         if results.setdefault(query, found) != found:
-            raise ClipretError(f"{where} is there twice with different pictures: remove one")
+            raise ClipretError(f"{where} is there twice with different images: remove one")
     if not results:
         raise ClipretError(f"{path} holds no queries: make it again")
     return results

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from clipret.arrays import Floats, Ids
-from clipret.gallery.database import Picture
+from clipret.gallery.database import ImageRecord
 from clipret.sources.item import Value
 
 __all__ = ["Searchable"]
@@ -70,7 +70,7 @@ class Searchable(Protocol):
         """
         ...
 
-    def records(self, ids: Sequence[int]) -> dict[int, Picture]:
+    def records(self, ids: Sequence[int]) -> dict[int, ImageRecord]:
         """Path, size, time and hash of those of these images that are there."""
         ...
 
@@ -78,7 +78,7 @@ class Searchable(Protocol):
         """Every column of those of these images that are there, None where an image has no value."""
         ...
 
-    def row(self, number: int) -> Floats:
+    def embedding(self, number: int) -> Floats:
         """The stored embedding of an image, float64 [D]. Raises ClipretError where there is no such image."""
         ...
 

@@ -1,4 +1,4 @@
-"""Search over a gallery: embed texts and pictures, mix them where asked, rank all stored rows exactly."""
+"""Search over a gallery: embed texts and images, mix them where asked, rank all stored embeddings exactly."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from clipret.arrays import Floats
 from clipret.bundle import check_bundle
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Gallery, Stored, id_of, stored_path
-from clipret.images.walk import PictureFile
+from clipret.images.walk import ImageFile
 from clipret.inference.encoder import Encoder
 from clipret.ranking.ranker import Ranker
 from clipret.search.searchable import Searchable
@@ -22,7 +22,7 @@ from clipret.search.snapshot import GallerySnapshot
 
 __all__ = ["Forms", "Hit", "Part", "Query", "Searcher"]
 
-Picture = Path | bytes | Image.Image | npt.NDArray[np.uint8]
+ImageInput = Path | bytes | Image.Image | npt.NDArray[np.uint8]
 Forms = Sequence[str] | Callable[[str], Sequence[str]]
 """Templates with a {}, or what gives each text the forms that are embedded in its place."""
 
@@ -31,12 +31,12 @@ _REMEMBERED = 16384  # embedded texts that a searcher keeps: 64 MiB at 512 dimen
 
 @dataclass(frozen=True)
 class Part:
-    """A text, or a picture (its path, its file's bytes, a Pillow picture or uint8 [H,W,3]), and its weight in a query.
+    """A text, or an image (its path, its file's bytes, a Pillow image or uint8 [H,W,3]), and its weight in a query.
 
     A negative weight moves the query away from it.
     """
 
-    content: str | Picture
+    content: str | ImageInput
     weight: float = 1.0
 
 
@@ -52,7 +52,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Hit:
-    """One picture found: rank from 1, its id and path in the gallery, the cosine of the stored row and the query."""
+    """One image found: rank from 1, its id and path in the gallery, the cosine of the stored embedding and the query."""
 
     rank: int
     id: int
@@ -129,16 +129,16 @@ class Searcher:
         exclude: Collection[int] = (),
         min_score: float | None = None,
     ) -> list[list[Hit]]:
-        """The k best pictures of each query, best first, ties by id; fewer where fewer are allowed.
+        """The k best images of each query, best first, ties by id; fewer where fewer are allowed.
 
         `where`: an SQL expression over the columns of the gallery, such as  camera = 'A3' and hour < 6;  `exclude`: ids
         that are not wanted; `min_score`: the least cosine that counts.
-        Raises ClipretError for a blank text, a picture that cannot be decoded, k < 1 or a wrong expression.
+        Raises ClipretError for a blank text, an image that cannot be decoded, k < 1 or a wrong expression.
         """
-        rows = self.embed(queries)
-        return self.search_rows(rows, k, where=where, exclude=exclude, min_score=min_score)
+        embeddings = self.embed(queries)
+        return self.search_embeddings(embeddings, k, where=where, exclude=exclude, min_score=min_score)
 
-    def search_rows(
+    def search_embeddings(
         self,
         queries: npt.NDArray[np.floating],
         k: int = 10,
@@ -169,7 +169,7 @@ class Searcher:
         return lines
 
     def among(self, where: str | None = None, exclude: Collection[int] = ()) -> npt.NDArray[np.bool_] | None:
-        """Which rows may be found, bool [N]; None for all. Raises ClipretError for a wrong expression."""
+        """Which embeddings may be found, bool [N]; None for all. Raises ClipretError for a wrong expression."""
         return self.snapshot.filter(where, exclude)
 
     def find(self, files: Mapping[str, Path]) -> dict[str, tuple[str, int]]:
@@ -188,22 +188,22 @@ class Searcher:
         return id_of(name, self.searched.root, self.searched.ids_of, self.searched.name)
 
     def embed(self, queries: Sequence[str | Query]) -> Floats:
-        """Unit rows float64 [Q,D]. Raises ClipretError as `search` does, and where the parts of a query cancel out."""
+        """Unit embeddings float64 [Q,D]. Raises ClipretError as `search` does, and where the parts of a query cancel out."""
         asked = [Query((Part(query),)) if isinstance(query, str) else query for query in queries]
         parts = [part for query in asked for part in query.parts]
         texts = self._embed_texts([part.content for part in parts if isinstance(part.content, str)])
-        pictures = iter(self._embed_pictures([part.content for part in parts if not isinstance(part.content, str)]))
-        rows = np.zeros((len(asked), self.encoder.bundle.manifest.embedding_dim))
-        for row, query in zip(rows, asked, strict=True):
+        images = iter(self._embed_images([part.content for part in parts if not isinstance(part.content, str)]))
+        embeddings = np.zeros((len(asked), self.encoder.bundle.manifest.embedding_dim))
+        for vector, query in zip(embeddings, asked, strict=True):
             for part in query.parts:
-                row += part.weight * (texts[part.content] if isinstance(part.content, str) else next(pictures))
-            length = np.linalg.norm(row)
+                vector += part.weight * (texts[part.content] if isinstance(part.content, str) else next(images))
+            length = np.linalg.norm(vector)
             if length < 1e-6:
                 named = " ".join(f"{part.weight:+g} x {_shown(part.content)}" for part in query.parts)
                 raise ClipretError(f"the query {named or 'without parts'} points nowhere: change its parts or weights")
             if [part.weight for part in query.parts] != [1]:
-                row /= length
-        return rows
+                vector /= length
+        return embeddings
 
     def _embed_texts(self, texts: Sequence[str]) -> dict[str, Floats]:
         unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
@@ -214,9 +214,9 @@ class Searcher:
             forms = [self._forms(text) for text in unknown]
             encoded = self.encoder.encode_texts([form for some in forms for form in some]).astype(np.float64)
             ends = np.cumsum([len(some) for some in forms])
-            for text, rows in zip(unknown, np.split(encoded, ends[:-1]), strict=True):
-                mean = rows.mean(axis=0)
-                self._known[text] = rows[0] if len(rows) == 1 else mean / np.linalg.norm(mean)
+            for text, embeddings in zip(unknown, np.split(encoded, ends[:-1]), strict=True):
+                mean = embeddings.mean(axis=0)
+                self._known[text] = embeddings[0] if len(embeddings) == 1 else mean / np.linalg.norm(mean)
         found = {text: self._known[text] for text in texts}
         for text in found:
             self._known.move_to_end(text)
@@ -229,27 +229,27 @@ class Searcher:
             return self.templates(text)
         return [template.replace("{}", text) for template in self.templates]
 
-    def _embed_pictures(self, pictures: Sequence[Picture]) -> list[Floats]:
-        rows = list[Floats]()
-        if not pictures:
-            return rows  # the image tower of a large model takes longer to open than a query by text
-        for batch in self.encoder.encode_images(pictures, _read):
+    def _embed_images(self, images: Sequence[ImageInput]) -> list[Floats]:
+        embeddings = list[Floats]()
+        if not images:
+            return embeddings  # the image tower of a large model takes longer to open than a query by text
+        for batch in self.encoder.encode_images(images, _read):
             for content, reason in batch.skipped:
                 raise ClipretError(f"{_shown(content)} cannot be a query: {reason}")
-            rows.extend(batch.rows.astype(np.float64))
-        return rows
+            embeddings.extend(batch.embeddings.astype(np.float64))
+        return embeddings
 
 
-def _read(picture: Picture) -> Picture | PictureFile:
+def _read(image: ImageInput) -> ImageInput | ImageFile:
     """A path may lead into an archive, as those of hits do."""
-    if not isinstance(picture, Path):
-        return picture
+    if not isinstance(image, Path):
+        return image
     from clipret.sources.source import read_stored  # a query by text opens no archives
 
-    return read_stored(picture.parent, picture.name)
+    return read_stored(image.parent, image.name)
 
 
-def _shown(content: str | Picture) -> str:
+def _shown(content: str | ImageInput) -> str:
     if isinstance(content, str):
         return repr(content)
-    return str(content) if isinstance(content, Path) else "the picture"
+    return str(content) if isinstance(content, Path) else "the image"

@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
-from clipret.gallery.database import Picture
+from clipret.gallery.database import ImageRecord
 from clipret.gallery.gallery import Gallery, Stored
 from clipret.inference.encoder import Encoder
 from clipret.ort.session import has_device
+from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.ranking.ranker import Ranker
-from clipret.ranking.rows import StoredRows
 from clipret.sources.item import Value
 
 __all__ = ["GallerySnapshot"]
@@ -104,18 +104,20 @@ class GallerySnapshot:
         ids, live = self.stored.ids, self.stored.live
         at = int(np.searchsorted(ids, number))
         if at >= len(ids) or ids[at] != number or (live is not None and not live[at]):
-            raise ClipretError(f"there is no picture {number}")
+            raise ClipretError(f"there is no image {number}")
         return at
 
-    def records(self, ids: Sequence[int]) -> dict[int, Picture]:
-        return dict(zip(ids, self.gallery.pictures_of(ids), strict=True))
+    def records(self, ids: Sequence[int]) -> dict[int, ImageRecord]:
+        return dict(zip(ids, self.gallery.images_of(ids), strict=True))
 
     def metadata(self, ids: Sequence[int]) -> dict[int, dict[str, Value]]:
         return dict(zip(ids, self.gallery.metadata(ids), strict=True))
 
-    def row(self, number: int) -> Floats:
-        row: Floats = StoredRows(self.stored.shards).take(np.array([self.position(number)]))[0].astype(np.float64)
-        return row
+    def embedding(self, number: int) -> Floats:
+        vector: Floats = (
+            EmbeddingShards(self.stored.shards).take(np.array([self.position(number)]))[0].astype(np.float64)
+        )
+        return vector
 
     def ids_of(self, paths: Collection[str]) -> dict[str, int]:
         return self.gallery.ids_of(paths)

@@ -16,7 +16,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.server.limits import DeniedError, Limits, NotFoundError, ReadOnlyError, RequestError
 from clipret.server.metrics import CONTENT_TYPE, Metrics
 from clipret.server.middleware import Guard
@@ -34,7 +34,7 @@ from clipret.server.schemas import (
     SearchRequest,
     SearchResponse,
 )
-from clipret.server.service import Answer, Desk, Threads
+from clipret.server.service import Answer, ServedGallery, Threads
 from clipret.server.thumbnails import KIND, SIDES, Thumbnails, original
 
 __all__ = ["Service", "create_app"]
@@ -53,7 +53,7 @@ GalleryName = Annotated[str | None, Query(description="Which gallery; default: t
 class Service:
     """What the application needs: galleries by name, the first being the default, and what they share."""
 
-    desks: Mapping[str, Desk]
+    desks: Mapping[str, ServedGallery]
     threads: Threads
     limits: Limits
     metrics: Metrics
@@ -67,7 +67,7 @@ class Service:
         self.uploads = Uploads(self.limits)
         self.metrics.follow(self.desks.values())
 
-    def desk(self, name: str | None) -> Desk:
+    def desk(self, name: str | None) -> ServedGallery:
         if name is None:
             return next(iter(self.desks.values()))
         if name not in self.desks:
@@ -88,7 +88,7 @@ def create_app(service: Service) -> Guard:
 
     app = FastAPI(
         title="clipret",
-        description="Exact search of pictures by text and picture.",
+        description="Exact search of images by text and image.",
         version="1",
         docs_url=None,
         redoc_url=None,
@@ -103,7 +103,7 @@ def create_app(service: Service) -> Guard:
     app.state.service = service
     handle_failures(app)
     _add_search(app, service)
-    _add_pictures(app, service)
+    _add_images(app, service)
     _add_writing(app, service)
     _add_facts(app, service)
     _add_page(app)
@@ -113,7 +113,7 @@ def create_app(service: Service) -> Guard:
 def _add_search(app: FastAPI, service: Service) -> None:
     limits = service.limits
 
-    async def answered(desk: Desk, request: SearchRequest, pixels: Sequence[Any]) -> JSONResponse:
+    async def answered(desk: ServedGallery, request: SearchRequest, pixels: Sequence[Any]) -> JSONResponse:
         began = time.perf_counter()
         queries = checked(request, pixels, limits)
         answer = await desk.search(
@@ -121,25 +121,25 @@ def _add_search(app: FastAPI, service: Service) -> None:
         )
         return JSONResponse(_shown(desk, answer, time.perf_counter() - began))
 
-    @app.get("/search", response_model=SearchResponse, summary="Search by text, or for pictures like one")
+    @app.get("/search", response_model=SearchResponse, summary="Search by text, or for images like one")
     async def search(
         q: Annotated[list[str], Query(description="A text; several are queries of their own.")] = [],  # noqa: B006
-        like: Annotated[list[Id], Query(description="A picture of the gallery, by id, added to each query.")] = [],  # noqa: B006
-        minus: Annotated[list[str], Query(description="What the pictures shall not show.")] = [],  # noqa: B006
+        like: Annotated[list[Id], Query(description="An image of the gallery, by id, added to each query.")] = [],  # noqa: B006
+        minus: Annotated[list[str], Query(description="What the images shall not show.")] = [],  # noqa: B006
         minus_weight: Annotated[float, Query(ge=0, le=10, allow_inf_nan=False)] = 0.5,
-        k: Annotated[int, Query(ge=1, le=limits.k, description="How many pictures a query.")] = 20,
+        k: Annotated[int, Query(ge=1, le=limits.k, description="How many images a query.")] = 20,
         where: Annotated[str | None, Query(description="SQL over the gallery's columns, e.g. hour < 6")] = None,
-        exclude: Annotated[list[Id], Query(description="Pictures that are not wanted, by id.")] = [],  # noqa: B006
+        exclude: Annotated[list[Id], Query(description="Images that are not wanted, by id.")] = [],  # noqa: B006
         min_score: Annotated[Score | None, Query()] = None,
         gallery: GalleryName = None,
     ) -> Response:
-        """The k best pictures of each query, best first. A score is the cosine of picture and query, or what re-ranking
+        """The k best images of each query, best first. A score is the cosine of image and query, or what re-ranking
         makes of it: see GET /galleries."""
         also = [{"id": number} for number in like]
         against = [{"text": text, "weight": -minus_weight} for text in minus]
         bases = [[{"text": text}] for text in q] or ([[]] if like else [])
         if not bases:
-            raise RequestError("q is missing: name a text, or a picture with like")
+            raise RequestError("q is missing: name a text, or an image with like")
         queries = [{"parts": [*base, *also, *against]} for base in bases]
         request = SearchRequest.model_validate(
             {"queries": queries, "k": k, "where": where, "exclude": exclude, "min_score": min_score}
@@ -153,7 +153,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         """JSON, or multipart with uploads that the JSON in its field `search` refers to."""
         asked = form.request
         desk = service.desk(asked.gallery)
-        return await answered(desk, asked, await service.uploads.each(form.picture, desk.pixels))
+        return await answered(desk, asked, await service.uploads.each(form.image, desk.pixels))
 
     # The document has one of the two, and leads to a SearchRequest by its form as well.
     also_json = {"content": {JSON: {"schema": {"$ref": f"#/components/schemas/{SearchRequest.__name__}"}}}}
@@ -163,11 +163,11 @@ def _add_search(app: FastAPI, service: Service) -> None:
         search_by_form,
         route_class_override=UploadRoute,
         openapi_extra={"requestBody": also_json},
-        summary="Search by texts, pictures of the gallery and uploads, with weights",
+        summary="Search by texts, images of the gallery and uploads, with weights",
     )
 
 
-def _shown(desk: Desk, answer: Answer, seconds: float) -> dict[str, Any]:
+def _shown(desk: ServedGallery, answer: Answer, seconds: float) -> dict[str, Any]:
     """A SearchResponse. Addresses are relative, so that the service also works below a prefix of a proxy."""
     own = f"?gallery={quote(desk.name, safe='')}"
     results = []
@@ -175,56 +175,56 @@ def _shown(desk: Desk, answer: Answer, seconds: float) -> dict[str, Any]:
         shown = []
         for hit in hits:
             # With the bytes' own name in the address a browser may keep it for good.
-            address = f"{hit.id}{own}" + (f"&v={hit.picture.hash[:12]}" if hit.picture.hash else "")
+            address = f"{hit.id}{own}" + (f"&v={hit.image.hash[:12]}" if hit.image.hash else "")
             shown.append(
                 {
                     "rank": hit.rank,
                     "id": hit.id,
                     "score": hit.score,
-                    "path": desk.shown_path(hit.picture),
+                    "path": desk.shown_path(hit.image),
                     "metadata": hit.metadata,
-                    "picture": f"pictures/{address}",
+                    "image": f"images/{address}",
                     "thumbnail": f"thumbnails/{address}",
                 }
             )
         results.append({"hits": shown})
     state = answer.state
-    facts = {"gallery": desk.name, "state": state.number, "pictures": state.count, "seconds": round(seconds, 6)}
+    facts = {"gallery": desk.name, "state": state.number, "images": state.count, "seconds": round(seconds, 6)}
     return {**facts, "results": results}
 
 
-Number = Annotated[Id, InPath(description="A picture's id.")]
+Number = Annotated[Id, InPath(description="An image's id.")]
 Version = Annotated[str | None, Query(max_length=64, description="Lets a browser keep the answer.")]
 Side = Annotated[int, Query(ge=16, le=SIDES[-1], description="Longest side in pixels, rounded up to one there is.")]
 
 
-def _add_pictures(app: FastAPI, service: Service) -> None:
+def _add_images(app: FastAPI, service: Service) -> None:
 
-    async def sent(request: Request, desk: Desk, id: int, v: str | None, side: int) -> Response:
-        root, picture = await desk.record(id)
-        tag = f'"{picture.hash[:24] or f"{picture.size}-{picture.mtime_ns}"}-{side}"'
-        keep = "private, max-age=31536000, immutable" if v and picture.hash.startswith(v) else "no-cache"
+    async def sent(request: Request, desk: ServedGallery, id: int, v: str | None, side: int) -> Response:
+        root, image = await desk.record(id)
+        tag = f'"{image.hash[:24] or f"{image.size}-{image.mtime_ns}"}-{side}"'
+        keep = "private, max-age=31536000, immutable" if v and image.hash.startswith(v) else "no-cache"
         headers = {"ETag": tag, "Cache-Control": keep}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         work: Callable[[], tuple[bytes, str]]
         if side:
-            work = lambda: (service.thumbnails.get(root, picture, side), KIND)  # noqa: E731
+            work = lambda: (service.thumbnails.get(root, image, side), KIND)  # noqa: E731
         else:
-            work = lambda: original(root, picture)  # noqa: E731
+            work = lambda: original(root, image)  # noqa: E731
         try:
-            content, kind = await desk.in_pictures(work)
-        except PictureError as error:
-            raise NotFoundError(f"picture {id} cannot be shown: {error}") from None
+            content, kind = await desk.in_images(work)
+        except ImageError as error:
+            raise NotFoundError(f"image {id} cannot be shown: {error}") from None
         return Response(content, media_type=kind, headers=headers)
 
     images = {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
 
-    @app.get("/pictures/{id}", response_class=Response, responses={200: images}, summary="A picture's own file")
-    async def picture(request: Request, id: Number, gallery: GalleryName = None, v: Version = None) -> Response:
+    @app.get("/images/{id}", response_class=Response, responses={200: images}, summary="An image's own file")
+    async def image(request: Request, id: Number, gallery: GalleryName = None, v: Version = None) -> Response:
         return await sent(request, service.desk(gallery), id, v, 0)
 
-    @app.get("/thumbnails/{id}", response_class=Response, responses={200: images}, summary="A picture made small")
+    @app.get("/thumbnails/{id}", response_class=Response, responses={200: images}, summary="An image made small")
     async def thumbnail(
         request: Request, id: Number, gallery: GalleryName = None, v: Version = None, side: Side = 320
     ) -> Response:
@@ -244,7 +244,7 @@ async def _permitted(request: Request) -> None:
 
 
 class _AddRoute(UploadRoute):
-    """Nobody without the token gets as far as to send pictures."""
+    """Nobody without the token gets as far as to send images."""
 
     async def admit(self, request: Request) -> None:
         await _permitted(request)
@@ -254,11 +254,11 @@ def _add_writing(app: FastAPI, service: Service) -> None:
     guarded: dict[str, Any] = {"dependencies": [Security(_bearer), Depends(_permitted)], "responses": WRITE_FAILURES}
 
     async def add(name: str, form: Annotated[AddForm, File()]) -> Response:
-        """All pictures of the request or none; those whose bytes the gallery got this way before stay as they are."""
+        """All images of the request or none; those whose bytes the gallery got this way before stay as they are."""
         desk = service.desk(name)
-        added = await desk.add(await service.uploads.each(form.picture, desk.read), form.columns)
-        pictures = [{"id": number, "new": new} for number, new in added]
-        return JSONResponse({"pictures": pictures, "state": desk.state.number})
+        added = await desk.add(await service.uploads.each(form.image, desk.read), form.columns)
+        images = [{"id": number, "new": new} for number, new in added]
+        return JSONResponse({"images": images, "state": desk.state.number})
 
     app.router.add_api_route(
         "/galleries/{name}/add",
@@ -266,11 +266,11 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         methods=["POST"],
         route_class_override=_AddRoute,
         response_model=AddResponse,
-        summary="Add pictures",
+        summary="Add images",
         **guarded,
     )
 
-    @app.delete("/galleries/{name}/pictures/{id}", response_model=Health, summary="Delete a picture", **guarded)
+    @app.delete("/galleries/{name}/images/{id}", response_model=Health, summary="Delete an image", **guarded)
     async def remove(name: str, id: Annotated[Id, InPath()]) -> Response:
         """Nothing finds it any more. Its file stays where it was indexed from, and goes where it was added here."""
         await service.desk(name).remove(id)
@@ -283,7 +283,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return [
             {
                 "name": desk.name,
-                "pictures": desk.state.count,
+                "images": desk.state.count,
                 "state": desk.state.number,
                 "model": desk.encoder.bundle.manifest.model,
                 "columns": desk.state.filterable,
@@ -298,9 +298,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def choices(name: str) -> dict[str, list[Choice]]:
         desk = service.desk(name)
         found = await desk.choices()
-        return {
-            column: [Choice(value=value, pictures=count) for value, count in rows] for column, rows in found.items()
-        }
+        return {column: [Choice(value=value, images=count) for value, count in rows] for column, rows in found.items()}
 
     @app.get("/healthz", response_model=Health, summary="Whether the process answers")
     async def healthz() -> dict[str, str]:

@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from clipret.server.service import Desk
+    from clipret.server.service import ServedGallery
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -48,7 +48,7 @@ class Metrics:
         """Count a batch of `size` searches of a gallery that the engine was given at once."""
         self._sizes(gallery).observe(size)
 
-    def follow(self, desks: Collection["Desk"]) -> None:
+    def follow(self, desks: Collection["ServedGallery"]) -> None:
         """Read these galleries' own figures at every look at the metrics. To be called once."""
         self._registry.register(_Galleries(desks))
 
@@ -69,7 +69,7 @@ class _Registry(CollectorRegistry):
 class _Galleries(Collector):
     """What only the present moment knows of each gallery."""
 
-    def __init__(self, desks: Collection["Desk"]) -> None:
+    def __init__(self, desks: Collection["ServedGallery"]) -> None:
         self._desks = desks
 
     def collect(self) -> Iterator[Metric]:
@@ -80,9 +80,11 @@ class _Galleries(Collector):
             yield metric
 
 
-_GALLERY: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[["Desk"], float]], ...] = (
+_GALLERY: tuple[
+    tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[["ServedGallery"], float]], ...
+] = (
     (GaugeMetricFamily, "clipret_waiting", "Searches that wait for the engine.", lambda desk: len(desk.batcher)),
-    (GaugeMetricFamily, "clipret_pictures", "Live images of a gallery.", lambda desk: desk.state.count),
+    (GaugeMetricFamily, "clipret_images", "Live images of a gallery.", lambda desk: desk.state.count),
     (CounterMetricFamily, "clipret_reloads_total", "States of a gallery that were loaded.", lambda desk: desk.reloads),
     (
         GaugeMetricFamily,

@@ -20,7 +20,7 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     code: {"model": Failure, "description": text}
     for code, text in {
         400: "The request is no valid HTTP or multipart.",
-        404: "There is no such gallery or picture.",
+        404: "There is no such gallery or image.",
         413: "The body is too large.",
         415: "The body is neither JSON nor multipart.",
         421: "The service does not go by this name.",

@@ -20,7 +20,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from clipret.server.limits import BusyError, Limits, RequestError, UnsupportedError
-from clipret.server.schemas import PartAsked, SearchRequest
+from clipret.server.schemas import PartRequest, SearchRequest
 from clipret.server.service import Content
 
 __all__ = ["FORM", "JSON", "JsonRoute", "UploadRoute", "Uploads", "checked", "kind_of"]
@@ -71,7 +71,7 @@ class UploadRoute(APIRoute):
         async def answer(request: Request) -> Response:
             await self.admit(request)
             if kind_of(request.headers) != FORM:
-                raise UnsupportedError("send JSON, or pictures as multipart/form-data")
+                raise UnsupportedError("send JSON, or images as multipart/form-data")
             with request.app.state.service.uploads.one():
                 return await handle(request)
 
@@ -114,28 +114,28 @@ def checked(request: SearchRequest, pixels: Sequence[Content], limits: Limits) -
     These limits are a service's own; those of `schemas` hold for all. Raises RequestError where it asks for too much.
     """
     if request.k > limits.k:
-        raise RequestError(f"k is {request.k}: ask for {limits.k} pictures at most")
+        raise RequestError(f"k is {request.k}: ask for {limits.k} images at most")
     if request.where is not None:
         _check_text("where", request.where, limits.where)
     queries = list[list[tuple[Content, float]]]()
     for query in request.queries:
-        parts = [PartAsked(text=query)] if isinstance(query, str) else query.parts
+        parts = [PartRequest(text=query)] if isinstance(query, str) else query.parts
         queries.append([(_content(part, pixels, limits), part.weight) for part in parts])
     if (total := sum(map(len, queries))) > limits.parts:
-        raise RequestError(f"{total} texts and pictures: ask for {limits.parts} at once at most")
+        raise RequestError(f"{total} texts and images: ask for {limits.parts} at once at most")
     return queries
 
 
-def _content(part: PartAsked, pixels: Sequence[Content], limits: Limits) -> Content:
+def _content(part: PartRequest, pixels: Sequence[Content], limits: Limits) -> Content:
     if part.text is not None:
         _check_text("the text", part.text, limits.text)
         return part.text
     if part.id is not None:
         return part.id
-    assert part.picture is not None
-    if part.picture >= len(pixels):
-        raise RequestError(f"picture {part.picture} was not sent: the first is number 0")
-    return pixels[part.picture]
+    assert part.image is not None
+    if part.image >= len(pixels):
+        raise RequestError(f"image {part.image} was not sent: the first is number 0")
+    return pixels[part.image]
 
 
 def _check_text(what: str, text: str, most: int) -> None:

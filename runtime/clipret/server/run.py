@@ -19,8 +19,8 @@ from clipret.server.app import Service, create_app
 from clipret.server.limits import Limits
 from clipret.server.metrics import Metrics
 from clipret.server.protocol import protocol
-from clipret.server.service import Desk, Threads
-from clipret.server.snapshot import Manner
+from clipret.server.service import ServedGallery, Threads
+from clipret.server.snapshot import SearchSettings
 
 __all__ = ["listen", "make_server", "open_service", "serve"]
 
@@ -35,7 +35,7 @@ def open_service(
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Collection[str] | None = None,
-    manner: Manner | None = None,
+    manner: SearchSettings | None = None,
 ) -> Iterator[Service]:
     """Galleries ready to be searched, each with the encoder of its bundle. Raises ClipretError.
 
@@ -51,8 +51,8 @@ def open_service(
             return stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix=name))
 
         decoders = max(2, cpu_count())
-        threads = Threads(pool(1, "engine"), pool(decoders, "pictures"), pool(4, "filters"), pool(1, "files"))
-        desks = dict[str, Desk]()
+        threads = Threads(pool(1, "engine"), pool(decoders, "images"), pool(4, "filters"), pool(1, "files"))
+        desks = dict[str, ServedGallery]()
         for path, encoder in galleries:
             folder = path if isinstance(path, str) else Gallery.open(path).path
             called = Address.parse(folder).name if isinstance(folder, str) else folder.name
@@ -62,7 +62,7 @@ def open_service(
             def note(size: int, name: str = name) -> None:
                 metrics.batch(name, size)
 
-            desks[name] = Desk(name, folder, encoder, limits, threads, manner or Manner(), note)
+            desks[name] = ServedGallery(name, folder, encoder, limits, threads, manner or SearchSettings(), note)
             desks[name].load()
         yield Service(desks, threads, limits, metrics, token, hosts)
 

@@ -15,8 +15,8 @@ __all__ = [
     "Failure",
     "GalleryFacts",
     "Health",
-    "PictureFound",
-    "QueryAsked",
+    "HitResponse",
+    "QueryRequest",
     "QueryResult",
     "SearchForm",
     "SearchRequest",
@@ -41,31 +41,31 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class PartAsked(_Strict):
-    """Exactly one of `text`, `id` (a picture of the gallery) and `picture` (an upload, counted from 0)."""
+class PartRequest(_Strict):
+    """Exactly one of `text`, `id` (an image of the gallery) and `image` (an upload, counted from 0)."""
 
     text: str | None = None
     id: Id | None = None
-    picture: Annotated[int, Field(ge=0, le=63)] | None = None
+    image: Annotated[int, Field(ge=0, le=63)] | None = None
     weight: Weight = 1.0
 
     @model_validator(mode="after")
-    def _one(self) -> "PartAsked":
-        if sum(value is not None for value in (self.text, self.id, self.picture)) != 1:
-            raise ValueError("a part is one of text, id and picture")
+    def _one(self) -> "PartRequest":
+        if sum(value is not None for value in (self.text, self.id, self.image)) != 1:
+            raise ValueError("a part is one of text, id and image")
         return self
 
 
-class QueryAsked(_Strict):
+class QueryRequest(_Strict):
     """The weighted sum of its parts; a negative weight moves away from one."""
 
-    parts: Annotated[list[PartAsked], Field(min_length=1, max_length=64)]
+    parts: Annotated[list[PartRequest], Field(min_length=1, max_length=64)]
 
 
 class SearchRequest(_Strict):
     """One search: several queries are answered from the same state of the gallery."""
 
-    queries: Annotated[list[str | QueryAsked], Field(min_length=1, max_length=64)]
+    queries: Annotated[list[str | QueryRequest], Field(min_length=1, max_length=64)]
     k: Annotated[int, Field(ge=1)] = 20
     gallery: str | None = None
     where: str | None = None
@@ -82,7 +82,7 @@ class _Form(BaseModel):
     def _known(self) -> "_Form":
         for name, value in (self.model_extra or {}).items():
             if isinstance(value, UploadFile):
-                raise ValueError(f"the file field {name[:100]!r} is unknown: send pictures as  picture")
+                raise ValueError(f"the file field {name[:100]!r} is unknown: send images as  image")
         return self
 
 
@@ -91,26 +91,26 @@ class SearchForm(_Form):
 
     search: Annotated[
         Json[SearchRequest] | None,
-        Field(description="A SearchRequest as JSON; without it each picture is a query."),
+        Field(description="A SearchRequest as JSON; without it each image is a query."),
     ] = None
-    picture: Annotated[list[UploadFile], Field(min_length=1, description="Pictures to search with.")]
+    image: Annotated[list[UploadFile], Field(min_length=1, description="Images to search with.")]
 
     @property
     def request(self) -> SearchRequest:
         """The search that the form asks for. Raises pydantic's ValidationError."""
         if self.search is not None:
             return self.search
-        return SearchRequest(queries=[QueryAsked(parts=[PartAsked(picture=at)]) for at in range(len(self.picture))])
+        return SearchRequest(queries=[QueryRequest(parts=[PartRequest(image=at)]) for at in range(len(self.image))])
 
 
 class AddForm(_Form):
-    """Pictures for a gallery."""
+    """Images for a gallery."""
 
     metadata: Annotated[
         Json[Annotated[dict[ColumnName, Value], Field(max_length=64)]] | None,
-        Field(description="A JSON object of texts and numbers: columns of all these pictures."),
+        Field(description="A JSON object of texts and numbers: columns of all these images."),
     ] = None
-    picture: Annotated[list[UploadFile], Field(min_length=1, description="The pictures.")]
+    image: Annotated[list[UploadFile], Field(min_length=1, description="The images.")]
 
     @property
     def columns(self) -> dict[str, Value]:
@@ -118,20 +118,20 @@ class AddForm(_Form):
         return {name: scalar(value) for name, value in (self.metadata or {}).items()}
 
 
-class PictureFound(BaseModel):
-    """A picture found; `picture` and `thumbnail` are addresses relative to the service's own."""
+class HitResponse(BaseModel):
+    """An image found; `image` and `thumbnail` are addresses relative to the service's own."""
 
     rank: int
     id: int
     score: float
     path: str
     metadata: dict[str, Value]
-    picture: str
+    image: str
     thumbnail: str
 
 
 class QueryResult(BaseModel):
-    hits: list[PictureFound]
+    hits: list[HitResponse]
 
 
 class SearchResponse(BaseModel):
@@ -139,7 +139,7 @@ class SearchResponse(BaseModel):
 
     gallery: str
     state: int
-    pictures: int
+    images: int
     seconds: float
     results: list[QueryResult]
 
@@ -148,7 +148,7 @@ class GalleryFacts(BaseModel):
     """`rerank`: the steps after which a score is no cosine any more; mostly none."""
 
     name: str
-    pictures: int
+    images: int
     state: int
     model: str
     columns: list[str]
@@ -159,7 +159,7 @@ class GalleryFacts(BaseModel):
 
 class Choice(BaseModel):
     value: Value
-    pictures: int
+    images: int
 
 
 class Added(BaseModel):
@@ -168,7 +168,7 @@ class Added(BaseModel):
 
 
 class AddResponse(BaseModel):
-    pictures: list[Added]
+    images: list[Added]
     state: int
 
 

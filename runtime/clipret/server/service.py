@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from clipret.arrays import Floats
 from clipret.errors import ClipretError
-from clipret.gallery.gallery import Picture
+from clipret.gallery.gallery import ImageRecord
 from clipret.images.decode import load
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.inference.encoder import Encoder
 from clipret.milvus.search import open_milvus
 from clipret.openers import open_searchable
@@ -24,19 +24,19 @@ from clipret.search.searchable import Searchable
 from clipret.search.searcher import Part, Query, Searcher
 from clipret.server.batcher import Batcher
 from clipret.server.limits import Limits, NotFoundError, RequestError
-from clipret.server.snapshot import Manner, ServedSnapshot
+from clipret.server.snapshot import SearchSettings, ServedSnapshot
 from clipret.server.watch import CollectionWatch, GalleryWatch, Watch
 from clipret.server.writing import add_images, remove_image
-from clipret.sources.item import Value, picture_file
+from clipret.sources.item import Value, image_file
 from clipret.tables import OWN_COLUMNS
 
-__all__ = ["Answer", "Ask", "Content", "Desk", "Found", "Threads"]
+__all__ = ["Answer", "Content", "FoundImage", "RankRequest", "ServedGallery", "Threads"]
 
 T = TypeVar("T")
 Content = str | int | npt.NDArray[np.uint8]
-"""Of a part of a query: a text, the id of a picture of the gallery, or the pixels of another."""
+"""Of a part of a query: a text, the id of an image of the gallery, or the pixels of another."""
 
-_CHUNK = 8  # pictures added that are encoded in one go, between the searches
+_CHUNK = 8  # images added that are encoded in one go, between the searches
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Threads:
     """Where a service works. `engine` has one thread: towers and rankers are not made for more."""
 
     engine: Executor
-    pictures: Executor
+    images: Executor
     filters: Executor
     files: Executor
 
@@ -64,7 +64,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
+class RankRequest:
     """A search of one snapshot; `allowed` is its filter. Each query is a weighted sum of its parts, as a `Query` is."""
 
     state: Snapshot
@@ -77,18 +77,18 @@ class Ask:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Asks of one group are ranked together; those for many pictures do not slow those for few."""
+        """Asks of one group are ranked together; those for many images do not slow those for few."""
         return (self.state.number, self.where, self.exclude, self.min_score, (self.k - 1).bit_length())
 
 
 @dataclass(frozen=True)
-class Found:
-    """One picture found, as `clipret.search.searcher.Hit`, with what the same state knows of it."""
+class FoundImage:
+    """One image found, as `clipret.search.searcher.Hit`, with what the same state knows of it."""
 
     rank: int
     id: int
     score: float
-    picture: Picture
+    image: ImageRecord
     metadata: Mapping[str, Value]
 
 
@@ -97,11 +97,11 @@ class Answer:
     """What each query of an ask found."""
 
     state: Snapshot
-    results: list[list[Found]]
+    results: list[list[FoundImage]]
 
 
 @dataclass
-class Desk:
+class ServedGallery:
     """A gallery under its `name`. Everything but `load` and what it hands to threads runs in the event loop.
 
     The state may be replaced at any await; whoever answers a request reads `state` once.
@@ -112,7 +112,7 @@ class Desk:
     encoder: Encoder
     limits: Limits
     threads: Threads
-    manner: Manner = field(default_factory=Manner)
+    manner: SearchSettings = field(default_factory=SearchSettings)
     note: Callable[[int], None] = lambda _: None
     reloads: int = 0
     trouble: str | None = None
@@ -125,7 +125,7 @@ class Desk:
         self._embedder = Searcher(open_searchable(self.path), self.encoder, templates=self.manner.templates)
         self._refreshing = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
-        self.batcher = Batcher[Ask, Answer](
+        self.batcher = Batcher[RankRequest, Answer](
             self.answer,
             self.threads.engine,
             most=self.limits.batch,
@@ -145,7 +145,7 @@ class Desk:
         if self.manner.reference:
             self._reference = self._embedder.embed(list(dict.fromkeys(self.manner.reference)))
         self._renew()
-        self.encoder.encode_texts(["a picture"])
+        self.encoder.encode_texts(["an image"])
         size = self.encoder.bundle.manifest.image.size
         self.encoder.image_tower.run(np.zeros((1, size, size, 3), np.uint8))
 
@@ -194,7 +194,7 @@ class Desk:
         if isinstance(self.path, Path):
             return ServedSnapshot(self.path, self.encoder, rerank, self._reference, self.limits.where_seconds)
         if rerank.steps:
-            raise ClipretError("re-ranking looks at every picture, which Milvus does not give: serve the gallery")
+            raise ClipretError("re-ranking looks at every image, which Milvus does not give: serve the gallery")
         return open_milvus(self.path)
 
     async def search(
@@ -219,26 +219,26 @@ class Desk:
             except ClipretError as error:
                 raise RequestError(str(error).removeprefix("--")) from None
         asked = tuple(tuple(query) for query in queries)
-        return await self.batcher.submit(Ask(state, asked, k, where, allowed, frozenset(exclude), min_score))
+        return await self.batcher.submit(RankRequest(state, asked, k, where, allowed, frozenset(exclude), min_score))
 
-    async def record(self, number: int) -> tuple[Path, Picture]:
-        """What the path of a picture is relative to, and its record. Raises NotFoundError."""
+    async def record(self, number: int) -> tuple[Path, ImageRecord]:
+        """What the path of an image is relative to, and its record. Raises NotFoundError."""
         searched = self.state.searched
         found = await self._in(self.threads.filters, lambda: searched.records([number]))
         if number not in found:
-            raise NotFoundError(f"there is no picture {number}")
+            raise NotFoundError(f"there is no image {number}")
         return searched.root, found[number]
 
     async def pixels(self, content: bytes) -> npt.NDArray[np.uint8]:
-        """A picture that a stranger sent, as the tower's input. Raises RequestError."""
+        """An image that a stranger sent, as the tower's input. Raises RequestError."""
         try:
-            return await self._in(self.threads.pictures, lambda: load(content, self.encoder.bundle.manifest.image))
-        except PictureError as error:
-            raise RequestError(f"the picture cannot be used: {error}") from None
+            return await self._in(self.threads.images, lambda: load(content, self.encoder.bundle.manifest.image))
+        except ImageError as error:
+            raise RequestError(f"the image cannot be used: {error}") from None
 
-    async def in_pictures(self, work: Callable[[], T]) -> T:
-        """Run what reads or decodes a picture where that belongs."""
-        return await self._in(self.threads.pictures, work)
+    async def in_images(self, work: Callable[[], T]) -> T:
+        """Run what reads or decodes an image where that belongs."""
+        return await self._in(self.threads.images, work)
 
     async def choices(self) -> dict[str, list[tuple[Value, int]]]:
         """`ServedSnapshot.choices` of the present one; Milvus does not count values."""
@@ -247,13 +247,13 @@ class Desk:
             return {}
         return await self._in(self.threads.filters, lambda: searched.choices)
 
-    def shown_path(self, picture: Picture) -> str:
-        """The stored path; of a picture that `add` brought without where the gallery lies."""
-        file = Path(picture.path)
+    def shown_path(self, image: ImageRecord) -> str:
+        """The stored path; of an image that `add` brought without where the gallery lies."""
+        file = Path(image.path)
         below = isinstance(self.path, Path) and file.is_relative_to(self.path)
-        return file.relative_to(self.path).as_posix() if below else picture.path
+        return file.relative_to(self.path).as_posix() if below else image.path
 
-    def answer(self, asks: list[Ask]) -> list[Answer | Exception]:
+    def answer(self, asks: list[RankRequest]) -> list[Answer | Exception]:
         """Embed everything at once, rank what belongs together at once. In the engine's thread."""
         known = self._embedded([part for ask in asks for query in ask.queries for part, _ in query])
         results: list[Answer | Exception] = []
@@ -270,7 +270,9 @@ class Desk:
             self._rank(group, asks, results)
         return results
 
-    def _rank(self, group: list[tuple[int, Floats]], asks: list[Ask], results: list[Answer | Exception]) -> None:
+    def _rank(
+        self, group: list[tuple[int, Floats]], asks: list[RankRequest], results: list[Answer | Exception]
+    ) -> None:
         first = asks[group[0][0]]
         searched = first.state.searched
         together = np.concatenate([rows for _, rows in group])
@@ -285,54 +287,54 @@ class Desk:
             return
         lines = zip(ids.tolist(), scores.tolist(), strict=True)
         for at, rows in group:
-            lists = list[list[Found]]()
+            lists = list[list[FoundImage]]()
             for line, line_scores in (next(lines) for _ in rows):
                 # What was deleted between the ranking and this, as may be in Milvus, is no result.
                 best = [(one, score) for one, score in zip(line, line_scores, strict=True) if one in records]
                 lists.append(
                     [
-                        Found(rank, one, score, records[one], metadata.get(one, {}))
+                        FoundImage(rank, one, score, records[one], metadata.get(one, {}))
                         for rank, (one, score) in enumerate(best[: asks[at].k], 1)
                     ]
                 )
             results[at] = Answer(first.state, lists)
 
     def _embedded(self, parts: Sequence[Content]) -> dict[str | int, Floats]:
-        """The row of each text by itself, and of each picture's pixels by their id()."""
+        """The row of each text by itself, and of each image's pixels by their id()."""
         texts = list(dict.fromkeys(part for part in parts if isinstance(part, str)))
         pixels = [part for part in parts if isinstance(part, np.ndarray)]
-        rows = self._embedder.embed([*texts, *(Query((Part(picture),)) for picture in pixels)])
+        rows = self._embedder.embed([*texts, *(Query((Part(image),)) for image in pixels)])
         return dict(zip([*texts, *map(id, pixels)], rows, strict=True))
 
     async def read(self, content: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
-        """A picture that is to be added: its bytes, and the tower's input. Raises RequestError."""
+        """An image that is to be added: its bytes, and the tower's input. Raises RequestError."""
         return content, await self.pixels(content)
 
     async def add(
-        self, pictures: Sequence[tuple[bytes, npt.NDArray[np.uint8]]], metadata: Mapping[str, Value]
+        self, images: Sequence[tuple[bytes, npt.NDArray[np.uint8]]], metadata: Mapping[str, Value]
     ) -> list[tuple[int, bool]]:
-        """Take pictures into the gallery, with the same metadata each: id of each, and whether it is new.
+        """Take images into the gallery, with the same metadata each: id of each, and whether it is new.
 
         Their files are kept in the gallery's folder `added`, under names made from their bytes, so that nothing that a
         client says can name a place. All of them or, with the reason, none. Raises RequestError.
         """
-        contents = [content for content, _ in pictures]
+        contents = [content for content, _ in images]
         rows = list[Floats]()
-        for low in range(0, len(pictures), _CHUNK):
-            part = [square for _, square in pictures[low : low + _CHUNK]]
+        for low in range(0, len(images), _CHUNK):
+            part = [square for _, square in images[low : low + _CHUNK]]
             rows.extend(await self._in(self.threads.engine, partial(self._encoded, part)))
-        unique = {picture_file(content, 0).digest: (content, row) for content, row in zip(contents, rows, strict=True)}
+        unique = {image_file(content, 0).digest: (content, row) for content, row in zip(contents, rows, strict=True)}
         ids = await self._in(self.threads.files, lambda: add_images(self.path, self.name, unique, metadata))
         await self.refresh()
-        return [ids[picture_file(content, 0).digest] for content in contents]
+        return [ids[image_file(content, 0).digest] for content in contents]
 
     def _encoded(self, squares: Sequence[npt.NDArray[np.uint8]]) -> list[Floats]:
         """The embeddings of images that are added, made as the gallery's others were."""
-        batches = self.encoder.encode_images(squares, flip=self._embedder.gallery.info.mirrored)
-        return [row for batch in batches for row in batch.rows.astype(np.float64)]
+        batches = self.encoder.encode_images(squares, flip=self._embedder.gallery.info.flipped)
+        return [row for batch in batches for row in batch.embeddings.astype(np.float64)]
 
     async def remove(self, number: int) -> None:
-        """Delete a picture from the gallery; its file too where `add` made it. Raises RequestError."""
+        """Delete an image from the gallery; its file too where `add` made it. Raises RequestError."""
         await self._in(self.threads.files, lambda: remove_image(self.path, self.name, number))
         await self.refresh()
 
@@ -346,7 +348,7 @@ def _sum(searched: Searchable, query: Sequence[tuple[Content, float]], known: Ma
     for content, weight in query:
         if isinstance(content, int):
             try:
-                stored = searched.row(content)
+                stored = searched.embedding(content)
             except ClipretError as error:
                 raise NotFoundError(str(error)) from None
             parts.append((stored / (float(np.linalg.norm(stored)) or 1.0), weight))

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
-from clipret.gallery.database import Database, Picture
+from clipret.gallery.database import Database, ImageRecord
 from clipret.gallery.gallery import Gallery, GalleryInfo
 from clipret.inference.encoder import Encoder
 from clipret.search.rerank import Rerank, Reranker
@@ -34,7 +34,7 @@ from clipret.search.snapshot import GallerySnapshot
 from clipret.sources.item import Value, scalar
 from clipret.tables import quoted
 
-__all__ = ["Manner", "ServedSnapshot"]
+__all__ = ["SearchSettings", "ServedSnapshot"]
 
 
 _RETRIES = 5  # when compaction removes shards between the copy of the database and the opening of its files
@@ -45,7 +45,7 @@ _VALUES = 40  # distinct values of a column that are offered as a choice; column
 
 
 @dataclass(frozen=True)
-class Manner:
+class SearchSettings:
     """How every search of a service is made: `templates` as `Searcher` takes them, and the steps of re-ranking.
 
     A request must not depend on those that come at the same time, so hubness needs texts of its own, `reference`.
@@ -120,7 +120,7 @@ class ServedSnapshot(GallerySnapshot):
         path: The folder of the gallery.
         encoder: As of `GallerySnapshot`.
         rerank: The steps that `rank` takes.
-        reference: Float [R,D], the embeddings of `Manner.reference`.
+        reference: Float [R,D], the embeddings of `SearchSettings.reference`.
         seconds: That a filter may take.
 
     Raises:
@@ -163,9 +163,9 @@ class ServedSnapshot(GallerySnapshot):
         scores, positions = self._reranker.rank(queries, k, among=allowed)
         return scores, self.ids_at(positions)
 
-    def records(self, ids: Sequence[int]) -> dict[int, Picture]:
+    def records(self, ids: Sequence[int]) -> dict[int, ImageRecord]:
         with self._lock:
-            found = self.gallery.database.pictures(ids)
+            found = self.gallery.database.images(ids)
         live, held = self.stored.live, self.stored.ids
         if live is None:
             return found
@@ -199,7 +199,7 @@ class ServedSnapshot(GallerySnapshot):
 
     @cached_property
     def choices(self) -> dict[str, list[tuple[Value, int]]]:
-        """For each metadata column with few distinct values those values and how many pictures have each."""
+        """For each metadata column with few distinct values those values and how many images have each."""
         found = dict[str, list[tuple[Value, int]]]()
         live = "FROM rows r JOIN metadata m ON m.id = r.id WHERE r.deleted = 0 AND"
         with contextlib.closing(Database(self._copy.folder)) as database:  # of its own: searches do not wait for it

@@ -1,4 +1,4 @@
-"""Pictures of a gallery for browsers: their own files, and thumbnails."""
+"""Images of a gallery for browsers: their own files, and thumbnails."""
 
 import io
 import threading
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipret.gallery.gallery import Picture
+from clipret.gallery.gallery import ImageRecord
 from clipret.images.decode import decode, jpeg, thumbnail
 from clipret.images.formats import FORMATS, Format
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.sources.source import read_stored
 
 __all__ = ["KIND", "SIDES", "Thumbnails", "original"]
@@ -19,32 +19,32 @@ KIND = "image/jpeg"  # of thumbnails
 SIDES = (160, 320, 640, 1600)  # longest sides of thumbnails, pixels: few, so that one is found again
 
 
-def original(root: Path, picture: Picture) -> tuple[bytes, str]:
-    """The bytes of a picture's file and their media type.
+def original(root: Path, image: ImageRecord) -> tuple[bytes, str]:
+    """The bytes of an image's file and their media type.
 
-    Raises PictureError when it cannot be read or is no picture any more, whatever its name says: that a gallery once
-    held a picture there is no reason to hand out what lies there now.
+    Raises ImageError when it cannot be read or is no image any more, whatever its name says: that a gallery once
+    held an image there is no reason to hand out what lies there now.
     """
-    content = read_stored(root, picture.path).content
+    content = read_stored(root, image.path).content
     return content, _media_type(content)
 
 
 class Thumbnails:
-    """JPEGs of pictures, the last used ones in at most `room` bytes of memory. From any thread."""
+    """JPEGs of images, the last used ones in at most `room` bytes of memory. From any thread."""
 
     def __init__(self, room: int) -> None:
         self._room, self._used = room, 0
-        self._kept = OrderedDict[tuple[Path, Picture, int], bytes]()
+        self._kept = OrderedDict[tuple[Path, ImageRecord, int], bytes]()
         self._lock = threading.Lock()
 
-    def get(self, root: Path, picture: Picture, side: int) -> bytes:
-        """A picture, upright, within a square of `side`, without its metadata. Raises PictureError."""
-        key = (root, picture, side)
+    def get(self, root: Path, image: ImageRecord, side: int) -> bytes:
+        """An image, upright, within a square of `side`, without its metadata. Raises ImageError."""
+        key = (root, image, side)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        made = jpeg(thumbnail(read_stored(root, picture.path).content, side))
+        made = jpeg(thumbnail(read_stored(root, image.path).content, side))
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made
@@ -55,15 +55,15 @@ class Thumbnails:
 
 
 def _media_type(content: bytes) -> str:
-    """That of a picture, with its header read and nothing decoded."""
+    """That of an image, with its header read and nothing decoded."""
     try:
         image = Image.open(io.BytesIO(content))
     except Exception:  # a bomb's warning too, where warnings are errors
         decode(content)  # names what is wrong
-        raise PictureError("not a picture") from None
+        raise ImageError("not an image") from None
     media_type = FORMATS.get(image.format or "", Format()).media_type
     if media_type is None:
-        raise PictureError("not a picture that a browser shows")
+        raise ImageError("not an image that a browser shows")
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise PictureError("too many pixels")
+        raise ImageError("too many pixels")
     return media_type

@@ -11,7 +11,7 @@ from PIL import Image
 from clipret.arrays import Floats
 from clipret.errors import ClipretError
 from clipret.files import write_file
-from clipret.gallery.gallery import Gallery, Picture
+from clipret.gallery.gallery import Gallery, ImageRecord
 from clipret.images.formats import FORMATS, Format
 from clipret.server.limits import ConflictError, NotFoundError
 from clipret.sources.item import Value, free_names
@@ -20,14 +20,14 @@ __all__ = ["add_images", "remove_image"]
 
 
 def add_images(
-    path: Path | str, name: str, pictures: Mapping[str, tuple[bytes, Floats]], metadata: Mapping[str, Value]
+    path: Path | str, name: str, images: Mapping[str, tuple[bytes, Floats]], metadata: Mapping[str, Value]
 ) -> dict[str, tuple[int, bool]]:
     """Take images into a gallery, all of them or none.
 
     Args:
         path: The gallery's folder, or milvus+URI, which is refused.
         name: What the service calls it.
-        pictures: The bytes and the embedding, float [D], of each image by the digest of its bytes.
+        images: The bytes and the embedding, float [D], of each image by the digest of its bytes.
         metadata: What all of them get.
 
     Returns:
@@ -41,19 +41,19 @@ def add_images(
     with _writing(path, name) as gallery:
         folder = gallery.path / "added"
         folder.mkdir(exist_ok=True)
-        records = dict[str, Picture]()
-        for digest, (content, _) in pictures.items():
+        records = dict[str, ImageRecord]()
+        for digest, (content, _) in images.items():
             file = folder / f"{digest}{_suffix(content)}"
             if not file.exists():
                 write_file(file, content)
             stored = gallery.stored_path(file)
-            records[digest] = Picture(stored, len(content), file.stat().st_mtime_ns, digest)
+            records[digest] = ImageRecord(stored, len(content), file.stat().st_mtime_ns, digest)
         held = gallery.database.by_path([one.path for one in records.values()])
         new = [digest for digest, one in records.items() if one.path not in held]
         if record:
             gallery.update({number: (one, record) for number, one in held.values()})
         if new:
-            rows = np.array([pictures[digest][1] for digest in new], np.float32)
+            rows = np.array([images[digest][1] for digest in new], np.float32)
             gallery.append([records[digest] for digest in new], rows, [record] * len(new) if record else None)
         found = gallery.database.by_path([one.path for one in records.values()])
         return {digest: (found[one.path][0], digest in new) for digest, one in records.items()}
@@ -62,10 +62,10 @@ def add_images(
 def remove_image(path: Path | str, name: str, number: int) -> None:
     """Delete an image from a gallery, and its file where `add_images` wrote it. Raises NotFoundError, ConflictError."""
     with _writing(path, name) as gallery:
-        picture = gallery.database.pictures([number]).get(number)
-        if picture is None or not gallery.remove([number]):
-            raise NotFoundError(f"there is no picture {number}")
-        file = gallery.file(picture.path)
+        image = gallery.database.images([number]).get(number)
+        if image is None or not gallery.remove([number]):
+            raise NotFoundError(f"there is no image {number}")
+        file = gallery.file(image.path)
         if file.parent == gallery.path / "added":
             file.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Pictures inside .tar (webdataset) and .zip files, streamed without unpacking and without holding their bytes."""
+"""Images inside .tar (webdataset) and .zip files, streamed without unpacking and without holding their bytes."""
 
 import itertools
 import json
@@ -15,8 +15,8 @@ from typing import BinaryIO, NoReturn
 
 from clipret.errors import ClipretError
 from clipret.images.formats import EXTENSIONS
-from clipret.images.walk import MOST_BYTES, PictureError, PictureFile
-from clipret.sources.item import Held, Item, Value, broken_item, free_names, is_plain, picture_file, scalar
+from clipret.images.walk import MOST_BYTES, ImageError, ImageFile
+from clipret.sources.item import Held, Item, Value, broken_item, free_names, image_file, is_plain, scalar
 from clipret.sources.remote import RemoteFile, open_remote
 
 __all__ = ["SUFFIXES", "expand", "expand_remote", "members", "modified", "prefix_of", "read_member"]
@@ -25,7 +25,7 @@ SUFFIXES = (".tar", ".zip")
 _SIDECARS = frozenset({".json", ".txt", ".cls"})
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
-_LINK, _HOLES = "a link inside its archive: store the picture itself", "stored with holes (sparse) in its archive"
+_LINK, _HOLES = "a link inside its archive: store the image itself", "stored with holes (sparse) in its archive"
 
 
 def expand(pattern: Path) -> list[Path]:
@@ -77,7 +77,7 @@ def _alternatives(text: str, ranges: list[re.Match[str]]) -> Iterator[Iterator[s
 
 
 def prefix_of(file: Path | RemoteFile, root: Path) -> str:
-    """What the paths of an archive's pictures begin with: its own, relative to `root` where it lies below it."""
+    """What the paths of an archive's images begin with: its own, relative to `root` where it lies below it."""
     if isinstance(file, RemoteFile):
         return file.uri
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.absolute().as_posix()
@@ -92,7 +92,7 @@ def modified(file: Path | RemoteFile) -> tuple[int, int]:
 
 
 def members(file: Path | RemoteFile, root: Path) -> Iterator[Item]:
-    """The pictures of one archive, as items relative to `root`. A tar may hold one name twice: both come.
+    """The images of one archive, as items relative to `root`. A tar may hold one name twice: both come.
 
     Raises ClipretError where the archive is damaged, after the items before that place.
     """
@@ -112,12 +112,12 @@ def members(file: Path | RemoteFile, root: Path) -> Iterator[Item]:
 
 def _damaged(file: Path | RemoteFile, error: Exception) -> NoReturn:
     raise ClipretError(
-        f"{file} is damaged or no archive ({error}): the pictures before that place are done; make it anew"
+        f"{file} is damaged or no archive ({error}): the images before that place are done; make it anew"
     ) from None
 
 
-def read_member(file: Path | RemoteFile, name: str) -> PictureFile:
-    """The bytes of one member again. Raises PictureError when there is no such member or the archive is gone."""
+def read_member(file: Path | RemoteFile, name: str) -> ImageFile:
+    """The bytes of one member again. Raises ImageError when there is no such member or the archive is gone."""
     try:
         _, mtime = modified(file)
         if file.suffix.lower() == ".zip" and isinstance(file, Path):
@@ -126,11 +126,11 @@ def read_member(file: Path | RemoteFile, name: str) -> PictureFile:
         member = _tar_names(file, mtime)[name]
         return _read_tar(file, member.offset, member.size, mtime)
     except KeyError:
-        raise PictureError(f"{file} has no member {name}") from None
-    except PictureError:
+        raise ImageError(f"{file} has no member {name}") from None
+    except ImageError:
         raise
     except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise PictureError(f"its archive cannot be read: {error}") from None
+        raise ImageError(f"its archive cannot be read: {error}") from None
 
 
 def _name(name: str) -> str:
@@ -139,14 +139,14 @@ def _name(name: str) -> str:
 
 
 def _kind(name: str) -> str:
-    """The extension, "" for what is hidden or lies in a hidden folder (as macOS's copies of pictures' names do)."""
+    """The extension, "" for what is hidden or lies in a hidden folder (as macOS's copies of images' names do)."""
     *_, last = parts = name.split("/")
     return "" if any(part[:1] == "." for part in parts) else last[last.rfind(".") :].lower()
 
 
 @dataclass(frozen=True)
 class _Member:
-    """Bytes `offset` to `offset + size` of a tar, unless `fault` says why they are no picture. `content` are those
+    """Bytes `offset` to `offset + size` of a tar, unless `fault` says why they are no image. `content` are those
     bytes where the tar is read from one end to the other, since a store answers a second request slowly."""
 
     name: str
@@ -162,7 +162,7 @@ def _handle(file: Path | RemoteFile) -> BinaryIO:
 
 
 def _tar_members(file: Path | RemoteFile) -> Iterator[_Member]:
-    """Pictures and their sidecars in the order of the file."""
+    """Images and their sidecars in the order of the file."""
     with _handle(file) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # would keep every header of a large shard
@@ -207,28 +207,28 @@ def _groups(found: Iterator[_Member]) -> Iterator[list[_Member]]:
 
 
 def _sample(file: Path | RemoteFile, prefix: str, mtime: int, group: list[_Member]) -> Iterator[Item]:
-    pictures = [member for member in group if member.kind in EXTENSIONS]
+    images = [member for member in group if member.kind in EXTENSIONS]
     said: dict[str, Value] = {}
-    if pictures:
+    if images:
         for member in group:
             if member.kind in _SIDECARS and member.fault is None:
                 content = member.content
                 said |= _sidecar(member.kind, _bytes(file, member.offset, member.size) if content is None else content)
     names = free_names(list(said))
     metadata = {names[key]: value for key, value in said.items()}
-    for member in pictures:
+    for member in images:
         path = f"{prefix}/{member.name}"
         if member.fault is not None:
             yield broken_item(path, member.fault, metadata)
         else:
-            read: Callable[[], PictureFile] = partial(_read_tar, file, member.offset, member.size, mtime)
+            read: Callable[[], ImageFile] = partial(_read_tar, file, member.offset, member.size, mtime)
             if member.content is not None:
                 read = Held(member.content, mtime, read)
             yield Item(path, read, member.size, mtime, metadata)
 
 
 def _sidecar(kind: str, content: bytes) -> dict[str, Value]:
-    """What a file beside a picture says of it; one that cannot be read says nothing."""
+    """What a file beside an image says of it; one that cannot be read says nothing."""
     try:
         text = content.decode("utf-8-sig").strip()
         if kind == ".txt":
@@ -249,23 +249,23 @@ def _bytes(file: Path | RemoteFile, offset: int, size: int) -> bytes:
         return bytes(handle.read(size))
 
 
-def _read_tar(file: Path | RemoteFile, offset: int, size: int, mtime: int) -> PictureFile:
+def _read_tar(file: Path | RemoteFile, offset: int, size: int, mtime: int) -> ImageFile:
     """In any thread: each opens the file for itself, 15 microseconds beside the milliseconds of decoding."""
     if size > MOST_BYTES:
-        raise PictureError(f"{size} bytes are too many for a picture")
+        raise ImageError(f"{size} bytes are too many for an image")
     try:
         content = _bytes(file, offset, size)
     except OSError as error:
-        raise PictureError(f"its archive cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"its archive cannot be read: {error.strerror or error}") from None
     if len(content) < size:
-        raise PictureError("its archive ends in the middle of it")
-    return picture_file(content, mtime)
+        raise ImageError("its archive ends in the middle of it")
+    return image_file(content, mtime)
 
 
 @lru_cache(maxsize=8)
 def _tar_names(file: Path | RemoteFile, mtime: int) -> dict[str, _Member]:  # noqa: ARG001 (tells archives apart)
-    pictures = (one for one in _tar_members(file) if one.kind in EXTENSIONS and not one.fault)
-    return {one.name: replace(one, content=None) for one in pictures}
+    images = (one for one in _tar_members(file) if one.kind in EXTENSIONS and not one.fault)
+    return {one.name: replace(one, content=None) for one in images}
 
 
 def _zip_items(file: Path, prefix: str, mtime: int) -> Iterator[Item]:
@@ -295,14 +295,14 @@ def _zip_names(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return {_name(info.filename): info for info in archive.infolist()}
 
 
-def _read_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo, mtime: int) -> PictureFile:
+def _read_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo, mtime: int) -> ImageFile:
     """In any thread: only reading the file is behind ZipFile's lock, inflating is not."""
     if info.file_size > MOST_BYTES:
-        raise PictureError(f"{info.file_size} bytes are too many for a picture")
+        raise ImageError(f"{info.file_size} bytes are too many for an image")
     try:
         with archive.open(info) as stream:
             # Not read(): that would inflate up to 2 GiB of a member that is larger than it says.
             content = stream.read(info.file_size + 1)
     except Exception as error:  # zlib's own, a wrong checksum, an unknown method, a password
-        raise PictureError(f"cannot be read from its archive: {error}") from None
-    return picture_file(content, mtime)
+        raise ImageError(f"cannot be read from its archive: {error}") from None
+    return image_file(content, mtime)

@@ -1,4 +1,4 @@
-"""One picture of a source: its name, how to read it, what tells whether it has changed, what else is known of it."""
+"""One image of a source: its name, how to read it, what tells whether it has changed, what else is known of it."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from clipret.images.walk import PictureError, PictureFile, read_picture
+from clipret.images.walk import ImageError, ImageFile, read_image
 from clipret.tables import OWN_COLUMNS, as_number
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "broken_item",
     "file_item",
     "free_names",
+    "image_file",
     "is_plain",
-    "picture_file",
     "scalar",
     "without_bytes",
 ]
@@ -30,17 +30,17 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Item:
-    """A picture of a source.
+    """An image of a source.
 
     `path`: relative to the source's root with /, or absolute. `read` gives its bytes, in any thread and as often as
-    wanted, or raises PictureError. `size` in bytes and `mtime_ns` are known without reading, None where they cannot be
-    had; a member of an archive has the archive's time. An item from a Parquet file of pictures holds their bytes
+    wanted, or raises ImageError. `size` in bytes and `mtime_ns` are known without reading, None where they cannot be
+    had; a member of an archive has the archive's time. An item from a Parquet file of images holds their bytes
     until it is dropped, and so does one from an archive in an object store: take items as they come instead of
     listing them.
     """
 
     path: str
-    read: Callable[[], PictureFile]
+    read: Callable[[], ImageFile]
     size: int | None
     mtime_ns: int | None
     metadata: Mapping[str, Value]
@@ -48,14 +48,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Held:
-    """Reads a picture whose bytes came with the stream that named it; `later` reads them again."""
+    """Reads an image whose bytes came with the stream that named it; `later` reads them again."""
 
     content: bytes
     mtime_ns: int
-    later: Callable[[], PictureFile]
+    later: Callable[[], ImageFile]
 
-    def __call__(self) -> PictureFile:
-        return picture_file(self.content, self.mtime_ns)
+    def __call__(self) -> ImageFile:
+        return image_file(self.content, self.mtime_ns)
 
 
 def without_bytes(item: Item) -> Item:
@@ -70,24 +70,24 @@ def file_item(root: Path, name: str, metadata: Mapping[str, Value] | None = None
         status = os.stat(file)  # noqa: PTH116 (a third of the time of Path.stat, a million times)
         size, mtime = status.st_size, status.st_mtime_ns
     except (OSError, ValueError):  # reading it will give the reason
-        return Item(name, partial(read_picture, file), None, None, metadata or {})
-    return Item(name, partial(read_picture, file), size, mtime, metadata or {})
+        return Item(name, partial(read_image, file), None, None, metadata or {})
+    return Item(name, partial(read_image, file), size, mtime, metadata or {})
 
 
 def broken_item(name: str, reason: str, metadata: Mapping[str, Value] | None = None) -> Item:
-    """What should have been a picture: reading it raises PictureError with the reason."""
+    """What should have been an image: reading it raises ImageError with the reason."""
     return Item(name, partial(_refuse, reason), None, None, metadata or {})
 
 
-def _refuse(reason: str) -> PictureFile:
-    raise PictureError(reason)
+def _refuse(reason: str) -> ImageFile:
+    raise ImageError(reason)
 
 
-def picture_file(content: bytes, mtime_ns: int) -> PictureFile:
-    """Bytes out of an archive as a picture's file. Raises PictureError for none."""
+def image_file(content: bytes, mtime_ns: int) -> ImageFile:
+    """Bytes out of an archive as an image's file. Raises ImageError for none."""
     if not content:
-        raise PictureError("the file is empty")
-    return PictureFile(content, len(content), mtime_ns, hashlib.blake2b(content, digest_size=16).hexdigest())
+        raise ImageError("the file is empty")
+    return ImageFile(content, len(content), mtime_ns, hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 def free_names(columns: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Parquet files of pictures: a column of paths, or of the pictures' bytes; streamed in batches of rows."""
+"""Parquet files of images: a column of paths, or of the images' bytes; streamed in batches of rows."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from clipret.errors import ClipretError, require
-from clipret.images.walk import PictureError, PictureFile
+from clipret.images.walk import ImageError, ImageFile
 from clipret.locations import is_remote
-from clipret.sources.item import Item, Value, broken_item, file_item, free_names, picture_file, scalar
+from clipret.sources.item import Item, Value, broken_item, file_item, free_names, image_file, scalar
 from clipret.sources.remote import RemoteFile, remote_item
 from clipret.tables import Table, pick_column
 
-__all__ = ["PictureTable", "read_row"]
+__all__ = ["ImageTable", "read_row"]
 
-_ROWS = 32  # a batch; each may hold a picture of megabytes
+_ROWS = 32  # a batch; each may hold an image of megabytes
 
 
-class PictureTable:
-    """A Parquet file with one picture a row.
+class ImageTable:
+    """A Parquet file with one image a row.
 
-    The pictures are the column named, or else the only one of bytes (or of structs with a field `bytes`, as Hugging
+    The images are the column named, or else the only one of bytes (or of structs with a field `bytes`, as Hugging
     Face's datasets write them), or else one that has a usual name for paths; paths are relative to `root`. The columns
     of plain values are metadata. Raises ClipretError where pyarrow is missing, the file is no Parquet or is damaged
-    (after the items before that place), or no column holds pictures.
+    (after the items before that place), or no column holds images.
     """
 
     def __init__(self, path: Path | RemoteFile, root: Path, image_column: str | None = None) -> None:
@@ -40,7 +40,7 @@ class PictureTable:
 
     @property
     def prefix(self) -> str:
-        """What the names of pictures begin with that the file itself holds; a row's number, of nine digits, follows."""
+        """What the names of images begin with that the file itself holds; a row's number, of nine digits, follows."""
         path, root = self.path, self.root
         if isinstance(path, RemoteFile):
             prefix = path.uri
@@ -50,7 +50,7 @@ class PictureTable:
         return prefix if self._usual else f"{prefix}/{self._column}"
 
     def groups(self) -> list[tuple[int, int, int]]:
-        """The file's groups of rows, where it holds the pictures: number, first row, one past the last."""
+        """The file's groups of rows, where it holds the images: number, first row, one past the last."""
         if not self._holds_bytes:
             return []
         facts, found, start = _open(self.path).metadata, [], 0
@@ -61,7 +61,7 @@ class PictureTable:
         return found
 
     def items(self, group: int | None = None, first: int = 0) -> Iterator[Item]:
-        """All pictures, or those of one group of rows, whose first is row `first`. A path that comes again is left
+        """All images, or those of one group of rows, whose first is row `first`. A path that comes again is left
         out."""
         arrow = require("pyarrow", "parquet")
         seen: set[str] = set()
@@ -82,27 +82,27 @@ class PictureTable:
                         seen.add(item.path)
         except (OSError, arrow.ArrowException) as error:
             raise ClipretError(
-                f"{path} is damaged behind row {number} ({error}): the pictures before are done; make it anew"
+                f"{path} is damaged behind row {number} ({error}): the images before are done; make it anew"
             ) from None
 
     def _item(self, name: str, image: object, mtime: int, metadata: dict[str, Value]) -> Item:
         content = _content(image)
         if content is not None:
-            return Item(name, partial(picture_file, content, mtime), len(content), mtime, metadata)
+            return Item(name, partial(image_file, content, mtime), len(content), mtime, metadata)
         file = image.get("path") if isinstance(image, dict) else image
         if isinstance(file, str) and is_remote(file):
             return remote_item(file, metadata)
         if isinstance(file, str) and file:
             return file_item(self.root, file, metadata)
-        return broken_item(name, "its row holds no picture", metadata)
+        return broken_item(name, "its row holds no image", metadata)
 
 
 def _mtime(path: Path | RemoteFile) -> int:
     return path.modified()[1] if isinstance(path, RemoteFile) else path.stat().st_mtime_ns
 
 
-def read_row(path: Path | RemoteFile, name: str, mtime_ns: int) -> PictureFile:
-    """The picture in one row again, by the name that its item had. Raises PictureError where there is no such row."""
+def read_row(path: Path | RemoteFile, name: str, mtime_ns: int) -> ImageFile:
+    """The image in one row again, by the name that its item had. Raises ImageError where there is no such row."""
     column, _, number = name.rpartition("/")
     try:
         file, left = _open(path), int(number)
@@ -112,11 +112,11 @@ def read_row(path: Path | RemoteFile, name: str, mtime_ns: int) -> PictureFile:
             if left < rows:
                 batches = file.iter_batches(_ROWS, row_groups=[group], columns=[column], use_threads=False)
                 batch = next(islice(batches, left // _ROWS, None))
-                return picture_file(_content(batch.column(0)[left % _ROWS].as_py()) or b"", mtime_ns)
+                return image_file(_content(batch.column(0)[left % _ROWS].as_py()) or b"", mtime_ns)
             left -= rows
     except (ClipretError, ValueError, OSError, StopIteration) as error:
-        raise PictureError(f"cannot be read from its Parquet file: {error}") from None
-    raise PictureError(f"{path} has no row {name}")
+        raise ImageError(f"cannot be read from its Parquet file: {error}") from None
+    raise ImageError(f"{path} has no row {name}")
 
 
 def _open(path: Path | RemoteFile) -> Any:
@@ -130,7 +130,7 @@ def _open(path: Path | RemoteFile) -> Any:
 
 
 def _image_column(path: Path | RemoteFile, schema: Any, given: str | None) -> tuple[str, bool]:
-    """The column of pictures, and whether it would be found without its name."""
+    """The column of images, and whether it would be found without its name."""
     found = [field.name for field in schema if _holds_bytes(field.type)]
     if given is None and len(found) == 1:
         return str(found[0]), True
@@ -138,7 +138,7 @@ def _image_column(path: Path | RemoteFile, schema: Any, given: str | None) -> tu
     kind = schema.field(name).type
     types = require("pyarrow", "parquet").types
     if not (_holds_bytes(kind) or types.is_string(kind) or types.is_large_string(kind)):
-        raise ClipretError(f"column {name} of {path} holds {kind}, no pictures or paths: name one with --image-column")
+        raise ClipretError(f"column {name} of {path} holds {kind}, no images or paths: name one with --image-column")
     return name, given is None or found == [name]
 
 

@@ -16,9 +16,9 @@ from functools import lru_cache, partial
 from typing import Any, BinaryIO, cast
 
 from clipret.errors import ClipretError, one_line, require
-from clipret.images.walk import MOST_BYTES, PictureError, PictureFile
+from clipret.images.walk import MOST_BYTES, ImageError, ImageFile
 from clipret.locations import is_remote
-from clipret.sources.item import Item, Value, picture_file
+from clipret.sources.item import Item, Value, image_file
 
 __all__ = [
     "RemoteFile",
@@ -111,21 +111,21 @@ def walk_remote(uri: str) -> list[tuple[RemoteFile, int, int]]:
 def remote_item(
     uri: str, metadata: Mapping[str, Value] | None = None, size: int | None = None, mtime_ns: int | None = None
 ) -> Item:
-    """The picture at an address. Raises ClipretError as `open_remote` does."""
+    """The image at an address. Raises ClipretError as `open_remote` does."""
     return Item(uri, partial(read_remote, open_remote(uri)), size, mtime_ns, metadata or {})
 
 
-def read_remote(file: RemoteFile) -> PictureFile:
-    """The bytes of a picture. Raises PictureError."""
+def read_remote(file: RemoteFile) -> ImageFile:
+    """The bytes of an image. Raises ImageError."""
     try:
         size, modified = file.modified()
         if size > MOST_BYTES:
-            raise PictureError(f"{size} bytes are too many for a picture")
+            raise ImageError(f"{size} bytes are too many for an image")
         with file.open() as handle:
             content = handle.read()
     except OSError as error:
-        raise PictureError(f"cannot be read: {_plain(error)}") from None
-    return picture_file(bytes(content), modified)
+        raise ImageError(f"cannot be read: {_plain(error)}") from None
+    return image_file(bytes(content), modified)
 
 
 @contextlib.contextmanager

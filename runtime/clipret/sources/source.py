@@ -1,10 +1,10 @@
-"""Where pictures come from: folders, lists, archives and Parquet files, as one stream of items that holds none of them.
+"""Where images come from: folders, lists, archives and Parquet files, as one stream of items that holds none of them.
 
-open_source("pictures/")             every picture below the folder
+open_source("images/")             every image below the folder
 open_source("list.csv")              a column of paths; the other columns are metadata
 open_source("shards/{000..127}.tar") webdataset; a folder of nothing but .tar files likewise
-open_source("pictures.zip"), open_source("data.parquet"), open_source("one.jpg")
-open_source("s3://bucket/shards/{000..127}.tar") and the like in Google's store and HDFS; Parquet, pictures, folders too
+open_source("images.zip"), open_source("data.parquet"), open_source("one.jpg")
+open_source("s3://bucket/shards/{000..127}.tar") and the like in Google's store and HDFS; Parquet, images, folders too
 """
 
 import os
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from clipret.errors import ClipretError
 from clipret.images.formats import EXTENSIONS
-from clipret.images.walk import PictureError, PictureFile, no_pictures, read_picture, walk_pictures
+from clipret.images.walk import ImageError, ImageFile, no_images, read_image, walk_images
 from clipret.locations import is_remote, remote_in
 from clipret.sources.archives import SUFFIXES, expand, expand_remote, members, modified, prefix_of, read_member
 from clipret.sources.item import Item, Value, broken_item, file_item, free_names, scalar
-from clipret.sources.parquet import PictureTable, read_row
+from clipret.sources.parquet import ImageTable, read_row
 from clipret.sources.remote import RemoteFile, open_remote, read_remote, remote_item, stats, walk_remote
 from clipret.tables import pick_column, read_table
 
@@ -35,7 +35,7 @@ _ARCHIVES = frozenset({*SUFFIXES, ".parquet"})
 class Stream:
     """A part of a source that any process can read by itself: an archive, or a group of rows of a Parquet file.
 
-    The paths of its pictures, and of no others, are at least `first` and below `last`. `size` and `mtime_ns` are the
+    The paths of its images, and of no others, are at least `first` and below `last`. `size` and `mtime_ns` are the
     file's.
     """
 
@@ -48,11 +48,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Source:
-    """A stream of pictures that can be read again and again, each time from the start.
+    """A stream of images that can be read again and again, each time from the start.
 
     `root`: what the items' paths are relative to. `columns`: their metadata, where it is known beforehand. `count`: how
     many there are, None where only reading all of them would tell. `streams`: what it consists of, in its order,
-    where it is made of archives that hold their pictures.
+    where it is made of archives that hold their images.
     """
 
     root: Path
@@ -68,17 +68,17 @@ class Source:
 def open_source(
     path: str | Path, *, image_column: str | None = None, image_root: Path | None = None, where: str | None = None
 ) -> Source:
-    """The pictures of a folder, one file, a list, archives or a Parquet file.
+    """The images of a folder, one file, a list, archives or a Parquet file.
 
-    A folder stands for the pictures below it; one with none of them for the .tar, .zip and .parquet files in it. A list
-    (.csv, .tsv, .txt, .jsonl, .parquet) has a picture a row; paths in it are relative to `image_root`, by default the
+    A folder stands for the images below it; one with none of them for the .tar, .zip and .parquet files in it. A list
+    (.csv, .tsv, .txt, .jsonl, .parquet) has an image a row; paths in it are relative to `image_root`, by default the
     list's folder, and of rows that name one file the first counts. `where` is an SQL expression over its columns (not
-    for Parquet). A Parquet file may hold the pictures themselves, see `PictureTable`. In .tar files members whose names
-    are equal up to the first dot belong together (webdataset): .json, .txt and .cls beside a picture become its
+    for Parquet). A Parquet file may hold the images themselves, see `ImageTable`. In .tar files members whose names
+    are equal up to the first dot belong together (webdataset): .json, .txt and .cls beside an image become its
     metadata. A metadata column that a gallery has by itself (id, path, size, mtime_ns, hash) gets an underscore at its
     end.
 
-    s3://, gs:// and hdfs:// addresses name .tar and .parquet files, pictures, and folders of them; so may the rows of a
+    s3://, gs:// and hdfs:// addresses name .tar and .parquet files, images, and folders of them; so may the rows of a
     list. They are read by pyarrow. What a store holds has its address for a path, whatever the gallery's root.
     Raises ClipretError: nothing there, nothing in it, no such column, a package that reads it is missing.
     """
@@ -91,11 +91,11 @@ def open_source(
     if where is not None:
         raise ClipretError(f"--where chooses rows of a .csv, .tsv or .jsonl list; {path} is none")
     if path.is_dir():
-        if next(walk_pictures(path), None) is None and (inside := _archives_in(path)):
+        if next(walk_images(path), None) is None and (inside := _archives_in(path)):
             return _archived(inside, image_root or path, image_column)
         if inside := _archives_in(path):
             warnings.warn(
-                f"{path} holds archives beside its pictures ({len(inside)}): they are left out; index them by name",
+                f"{path} holds archives beside its images ({len(inside)}): they are left out; index them by name",
                 stacklevel=2,
             )
         return _folder(path)
@@ -104,14 +104,14 @@ def open_source(
         root = image_root or Path(os.path.commonpath([file.parent for file in files]))
         return _archived(files, root, image_column)
     if suffix not in EXTENSIONS or not path.is_file():
-        raise ClipretError(f"{path} is no folder, list, archive or picture: see clipret-search index --help")
+        raise ClipretError(f"{path} is no folder, list, archive or image: see clipret-search index --help")
     return Source(path.parent, (), 1, lambda: iter([file_item(path.parent, path.name)]))
 
 
-def read_stored(root: Path, stored: str) -> PictureFile:
-    """The bytes of a picture again by the name that a gallery stores, a member of an archive included.
+def read_stored(root: Path, stored: str) -> ImageFile:
+    """The bytes of an image again by the name that a gallery stores, a member of an archive included.
 
-    Raises PictureError when it cannot be read.
+    Raises ImageError when it cannot be read.
     """
     if (uri := remote_in(stored) or remote_in(root / stored)) is not None:
         return _read_remote(uri)
@@ -123,16 +123,16 @@ def read_stored(root: Path, stored: str) -> PictureFile:
                 try:
                     return read_row(parent, name, parent.stat().st_mtime_ns)
                 except OSError as error:
-                    raise PictureError(f"its archive cannot be read: {error.strerror or error}") from None
+                    raise ImageError(f"its archive cannot be read: {error.strerror or error}") from None
             return read_member(parent, name)
-    return read_picture(file)
+    return read_image(file)
 
 
 def _folder(path: Path) -> Source:
-    count = sum(1 for _ in walk_pictures(path))
+    count = sum(1 for _ in walk_images(path))
     if not count:
-        raise no_pictures(path)
-    return Source(path, (), count, lambda: (file_item(path, name) for name in walk_pictures(path)))
+        raise no_images(path)
+    return Source(path, (), count, lambda: (file_item(path, name) for name in walk_images(path)))
 
 
 def _archives_in(folder: Path) -> list[Path]:
@@ -141,7 +141,7 @@ def _archives_in(folder: Path) -> list[Path]:
 
 
 def _archived(files: Sequence[Path | RemoteFile], root: Path, image_column: str | None) -> Source:
-    """The pictures of several archives, one archive after the other."""
+    """The images of several archives, one archive after the other."""
     reads: list[Callable[[], Iterator[Item]]] = []
     streams: list[Stream] = []
     columns: dict[str, None] = {}
@@ -149,7 +149,7 @@ def _archived(files: Sequence[Path | RemoteFile], root: Path, image_column: str 
     apart = True
     for file, (size, mtime) in zip(files, _states(files), strict=True):
         if file.suffix.lower() == ".parquet":
-            table = PictureTable(file, root, image_column)
+            table = ImageTable(file, root, image_column)
             columns |= dict.fromkeys(table.columns)
             count = None if count is None or table.count is None else count + table.count
             reads.append(table.items)
@@ -191,17 +191,17 @@ def _remote(uri: str, image_column: str | None, where: str | None) -> Source:
         return Source(root, (), 1, lambda: iter([remote_item(uri)]))
     open_remote(uri)
     found = walk_remote(uri)
-    pictures = [one for one in found if one[0].suffix.lower() in EXTENSIONS]
-    if not pictures:
+    images = [one for one in found if one[0].suffix.lower() in EXTENSIONS]
+    if not images:
         if inside := [file for file, _, _ in found if file.suffix.lower() in (".tar", ".parquet")]:
             return _archived(inside, root, image_column)
-        raise ClipretError(f"{uri} holds no pictures, .tar or .parquet files: is it the right folder?")
+        raise ClipretError(f"{uri} holds no images, .tar or .parquet files: is it the right folder?")
     return Source(
-        root, (), len(pictures), lambda: (remote_item(file.uri, None, size, mtime) for file, size, mtime in pictures)
+        root, (), len(images), lambda: (remote_item(file.uri, None, size, mtime) for file, size, mtime in images)
     )
 
 
-def _read_remote(uri: str) -> PictureFile:
+def _read_remote(uri: str) -> ImageFile:
     for suffix in (".tar/", ".parquet/"):
         archive, found, name = uri.partition(suffix)
         if found:
@@ -211,7 +211,7 @@ def _read_remote(uri: str) -> PictureFile:
             try:
                 return read_row(file, name, file.modified()[1])
             except OSError as error:
-                raise PictureError(f"its archive cannot be read: {error.strerror or error}") from None
+                raise ImageError(f"its archive cannot be read: {error.strerror or error}") from None
     return read_remote(RemoteFile(uri))
 
 
@@ -221,7 +221,7 @@ def _listed(path: Path, image_column: str | None, image_root: Path | None, where
     root = image_root or path.parent
     top = root.absolute()
     names = free_names([column for column in table.columns if column != image])
-    rows: dict[str, dict[str, str]] = {}  # of each picture the first
+    rows: dict[str, dict[str, str]] = {}  # of each image the first
     for number, row in enumerate(table.rows, 1):
         if is_remote(row[image]):
             rows.setdefault(row[image], row)
@@ -239,6 +239,6 @@ def _listed(path: Path, image_column: str | None, image_root: Path | None, where
             elif row[image]:
                 yield file_item(root, name, metadata)
             else:
-                yield broken_item(name, "its row names no picture", metadata)
+                yield broken_item(name, "its row names no image", metadata)
 
     return Source(root, tuple(names.values()), len(rows), items)

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, from pictures to metrics."""
+"""The commands as a user runs them, from images to metrics."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_the_named_colour_comes_first(gallery: Path) -> None:
     assert Path(found[0]["hits"][0]["file"]).is_file()
 
 
-def test_the_table_has_a_line_for_each_picture(gallery: Path) -> None:
+def test_the_table_has_a_line_for_each_image(gallery: Path) -> None:
     lines = run("query", gallery, "blue", "-k", 100).stdout.splitlines()
     assert lines[0].split() == ["rank", "score", "path"]
     assert len(lines) == 1 + 12
@@ -72,13 +72,13 @@ def test_rows_do_not_depend_on_batch_or_threads(tiny_bundle: Path, colour_folder
     np.testing.assert_array_equal(a, b)
 
 
-def test_bad_pictures_are_skipped_counted_and_named(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_bad_images_are_skipped_counted_and_named(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     whole = (colour_folder / "red/0.jpg").read_bytes()
     (colour_folder / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (colour_folder / "empty.png").touch()
-    (colour_folder / "text.gif").write_text("no picture")
+    (colour_folder / "text.gif").write_text("no image")
     result = run("index", tiny_bundle, colour_folder, tmp_path / "gallery")
-    assert "12 pictures (12 added, 0 changed, 0 unchanged, 3 skipped)" in result.stdout
+    assert "12 images (12 added, 0 changed, 0 unchanged, 3 skipped)" in result.stdout
     assert "skipped half.jpg: broken" in result.stderr
     report = (tmp_path / "gallery/skipped.tsv").read_text().splitlines()
     assert report[0] == "path\treason"
@@ -105,7 +105,7 @@ def test_odd_file_names(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) 
     for name in (b"new\nline.jpg", b"tab\there.jpg", "红色 '\"<b>.jpg".encode(), b"-k.jpg", b"bad\xff.jpg"):
         shutil.copy(colour_folder / "red/0.jpg", os.fsencode(folder) + b"/" + name)
     result = run("index", tiny_bundle, folder, tmp_path / "g")
-    assert "4 pictures (4 added, 0 changed, 0 unchanged, 1 skipped)" in result.stdout
+    assert "4 images (4 added, 0 changed, 0 unchanged, 1 skipped)" in result.stdout
     assert result.stderr == "skipped bad\\udcff.jpg: its name is not UTF-8: rename it\n"
     again = json.loads(run("index", tiny_bundle, folder, tmp_path / "g", "--json").stdout)
     assert (again["unchanged"], again["skipped"][0]["path"]) == (4, "bad\udcff.jpg")
@@ -125,20 +125,20 @@ def test_a_list_with_filter_and_duplicates(tiny_bundle: Path, colour_folder: Pat
     ]
     (colour_folder / "list.csv").write_text("\n".join(["filepath,split", *rows]))
     result = run("index", tiny_bundle, colour_folder / "list.csv", tmp_path / "g", "--where", "split = 'train'")
-    assert "2 pictures (2 added, 0 changed, 0 unchanged, 1 skipped)" in result.stdout
+    assert "2 images (2 added, 0 changed, 0 unchanged, 1 skipped)" in result.stdout
     assert "gone.jpg: cannot be read: No such file" in result.stderr
 
 
 def test_eval_by_hand(gallery: Path, colour_folder: Path, tmp_path: Path) -> None:
     rows = [f"a {colour} thing,{colour}/{n}" for colour in ("red", "blue") for n in ("0.jpg", "1.jpeg", "2.png")]
-    (colour_folder / "queries.csv").write_text("\n".join(["title,path", *rows, "green,red/0.jpg", "white,lost.jpg"]))
+    (colour_folder / "queries.csv").write_text("\n".join(["caption,path", *rows, "green,red/0.jpg", "white,lost.jpg"]))
     result = run("eval", gallery, colour_folder / "queries.csv", "--json", "--html", tmp_path / "page.html")
     metrics = json.loads(result.stdout)
-    # red and blue find their three first; "green" is said to be answered by a red picture, which is found late
+    # red and blue find their three first; "green" is said to be answered by a red image, which is found late
     assert metrics["queries"] == 3
     assert metrics["recall_at_1"] == pytest.approx(2 / 3)
     assert metrics["median_rank"] == 1
-    assert metrics["missing_pictures"] == 1
+    assert metrics["missing_images"] == 1
     assert metrics["queries_left_out"] == 1
     assert "1 queries left out" in result.stderr
     page = (tmp_path / "page.html").read_text()
@@ -146,13 +146,13 @@ def test_eval_by_hand(gallery: Path, colour_folder: Path, tmp_path: Path) -> Non
     assert "3 of the first 10 right" in page
 
 
-def test_query_by_picture_with_filters(gallery: Path, colour_folder: Path) -> None:
+def test_query_by_image_with_filters(gallery: Path, colour_folder: Path) -> None:
     def found(*arguments: object) -> list[str]:
         result = json.loads(run("query", gallery, *arguments, "--json").stdout)[0]
         return [hit["path"] for hit in result["hits"]]
 
-    assert {path.split("/")[0] for path in found("--picture", colour_folder / "blue/1.jpeg", "-k", 3)} == {"blue"}
-    mixed = found("red", "--picture", colour_folder / "blue/1.jpeg", "-k", 6)
+    assert {path.split("/")[0] for path in found("--image", colour_folder / "blue/1.jpeg", "-k", 3)} == {"blue"}
+    mixed = found("red", "--image", colour_folder / "blue/1.jpeg", "-k", 6)
     assert {path.split("/")[0] for path in mixed} == {"red", "blue"}
     without = found("red blue", "--minus", "red", "--minus-weight", 1, "-k", 3)
     assert {path.split("/")[0] for path in without} == {"blue"}
@@ -169,16 +169,16 @@ def test_query_by_picture_with_filters(gallery: Path, colour_folder: Path) -> No
 def test_remove_compact_info(gallery: Path, colour_folder: Path, tiny_bundle: Path) -> None:
     ids = Gallery.open(gallery).ids_by_path()
     assert "12" in run("info", gallery).stdout
-    assert "holds no picture 999" in fails("remove", gallery, 999)
-    assert "holds no picture lost.jpg" in fails("remove", gallery, "lost.jpg")
-    assert "name pictures" in run("remove", gallery, code=2).stderr
+    assert "holds no image 999" in fails("remove", gallery, 999)
+    assert "holds no image lost.jpg" in fails("remove", gallery, "lost.jpg")
+    assert "name images" in run("remove", gallery, code=2).stderr
     result = run("remove", gallery, "red/0.jpg", ids["red/1.jpeg"], "--where", "path like 'blue/%'")
-    assert result.stdout == f"{gallery}: 5 removed, 7 pictures left\n"
+    assert result.stdout == f"{gallery}: 5 removed, 7 images left\n"
     facts = json.loads(run("info", gallery, "--json").stdout)
-    assert (facts["pictures"], facts["deleted rows"], facts["shards"]) == (7, 5, 1)
+    assert (facts["images"], facts["deleted rows"], facts["shards"]) == (7, 5, 1)
     assert facts["columns"] == ["id", "path", "size", "mtime_ns", "hash"]
     for unknown in ("²", "0", "9" * 30, ids["red/0.jpg"]):  # the last one is deleted already
-        assert "holds no picture" in fails("remove", gallery, unknown)
+        assert "holds no image" in fails("remove", gallery, unknown)
     expected = run("query", gallery, "blue", "-k", 12).stdout
     assert "5 deleted rows dropped" in run("compact", gallery).stdout
     assert run("query", gallery, "blue", "-k", 12).stdout == expected
@@ -201,11 +201,11 @@ def test_errors_are_one_line_and_write_nothing(
     empty = tmp_path / "empty"
     empty.mkdir()
     new = tmp_path / "new"
-    assert "holds no pictures" in fails("index", tiny_bundle, empty, new)
+    assert "holds no images" in fails("index", tiny_bundle, empty, new)
     assert "is not a bundle" in fails("index", empty, colour_folder, new)
     assert "does not exist" in fails("index", tiny_bundle, tmp_path / "nowhere", new)
-    (tmp_path / "list.csv").write_text("picture,words\na.jpg,b\n")
-    assert "its columns are picture, words" in fails("index", tiny_bundle, tmp_path / "list.csv", new)
+    (tmp_path / "list.csv").write_text("image,words\na.jpg,b\n")
+    assert "its columns are image, words" in fails("index", tiny_bundle, tmp_path / "list.csv", new)
     broken = Path(shutil.copytree(tiny_bundle, tmp_path / "broken"))
     (broken / "image.onnx").write_bytes((broken / "image.onnx").read_bytes()[:-1] + b"\0")
     assert "has changed since the export" in fails("index", broken, colour_folder, new)
@@ -214,16 +214,16 @@ def test_errors_are_one_line_and_write_nothing(
     assert "is blank" in fails("query", gallery, " \t ")
     assert "is no gallery" in fails("query", empty, "red")
     assert "cannot be read" in fails("eval", gallery, tmp_path / "gone.csv")
-    assert "holds none of the 1 pictures" in fails(
-        "eval", gallery, tmp_path / "list.csv", "--title-column", "words", "--image-column", "picture"
+    assert "holds none of the 1 images" in fails(
+        "eval", gallery, tmp_path / "list.csv", "--caption-column", "words", "--image-column", "image"
     )
 
 
-def test_a_folder_of_nothing_but_broken_pictures(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_of_nothing_but_broken_images(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p/a.jpg").touch()
     result = run("index", tiny_bundle, tmp_path / "p", tmp_path / "g", code=1)
-    assert "none of the 1 pictures could be used; the first: a.jpg: the file is empty" in result.stderr
+    assert "none of the 1 images could be used; the first: a.jpg: the file is empty" in result.stderr
 
 
 def test_another_bundle_is_refused(gallery: Path, tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_another_bundle_is_refused(gallery: Path, tiny_bundle: Path, colour_fold
 
 def test_a_corrected_first_run_takes_its_own_folder(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\nred/0.jpg\n")
-    assert "none of the 1 pictures" in fails("index", tiny_bundle, tmp_path / "list.csv", tmp_path / "gallery")
+    assert "none of the 1 images" in fails("index", tiny_bundle, tmp_path / "list.csv", tmp_path / "gallery")
     run("index", tiny_bundle, tmp_path / "list.csv", tmp_path / "gallery", "--image-root", colour_folder)
     with Gallery.open(tmp_path / "gallery") as gallery:
         assert gallery.paths([1]) == ["red/0.jpg"]
@@ -251,8 +251,8 @@ def test_what_is_no_number_is_refused(value: str, gallery: Path, tiny_bundle: Pa
     for setting in ("strength", "temperature", "adapt_weight"):
         told = run(*query, "--rerank", f"hubness=nnn,{setting}={value}", code=2).stderr
         assert f"{setting} is a finite number" in told
-    words = ("index", tiny_bundle, colour_folder, gallery, "--encoder", f"picture_timeout={value}")
-    assert "picture_timeout is a finite number" in run(*words, code=2).stderr
+    words = ("index", tiny_bundle, colour_folder, gallery, "--encoder", f"image_timeout={value}")
+    assert "image_timeout is a finite number" in run(*words, code=2).stderr
     assert "Invalid value for '--timeout'" in run("serve", gallery, "--timeout", value, code=2).stderr
 
 

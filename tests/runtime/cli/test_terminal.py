@@ -1,4 +1,4 @@
-"""Pictures in terminals, decoded again as a terminal would; nothing of them elsewhere."""
+"""Images in terminals, decoded again as a terminal would; nothing of them elsewhere."""
 
 import base64
 import io
@@ -54,7 +54,7 @@ def decoded_kitty(text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode("".join(content for _, content in chunks))))
 
 
-def test_sixels_are_the_picture() -> None:
+def test_sixels_are_the_image() -> None:
     rng = np.random.default_rng(0)
     levels = (rng.integers(1, 6, (25, 33, 3)) * 51).astype(np.uint8)  # 125 colours, and 25 is no multiple of 6
     levels[:, 5:20] = levels[0, 0]  # runs
@@ -73,7 +73,7 @@ def test_sixels_of_a_photograph_are_near_it() -> None:
     assert np.abs(drawn - levels / 255).mean() < 0.05
 
 
-def test_kittys_protocol_is_the_picture() -> None:
+def test_kittys_protocol_is_the_image() -> None:
     levels = np.random.default_rng(0).integers(0, 256, (80, 120, 4), dtype=np.uint8)
     np.testing.assert_array_equal(np.asarray(decoded_kitty(kitty(Image.fromarray(levels)))), levels)
 
@@ -85,7 +85,7 @@ def test_a_strip_has_rows_that_fit() -> None:
     assert found.height == 4 * 100 + 3 * 6
     levels = np.asarray(found)
     assert (levels[50, 250] == (255, 0, 0, 255)).all()
-    assert levels[50, 303, 3] == 0  # between two pictures
+    assert levels[50, 303, 3] == 0  # between two images
     assert (levels[..., :3] == 128).all(axis=2).sum() > 8000  # what cannot be read
     assert strip([], 400, 100).width == 1
 
@@ -117,7 +117,7 @@ def test_a_link_is_one_to_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_query_shows_pictures_where_stdout_can(
+def test_query_shows_images_where_stdout_can(
     listed_gallery: Path,
     on_terminal: Callable[..., bytes],
     run_command: Callable[..., bytes],
@@ -125,7 +125,7 @@ def test_query_shows_pictures_where_stdout_can(
 ) -> None:
     for name in ("KITTY_WINDOW_ID", "STY", "TERM_PROGRAM", "TMUX"):
         monkeypatch.delenv(name, raising=False)
-    (listed_gallery.parent / "pictures/red/1.jpeg").unlink()
+    (listed_gallery.parent / "images/red/1.jpeg").unlink()
     command = [sys.executable, "-m", "clipret.cli", "query", str(listed_gallery), "red", "-k", "4"]
     plain = run_command(command)
     assert b"\033" not in plain
@@ -144,10 +144,10 @@ def test_query_shows_pictures_where_stdout_can(
     assert [file.split("/")[-2] for file in files[:2]] == ["red", "red"]
     assert len(files) == 3  # one file is gone
     strip_of, _, table = shown(TERM="xterm-kitty").partition("\n")
-    picture = decoded_kitty(strip_of).convert("RGB")
-    assert picture.height == 2 * 128 + 6  # two rows of what 80 columns hold
+    image = decoded_kitty(strip_of).convert("RGB")
+    assert image.height == 2 * 128 + 6  # two rows of what 80 columns hold
     assert table == linked
-    assert np.asarray(picture)[..., 0].max() > 200  # a red one
+    assert np.asarray(image)[..., 0].max() > 200  # a red one
     sixels, _, table = shown("--show", "sixel").partition("\n")
     assert decoded_sixel(sixels).shape[0] == 2 * 128 + 6
     assert table == linked

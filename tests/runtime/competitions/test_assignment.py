@@ -1,4 +1,4 @@
-"""One picture a query: against trying all, and against the matrix of all scores."""
+"""One image a query: against trying all, and against the matrix of all scores."""
 
 import itertools
 
@@ -66,7 +66,7 @@ def test_small_ones_against_all_permutations() -> None:
         assert values.sum() == pytest.approx(best)
 
 
-def test_queries_that_all_want_the_same_pictures() -> None:
+def test_queries_that_all_want_the_same_images() -> None:
     """Lists of sixteen cannot seat sixty queries with one taste: they are lengthened as far as it takes, and the sum is
     that of the whole matrix."""
     rng = np.random.default_rng(1)
@@ -90,13 +90,13 @@ def test_the_first_of_a_ranker_where_no_two_collide() -> None:
     np.testing.assert_array_equal(values, ranker.rank(queries, 1)[0][:, 0])
 
 
-def test_too_few_pictures() -> None:
-    with pytest.raises(ClipretError, match="not each of the 4 queries can have a picture of its own"):
+def test_too_few_images() -> None:
+    with pytest.raises(ClipretError, match="not each of the 4 queries can have an image of its own"):
         assign(Scores(np.random.default_rng(0).normal(size=(4, 3))), 4)
 
 
-def test_many_with_scarce_pictures_and_ties_against_the_whole_matrix() -> None:
-    """Lists that are lengthened, pictures of one list alone, scores that are equal."""
+def test_many_with_scarce_images_and_ties_against_the_whole_matrix() -> None:
+    """Lists that are lengthened, images of one list alone, scores that are equal."""
     from scipy.optimize import linear_sum_assignment
 
     rng = np.random.default_rng(2)

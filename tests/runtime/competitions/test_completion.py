@@ -29,10 +29,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def cars(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """Forty pictures of each colour. Half of the red, green and blue ones say so; no yellow one does. Two have no
+    """Forty images of each colour. Half of the red, green and blue ones say so; no yellow one does. Two have no
     type, two are persons, one is not in the gallery."""
     rng = np.random.default_rng(0)
-    lines = ["path,title,kind,color,brand,type"]
+    lines = ["path,caption,kind,color,brand,type"]
     (tmp_path / "image").mkdir()
     for colour, rgb in RGB.items():
         for number in range(40):
@@ -42,8 +42,8 @@ def cars(tiny_bundle: Path, tmp_path: Path) -> Path:
             if number % 2 and colour != "yellow":
                 lines.append(f"{name},{colour} Audi.,vehicle,{colour},Audi,")
             else:
-                kind, title, type_ = ("person", "a man", "") if number == 0 else ("vehicle", "Truck", "Truck")
-                lines.append(f"{name},{title},{kind},,,{type_}")
+                kind, caption, type_ = ("person", "a man", "") if number == 0 else ("vehicle", "Truck", "Truck")
+                lines.append(f"{name},{caption},{kind},,,{type_}")
     lines.append("image/gone.png,Truck,vehicle,,,Truck")
     (tmp_path / "captions.csv").write_text("\n".join(lines) + "\n")
     slots = {"color": ["red", "green", "blue", "grey"], "brand": ["Audi"], "type": ["Truck"]}
@@ -69,11 +69,11 @@ def test_missing_words_are_filled_and_strangers_are_not(cars: Path) -> None:
     assert report["missing"] == 3 * 19 + 39  # four persons are none of them
     assert report["filled"] == len(new)
     assert report["rare"] == ["grey"]
-    assert "too few pictures are known to fill in grey" in result.stderr
-    assert "1 pictures of" in result.stderr
+    assert "too few images are known to fill in grey" in result.stderr
+    assert "1 images of" in result.stderr
     for row in new:
         assert (row["type"], row["filled"]) == ("Truck", "color")
-        assert row["title"] == f"{row['color']} Truck"
+        assert row["caption"] == f"{row['color']} Truck"
     right = [row for row in new if row["path"].startswith(f"image/{row['color']}")]
     assert len(right) >= 40  # of 57
     assert len(new) - len(right) <= 5  # of 39 strangers in orange, to which red is nearest
@@ -112,7 +112,7 @@ def test_the_page_shows_what_to_review(cars: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0].split()[:3] == ["slot", "known", "accuracy"]
     assert lines[1].split()[:3] == ["color", "60", "100.0%"]
-    assert "pictures got a fuller title" in lines[2]
+    assert "images got a fuller caption" in lines[2]
 
 
 def test_a_precision_out_of_reach_fills_nothing(cars: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_precision_out_of_reach_fills_nothing(cars: Path) -> None:
     reachable = json.loads(run(*command(cars, "--precision", 0.4, "--json")).stdout)[0]
     assert reachable["filled"] > 30
     # Rows that are right calibrate to more.
-    right = json.loads(run(*command(cars, "--calibrate", "color = '' or title <> 'x'", "--json")).stdout)[0]
+    right = json.loads(run(*command(cars, "--calibrate", "color = '' or caption <> 'x'", "--json")).stdout)[0]
     assert right["known"] == 30
     assert right["precision"] == 1.0
 
@@ -141,19 +141,23 @@ def test_a_precision_out_of_reach_fills_nothing(cars: Path) -> None:
     ("change", "options", "message"),
     [
         (("red Audi.,vehicle,red", "x,vehicle,crimson"), (), "color 'crimson' is not in the vocabulary"),
-        (("path,title", "path,title"), ("--slot", "doors"), "the vocabulary has no slot 'doors'"),
+        (("path,caption", "path,caption"), ("--slot", "doors"), "the vocabulary has no slot 'doors'"),
         (("kind,color", "kind,colour"), (), "has no column 'color'"),
         (("kind,color", "filled,color"), (), "is completed already"),
-        (("path,title", "path,title"), ("--template", "a {color} {door}"), "is no slot in braces"),
-        (("path,title", "path,title"), ("--template", "a {type}"), "no template names {color}"),
+        (("path,caption", "path,caption"), ("--template", "a {color} {door}"), "is no slot in braces"),
+        (("path,caption", "path,caption"), ("--template", "a {type}"), "no template names {color}"),
         (("image/", "elsewhere/"), (), "holds none of the"),
-        (("image/gone", "image/red01"), (), "is fine: the same picture may have several rows"),
+        (("image/gone", "image/red01"), (), "is fine: the same image may have several rows"),
         (
             ("image/gone.png,Truck,vehicle,", "image/red01.png,x,vehicle,blue"),
             (),
             "says color red and blue of image/red01",
         ),
-        (("path,title", "path,title"), ("--calibrate", "path like '%red01%'"), "1 pictures have a color to calibrate"),
+        (
+            ("path,caption", "path,caption"),
+            ("--calibrate", "path like '%red01%'"),
+            "1 images have a color to calibrate",
+        ),
     ],
 )
 def test_what_cannot_be_completed(cars: Path, change: tuple[str, str], options: tuple[str, ...], message: str) -> None:

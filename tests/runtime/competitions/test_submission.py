@@ -25,7 +25,7 @@ def fails(*arguments: object) -> str:
 
 @pytest.fixture
 def gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
-    """Twelve pictures in one folder, as both competitions have them: red-0.jpg … grey-2.png."""
+    """Twelve images in one folder, as both competitions have them: red-0.jpg … grey-2.png."""
     flat = tmp_path / "image"
     flat.mkdir()
     for file in sorted(colour_folder.rglob("*.*")):
@@ -72,10 +72,10 @@ def test_traffic_with_prompts_and_re_ranking(gallery: Path, tmp_path: Path) -> N
 def test_a_refused_answer_writes_nothing(gallery: Path, tmp_path: Path) -> None:
     texts, out = write(tmp_path / "test.txt", "red\nblue\n"), tmp_path / "answer.json"
     (tmp_path / "image/red-0.jpg").unlink()
-    assert "the picture red-0.jpg, which is not among the test pictures" in fails(
+    assert "the image red-0.jpg, which is not among the test images" in fails(
         "submit", gallery, texts, out, "--images", tmp_path / "image"
     )
-    assert "has 12 pictures, the scorer wants 20" in fails("submit", gallery, texts, out, "-k", 20)
+    assert "has 12 images, the scorer wants 20" in fails("submit", gallery, texts, out, "-k", 20)
     assert "text 1 of" in fails("submit", gallery, write(tmp_path / "b.txt", " \nred\n"), out)
     assert "ends in neither" in fails("submit", gallery, texts, tmp_path / "answer.txt")
     assert "--one-to-one is for .csv" in fails("submit", gallery, texts, out, "--one-to-one")
@@ -86,13 +86,13 @@ def test_a_refused_answer_writes_nothing(gallery: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_products_leave_out_the_training_pictures(gallery: Path, tmp_path: Path) -> None:
-    train = write(tmp_path / "train.csv", "title\tpath\nred thing\tred-0.jpg\nblue thing\tblue-0.jpg\n")
-    queries = write(tmp_path / "test_query.csv", 'title\n"red, bright"\nblue\n红色\n')
+def test_products_leave_out_the_training_images(gallery: Path, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", "caption\tpath\nred thing\tred-0.jpg\nblue thing\tblue-0.jpg\n")
+    queries = write(tmp_path / "test_query.csv", 'caption\n"red, bright"\nblue\n红色\n')
     sample = write(tmp_path / "sample.csv", "\ufefftitle,path\r\nx,red-1.jpeg\r\n")
     arguments = ("submit", gallery, queries, tmp_path / "submit.csv", "--sample", sample)
     result = run(*arguments, "--leave-out", train, "--image-root", tmp_path / "image")
-    assert "2 pictures of" in result.stderr
+    assert "2 images of" in result.stderr
     lines = (tmp_path / "submit.csv").read_bytes().decode().split("\r\n")
     assert lines[0] == "\ufefftitle,path"
     assert lines[1].startswith('"red, bright",red-')
@@ -100,13 +100,13 @@ def test_products_leave_out_the_training_pictures(gallery: Path, tmp_path: Path)
     assert lines[3].startswith("红色,red-")
     assert lines[4:] == [""]
     assert not any(name in line for line in lines for name in ("red-0.jpg", "blue-0.jpg"))
-    other = write(tmp_path / "other.csv", "title,path\na,b.jpg\n")
-    assert "none of the 1 pictures" in fails(*arguments, "--leave-out", other)
+    other = write(tmp_path / "other.csv", "caption,path\na,b.jpg\n")
+    assert "none of the 1 images" in fails(*arguments, "--leave-out", other)
 
 
 def test_products_one_to_one(gallery: Path, tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="needs clipret[assignment]")
-    queries = write(tmp_path / "q.csv", "title\n" + "red\n" * 2 + "红色\nblue\n")
+    queries = write(tmp_path / "q.csv", "caption\n" + "red\n" * 2 + "红色\nblue\n")
     sample = write(tmp_path / "sample.csv", "path\nred-0\n")
     out = tmp_path / "submit.csv"
     for arguments in ((), ("--rerank", "hubness=nnn")):
@@ -120,7 +120,7 @@ def test_products_one_to_one(gallery: Path, tmp_path: Path) -> None:
     run(*arguments, "--one-to-one")
     assert sorted((tmp_path / "again.csv").read_text().split()[1:4]) == ["red-0", "red-1", "red-2"]
     shorter = write(tmp_path / "short.json", run("query", gallery, "--texts", queries, "-k", 2, "--json").stdout)
-    assert "can have a picture of its own" in fails("submit", shorter, *arguments[2:], "--one-to-one")
+    assert "can have an image of its own" in fails("submit", shorter, *arguments[2:], "--one-to-one")
 
 
 def sample_of(folder: Path, text: str) -> Sample:
@@ -135,14 +135,14 @@ def test_the_sample_s_shape(tmp_path: Path) -> None:
     with pytest.raises(ClipretError, match="holds a tab"):
         product_answer(tabs, ["q\tr", "s"], ["1.jpg", "1.jpg"])
     with pytest.raises(ClipretError, match="a column 'score' that is neither"):
-        sample_of(tmp_path, "title,path,score\nq,1.jpg,0\n")
+        sample_of(tmp_path, "caption,path,score\nq,1.jpg,0\n")
 
 
-def test_how_the_sample_calls_pictures(tmp_path: Path) -> None:
+def test_how_the_sample_calls_images(tmp_path: Path) -> None:
     paths = ["a/1.jpg", "b/2.jpg"]
     for text, form in (("a/1.jpg\nb/2.jpg", "path"), ("1.jpg", "name"), ("2\n1", "stem")):
         assert sample_of(tmp_path, f"path\n{text}\n").form(paths) == form
-    with pytest.raises(ClipretError, match=r"calls a picture '3.jpg'"):
+    with pytest.raises(ClipretError, match=r"calls an image '3.jpg'"):
         sample_of(tmp_path, "path\n1.jpg\n3.jpg\n").form(paths)
     with pytest.raises(ClipretError, match="say how the answer shall name"):
         sample_of(tmp_path, "path\n1.jpg\n2\n").form(paths)
@@ -151,14 +151,14 @@ def test_how_the_sample_calls_pictures(tmp_path: Path) -> None:
 
 
 def test_product_answers_that_would_be_rejected(tmp_path: Path) -> None:
-    sample = sample_of(tmp_path, "title,path\nq,1.jpg\nr,1.jpg\n")
+    sample = sample_of(tmp_path, "caption,path\nq,1.jpg\nr,1.jpg\n")
     for texts, found, known, once, message in (
         ([], [], None, False, "no texts"),
         (["q", "r"], ["1.jpg"], None, False, "2 texts and 1 answers"),
         (["q", " "], ["1.jpg", "2.jpg"], None, False, "text 2 is blank"),
         (["r", "q"], ["1.jpg", "2.jpg"], None, False, "query 1 is 'r', in .* 'q'"),
         (["q"], ["1.jpg"], None, False, "has 2 rows for 1 queries"),
-        (["q", "r"], ["1.jpg", "2.jpg"], {"1.jpg"}, False, r"query 2 \('r'\) has the picture 2.jpg"),
+        (["q", "r"], ["1.jpg", "2.jpg"], {"1.jpg"}, False, r"query 2 \('r'\) has the image 2.jpg"),
         (["q", "r"], ["1.jpg", "1.jpg"], None, True, "1.jpg twice"),
     ):
         with pytest.raises(ClipretError, match=message):
@@ -171,10 +171,10 @@ def test_traffic_answers_that_would_be_rejected() -> None:
     for texts, found, known, message in (
         (["a", "b"], [ten], None, "2 texts and 1 answers"),
         (["a", ""], [ten, ten], None, "text 2 is blank"),
-        (["a"], [ten[:9]], None, r"text 1 \('a'\) has 9 pictures, the scorer wants 10"),
-        (["a"], [[*ten, "11.jpg"]], None, "has 11 pictures"),
+        (["a"], [ten[:9]], None, r"text 1 \('a'\) has 9 images, the scorer wants 10"),
+        (["a"], [[*ten, "11.jpg"]], None, "has 11 images"),
         (["a"], [[*ten[:9], "0.jpg"]], None, "0.jpg twice"),
-        (["a", "b"], [ten, ten], set(ten[1:]), r"text 1 \('a'\) has the picture 0.jpg, which is not among"),
+        (["a", "b"], [ten, ten], set(ten[1:]), r"text 1 \('a'\) has the image 0.jpg, which is not among"),
     ):
         with pytest.raises(ClipretError, match=message):
             traffic_answer(texts, found, known)

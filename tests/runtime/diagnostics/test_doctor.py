@@ -81,7 +81,7 @@ def test_a_library_that_hangs_or_lies(broken_openvino: Path, monkeypatch: pytest
 
 
 class Wrong:
-    """A tower of unit rows that have nothing to do with its pictures."""
+    """A tower of unit rows that have nothing to do with its images."""
 
     name, lanes = "wrong", 1
 
@@ -91,13 +91,13 @@ class Wrong:
 
 @pytest.mark.skipif(not importlib.util.find_spec("onnxruntime"), reason="the float32 form has no such bound")
 def test_a_ranking_that_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    scales = clipret.ranking.scan.QueryCodes.scales
+    scales = clipret.ranking.scan.QuantizedQueries.scales
 
     def careless(self: object, *given: object) -> tuple[object, ...]:
         base, unit, error = scales(self, *given)
         return base, unit, error * 0
 
-    monkeypatch.setattr(clipret.ranking.scan.QueryCodes, "scales", careless)
+    monkeypatch.setattr(clipret.ranking.scan.QuantizedQueries, "scales", careless)
     found = {one.name: one for one in doctor.check_exactness(20000)}
     assert found["float32, streamed"].state == "works"
     wrong = found["8-bit codes, streamed, 48 queries"]

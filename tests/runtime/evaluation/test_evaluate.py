@@ -1,4 +1,4 @@
-"""Evaluation: right answers from lists of pictures and from attributes, any metric, any way of ranking."""
+"""Evaluation: right answers from lists of images and from attributes, any metric, any way of ranking."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 @pytest.fixture
 def gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
-    """Twelve pictures that know their colour, their number and what is on them."""
+    """Twelve images that know their colour, their number and what is on them."""
     lines = ["path,colour,number,things"]
     for file in sorted(colour_folder.rglob("*.*")):
         things = ("hat", "hat; hand bag", "")[int(file.stem)]
@@ -41,10 +41,10 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_pictures_answer_by_their_attributes(searcher: Searcher, tmp_path: Path) -> None:
+def test_images_answer_by_their_attributes(searcher: Searcher, tmp_path: Path) -> None:
     queries = write(
         tmp_path / "q.csv",
-        "title,colour,number,things\n"
+        "caption,colour,number,things\n"
         'red,red,,\nthe first blue,blue,0,\nbag,,,hand bag\nboth,,,"hand bag, hat"\npink,pink,,\n',
     )
     truth = read_attribute_truth(searcher, queries, equal=["colour", "number"], includes=["things"])
@@ -60,7 +60,7 @@ def test_pictures_answer_by_their_attributes(searcher: Searcher, tmp_path: Path)
 
 
 def test_numbers_are_equal_however_they_are_written(searcher: Searcher, tmp_path: Path) -> None:
-    queries = write(tmp_path / "q.csv", "title,number,things\none,001,\ntwo,2.0,\nhat,,hat\nnone,,;\n")
+    queries = write(tmp_path / "q.csv", "caption,number,things\none,001,\ntwo,2.0,\nhat,,hat\nnone,,;\n")
     with pytest.raises(ClipretError, match="the query 'none' asks for nothing"):
         read_attribute_truth(searcher, queries, equal=["number"], includes=["things"])
     queries = write(queries, queries.read_text().replace("none,,;\n", ""))
@@ -75,11 +75,11 @@ def test_numbers_are_equal_however_they_are_written(searcher: Searcher, tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("title,color\nred,red\n", "has no column 'colour': its columns are title, color"),
-        ("title,colour\nred,\n", "the query 'red' asks for nothing"),
-        ("title,colour\nred,red\n ,blue\n", "query 2 is blank"),
-        ("title,colour\nred,red\nred,blue\n", "is there twice"),
-        ("title,colour\nred,pink\n", "no picture of .* answers any"),
+        ("caption,color\nred,red\n", "has no column 'colour': its columns are caption, color"),
+        ("caption,colour\nred,\n", "the query 'red' asks for nothing"),
+        ("caption,colour\nred,red\n ,blue\n", "query 2 is blank"),
+        ("caption,colour\nred,red\nred,blue\n", "is there twice"),
+        ("caption,colour\nred,pink\n", "no image of .* answers any"),
     ],
 )
 def test_lists_that_cannot_be_judged(text: str, message: str, searcher: Searcher, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_lists_that_cannot_be_judged(text: str, message: str, searcher: Searcher
 def test_measure_is_the_mean_over_the_queries(
     searcher: Searcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queries = write(tmp_path / "q.csv", "title,colour\nred blue,red\ngreen,green\ngrey,blue\n")
+    queries = write(tmp_path / "q.csv", "caption,colour\nred blue,red\ngreen,green\ngrey,blue\n")
     truth = read_attribute_truth(searcher, queries, equal=["colour"])
     metrics = [Metric.parse(name) for name in ("mAP", "mAP@4", "recall@1")]
     values = measure(searcher, truth, metrics)
@@ -106,13 +106,13 @@ def test_measure_is_the_mean_over_the_queries(
 
 
 def test_eval_by_attribute_with_chosen_metrics(gallery: Path, tmp_path: Path) -> None:
-    queries = write(tmp_path / "q.csv", "title,colour\nred,red\nblue,blue\npink,pink\n")
+    queries = write(tmp_path / "q.csv", "caption,colour\nred,red\nblue,blue\npink,pink\n")
     result = run("eval", gallery, queries, "--equal", "colour", "--metric", "mAP", "--metric", "challenge", "--json")
     assert json.loads(result.stdout) == {
         "queries": 2,
         "mAP": 1.0,
         "challenge": 1.0,
-        "missing_pictures": 0,
+        "missing_images": 0,
         "queries_left_out": 1,
     }
     table = run("eval", gallery, queries, "--equal", "colour").stdout
@@ -121,7 +121,7 @@ def test_eval_by_attribute_with_chosen_metrics(gallery: Path, tmp_path: Path) ->
 
 
 def test_eval_measures_re_ranking_and_prompts(gallery: Path, tmp_path: Path) -> None:
-    queries = write(tmp_path / "q.csv", "title,colour\ncar red,red\ncar blue,blue\n")
+    queries = write(tmp_path / "q.csv", "caption,colour\ncar red,red\ncar blue,blue\n")
     prompts = write(tmp_path / "p.toml", '[[rule]]\nname = "all"\nstrip = ["red"]\ntemplates = ["{} green"]\n')
     plain = ("eval", gallery, queries, "--equal", "colour", "--json")
     assert json.loads(run(*plain).stdout)["recall_at_1"] == 1.0
@@ -137,7 +137,7 @@ def test_eval_measures_re_ranking_and_prompts(gallery: Path, tmp_path: Path) -> 
 
 
 def test_eval_measures_a_result_file(gallery: Path, tmp_path: Path) -> None:
-    queries = write(tmp_path / "q.csv", "title,colour\nred blue,red\nblue,blue\n")
+    queries = write(tmp_path / "q.csv", "caption,colour\nred blue,red\nblue,blue\n")
     plain = ("eval", gallery, queries, "--equal", "colour", "--json", "--metric", "mAP", "--metric", "mAP@5")
     found = write(tmp_path / "r.json", run("query", gallery, "--texts", queries, "-k", 12, "--json").stdout)
     assert json.loads(run(*plain, "--results", found).stdout) == json.loads(run(*plain).stdout)

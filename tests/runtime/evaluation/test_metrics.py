@@ -42,7 +42,7 @@ def test_the_challenge_s_scorer_does_not_see_what_is_missing() -> None:
     found = [0, 1, 2, *range(100, 107)]
     assert challenge_precision(found, set(range(60))) == 1.0
     assert average_precision(found, set(range(60))) == pytest.approx(0.3)
-    # One more right picture, on the last rank, lowers it.
+    # One more right image, on the last rank, lowers it.
     assert challenge_precision([*found[:9], 59], set(range(60))) == pytest.approx((3 + 4 / 10) / 4)
     assert challenge_precision(found, {99}) == 0
 

@@ -105,7 +105,7 @@ def test_confusion_by_what_was_asked(searcher: Searcher, tmp_path: Path) -> None
 def test_confusion_by_columns_of_the_gallery(searcher: Searcher, query_list: Path) -> None:
     truth = read_ground_truth(searcher, query_list)
     colour, number = attributes(searcher, evaluate_search(searcher, truth))
-    # "blue 红色" is answered by a green and a red picture, which have their number in common and no colour
+    # "blue 红色" is answered by a green and a red image, which have their number in common and no colour
     assert (colour.column, sum(map(sum, colour.counts))) == ("colour", 5)
     assert sum(map(sum, number.counts)) == 4
     assert colour.counts[colour.wanted.index("grey")][colour.found.index("grey")] == 1

@@ -10,11 +10,11 @@ import pytest
 from clipret.bundle import Bundle
 from clipret.errors import ClipretError
 from clipret.gallery.compaction import compact_gallery
-from clipret.gallery.gallery import Gallery, Picture
+from clipret.gallery.gallery import Gallery, ImageRecord
 
 
-def picture(name: str) -> Picture:
-    return Picture(name, 10, 20, "ab")
+def image(name: str) -> ImageRecord:
+    return ImageRecord(name, 10, 20, "ab")
 
 
 def unit_rows(count: int, seed: int = 0) -> np.ndarray:
@@ -24,14 +24,14 @@ def unit_rows(count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def gallery(tmp_path: Path, tiny_bundle: Path) -> Gallery:
-    return Gallery.create(tmp_path / "gallery", Bundle.open(tiny_bundle), tmp_path / "pictures")
+    return Gallery.create(tmp_path / "gallery", Bundle.open(tiny_bundle), tmp_path / "images")
 
 
 def test_rows_come_back_in_order_with_their_ids(gallery: Gallery) -> None:
     first, second = unit_rows(3), unit_rows(2, 1)
     with gallery.writing():
-        gallery.append([picture(name) for name in "abc"], first)
-        gallery.append([picture(name) for name in "de"], second)
+        gallery.append([image(name) for name in "abc"], first)
+        gallery.append([image(name) for name in "de"], second)
     again = Gallery.open(gallery.path)
     stored = again.read()
     np.testing.assert_array_equal(np.concatenate(stored.shards), np.concatenate([first, second]).astype(np.float16))
@@ -41,10 +41,10 @@ def test_rows_come_back_in_order_with_their_ids(gallery: Gallery) -> None:
     assert again.ids_by_path()["d"] == stored.ids[3]
 
 
-def test_a_changed_picture_takes_the_old_ones_place(gallery: Gallery) -> None:
+def test_a_changed_image_takes_the_old_ones_place(gallery: Gallery) -> None:
     with gallery.writing():
-        gallery.append([picture("a"), picture("b")], unit_rows(2))
-        gallery.append([picture("a")], unit_rows(1, 1))
+        gallery.append([image("a"), image("b")], unit_rows(2))
+        gallery.append([image("a")], unit_rows(1, 1))
     stored = gallery.read()
     assert stored.live is not None
     assert stored.live.tolist() == [False, True, True]
@@ -53,7 +53,7 @@ def test_a_changed_picture_takes_the_old_ones_place(gallery: Gallery) -> None:
 
 def test_readable_with_numpy_and_sqlite_alone(gallery: Gallery) -> None:
     with gallery.writing():
-        gallery.append([picture("x/y.jpg")], unit_rows(1))
+        gallery.append([image("x/y.jpg")], unit_rows(1))
     assert np.load(gallery.path / "rows-000001.npy").shape == (1, 8)
     with sqlite3.connect(gallery.path / "gallery.db") as database:
         assert database.execute("SELECT path, shard FROM rows").fetchall() == [("x/y.jpg", 1)]
@@ -64,13 +64,13 @@ def test_what_no_transaction_names_never_happened(gallery: Gallery) -> None:
     """A writer killed between renaming a shard and the commit leaves a file; readers ignore it, the next writer
     sweeps it and may use its number."""
     with gallery.writing():
-        gallery.append([picture("a")], unit_rows(1))
+        gallery.append([image("a")], unit_rows(1))
     np.save(gallery.path / "rows-000002.npy", unit_rows(9).astype(np.float16))
     (gallery.path / "rows.deadbeef.tmp").write_bytes(b"half")
     assert len(Gallery.open(gallery.path).read().shards) == 1
     with gallery.writing():
         assert not list(gallery.path.glob("*.tmp"))
-        gallery.append([picture("b")], unit_rows(1, 1))
+        gallery.append([image("b")], unit_rows(1, 1))
     assert [len(shard) for shard in gallery.read().shards] == [1, 1]
 
 
@@ -79,17 +79,17 @@ def test_a_failed_commit_changes_nothing(gallery: Gallery, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     with gallery.writing():
-        gallery.append([picture("a")], unit_rows(1))
+        gallery.append([image("a")], unit_rows(1))
         with monkeypatch.context() as patch:
             patch.setattr("numpy.save", full)
             with pytest.raises(ClipretError, match=r"No space left on device.*committed before is kept"):
-                gallery.append([picture("b")], unit_rows(1, 1))
-        assert sorted(gallery.pictures()) == ["a"]
+                gallery.append([image("b")], unit_rows(1, 1))
+        assert sorted(gallery.images()) == ["a"]
         assert not list(gallery.path.glob("*.tmp"))
         with pytest.raises(ClipretError, match="not finite"):
-            gallery.append([picture("c")], np.full((1, 8), np.nan, np.float32))
-        gallery.append([picture("d")], unit_rows(1, 2))
-    assert sorted(gallery.pictures()) == ["a", "d"]
+            gallery.append([image("c")], np.full((1, 8), np.nan, np.float32))
+        gallery.append([image("d")], unit_rows(1, 2))
+    assert sorted(gallery.images()) == ["a", "d"]
 
 
 def test_two_writers_are_refused(gallery: Gallery) -> None:
@@ -122,7 +122,7 @@ def test_the_bundle_is_found_after_both_have_moved(tiny_bundle: Path, tmp_path: 
 
 def test_damage_is_named(gallery: Gallery, tmp_path: Path) -> None:
     with gallery.writing():
-        gallery.append([picture("a")], unit_rows(1))
+        gallery.append([image("a")], unit_rows(1))
     np.save(gallery.path / "rows-000001.npy", np.zeros((4, 8), np.float16))
     with pytest.raises(ClipretError, match=r"holds float16 \[4, 8\], the database says float16 \[1, 8\]"):
         gallery.read()
@@ -155,20 +155,20 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path, tiny_bund
 
 
 def test_paths_outside_the_root_are_absolute(gallery: Gallery, tmp_path: Path) -> None:
-    assert gallery.stored_path(tmp_path / "pictures/a/../b.jpg") == "b.jpg"
+    assert gallery.stored_path(tmp_path / "images/a/../b.jpg") == "b.jpg"
     assert gallery.stored_path(tmp_path / "elsewhere/b.jpg") == str(tmp_path / "elsewhere/b.jpg")
-    assert gallery.file("b.jpg") == tmp_path / "pictures/b.jpg"
+    assert gallery.file("b.jpg") == tmp_path / "images/b.jpg"
 
 
 def fill(gallery: Gallery, counts: list[int]) -> np.ndarray:
-    """Shards of so many pictures each, named by their number through all of them, with metadata."""
+    """Shards of so many images each, named by their number through all of them, with metadata."""
     rows = unit_rows(sum(counts))
     start = 0
     with gallery.writing():
         for count in counts:
             numbers = range(start, start + count)
             gallery.append(
-                [picture(f"{n}.jpg") for n in numbers],
+                [image(f"{n}.jpg") for n in numbers],
                 rows[start : start + count],
                 [{"camera": f"A{n % 2}", "Hour": str(n)} for n in numbers],
             )
@@ -192,21 +192,21 @@ def test_codes_belong_to_their_rows(gallery: Gallery) -> None:
     assert centers[0] != centers[1] == centers[2] == centers[3]
 
 
-def test_removed_pictures_are_gone_at_once_and_their_ids_are_never_used_again(gallery: Gallery) -> None:
+def test_removed_images_are_gone_at_once_and_their_ids_are_never_used_again(gallery: Gallery) -> None:
     fill(gallery, [3, 2])
     ids = gallery.read().ids
     with gallery.writing():
         assert gallery.remove([ids[4], ids[1], 999]) == 2
         assert gallery.remove([ids[4]]) == 0
-    assert sorted(gallery.pictures()) == ["0.jpg", "2.jpg", "3.jpg"]
+    assert sorted(gallery.images()) == ["0.jpg", "2.jpg", "3.jpg"]
     live = gallery.read().live
     assert live is not None
     assert live.tolist() == [True, False, True, True, False]
     assert compact_gallery(gallery) == 2
     with gallery.writing():
-        gallery.append([picture("new")], unit_rows(1))
+        gallery.append([image("new")], unit_rows(1))
     assert gallery.read().ids.tolist() == [ids[0], ids[2], ids[3], ids[4] + 1]
-    with pytest.raises(ClipretError, match="holds no picture 2 any more: open the gallery again"):
+    with pytest.raises(ClipretError, match="holds no image 2 any more: open the gallery again"):
         gallery.paths([ids[1]])
 
 
@@ -251,11 +251,11 @@ def test_lost_codes_are_made_anew(gallery: Gallery) -> None:
     np.testing.assert_array_equal(np.concatenate(gallery.read().shards), rows)
 
 
-def test_pictures_are_found_by_any_name(gallery: Gallery, tmp_path: Path) -> None:
+def test_images_are_found_by_any_name(gallery: Gallery, tmp_path: Path) -> None:
     fill(gallery, [2])
     number = gallery.ids_by_path()["1.jpg"]
-    assert gallery.id_of("1.jpg") == gallery.id_of(str(tmp_path / "pictures/x/../1.jpg")) == number
-    with pytest.raises(ClipretError, match=r"holds no picture 7\.jpg"):
+    assert gallery.id_of("1.jpg") == gallery.id_of(str(tmp_path / "images/x/../1.jpg")) == number
+    with pytest.raises(ClipretError, match=r"holds no image 7\.jpg"):
         gallery.id_of("7.jpg")
 
 
@@ -263,7 +263,7 @@ def test_metadata_columns_grow_and_values_are_replaced(gallery: Gallery) -> None
     fill(gallery, [2])
     first, second = gallery.read().ids
     with gallery.writing():
-        gallery.update({int(first): (picture("moved.jpg"), {"HOUR": 7, 'odd "name"': None, "plate": "粤B12345"})})
+        gallery.update({int(first): (image("moved.jpg"), {"HOUR": 7, 'odd "name"': None, "plate": "粤B12345"})})
     assert gallery.columns() == ["camera", "Hour", 'odd "name"', "plate"]
     assert gallery.metadata([second, first]) == [
         {"camera": "A1", "Hour": 1, 'odd "name"': None, "plate": None},
@@ -273,10 +273,10 @@ def test_metadata_columns_grow_and_values_are_replaced(gallery: Gallery) -> None
     assert gallery.paths([first]) == ["moved.jpg"]
 
 
-def test_a_new_version_of_a_picture_keeps_what_was_known_of_it(gallery: Gallery) -> None:
+def test_a_new_version_of_an_image_keeps_what_was_known_of_it(gallery: Gallery) -> None:
     fill(gallery, [2])
     with gallery.writing():
-        gallery.append([picture("1.jpg")], unit_rows(1, 1), [{"colour": "red\ud800"}])
+        gallery.append([image("1.jpg")], unit_rows(1, 1), [{"colour": "red\ud800"}])
     number = gallery.ids_by_path()["1.jpg"]
     assert gallery.metadata([number]) == [{"camera": "A1", "Hour": 1, "colour": "red?"}]
 
@@ -296,15 +296,15 @@ def test_the_number_of_a_shard_is_never_used_again(gallery: Gallery) -> None:
         gallery.remove(gallery.read().ids)
     compact_gallery(gallery)
     with gallery.writing():
-        gallery.append([picture("new")], unit_rows(1))
+        gallery.append([image("new")], unit_rows(1))
     assert not (gallery.path / "rows-000001.npy").exists()
     assert len(gallery.read().shards) == 1
 
 
 def test_a_root_is_found_again_by_any_of_its_names(tiny_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "a/pictures").mkdir(parents=True)
-    gallery = Gallery.create(tmp_path / "g", Bundle.open(tiny_bundle), tmp_path / "a/../a/pictures")
-    assert gallery.stored_path(tmp_path / "a/pictures/x.jpg") == "x.jpg"
+    (tmp_path / "a/images").mkdir(parents=True)
+    gallery = Gallery.create(tmp_path / "g", Bundle.open(tiny_bundle), tmp_path / "a/../a/images")
+    assert gallery.stored_path(tmp_path / "a/images/x.jpg") == "x.jpg"
 
 
 def test_a_double_quoted_name_is_no_text(gallery: Gallery) -> None:

@@ -21,9 +21,9 @@ from clipret.console import Group
 from clipret.errors import ClipretError
 from clipret.gallery import transfer
 from clipret.gallery.embeddings import open_embeddings
-from clipret.gallery.gallery import Gallery, Picture
+from clipret.gallery.gallery import Gallery, ImageRecord
 from clipret.gallery.transfer import export_gallery, import_embeddings
-from clipret.images.walk import read_picture
+from clipret.images.walk import read_image
 
 D = 8
 
@@ -50,20 +50,24 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def new(tmp_path: Path, tiny_bundle: Path) -> Gallery:
-    return Gallery.create(tmp_path / "new", Bundle.open(tiny_bundle), tmp_path / "pictures")
+    return Gallery.create(tmp_path / "new", Bundle.open(tiny_bundle), tmp_path / "images")
 
 
 @pytest.fixture
 def gallery(tmp_path: Path, tiny_bundle: Path) -> Gallery:
-    """Ten pictures in two shards, one of them deleted, one replaced, with odd names and mixed metadata."""
-    gallery = Gallery.create(tmp_path / "gallery", Bundle.open(tiny_bundle), tmp_path / "pictures")
+    """Ten images in two shards, one of them deleted, one replaced, with odd names and mixed metadata."""
+    gallery = Gallery.create(tmp_path / "gallery", Bundle.open(tiny_bundle), tmp_path / "images")
     names = ["a.jpg", "红色 1.jpg", "tab\there.jpg", "new\nline.jpg", 'quote".jpg', "line\u2028.jpg"]
     metadata: Sequence[Mapping[str, Any]] = [
         {"camera": f"A{n % 3}", "hour": n, "gain": n / 7, "mixed": n if n % 2 else "x"} for n in range(10)
     ]
     with gallery.writing():
-        gallery.append([Picture(name, n, n, f"{n:032x}") for n, name in enumerate(names)], unit_rows(6), metadata[:6])
-        others = [Picture(f"{n}.jpg", n, n, f"{n:032x}") for n in range(6, 9)] + [Picture("a.jpg", 9, 9, "9" * 32)]
+        gallery.append(
+            [ImageRecord(name, n, n, f"{n:032x}") for n, name in enumerate(names)], unit_rows(6), metadata[:6]
+        )
+        others = [ImageRecord(f"{n}.jpg", n, n, f"{n:032x}") for n in range(6, 9)] + [
+            ImageRecord("a.jpg", 9, 9, "9" * 32)
+        ]
         gallery.append(others, unit_rows(4, 1), [*metadata[6:8], {}, metadata[9]])
         gallery.remove(gallery.read().ids[[4]])
     return gallery
@@ -81,7 +85,7 @@ def test_a_round_trip_changes_nothing(gallery: Gallery, new: Gallery, tmp_path: 
     assert paths == expected_paths
     np.testing.assert_array_equal(rows.view(np.uint16), expected_rows.view(np.uint16))
     assert metadata == expected_metadata
-    assert new.pictures() == gallery.pictures()
+    assert new.images() == gallery.images()
 
 
 def test_npy_is_read_by_numpy_with_a_line_for_each_row(gallery: Gallery, tmp_path: Path) -> None:
@@ -172,11 +176,11 @@ def test_export_refuses_what_it_cannot_do(gallery: Gallery, new: Gallery, tmp_pa
         export_gallery(gallery, tmp_path / "rows.csv")
     with pytest.raises(ClipretError, match="is a folder"):
         export_gallery(gallery, tmp_path, kind="npy")
-    with pytest.raises(ClipretError, match="holds no picture with hour > 99: nothing to export"):
+    with pytest.raises(ClipretError, match="holds no image with hour > 99: nothing to export"):
         export_gallery(gallery, tmp_path / "a.npy", where="hour > 99")
     with pytest.raises(ClipretError, match="camera"):  # the columns that there are
         export_gallery(gallery, tmp_path / "a.npy", where="colour = 1")
-    with pytest.raises(ClipretError, match="holds no pictures: nothing to export"):
+    with pytest.raises(ClipretError, match="holds no images: nothing to export"):
         export_gallery(new, tmp_path / "a.npy")
     with pytest.raises(ClipretError, match="cannot be written: No such file"):
         export_gallery(gallery, tmp_path / "nowhere/a.npy")
@@ -223,8 +227,8 @@ def test_rows_without_a_direction_are_skipped_and_named(new: Gallery) -> None:
         ("zero", "its embedding is zero"),
         ("nan", "its embedding is not finite"),
         ("inf", "its embedding is not finite"),
-        ("./a", "a row before it has the same picture"),
-        ("", "it names no picture"),
+        ("./a", "a row before it has the same image"),
+        ("", "it names no image"),
     ]
     assert report.imported == 2
     assert stored(new)[0] == ["a", "b"]
@@ -232,7 +236,7 @@ def test_rows_without_a_direction_are_skipped_and_named(new: Gallery) -> None:
         import_embeddings(new, open_embeddings(np.zeros((2, D)), ["x", "y"]))
 
 
-def test_a_picture_that_the_gallery_holds_is_replaced(new: Gallery) -> None:
+def test_an_image_that_the_gallery_holds_is_replaced(new: Gallery) -> None:
     import_embeddings(new, open_embeddings(unit_rows(3), ["a", "b", "c"]))
     report = import_embeddings(new, open_embeddings(unit_rows(2, 1), ["b", "d"]))
     assert (report.imported, report.replaced) == (2, 1)
@@ -241,16 +245,16 @@ def test_a_picture_that_the_gallery_holds_is_replaced(new: Gallery) -> None:
     np.testing.assert_array_equal(rows[2:], unit_rows(2, 1).astype(np.float16))
 
 
-def test_pictures_are_known_by_their_files_where_there_are_any(new: Gallery, tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    file = tmp_path / "pictures/a.png"
+def test_images_are_known_by_their_files_where_there_are_any(new: Gallery, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "images/a.png"
     Image.new("RGB", (4, 4)).save(file)
-    (tmp_path / "pictures/empty.png").touch()
+    (tmp_path / "images/empty.png").touch()
     names = ["a.png", "gone.png", "empty.png", "https://example.org//b.png"]
     import_embeddings(new, open_embeddings(unit_rows(4), names))
-    content = read_picture(file)
-    known = new.pictures()
-    assert known["a.png"] == Picture("a.png", content.size, content.mtime_ns, content.digest)
+    content = read_image(file)
+    known = new.images()
+    assert known["a.png"] == ImageRecord("a.png", content.size, content.mtime_ns, content.digest)
     assert {name: (p.size, p.mtime_ns, p.hash) for name, p in known.items() if name != "a.png"} == dict.fromkeys(
         names[1:], (0, 0, "")
     )
@@ -258,11 +262,11 @@ def test_pictures_are_known_by_their_files_where_there_are_any(new: Gallery, tmp
 
 
 def test_what_an_export_recorded_counts_until_the_file_has_changed(new: Gallery, tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("same.png", "changed.png"):
-        Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / name)
-        os.utime(tmp_path / "pictures" / name, ns=(5, 5))
-    size = (tmp_path / "pictures/same.png").stat().st_size
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name)
+        os.utime(tmp_path / "images" / name, ns=(5, 5))
+    size = (tmp_path / "images/same.png").stat().st_size
     records = [(1, "same.png", size, 5, "recorded"), (2, "changed.png", size, 6, "old"), (3, "gone.png", 7, 7, "kept")]
     lines = [
         json.dumps(dict(zip(("id", "path", "size", "mtime_ns", "hash"), record, strict=True))) for record in records
@@ -270,10 +274,10 @@ def test_what_an_export_recorded_counts_until_the_file_has_changed(new: Gallery,
     np.save(tmp_path / "x.npy", unit_rows(3))
     (tmp_path / "x.npy.jsonl").write_text("\n".join(lines))
     import_embeddings(new, open_embeddings(tmp_path / "x.npy"))
-    known = new.pictures()
+    known = new.images()
     assert known["same.png"].hash == "recorded"
-    assert known["changed.png"].hash == read_picture(tmp_path / "pictures/changed.png").digest
-    assert known["gone.png"] == Picture("gone.png", 7, 7, "kept")
+    assert known["changed.png"].hash == read_image(tmp_path / "images/changed.png").digest
+    assert known["gone.png"] == ImageRecord("gone.png", 7, 7, "kept")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +305,7 @@ def test_plain_lists_and_arrays_of_strings(new: Gallery, tmp_path: Path) -> None
     (tmp_path / "list.txt").write_bytes("a b.jpg\r\n红.jpg\r\n".encode())
     import_embeddings(new, open_embeddings(unit_rows(2), tmp_path / "list.txt"))
     np.savez(tmp_path / "x.npz", rows=unit_rows(2, 1), files=np.array(["c.jpg", "d.jpg"]), note=np.arange(3))
-    import_embeddings(new, open_embeddings(tmp_path / "x.npz"), image_root=tmp_path / "pictures/sub")
+    import_embeddings(new, open_embeddings(tmp_path / "x.npz"), image_root=tmp_path / "images/sub")
     assert stored(new)[0] == ["a b.jpg", "红.jpg", "sub/c.jpg", "sub/d.jpg"]
 
 
@@ -386,7 +390,7 @@ def test_the_commands(gallery: Gallery, tiny_bundle: Path, tmp_path: Path) -> No
     assert run("export", gallery.path, target).stdout == f"{target}: 8 embeddings\n"
     result = run("import", tiny_bundle, target, tmp_path / "copy")
     assert result.stdout == (
-        f"{tmp_path / 'copy'}: 8 pictures (8 imported, 0 of them replaced, 0 normalised, 0 skipped)\n"
+        f"{tmp_path / 'copy'}: 8 images (8 imported, 0 of them replaced, 0 normalised, 0 skipped)\n"
     )
     rows = np.load(target)
     rows[0], rows[1] = 0, rows[1] * 2

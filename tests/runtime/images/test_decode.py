@@ -14,7 +14,7 @@ from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError
 from clipret.images.decode import decode, load
 from clipret.images.resize import fit
-from clipret.images.walk import PictureError, find_pictures, read_picture, walk_pictures
+from clipret.images.walk import ImageError, find_images, read_image, walk_images
 
 RAMP = np.linspace(0, 65535, 60 * 90).reshape(60, 90).astype(np.uint16)
 SPEC = ImageSpec(32)
@@ -109,7 +109,7 @@ def test_an_opaque_alpha_channel_changes_nothing() -> None:
     np.testing.assert_array_equal(np.asarray(decode(encoded(image.convert("RGBA")))), np.asarray(image))
 
 
-def test_one_bit_pictures_are_black_and_white() -> None:
+def test_one_bit_images_are_black_and_white() -> None:
     image = Image.fromarray(np.eye(9, dtype=np.uint8) * 255)
     for kind in ("PNG", "TIFF", "BMP"):
         np.testing.assert_array_equal(np.asarray(decode(encoded(image.convert("1"), kind)))[..., 1], np.asarray(image))
@@ -153,7 +153,7 @@ def test_what_the_first_frame_of_a_gif_leaves_free_is_white() -> None:
     np.testing.assert_array_equal(pixels, expected)
 
 
-def test_a_phone_s_pair_of_pictures_is_its_first() -> None:
+def test_a_phone_s_pair_of_images_is_its_first() -> None:
     content = encoded(drawn(64, 48), "MPO", save_all=True, append_images=[drawn(64, 48, 1)])
     assert Image.open(io.BytesIO(content)).format == "MPO"
     np.testing.assert_array_equal(np.asarray(decode(content)), np.asarray(decode(encoded(drawn(64, 48), "JPEG"))))
@@ -184,7 +184,7 @@ def test_exif_orientation_only_on_request(kind: str, turn: int) -> None:
         np.testing.assert_array_equal(np.asarray(decode(content)), raw)
 
 
-def test_a_broken_exif_block_is_no_broken_picture() -> None:
+def test_a_broken_exif_block_is_no_broken_image() -> None:
     content = encoded(drawn(40, 24), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -206,7 +206,7 @@ def test_a_broken_exif_block_is_no_broken_picture() -> None:
         ("TIFF", {"compression": "tiff_adobe_deflate"}),
     ],
 )
-def test_a_truncated_file_is_an_error_never_half_a_picture(kind: str, options: dict[str, object]) -> None:
+def test_a_truncated_file_is_an_error_never_half_an_image(kind: str, options: dict[str, object]) -> None:
     whole = encoded(drawn(50, 40), kind, **options)
     expected = np.asarray(decode(whole))
     refused = 0
@@ -215,7 +215,7 @@ def test_a_truncated_file_is_an_error_never_half_a_picture(kind: str, options: d
             try:
                 load(whole[:length], ImageSpec(8), fast=fast)
                 np.testing.assert_array_equal(np.asarray(decode(whole[:length])), expected)  # only its end is missing
-            except PictureError:
+            except ImageError:
                 refused += 1
     assert refused > 150
 
@@ -223,22 +223,22 @@ def test_a_truncated_file_is_an_error_never_half_a_picture(kind: str, options: d
 def test_a_damaged_png_is_refused() -> None:
     damaged = bytearray(encoded(drawn(50, 40)))
     damaged[len(damaged) // 2] ^= 0xFF
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         decode(bytes(damaged))
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"GIF? no.", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not a picture"),
-        (bytes(100), "not a picture"),
+        (b"GIF? no.", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not an image"),
+        (bytes(100), "not an image"),
         (encoded(Image.new("F", (2, 2), 0.5), "TIFF"), "no defined white"),
         (encoded(Image.new("I", (2, 2), 70000), "TIFF"), "no defined white"),
     ],
 )
-def test_what_is_no_picture_for_a_tower_is_refused(content: bytes, reason: str) -> None:
-    with pytest.raises(PictureError, match=reason):
+def test_what_is_no_image_for_a_tower_is_refused(content: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=reason):
         decode(content)
 
 
@@ -249,7 +249,7 @@ def test_a_decompression_bomb_is_refused_whatever_the_filters(monkeypatch: pytes
         for action in ("ignore", "error"):
             with warnings.catch_warnings():
                 warnings.simplefilter(action)
-                with pytest.raises(PictureError, match="decompression bomb"):
+                with pytest.raises(ImageError, match="decompression bomb"):
                     decode(png)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert decode(png).size == (90, 60)
@@ -271,16 +271,16 @@ def test_arrays() -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (0, 4, 3), (4, 4, 2), (3, 9, 9), (1, 4, 4, 3)])
 def test_arrays_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(PictureError, match="is no picture: give uint8"):
+    with pytest.raises(ImageError, match="is no image: give uint8"):
         load(np.zeros(shape, np.uint8), SPEC)
 
 
 def test_arrays_of_another_type_are_refused() -> None:
-    with pytest.raises(PictureError, match="float32"):
+    with pytest.raises(ImageError, match="float32"):
         load(np.zeros((4, 4, 3), np.float32), SPEC)  # type: ignore[arg-type]
 
 
-def test_a_pillow_picture_is_left_as_it_is() -> None:
+def test_a_pillow_image_is_left_as_it_is() -> None:
     source = Image.open(io.BytesIO(encoded(drawn(400, 300), "JPEG")))
     load(source, SPEC, fast=True)
     assert source.size == (400, 300)
@@ -353,12 +353,12 @@ def test_fast_on_photographs(shared_data: Path) -> None:
     # 40 and 26 pixels of photographs of 160: just two and three samples, the least that is ever left.
     for resize, size in [("shortest", 40), ("longest", 26), ("squash", 40)]:
         spec = ImageSpec(size, resize)  # type: ignore[arg-type]
-        files = find_pictures(shared_data / "flickr8k")[:200]
+        files = find_images(shared_data / "flickr8k")[:200]
         difference = np.stack([abs(load(f, spec, fast=True).astype(int) - load(f, spec)) for f in files])
         assert 0 < difference.mean() < 1
 
 
-def test_read_picture_names_what_is_wrong_with_the_file(tmp_path: Path) -> None:
+def test_read_image_names_what_is_wrong_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
@@ -375,16 +375,16 @@ def test_read_picture_names_what_is_wrong_with_the_file(tmp_path: Path) -> None:
         ("\0.jpg", "null (byte|character)"),
         ("n" * 300, "too long"),
     ]:
-        for read in (read_picture, lambda path: load(path, SPEC)):
-            with pytest.raises(PictureError, match=reason):
+        for read in (read_image, lambda path: load(path, SPEC)):
+            with pytest.raises(ImageError, match=reason):
                 read(tmp_path / name)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_cannot_hang_the_run(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(PictureError, match="not a regular file"):
-        read_picture(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="not a regular file"):
+        read_image(tmp_path / "pipe.jpg")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users here")
@@ -392,31 +392,31 @@ def test_what_may_not_be_read_is_named() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are the owner's alone
         root, me = Path(name), os.geteuid()
         root.chmod(0o755)
-        for picture in ("open.png", "closed.png", "folder/inner.png"):
-            (root / picture).parent.mkdir(exist_ok=True)
-            (root / picture).write_bytes(encoded(drawn(9, 9)))
+        for image in ("open.png", "closed.png", "folder/inner.png"):
+            (root / image).parent.mkdir(exist_ok=True)
+            (root / image).write_bytes(encoded(drawn(9, 9)))
         (root / "closed.png").chmod(0)
         (root / "folder").chmod(0)
         if me == 0:
             os.seteuid(65534)  # to root nothing is closed
         try:
-            assert list(walk_pictures(root)) == ["closed.png", "folder", "open.png"]
+            assert list(walk_images(root)) == ["closed.png", "folder", "open.png"]
             for closed in ("closed.png", "folder"):
-                with pytest.raises(PictureError, match="Permission denied"):
-                    read_picture(root / closed)
+                with pytest.raises(ImageError, match="Permission denied"):
+                    read_image(root / closed)
             with pytest.raises(ClipretError, match=r"folder cannot be read: Permission denied"):
-                find_pictures(root / "folder")
+                find_images(root / "folder")
         finally:
             os.seteuid(me)
             (root / "folder").chmod(0o755)
 
 
-def test_find_pictures_is_recursive_sorted_and_skips_hidden(tmp_path: Path) -> None:
+def test_find_images_is_recursive_sorted_and_skips_hidden(tmp_path: Path) -> None:
     for name in ["b/2.JPG", "a/1.png", "a/.hidden.png", ".git/3.png", "a/notes.txt", "a.b/4.webp", "a/c/5.tif"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = [tmp_path / name for name in ("a/1.png", "a/c/5.tif", "a.b/4.webp", "b/2.JPG")]
-    assert find_pictures(tmp_path) == found == sorted(found)
+    assert find_images(tmp_path) == found == sorted(found)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "also").symlink_to(tmp_path / "a")
     (tmp_path / "self").symlink_to(tmp_path / "self")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    assert list(walk_pictures(tmp_path)) == ["a/1.png", "also/1.png", "gone.png"]
+    assert list(walk_images(tmp_path)) == ["a/1.png", "also/1.png", "gone.png"]
 
 
 def test_folders_deeper_than_python_recurses(tmp_path: Path) -> None:
@@ -436,7 +436,7 @@ def test_folders_deeper_than_python_recurses(tmp_path: Path) -> None:
         deepest.mkdir()
     (deepest / "1.png").touch()
     try:
-        assert [name[-7:] for name in walk_pictures(tmp_path)] == ["d/1.png"]
+        assert [name[-7:] for name in walk_images(tmp_path)] == ["d/1.png"]
     finally:
         (deepest / "1.png").unlink()
         while deepest != tmp_path:  # pytest's own cleaning recurses
@@ -444,8 +444,8 @@ def test_folders_deeper_than_python_recurses(tmp_path: Path) -> None:
             deepest = deepest.parent
 
 
-def test_find_pictures_refuses_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ClipretError, match="holds no pictures"):
-        find_pictures(tmp_path)
+def test_find_images_refuses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ClipretError, match="holds no images"):
+        find_images(tmp_path)
     with pytest.raises(ClipretError, match="is not a folder"):
-        find_pictures(tmp_path / "gone")
+        find_images(tmp_path / "gone")

@@ -12,7 +12,7 @@ from clipret.errors import ClipretError
 from clipret.images import nvimagecodec as gpu_decode
 from clipret.images.decode import load
 from clipret.images.nvimagecodec import GpuDecoder
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 
@@ -33,7 +33,7 @@ def file_of(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     rng = np.random.default_rng(1)
     return Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((200, 150))
 
@@ -43,23 +43,23 @@ def test_its_difference_from_pillow_is_known(decoder: GpuDecoder) -> None:
     assert decoder.levels[1] <= gpu_decode.MOST_LEVELS[1]
 
 
-def test_it_decodes_jpegs_itself_and_leaves_the_rest_to_pillow(decoder: GpuDecoder, picture: Image.Image) -> None:
+def test_it_decodes_jpegs_itself_and_leaves_the_rest_to_pillow(decoder: GpuDecoder, image: Image.Image) -> None:
     for mode, own in (("RGB", True), ("L", True), ("CMYK", False)):
-        content = file_of(picture.convert(mode), quality=90)
+        content = file_of(image.convert(mode), quality=90)
         assert gpu_decode._plain(content, SPEC) is own
         difference = np.abs(decoder.load(content, SPEC).astype(int) - load(content, SPEC))
         assert difference.max() <= 20
-    content = file_of(picture, "PNG")
+    content = file_of(image, "PNG")
     assert not gpu_decode._plain(content, SPEC)
     np.testing.assert_array_equal(decoder.load(content, SPEC), load(content, SPEC))
     turned = ImageSpec(48, exif=True)
-    assert not gpu_decode._plain(file_of(picture), turned)
+    assert not gpu_decode._plain(file_of(image), turned)
 
 
-def test_half_a_picture_is_an_error(decoder: GpuDecoder, picture: Image.Image) -> None:
-    content = file_of(picture)
-    for broken in (content[: len(content) // 2], content[:3], b"\xff\xd8 no picture \xff\xd9", b"text"):
-        with pytest.raises(PictureError):
+def test_half_an_image_is_an_error(decoder: GpuDecoder, image: Image.Image) -> None:
+    content = file_of(image)
+    for broken in (content[: len(content) // 2], content[:3], b"\xff\xd8 no image \xff\xd9", b"text"):
+        with pytest.raises(ImageError):
             decoder.load(broken, SPEC)
 
 
@@ -75,11 +75,11 @@ def test_a_decoder_whose_pixels_are_others_is_refused(monkeypatch: pytest.Monkey
         GpuDecoder("cpu")
 
 
-def test_an_encoder_uses_it(tiny_bundle: Path, picture: Image.Image) -> None:
-    content = file_of(picture)
+def test_an_encoder_uses_it(tiny_bundle: Path, image: Image.Image) -> None:
+    content = file_of(image)
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=2, decode="gpu"))
     plain = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=2))
-    one, other = (next(iter(it.encode_images([content, content]))).rows for it in (encoder, plain))
+    one, other = (next(iter(it.encode_images([content, content]))).embeddings for it in (encoder, plain))
     np.testing.assert_allclose(one, other, atol=0.02)
     with pytest.raises(ClipretError, match="either"):
         Encoder(Bundle.open(tiny_bundle), EncoderConfig(fast_decode=True, decode="gpu"))

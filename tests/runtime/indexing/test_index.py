@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, IndexReport, index_pictures
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, IndexReport, index_images
 from clipret.gallery.compaction import compact_gallery
-from clipret.images.walk import find_pictures
+from clipret.images.walk import find_images
 from clipret.sources.item import Item, broken_item
 from clipret.sources.source import Source, open_source, read_stored
 
@@ -31,9 +31,9 @@ COMMAND = "import clipret.indexing.index as i; i._SHARD_ROWS = 8; from clipret.c
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A list of 200 pictures with metadata, one in twenty of them broken."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """A list of 200 images with metadata, one in twenty of them broken."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(200):
@@ -49,7 +49,7 @@ def index(folder: Path, bundle: Path, source: Path, **options: bool) -> IndexRep
     encoder, opened = Encoder(Bundle.open(bundle), EncoderConfig(device="cpu")), open_source(source)
     exists = (folder / "gallery.json").exists()
     with Gallery.open(folder) if exists else Gallery.create(folder, encoder.bundle, opened.root) as gallery:
-        return index_pictures(gallery, encoder, opened, **options)
+        return index_images(gallery, encoder, opened, **options)
 
 
 def contents(folder: Path) -> tuple[list[str], np.ndarray]:
@@ -73,7 +73,7 @@ def everything(folder: Path) -> dict[str, object]:
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_run_killed_at_twenty_instants_ends_as_an_undisturbed_one(
-    pictures: Path, tiny_bundle: Path, tmp_path: Path
+    images: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     rng, killed = random.Random(0), tmp_path / "killed"
 
@@ -81,7 +81,7 @@ def test_a_run_killed_at_twenty_instants_ends_as_an_undisturbed_one(
         return (killed / "gallery.json").exists(), len(list(killed.glob("rows-*.npy")))
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        arguments = ["index", str(tiny_bundle), str(pictures / "list.csv"), str(folder), "--encoder", "batch_size=8"]
+        arguments = ["index", str(tiny_bundle), str(images / "list.csv"), str(folder), "--encoder", "batch_size=8"]
         return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=-3, stderr=-3)
 
     assert start(tmp_path / "whole").wait() == 0
@@ -138,14 +138,14 @@ def test_ctrl_c_keeps_what_is_encoded(tiny_bundle: Path, tmp_path: Path) -> None
     paths, rows = contents(tmp_path / "g")
     assert 8 <= len(paths) == len(rows) < 80
     run = subprocess.run([sys.executable, "-c", COMMAND, *arguments], stdout=-1, check=True)
-    assert b": 80 pictures" in run.stdout
+    assert b": 80 images" in run.stdout
     paths, rows = contents(tmp_path / "g")
     assert sorted(paths) == [f"{number:03d}.jpg" for number in range(80)]
     assert len(rows) == 80
 
 
-def test_metadata_is_kept_filters_and_follows_the_list(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    index(tmp_path / "g", tiny_bundle, pictures / "list.csv")
+def test_metadata_is_kept_filters_and_follows_the_list(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, images / "list.csv")
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.columns() == ["camera", "hour"]
         chosen = gallery.select("camera = 'A2' and hour < 6")
@@ -154,9 +154,9 @@ def test_metadata_is_kept_filters_and_follows_the_list(pictures: Path, tiny_bund
         ]
         assert gallery.metadata(chosen[:1]) == [{"camera": "A2", "hour": 2}]
         ids = gallery.ids_by_path()
-    text = (pictures / "list.csv").read_text().replace("003.jpg,A0,3", "003.jpg,B9,3")
-    (pictures / "list.csv").write_text(text)
-    report = index(tmp_path / "g", tiny_bundle, pictures / "list.csv")
+    text = (images / "list.csv").read_text().replace("003.jpg,A0,3", "003.jpg,B9,3")
+    (images / "list.csv").write_text(text)
+    report = index(tmp_path / "g", tiny_bundle, images / "list.csv")
     assert (report.added, report.changed, report.unchanged, len(report.skipped)) == (0, 0, 190, 10)
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.paths(gallery.select("camera = 'B9'")) == ["003.jpg"]
@@ -197,14 +197,14 @@ def test_the_same_bytes_are_encoded_once(
     assert (report.added, report.copied, report.unchanged, report.removed) == (2, 2, 11, 1)
     assert not report.skipped
     paths, rows = contents(tmp_path / "g")
-    assert set(paths) == {path.relative_to(colour_folder).as_posix() for path in find_pictures(colour_folder)}
+    assert set(paths) == {path.relative_to(colour_folder).as_posix() for path in find_images(colour_folder)}
     np.testing.assert_array_equal(rows[paths.index("again.jpg")], rows[paths.index("blue/1.jpeg")])
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.duplicates() == [["blue/1.jpeg", "again.jpg"]]
-        assert gallery.pictures()["green/0.jpg"].mtime_ns == 5
+        assert gallery.images()["green/0.jpg"].mtime_ns == 5
 
 
-def test_vanished_pictures_go_only_where_that_is_wanted(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_vanished_images_go_only_where_that_is_wanted(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
     shutil.rmtree(colour_folder / "red")
     report = index(tmp_path / "g", tiny_bundle, colour_folder)
@@ -213,7 +213,7 @@ def test_vanished_pictures_go_only_where_that_is_wanted(tiny_bundle: Path, colou
     assert (report.removed, report.unchanged, len(contents(tmp_path / "g")[0])) == (3, 9, 9)
 
 
-def test_pictures_of_a_folder_that_cannot_be_read_have_not_vanished(
+def test_images_of_a_folder_that_cannot_be_read_have_not_vanished(
     tiny_bundle: Path, colour_folder: Path, tmp_path: Path
 ) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
@@ -222,12 +222,12 @@ def test_pictures_of_a_folder_that_cannot_be_read_have_not_vanished(
     source = Source(colour_folder, (), None, lambda: iter([broken_item("red", "no permission"), *rest]))
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     with Gallery.open(tmp_path / "g") as gallery:
-        report = index_pictures(gallery, encoder, source, prune=True)
+        report = index_images(gallery, encoder, source, prune=True)
     assert report.skipped == [("red", "no permission")]
     assert report.removed == 3  # blue, which the source could have named and did not
 
 
-def test_a_picture_that_broke_keeps_its_row(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_an_image_that_broke_keeps_its_row(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
     (colour_folder / "red/0.jpg").write_bytes(b"")
     report = index(tmp_path / "g", tiny_bundle, colour_folder, prune=True)
@@ -237,7 +237,7 @@ def test_a_picture_that_broke_keeps_its_row(tiny_bundle: Path, colour_folder: Pa
 
 def test_an_archive_is_a_source_with_metadata(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shard-000.tar", "w") as tar:
-        for number, path in enumerate(find_pictures(colour_folder)):
+        for number, path in enumerate(find_images(colour_folder)):
             for name, content in (
                 (f"{number:04d}{path.suffix}", path.read_bytes()),
                 (f"{number:04d}.json", json.dumps({"camera": f"A{number % 2}", "hash": "mine"}).encode()),
@@ -256,18 +256,18 @@ def test_an_archive_is_a_source_with_metadata(tiny_bundle: Path, colour_folder: 
     assert index(tmp_path / "tar", tiny_bundle, tmp_path / "shard-000.tar").unchanged == 12
 
 
-def test_a_full_disk_leaves_the_last_commit(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_commit(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """A real limit of the system: a file of more than 4 KiB is refused, and a shard of 400 rows is larger."""
     pytest.importorskip("resource")
-    index(tmp_path / "g", tiny_bundle, pictures / "list.csv")
+    index(tmp_path / "g", tiny_bundle, images / "list.csv")
     before = everything(tmp_path / "g")
     code = (
         "import resource, sys, numpy as np; from clipret import Gallery, ClipretError; "
-        "from clipret.gallery.gallery import Picture; g = Gallery.open(sys.argv[1]); "
+        "from clipret.gallery.gallery import Image; g = Gallery.open(sys.argv[1]); "
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "with g.writing():\n"
-        "    g.append([Picture(str(n), 1, 1, '') for n in range(400)], np.ones((400, 8), np.float16))"
+        "    g.append([Image(str(n), 1, 1, '') for n in range(400)], np.ones((400, 8), np.float16))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "g")], capture_output=True, text=True, check=False
@@ -280,10 +280,8 @@ def test_a_full_disk_leaves_the_last_commit(pictures: Path, tiny_bundle: Path, t
     assert everything(tmp_path / "g") == before
 
 
-def test_a_reader_sees_one_state_while_another_process_writes(
-    pictures: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    index(tmp_path / "g", tiny_bundle, pictures / "list.csv")
+def test_a_reader_sees_one_state_while_another_process_writes(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, images / "list.csv")
     stop, errors = threading.Event(), list[BaseException]()
 
     def read() -> None:
@@ -303,7 +301,7 @@ def test_a_reader_sees_one_state_while_another_process_writes(
     for number in range(20):
         with Gallery.open(tmp_path / "g") as gallery:
             with gallery.writing():
-                gallery.append([type(gallery.pictures()["000.jpg"])("extra", number, 1, "")], row)
+                gallery.append([type(gallery.images()["000.jpg"])("extra", number, 1, "")], row)
                 gallery.remove([gallery.ids_by_path()["extra"]])
             compact_gallery(gallery)
     stop.set()
@@ -311,8 +309,8 @@ def test_a_reader_sees_one_state_while_another_process_writes(
     assert not errors
 
 
-def test_a_caller_that_stops_early_leaves_no_threads(pictures: Path, tiny_bundle: Path) -> None:
-    files = [path for path in find_pictures(pictures) if path.stat().st_size > 100]
+def test_a_caller_that_stops_early_leaves_no_threads(images: Path, tiny_bundle: Path) -> None:
+    files = [path for path in find_images(images) if path.stat().st_size > 100]
     batches = Encoder(Bundle.open(tiny_bundle), EncoderConfig(batch_size=4)).encode_images(files)
     first = next(batches)
     assert [item.name for item in first.items] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
@@ -323,9 +321,9 @@ def test_a_caller_that_stops_early_leaves_no_threads(pictures: Path, tiny_bundle
     assert not any(thread.is_alive() for thread in decoders)
 
 
-def test_pictures_before_the_damage_are_kept(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_images_before_the_damage_are_kept(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     def damaged() -> Iterator[Item]:
-        yield broken_item("before.jpg", "no picture")
+        yield broken_item("before.jpg", "no image")
         yield from list(open_source(colour_folder))[:5]
         raise ClipretError("the rest is damaged")
 
@@ -335,9 +333,9 @@ def test_pictures_before_the_damage_are_kept(tiny_bundle: Path, colour_folder: P
     )
     with Gallery.create(tmp_path / "g", encoder.bundle, colour_folder) as gallery:
         with pytest.raises(ClipretError, match="the rest is damaged"):
-            index_pictures(gallery, encoder, source)
+            index_images(gallery, encoder, source)
         assert len(gallery) == 5
-        assert (gallery.path / "skipped.tsv").read_text() == "path\treason\nbefore.jpg\tno picture\n"
+        assert (gallery.path / "skipped.tsv").read_text() == "path\treason\nbefore.jpg\tno image\n"
 
 
 def test_no_member_leaves_its_archive(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
@@ -358,11 +356,11 @@ def test_no_member_leaves_its_archive(tiny_bundle: Path, colour_folder: Path, tm
             assert read_stored(Path(gallery.info.root), names[-1]).content == content
 
 
-def test_an_archive_without_pictures_is_no_source(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_an_archive_without_images_is_no_source(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
-    with pytest.raises(ClipretError, match="names no pictures"):
+    with pytest.raises(ClipretError, match="names no images"):
         index(tmp_path / "g", tiny_bundle, tmp_path / "empty.tar", prune=True)
     assert len(contents(tmp_path / "g")[0]) == 12
 
@@ -374,9 +372,9 @@ def test_a_folder_under_another_name_is_the_same(tiny_bundle: Path, colour_folde
     assert (report.added, report.unchanged) == (0, 12)
 
 
-def test_a_second_list_adds_its_columns(pictures: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    index(tmp_path / "g", tiny_bundle, pictures / "list.csv")
-    (pictures / "more.csv").write_text("path,colour\n003.jpg,red\n")
-    index(tmp_path / "g", tiny_bundle, pictures / "more.csv")
+def test_a_second_list_adds_its_columns(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, images / "list.csv")
+    (images / "more.csv").write_text("path,colour\n003.jpg,red\n")
+    index(tmp_path / "g", tiny_bundle, images / "more.csv")
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.paths(gallery.select("colour = 'red' and camera = 'A0' and hour = 3")) == ["003.jpg"]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Source, index_pictures, open_source
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Source, index_images, open_source
 from clipret.indexing.ray_cluster import Pool, connect, index_on_cluster
 from clipret.indexing.ray_worker import Part, Settings, encode_part
 from clipret.sources.item import Item
@@ -54,7 +54,7 @@ def cluster(settings: Settings, upload: Callable[[str, Path], None]) -> Iterator
         ray.shutdown()
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     rng = np.random.default_rng(number)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(buffer, "JPEG")
@@ -62,10 +62,10 @@ def picture(number: int) -> bytes:
 
 
 def shard(file: Path, numbers: Iterable[int]) -> None:
-    """Pictures with a number as metadata; every tenth is none."""
+    """Images with a number as metadata; every tenth is none."""
     with tarfile.open(file, "w") as tar:
         for number in numbers:
-            content = b"no picture" if number % 10 == 9 else picture(number)
+            content = b"no image" if number % 10 == 9 else image(number)
             for name, data in ((f"{number:04d}.jpg", content), (f"{number:04d}.json", b'{"hour": %d}' % (number % 24))):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -83,7 +83,7 @@ def shards(tmp_path: Path) -> str:
 def alone(folder: Path, settings: Settings, source: Source) -> Gallery:
     encoder = Encoder(Bundle.open(settings.bundle), EncoderConfig(device="cpu", threads=1, batch_size=8))
     gallery = Gallery.create(folder, encoder.bundle, source.root)
-    index_pictures(gallery, encoder, source)
+    index_images(gallery, encoder, source)
     return gallery
 
 
@@ -92,7 +92,7 @@ def held(gallery: Gallery) -> list[tuple[Any, ...]]:
     stored = gallery.read()
     ids = stored.ids if stored.live is None else stored.ids[stored.live]
     rows = np.concatenate(stored.shards) if stored.live is None else np.concatenate(stored.shards)[stored.live]
-    known = zip(ids.tolist(), gallery.pictures_of(ids), gallery.metadata(ids), rows.tolist(), strict=True)
+    known = zip(ids.tolist(), gallery.images_of(ids), gallery.metadata(ids), rows.tolist(), strict=True)
     return [(number, one, tuple(more.items()), tuple(row)) for number, one, more, row in known]
 
 
@@ -122,7 +122,7 @@ def test_the_gallery_is_that_of_one_process(
         assert_same(gallery, expected)
         assert (gallery.path / "skipped.tsv").read_text() == (expected.path / "skipped.tsv").read_text()
         assert report.added == len(gallery)
-        assert report.stages.engine_seconds > 0
+        assert report.stages.compute_seconds > 0
     # Again: nothing is new, and what could not be read is still told.
     again = index_on_cluster(gallery, cluster, open_source(colour_folder))
     assert (again.added, again.changed, again.unchanged) == (0, 0, len(gallery))
@@ -145,7 +145,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_worker_costs_no_picture(cluster: Pool, settings: Settings, shards: str, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_no_image(cluster: Pool, settings: Settings, shards: str, tmp_path: Path) -> None:
     """Every process that is in the middle of an archive is killed there."""
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -189,7 +189,7 @@ def test_a_run_that_is_given_up_goes_on(cluster: Pool, settings: Settings, shard
     kept = len(gallery)
     assert 0 < kept < 216
     # The first two archives, 80 members, are known to be whole and are not opened any more.
-    known = gallery.database.query("SELECT pictures FROM parts ORDER BY first")
+    known = gallery.database.query("SELECT images FROM parts ORDER BY first")
     assert known == [(36,), (36,)]
     report = index_on_cluster(gallery, cluster, source)
     assert report.unchanged == kept

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from clipret.errors import ClipretError
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.inference import decode_pool as pipeline
 from clipret.inference.decode_pool import Decoding
 
@@ -31,7 +31,7 @@ def decoding(items: Iterable[int], decode: Callable[[int], Pixels] = pixels, **o
 
 
 def taken(batches: Decoding[int]) -> list[tuple[list[int], list[int], list[tuple[int, str]]]]:
-    """What comes out: items, the value of each picture, skipped; every picture must be all of one value."""
+    """What comes out: items, the value of each image, skipped; every image must be all of one value."""
     found = []
     with batches:
         for batch in batches:
@@ -68,10 +68,10 @@ def test_the_order_is_that_of_the_input(count: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [{0}, {3}, {0, 1, 2, 3}, {1, 2, 6, 8}, set(range(9))])
-def test_a_skipped_picture_leaves_no_gap(bad: set[int]) -> None:
+def test_a_skipped_image_leaves_no_gap(bad: set[int]) -> None:
     def decode(item: int) -> Pixels:
         if item in bad:
-            raise PictureError(f"no {item}")
+            raise ImageError(f"no {item}")
         return pixels(item)
 
     found = taken(decoding(range(9), decode))
@@ -81,7 +81,7 @@ def test_a_skipped_picture_leaves_no_gap(bad: set[int]) -> None:
     assert [told for _, _, skipped in found for told in skipped] == [(item, f"no {item}") for item in sorted(bad)]
 
 
-def test_a_picture_that_hangs_is_skipped_and_the_rest_arrives() -> None:
+def test_an_image_that_hangs_is_skipped_and_the_rest_arrives() -> None:
     released = threading.Event()
 
     def decode(item: int) -> Pixels:
@@ -128,9 +128,9 @@ def test_a_drive_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPat
 
     def decode(_: int) -> Pixels:
         released.wait()
-        raise PictureError("too late")
+        raise ImageError("too late")
 
-    with pytest.raises(ClipretError, match=r"6 pictures at once take longer than 0\.05 s: does the drive"):
+    with pytest.raises(ClipretError, match=r"6 images at once take longer than 0\.05 s: does the drive"):
         taken(decoding(range(100), decode, threads=2, timeout=0.05))
     released.set()
 

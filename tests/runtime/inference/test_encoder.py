@@ -1,4 +1,4 @@
-"""The encoder: any kind of picture, several towers on one stream, skipped pictures, and where its time goes."""
+"""The encoder: any kind of image, several towers on one stream, skipped images, and where its time goes."""
 
 import io
 import threading
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from clipret.bundle import Bundle
-from clipret.images.walk import PictureError, find_pictures, read_picture
+from clipret.images.walk import ImageError, find_images, read_image
 from clipret.inference import encoder as encoders
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder, EncodeStats
@@ -27,79 +27,79 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 
 @pytest.fixture
-def pictures(colour_folder: Path) -> list[Path]:
-    return find_pictures(colour_folder)
+def images(colour_folder: Path) -> list[Path]:
+    return find_images(colour_folder)
 
 
 def rows_of(encoder: Encoder, items: Any, read: Any = None) -> Rows:
-    return np.concatenate([batch.rows for batch in encoder.encode_images(items, read)])
+    return np.concatenate([batch.embeddings for batch in encoder.encode_images(items, read)])
 
 
-def test_a_picture_may_be_given_in_any_form(bundle: Bundle, pictures: list[Path]) -> None:
+def test_an_image_may_be_given_in_any_form(bundle: Bundle, images: list[Path]) -> None:
     encoder = Encoder(bundle, EncoderConfig(batch_size=5))
-    expected = rows_of(encoder, pictures)
+    expected = rows_of(encoder, images)
     assert expected.shape == (12, 8)
     forms: dict[str, Any] = {
-        "bytes": [path.read_bytes() for path in pictures],
-        "pillow": [Image.open(io.BytesIO(path.read_bytes())) for path in pictures],
-        "file": [read_picture(path) for path in pictures],
-        "item": list(open_source(pictures[0].parent.parent)),
-        "array": [np.asarray(Image.open(path).convert("RGB")) for path in pictures],
+        "bytes": [path.read_bytes() for path in images],
+        "pillow": [Image.open(io.BytesIO(path.read_bytes())) for path in images],
+        "file": [read_image(path) for path in images],
+        "item": list(open_source(images[0].parent.parent)),
+        "array": [np.asarray(Image.open(path).convert("RGB")) for path in images],
     }
     for name, items in forms.items():
         np.testing.assert_array_equal(rows_of(encoder, items), expected, err_msg=name)
         np.testing.assert_array_equal(rows_of(encoder, range(12), items.__getitem__), expected, err_msg=name)
 
 
-def test_what_cannot_be_read_is_skipped_with_the_reason(bundle: Bundle, pictures: list[Path]) -> None:
+def test_what_cannot_be_read_is_skipped_with_the_reason(bundle: Bundle, images: list[Path]) -> None:
     def read(path: Path) -> bytes:
-        if path == pictures[1]:
-            raise PictureError("withdrawn")
-        return b"" if path == pictures[2] else path.read_bytes()
+        if path == images[1]:
+            raise ImageError("withdrawn")
+        return b"" if path == images[2] else path.read_bytes()
 
     encoder = Encoder(bundle, EncoderConfig(batch_size=4))
-    batches = list(encoder.encode_images(pictures, read))
-    assert [item for batch in batches for item in batch.items] == [pictures[0], *pictures[3:]]
+    batches = list(encoder.encode_images(images, read))
+    assert [item for batch in batches for item in batch.items] == [images[0], *images[3:]]
     skipped = [(path, reason) for batch in batches for path, reason in batch.skipped]
-    assert skipped[0] == (pictures[1], "withdrawn")
-    assert [path for path, _ in skipped] == pictures[1:3]
-    rows = np.concatenate([batch.rows for batch in batches])
-    np.testing.assert_array_equal(rows, rows_of(encoder, pictures)[[0, *range(3, 12)]])
+    assert skipped[0] == (images[1], "withdrawn")
+    assert [path for path, _ in skipped] == images[1:3]
+    rows = np.concatenate([batch.embeddings for batch in batches])
+    np.testing.assert_array_equal(rows, rows_of(encoder, images)[[0, *range(3, 12)]])
 
 
-def test_a_batch_of_nothing_but_broken_pictures(bundle: Bundle) -> None:
+def test_a_batch_of_nothing_but_broken_images(bundle: Bundle) -> None:
     (batch,) = Encoder(bundle).encode_images([b"", b"no"])
-    assert (batch.rows.shape, batch.items, len(batch.skipped)) == ((0, 8), [], 2)
+    assert (batch.embeddings.shape, batch.items, len(batch.skipped)) == ((0, 8), [], 2)
 
 
-def test_a_picture_that_hangs_is_skipped(bundle: Bundle, pictures: list[Path]) -> None:
+def test_an_image_that_hangs_is_skipped(bundle: Bundle, images: list[Path]) -> None:
     released = threading.Event()
 
     def read(path: Path) -> Path:
-        if path == pictures[5]:
+        if path == images[5]:
             released.wait()
         return path
 
-    encoder = Encoder(bundle, EncoderConfig(batch_size=4, threads=1, picture_timeout=0.2))
-    batches = list(encoder.encode_images(pictures, read))
+    encoder = Encoder(bundle, EncoderConfig(batch_size=4, threads=1, image_timeout=0.2))
+    batches = list(encoder.encode_images(images, read))
     released.set()
-    assert [told for batch in batches for told in batch.skipped] == [(pictures[5], "took longer than 0.2 s")]
-    rows = np.concatenate([batch.rows for batch in batches])
-    np.testing.assert_array_equal(rows, np.delete(rows_of(encoder, pictures), 5, axis=0))
+    assert [told for batch in batches for told in batch.skipped] == [(images[5], "took longer than 0.2 s")]
+    rows = np.concatenate([batch.embeddings for batch in batches])
+    np.testing.assert_array_equal(rows, np.delete(rows_of(encoder, images), 5, axis=0))
 
 
 @pytest.mark.parametrize("count", [1, 5, 12])
-def test_several_towers_share_a_stream(bundle: Bundle, pictures: list[Path], count: int) -> None:
+def test_several_towers_share_a_stream(bundle: Bundle, images: list[Path], count: int) -> None:
     one, two = (
         Encoder(bundle, EncoderConfig(device="cpu", batch_size=2)),
         Encoder(bundle, EncoderConfig(device="cpu, cpu", batch_size=2)),
     )
     assert len(two.image_towers) == 2
     assert two.image_towers[0] is not two.image_towers[1]
-    batches = list(two.encode_images(pictures[:count]))
-    assert [item for batch in batches for item in batch.items] == pictures[:count]
-    rows = np.concatenate([batch.rows for batch in batches])
-    np.testing.assert_array_equal(rows, rows_of(one, pictures[:count]))
+    batches = list(two.encode_images(images[:count]))
+    assert [item for batch in batches for item in batch.items] == images[:count]
+    rows = np.concatenate([batch.embeddings for batch in batches])
+    np.testing.assert_array_equal(rows, rows_of(one, images[:count]))
     np.testing.assert_array_equal(two.encode_texts(["red"]), one.encode_texts(["red"]))
 
 
@@ -126,12 +126,12 @@ def test_the_order_holds_where_a_batch_overtakes_another(bundle: Bundle) -> None
     towers = [Slow(0, 2, ran), Slow(1, 1, ran)]
     towers[1].overtaken = towers[0].overtaken
     encoder.image_towers = towers  # type: ignore[assignment]
-    pictures = [np.full((16, 16, 3), value, dtype=np.uint8) for value in range(19)]
-    assert rows_of(encoder, pictures)[:, 0].tolist() == list(range(19))
+    images = [np.full((16, 16, 3), value, dtype=np.uint8) for value in range(19)]
+    assert rows_of(encoder, images)[:, 0].tolist() == list(range(19))
     assert (ran.count(0), ran.count(1)) == (7, 3)
 
 
-def test_an_engine_that_fails_tells_so(bundle: Bundle, pictures: list[Path]) -> None:
+def test_an_engine_that_fails_tells_so(bundle: Bundle, images: list[Path]) -> None:
     class Broken(Slow):
         def run(self, batch: npt.NDArray[np.uint8]) -> Rows:
             raise RuntimeError(f"out of memory at {len(batch)}")
@@ -140,53 +140,53 @@ def test_an_engine_that_fails_tells_so(bundle: Bundle, pictures: list[Path]) -> 
         encoder = Encoder(bundle, EncoderConfig(batch_size=2))
         encoder.image_towers = [Broken(0, lanes, [])]
         with pytest.raises(RuntimeError, match="out of memory at 2"):
-            list(encoder.encode_images(pictures))
+            list(encoder.encode_images(images))
 
 
-def test_who_stops_early_gets_back_at_once(bundle: Bundle, pictures: list[Path]) -> None:
+def test_who_stops_early_gets_back_at_once(bundle: Bundle, images: list[Path]) -> None:
     released = threading.Event()
 
     def endless() -> Iterator[Path]:
         while True:
-            yield from pictures
+            yield from images
 
     def read(path: Path) -> Path:
-        if encoder.stats.pictures:
+        if encoder.stats.images:
             released.wait()
         return path
 
     for device in ("cpu", "cpu,cpu"):
         encoder = Encoder(bundle, EncoderConfig(device=device, batch_size=3))
         stream = encoder.encode_images(endless(), read)
-        assert next(stream).items == pictures[:3]
+        assert next(stream).items == images[:3]
         stream.close()  # type: ignore[attr-defined]
     released.set()
 
 
-def test_the_statistics_add_up(bundle: Bundle, pictures: list[Path]) -> None:
+def test_the_statistics_add_up(bundle: Bundle, images: list[Path]) -> None:
     encoder = Encoder(bundle, EncoderConfig(batch_size=4))
     assert encoder.stats == EncodeStats()
     seen = 0
-    for batch in encoder.encode_images([*pictures, b"broken"]):
+    for batch in encoder.encode_images([*images, b"broken"]):
         seen += len(batch.items)
-        assert encoder.stats.pictures == seen
+        assert encoder.stats.images == seen
     stats = encoder.stats
-    assert (stats.pictures, stats.skipped) == (12, 1)
-    assert 0 < stats.wait_seconds + stats.engine_seconds <= stats.seconds
+    assert (stats.images, stats.skipped) == (12, 1)
+    assert 0 < stats.wait_seconds + stats.compute_seconds <= stats.seconds
     assert stats.decode_seconds > 0
     assert stats.rate == 12 / stats.seconds
-    list(encoder.encode_images(pictures[:1]))
-    assert (encoder.stats.pictures, encoder.stats.skipped, stats.pictures) == (1, 0, 12)
+    list(encoder.encode_images(images[:1]))
+    assert (encoder.stats.images, encoder.stats.skipped, stats.images) == (1, 0, 12)
 
 
 def test_the_limit_is_where_the_time_goes() -> None:
-    assert EncodeStats(wait_seconds=1.0, engine_seconds=3.0).limit == "decode"
-    assert EncodeStats(wait_seconds=0.5, engine_seconds=3.0).limit == "engine"
+    assert EncodeStats(wait_seconds=1.0, compute_seconds=3.0).limit == "decode"
+    assert EncodeStats(wait_seconds=0.5, compute_seconds=3.0).limit == "engine"
     assert EncodeStats().rate == 0
 
 
 def test_fast_decoding_is_asked_for_only_where_it_is_wanted(
-    bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, bool]] = []
 
@@ -195,8 +195,8 @@ def test_fast_decoding_is_asked_for_only_where_it_is_wanted(
         return np.zeros((16, 16, 3), dtype=np.uint8)
 
     monkeypatch.setattr(encoders, "load", load)
-    rows_of(Encoder(bundle), pictures[:1])
-    rows_of(Encoder(bundle, EncoderConfig(fast_decode=True)), pictures[:1])
+    rows_of(Encoder(bundle), images[:1])
+    rows_of(Encoder(bundle, EncoderConfig(fast_decode=True)), images[:1])
     assert asked == [{}, {"fast": True}]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clipret.bundle import Bundle, Engine
-from clipret.errors import ClipretError, EngineWarning
+from clipret.errors import BackendWarning, ClipretError
 from clipret.inference import tower as towers
 from clipret.inference.config import EncoderConfig
 from clipret.inference.tensorrt import TensorRTTower, choose_engine, explain
@@ -88,7 +88,7 @@ def test_the_plan_that_fits_is_used(bundle: Bundle, machine: dict[str, Any]) -> 
 
 def test_a_plan_that_does_not_fit_falls_back_aloud(bundle: Bundle, machine: dict[str, Any]) -> None:
     machine["arch"] = "sm_89"
-    with pytest.warns(EngineWarning, match=r"onnxruntime runs instead of TensorRT.*on sm_90, this machine has sm_89"):
+    with pytest.warns(BackendWarning, match=r"onnxruntime runs instead of TensorRT.*on sm_90, this machine has sm_89"):
         assert open_tower(bundle, "text", "cuda", ONE) == (bundle.path / "text.onnx", "cuda", 1, False)
     with pytest.raises(ClipretError, match="clipret-export engines BUNDLE --tensorrt"):
         open_tower(bundle, "text", "cuda", TENSORRT)
@@ -112,7 +112,7 @@ def test_a_plan_that_fails_to_load_falls_back_aloud(
 
     monkeypatch.setattr(towers, "TensorRTTower", refuse)
     assert machine["arch"] == "sm_90"
-    with pytest.warns(EngineWarning, match="instead of TensorRT: the driver is too old"):
+    with pytest.warns(BackendWarning, match="instead of TensorRT: the driver is too old"):
         open_tower(bundle, "image", "cuda")
 
 

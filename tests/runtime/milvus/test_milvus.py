@@ -1,4 +1,4 @@
-"""A gallery in Milvus Lite, a real database in a file: the same pictures found, filters, synchronisation, errors."""
+"""A gallery in Milvus Lite, a real database in a file: the same images found, filters, synchronisation, errors."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Part, Query, Searcher
 from clipret.cli import main
-from clipret.gallery.gallery import Picture
+from clipret.gallery.gallery import ImageRecord
 from clipret.milvus.collection import Address, Collection, _advice
 from clipret.milvus.export import MilvusReport, export_to_milvus
 from clipret.milvus.filter import translate
@@ -31,7 +31,7 @@ ROWS = 3000
 
 @pytest.fixture
 def gallery(tiny_bundle: Path, tmp_path: Path) -> Iterator[Gallery]:
-    """Rows without pictures: of two directions, many alike, with columns; some equal, some deleted."""
+    """Rows without images: of two directions, many alike, with columns; some equal, some deleted."""
     bundle = Bundle.open(tiny_bundle)
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((ROWS, bundle.manifest.embedding_dim)) + 3 * rng.standard_normal(
@@ -39,8 +39,9 @@ def gallery(tiny_bundle: Path, tmp_path: Path) -> Iterator[Gallery]:
     )
     rows[1500:1510] = rows[7]
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    pictures = [
-        Picture(f"{number % 7}/im_{number:04d}.jpg", 1000 + number, number, f"{number:032x}") for number in range(ROWS)
+    images = [
+        ImageRecord(f"{number % 7}/im_{number:04d}.jpg", 1000 + number, number, f"{number:032x}")
+        for number in range(ROWS)
     ]
     metadata = [
         {
@@ -52,15 +53,15 @@ def gallery(tiny_bundle: Path, tmp_path: Path) -> Iterator[Gallery]:
         for number in range(ROWS)
     ]
     with Gallery.create(tmp_path / "gallery", bundle, tmp_path) as made, made.writing():
-        made.append(pictures[:2000], rows[:2000], metadata[:2000])
-        made.append(pictures[2000:], rows[2000:], metadata[2000:])
+        made.append(images[:2000], rows[:2000], metadata[:2000])
+        made.append(images[2000:], rows[2000:], metadata[2000:])
         made.remove(list(range(100, 130)))
         yield made
 
 
 @pytest.fixture
 def address(tmp_path: Path) -> Address:
-    return Address.parse(str(tmp_path / "pictures.db"))
+    return Address.parse(str(tmp_path / "images.db"))
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_flat_finds_what_the_gallery_finds(gallery: Gallery, address: Address, e
             {"where": "camera = 'nowhere'"},
         ):
             # The same ids, paths, files and, bit for bit, scores; ten equal rows come by age.
-            assert there.search_rows(rows, 10, **options) == exact.search_rows(rows, 10, **options)
+            assert there.search_embeddings(rows, 10, **options) == exact.search_embeddings(rows, 10, **options)
         assert there.search(QUERIES, 3) == exact.search(QUERIES, 3)
         assert collection.count() == exact.searched.count() == ROWS - 30
         assert collection.columns == exact.searched.columns
@@ -98,13 +99,13 @@ def test_flat_finds_what_the_gallery_finds(gallery: Gallery, address: Address, e
         assert collection.metadata(ids) == exact.searched.metadata(ids)
         assert collection.records(ids) == exact.searched.records(ids)
         assert collection.records([100]) == {}  # it was deleted
-        np.testing.assert_array_equal(collection.row(5), exact.searched.row(5))
+        np.testing.assert_array_equal(collection.embedding(5), exact.searched.embedding(5))
         for searched in (collection, exact.searched):
-            with pytest.raises(ClipretError, match="there is no picture 100"):
-                searched.row(100)
+            with pytest.raises(ClipretError, match="there is no image 100"):
+                searched.embedding(100)
         assert there.id_of("3/im_0010.jpg") == exact.id_of("3/im_0010.jpg") == gallery.id_of("3/im_0010.jpg")
         for searcher in (there, exact):
-            with pytest.raises(ClipretError, match="holds no picture"):
+            with pytest.raises(ClipretError, match="holds no image"):
                 searcher.id_of("2/im_0100.jpg")
         with pytest.raises(ClipretError, match="does not give all of its embeddings: use the gallery"):
             _ = there.stored
@@ -176,19 +177,21 @@ def test_only_changes_are_sent(gallery: Gallery, address: Address, encoder: Enco
     dim = gallery.info.embedding_dim
     rows = np.eye(dim)[:3].astype(np.float32)
     gallery.remove([1, 2, 3, 4])
-    gallery.append([Picture(f"new/{number}.jpg", 1, 1, f"n{number}") for number in range(3)], rows, [{"new": 5}] * 3)
-    [moved] = gallery.pictures_of([10])
-    gallery.update({10: (Picture("moved.jpg", moved.size, 99, moved.hash), {"camera": None, "hour": 3})})
+    gallery.append(
+        [ImageRecord(f"new/{number}.jpg", 1, 1, f"n{number}") for number in range(3)], rows, [{"new": 5}] * 3
+    )
+    [moved] = gallery.images_of([10])
+    gallery.update({10: (ImageRecord("moved.jpg", moved.size, 99, moved.hash), {"camera": None, "hour": 3})})
     # A new column makes no old record another one: it is null there.
     assert export_to_milvus(gallery, address) == MilvusReport(4, 4, ROWS - 31)
     assert export_to_milvus(gallery, address) == MilvusReport(0, 0, ROWS - 31)
     gallery.remove([50])
-    [moved] = gallery.pictures_of([11])
+    [moved] = gallery.images_of([11])
     gallery.update({11: (moved, {"camera": None})})
     assert export_to_milvus(gallery, address) == MilvusReport(1, 1, ROWS - 32)
     exact, collection, there = both(gallery, address, encoder)
     with there:
-        assert there.search_rows(rows, 5) == exact.search_rows(rows, 5)
+        assert there.search_embeddings(rows, 5) == exact.search_embeddings(rows, 5)
         assert there.search(["red"], 5, where="new = 5") == exact.search(["red"], 5, where="new = 5")
         assert list(collection.metadata([10, 11]).values()) == gallery.metadata([10, 11])
         found = collection.client.query(collection.filter("camera is null") or "", ["id"])
@@ -230,14 +233,12 @@ def test_another_models_or_gallerys_collection(
     export_to_milvus(gallery, address)
     other = Gallery.create(tmp_path / "other", Bundle.open(tiny_bundle), tmp_path)
     with other, other.writing():
-        other.append([Picture("a.jpg", 1, 1, "a")], np.eye(gallery.info.embedding_dim, dtype=np.float32)[:1])
+        other.append([ImageRecord("a.jpg", 1, 1, "a")], np.eye(gallery.info.embedding_dim, dtype=np.float32)[:1])
         for _ in range(2):
             with pytest.raises(ClipretError, match=r"holds gallery .*gallery: name another collection behind #"):
                 export_to_milvus(other, address)
         assert export_to_milvus(other, Address(address.uri, "second")).total == 1
-        assert export_to_milvus(other, address, take_over=True) == MilvusReport(
-            1, ROWS - 31, 1
-        )  # both have a picture 1
+        assert export_to_milvus(other, address, take_over=True) == MilvusReport(1, ROWS - 31, 1)  # both have an image 1
     strange = tmp_path / "other" / "gallery.json"
     strange.write_text(strange.read_text().replace(other.info.fingerprint, "0" * 64))
     for _ in range(2):
@@ -276,7 +277,7 @@ def test_what_an_index_loses_is_measured(index: str, gallery: Gallery, address: 
 
 
 def test_by_command(gallery: Gallery, tmp_path: Path) -> None:
-    runner, target = CliRunner(), str(tmp_path / "pictures.db")
+    runner, target = CliRunner(), str(tmp_path / "images.db")
 
     def run(*words: str, code: int = 0) -> str:
         done = runner.invoke(main, list(words))
@@ -285,12 +286,12 @@ def test_by_command(gallery: Gallery, tmp_path: Path) -> None:
 
     folder = str(gallery.path)
     gallery.close()
-    assert "2970 pictures (2970 sent, 0 deleted)" in run("export", folder, target, "--to", "milvus")
-    assert "2970 pictures (0 sent, 0 deleted)" in run("export", folder, target, "--to", "milvus", "--index", "HNSW")
+    assert "2970 images (2970 sent, 0 deleted)" in run("export", folder, target, "--to", "milvus")
+    assert "2970 images (0 sent, 0 deleted)" in run("export", folder, target, "--to", "milvus", "--index", "HNSW")
     words = ("red", "-k", "5", "--where", "camera = 'A1'", "--device", "cpu", "--json")
     collection = f"milvus+{target}#clipret?ef=400"
     assert json.loads(run("query", collection, *words)) == json.loads(run("query", folder, *words))
-    (tmp_path / "queries.csv").write_text("path,title\n1/im_0001.jpg,red\n2/im_0002.jpg,blue car\n")
+    (tmp_path / "queries.csv").write_text("path,caption\n1/im_0001.jpg,red\n2/im_0002.jpg,blue car\n")
     queries = str(tmp_path / "queries.csv")
     here = json.loads(run("eval", folder, queries, "--metric", "recall@100", "--device", "cpu", "--json"))
     assert json.loads(run("eval", collection, queries, "--metric", "recall@100", "--device", "cpu", "--json")) == here
@@ -307,7 +308,7 @@ def test_by_command(gallery: Gallery, tmp_path: Path) -> None:
         (("query", f"milvus+{target}#nothing", "red"), "does not exist: clipret-search export --to milvus makes it"),
         (("query", f"milvus+{tmp_path}/none.db", "red"), "does not exist"),
         (("query", "milvus+http://127.0.0.1:1", "red"), "check that the server runs"),
-        (("query", "milvus+pictures", "red"), "is no Milvus"),
+        (("query", "milvus+images", "red"), "is no Milvus"),
         (("export", folder, "http://root:secret@host:19530", "--to", "milvus"), "MILVUS_TOKEN"),
         (("export", folder, target, "--to", "milvus", "--index", "GPU_CAGRA"), "has no index GPU_CAGRA"),
     ):
@@ -341,7 +342,7 @@ def test_other_processes(gallery: Gallery, address: Address) -> None:
 
 
 def test_a_service_of_a_collection(listed_gallery: Path, serving: Callable[..., Any], tmp_path: Path) -> None:
-    """It answers as the service of the gallery does, pictures and filters included."""
+    """It answers as the service of the gallery does, images and filters included."""
     target = str(tmp_path / "served.db")
     with Gallery.open(listed_gallery) as gallery:
         export_to_milvus(gallery, Address.parse(f"{target}#colours"))
@@ -354,12 +355,12 @@ def test_a_service_of_a_collection(listed_gallery: Path, serving: Callable[..., 
     ):
         here, there = (client.get("/search", gallery=name, **asked) for name in ("gallery", "colours"))
         assert here.status == there.status == 200, there.body
-        assert there.json["pictures"] == 12
+        assert there.json["images"] == 12
         for mine, its in zip(here.json["results"][0]["hits"], there.json["results"][0]["hits"], strict=True):
-            assert {**mine, "picture": "", "thumbnail": ""} == {**its, "picture": "", "thumbnail": ""}
-    picture = there.json["results"][0]["hits"][0]["picture"]
-    assert client.ask("GET", "/" + picture).body == client.ask("GET", "/" + picture.replace("colours", "gallery")).body
+            assert {**mine, "image": "", "thumbnail": ""} == {**its, "image": "", "thumbnail": ""}
+    image = there.json["results"][0]["hits"][0]["image"]
+    assert client.ask("GET", "/" + image).body == client.ask("GET", "/" + image.replace("colours", "gallery")).body
     assert "no function lower" in client.get("/search", gallery="colours", q="red", where="lower(colour) = 'x'").error
-    assert client.get("/pictures/99", gallery="colours").status == 404
-    removed = client.ask("DELETE", "/galleries/colours/pictures/1", headers={"Authorization": "Bearer secret"})
+    assert client.get("/images/99", gallery="colours").status == 404
+    removed = client.ask("DELETE", "/galleries/colours/images/1", headers={"Authorization": "Bearer secret"})
     assert "change its gallery, then export" in removed.error

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from clipret.errors import EngineWarning
+from clipret.errors import BackendWarning
 from clipret.hardware import cuda
 from clipret.inference.tower import OnnxTower
 from clipret.ort.cuda_graphs import _MOST, _OFTEN, BoundSession
@@ -20,7 +20,7 @@ def opened(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def pictures(count: int, session: Any, seed: int = 0) -> np.ndarray:
+def images(count: int, session: Any, seed: int = 0) -> np.ndarray:
     side = session.get_inputs()[0].shape[1]
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
@@ -29,11 +29,11 @@ def test_rows_are_those_of_a_plain_run_in_any_batch(tiny_bundle: Path) -> None:
     session = opened(tiny_bundle / "image.onnx")
     bound = BoundSession(session, "cpu", 0)
     for size in (1, 3, 2, 7, 7, 1):  # growing and shrinking
-        batch = pictures(size, session, size)
+        batch = images(size, session, size)
         [expected] = session.run(None, {session.get_inputs()[0].name: batch})
         rows = bound.run(batch)
         np.testing.assert_allclose(rows, expected, atol=1e-6)
-        bound.run(pictures(size, session, 99))
+        bound.run(images(size, session, 99))
         np.testing.assert_allclose(rows, expected, atol=1e-6)  # they are the caller's own, not the buffer
     assert not bound.recorded
 
@@ -67,7 +67,7 @@ class Session:
 def test_only_a_shape_that_comes_often_goes_through_a_graph(tiny_bundle: Path) -> None:
     session = Session(tiny_bundle / "image.onnx")
     bound = BoundSession(session, "cpu", 0, graphs=True)
-    large, small = pictures(5, session), pictures(2, session)
+    large, small = images(5, session), images(2, session)
     for _ in range(_OFTEN):
         bound.run(large)
     bound.run(small)
@@ -77,12 +77,12 @@ def test_only_a_shape_that_comes_often_goes_through_a_graph(tiny_bundle: Path) -
     bound.run(large)
     assert session.numbers[-1] == number
     # A larger batch moves the buffers: the graph knows the old addresses and is given up.
-    bound.run(pictures(6, session))
+    bound.run(images(6, session))
     assert not bound.recorded
     assert session.numbers[-1] == -1
     for size in range(1, 2 * _MOST):
         for _ in range(_OFTEN + 1):
-            bound.run(pictures(min(size, 6), session))
+            bound.run(images(min(size, 6), session))
     assert len(bound.recorded) <= _MOST
 
 
@@ -90,15 +90,15 @@ def test_two_lanes_share_no_graph(tiny_bundle: Path) -> None:
     session = Session(tiny_bundle / "image.onnx")
     one, two = (BoundSession(session, "cpu", 0, graphs=True) for _ in range(2))
     for _ in range(_OFTEN):
-        one.run(pictures(2, session))
-        two.run(pictures(2, session))
+        one.run(images(2, session))
+        two.run(images(2, session))
     assert set(one.recorded.values()).isdisjoint(two.recorded.values())
 
 
 def test_a_graph_with_other_rows_is_never_used(tiny_bundle: Path) -> None:
     session = Session(tiny_bundle / "image.onnx", lose=True)
     bound = BoundSession(session, "cpu", 0, graphs=True)
-    batch = pictures(3, session)
+    batch = images(3, session)
     [expected] = session.real.run(None, {session.get_inputs()[0].name: batch})
 
     def spoil(run: Any) -> None:  # whatever lies in the output when a run begins
@@ -106,7 +106,7 @@ def test_a_graph_with_other_rows_is_never_used(tiny_bundle: Path) -> None:
         run()
 
     bound._submit = spoil
-    with pytest.warns(EngineWarning, match="no CUDA graphs: its rows differ"):  # noqa: PT031
+    with pytest.warns(BackendWarning, match="no CUDA graphs: its rows differ"):  # noqa: PT031
         for _ in range(_OFTEN):
             rows = bound.run(batch)
     np.testing.assert_allclose(rows, expected, atol=1e-6)
@@ -123,11 +123,11 @@ def test_a_batch_goes_through_pinned_memory(driver: Any, tiny_bundle: Path) -> N
     session = opened(tiny_bundle / "image.onnx")
     bound = BoundSession(session, "cpu", 0)
     bound._copies = cuda.Copies(0)
-    batch = pictures(3, session)
+    batch = images(3, session)
     [expected] = session.run(None, {session.get_inputs()[0].name: batch})
     np.testing.assert_allclose(bound.run(batch), expected, atol=1e-6)
     assert (len(driver.pinned), len(driver.device)) == (2, 2)
-    bound.run(pictures(4, session))  # larger buffers, and the old ones are given back
+    bound.run(images(4, session))  # larger buffers, and the old ones are given back
     assert (len(driver.pinned), len(driver.device)) == (2, 2)
     del bound
     assert (driver.pinned, driver.device, driver.streams) == ({}, {}, 0)
@@ -140,5 +140,5 @@ def test_a_buffer_grows_in_the_thread_that_records(tiny_bundle: Path) -> None:
         threads = list[int]()
         plain = bound._copies.buffer
         bound._copies.buffer = lambda size: threads.append(threading.get_ident()) or plain(size)  # type: ignore[method-assign,func-returns-value]
-        bound.run(pictures(3, session))
+        bound.run(images(3, session))
         assert threads == [recorder.submit(threading.get_ident).result()] * 2

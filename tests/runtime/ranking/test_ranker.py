@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from clipret.errors import ClipretError
 from clipret.ranking import gpu_scan as device
 from clipret.ranking import ranker, scan
-from clipret.ranking import rows as rows_module
+from clipret.ranking import embedding_shards
 from clipret.ranking.gpu_scan import DeviceScan
-from clipret.ranking.quantization import Codes, mean, quantise
+from clipret.ranking.quantization import QuantizedEmbeddings, mean, quantize
 from clipret.ranking.ranker import Ranker, snap
 
 pytest.importorskip("onnxruntime")
@@ -31,10 +31,10 @@ def unit(values: np.ndarray) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-9)
 
 
-def coded(shards: Sequence[np.ndarray]) -> list[Codes]:
+def coded(shards: Sequence[np.ndarray]) -> list[QuantizedEmbeddings]:
     """As the gallery codes them: the center of the first shard for all."""
     filled = [shard for shard in shards if len(shard)]
-    return [quantise(shard, mean(filled[0])) for shard in filled]
+    return [quantize(shard, mean(filled[0])) for shard in filled]
 
 
 @st.composite
@@ -70,7 +70,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if way != "all rows":
         monkeypatch.setattr(ranker, "_DIRECT", 0)
     monkeypatch.setattr(ranker, "_QUERIES", 2)
-    monkeypatch.setattr(rows_module, "_PAIRS", 3)
+    monkeypatch.setattr(embedding_shards, "_PAIRS", 3)
     monkeypatch.setattr(ranker, "_SCORES", 200)
     monkeypatch.setattr(ranker, "_POOL", 40)
     monkeypatch.setattr(scan, "_FLOAT_ROWS", 16)
@@ -137,7 +137,7 @@ def test_filters_and_least_scores(ways: str) -> None:
 def test_codes_lose_no_more_than_they_say(case: Case, offset: float) -> None:
     rows = case[0]
     for center in (mean(rows), mean(rows) + np.float32(offset)):
-        codes = quantise(rows, center)
+        codes = quantize(rows, center)
         coded_part = (codes.values.astype(np.float64) - 128) * codes.scale
         lost = rows.astype(np.float64) - center.astype(np.float64) - coded_part
         # Below 1e-20 float32 squares are no normal numbers any more; the ranker allows for 1e-10.
@@ -149,7 +149,7 @@ def test_codes_lose_no_more_than_they_say(case: Case, offset: float) -> None:
 def test_no_two_products_overflow_16_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products that such processors add in pairs: bytes of rows by query codes, shifted queries by row codes."""
     monkeypatch.setattr(scan, "int8_saturates", lambda: True)
-    queries = scan.QueryCodes.of(snap(unit(np.random.default_rng(0).normal(size=(50, 64)))))
+    queries = scan.QuantizedQueries.of(snap(unit(np.random.default_rng(0).normal(size=(50, 64)))))
     largest = int(np.abs(queries.values.astype(int)).max())
     assert largest == scan._limit()
     assert 2 * 255 * largest < 2**15
@@ -187,8 +187,8 @@ def test_scores_are_exact_numbers() -> None:
 
 
 def test_ties_are_ordered_by_position_over_shards() -> None:
-    row = unit(np.ones((1, 4))).astype(np.float16)
-    _, positions = Ranker([np.repeat(row, 3, 0), np.repeat(row, 2, 0)]).rank(np.ones((1, 4)) / 2, 4)
+    position = unit(np.ones((1, 4))).astype(np.float16)
+    _, positions = Ranker([np.repeat(position, 3, 0), np.repeat(position, 2, 0)]).rank(np.ones((1, 4)) / 2, 4)
     assert positions.tolist() == [[0, 1, 2, 3]]
 
 
@@ -247,7 +247,7 @@ def test_the_device_lists_more_where_its_own_order_is_too_coarse() -> None:
     rows[-1, 7] = np.nextafter(rows[-1, 7], np.float16(1))
     made = Ranker(rows)
     scan = DeviceScan(made.shards, "cpu", block_rows=250)
-    listed = scan.top(2, queries, 2, None)[0].row
+    listed = scan.top(2, queries, 2, None)[0].position
     assert 599 not in listed
     expected_scores, expected = brute_force(rows, queries, np.ones(600, bool))
     made._device = scan
@@ -264,8 +264,8 @@ def test_a_device_finds_what_the_cpu_finds(form: str) -> None:
     rows[99::100] = rows[: len(rows[99::100])]
     shards = np.split(rows, [7_000, 15_000])
     center = mean(shards[0])
-    scale = quantise(rows, center).scale
-    codes = [quantise(shard, center, scale) for shard in shards]
+    scale = quantize(rows, center).scale
+    codes = [quantize(shard, center, scale) for shard in shards]
     queries, live = unit(rng.normal(size=(40, 48))), rng.random(len(rows)) < 0.9
     made = Ranker(shards, live, codes, threads=1)
     expected = made.rank(queries, 10)

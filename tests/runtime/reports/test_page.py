@@ -71,7 +71,7 @@ class Page(HTMLParser):
         return [element.text for element in self.all(tag)]
 
 
-def picture(path: Path, size: tuple[int, int] = (60, 40), colour: str = "red", **options: object) -> Path:
+def image(path: Path, size: tuple[int, int] = (60, 40), colour: str = "red", **options: object) -> Path:
     Image.new("RGB", size, colour).save(path, **options)
     return path
 
@@ -88,10 +88,10 @@ def thumbnails(page: Page) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(source.removeprefix(head)))) for source in sources]
 
 
-def test_pictures_stand_in_rank_order_with_score_and_label(tmp_path: Path) -> None:
+def test_images_stand_in_rank_order_with_score_and_label(tmp_path: Path) -> None:
     cards = [
-        Card(picture(tmp_path / "wide.png", (2000, 1000), "red"), "a/wide.png", 0.34567),
-        Card(picture(tmp_path / "small.png", (30, 40), "blue"), "a/small.png", -0.0001),
+        Card(image(tmp_path / "wide.png", (2000, 1000), "red"), "a/wide.png", 0.34567),
+        Card(image(tmp_path / "small.png", (30, 40), "blue"), "a/small.png", -0.0001),
     ]
     page = write(tmp_path, Section("一辆红色的轿车", cards, "AP@10 0.83"), facts=(("mAP@10", "0.71"), ("model", "ViT")))
     assert page.texts("h1") == ["clipret"]
@@ -109,7 +109,7 @@ def test_pictures_stand_in_rank_order_with_score_and_label(tmp_path: Path) -> No
 
 
 def test_page_needs_nothing_else(tmp_path: Path) -> None:
-    page = write(tmp_path, Section("dog", [Card(picture(tmp_path / "1.jpg"), "1.jpg", 0.3)]))
+    page = write(tmp_path, Section("dog", [Card(image(tmp_path / "1.jpg"), "1.jpg", 0.3)]))
     assert not page.all("script") + page.all("link") + page.all("iframe")
     (style,) = page.texts("style")
     assert not re.search(r"url\(|@import", style)
@@ -119,7 +119,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_right_and_wrong_are_said_in_words(tmp_path: Path) -> None:
-    path = picture(tmp_path / "1.png")
+    path = image(tmp_path / "1.png")
     cards = [Card(path, str(number), 0.3, relevant) for number, relevant in enumerate((True, False, None))]
     page = write(tmp_path, Section("dog", cards))
     right, wrong, unknown = page.texts("figcaption")
@@ -130,7 +130,7 @@ def test_right_and_wrong_are_said_in_words(tmp_path: Path) -> None:
 
 
 def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
-    good, gone = picture(tmp_path / "1.png"), tmp_path / f"{HOSTILE.replace('/', '')}.png"
+    good, gone = image(tmp_path / "1.png"), tmp_path / f"{HOSTILE.replace('/', '')}.png"
     cards = [Card(path, HOSTILE, 0.3, True) for path in (good, gone)]
     page = write(tmp_path, *[Section(HOSTILE, cards, HOSTILE)] * 9, facts=((HOSTILE, HOSTILE),), title=HOSTILE)
     assert not page.all("script")
@@ -143,16 +143,16 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert {e.attributes["aria-label"] for e in page.all("div", role="img")} == {HOSTILE}
 
 
-def test_missing_and_broken_pictures_become_tiles(tmp_path: Path) -> None:
-    whole = picture(tmp_path / "whole.jpg", (80, 80))
+def test_missing_and_broken_images_become_tiles(tmp_path: Path) -> None:
+    whole = image(tmp_path / "whole.jpg", (80, 80))
     (tmp_path / "half.jpg").write_bytes(whole.read_bytes()[:400])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     names = ["gone.jpg", "half.jpg", "text.jpg", "whole.jpg"]
     page = write(tmp_path, Section("dog", [Card(tmp_path / name, name, 0.3) for name in names]))
     tiles = page.all("div", role="img")
     assert [tile.attributes["aria-label"] for tile in tiles] == names[:3]
     assert [e.text for e in page.all("span", **{"class": "label"})] == names
-    for tile, reason in zip(tiles, ["No such file", "broken|truncated", "not a picture"], strict=True):
+    for tile, reason in zip(tiles, ["No such file", "broken|truncated", "not an image"], strict=True):
         assert re.search(reason, tile.text)
     assert len(thumbnails(page)) == 1
 
@@ -161,7 +161,7 @@ def test_thumbnails_are_upright_flattened_scaled_and_bare(tmp_path: Path) -> Non
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     exif[0x010E] = "secret place"
-    picture(tmp_path / "turned.jpg", (1200, 400), exif=exif, comment=b"secret note")
+    image(tmp_path / "turned.jpg", (1200, 400), exif=exif, comment=b"secret note")
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.fromarray(np.full((40, 40), 32896, np.uint16)).save(tmp_path / "deep.png")
     Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
@@ -178,9 +178,9 @@ def test_thumbnails_are_upright_flattened_scaled_and_bare(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["a b#1?%20.png", "javascript:alert(1).png", "猫.png"])
-def test_a_picture_links_to_its_file_as_seen_from_the_page(tmp_path: Path, name: str) -> None:
+def test_an_image_links_to_its_file_as_seen_from_the_page(tmp_path: Path, name: str) -> None:
     (tmp_path / "pages").mkdir()
-    page = write(tmp_path / "pages", Section("cat", [Card(picture(tmp_path / name), name, 0.3)]))
+    page = write(tmp_path / "pages", Section("cat", [Card(image(tmp_path / name), name, 0.3)]))
     (link,) = [e.attributes["href"] for e in page.all("a")]
     assert not re.search(r"[ #?:]", link)
     assert (tmp_path / "pages" / unquote(link)).resolve() == (tmp_path / name).resolve()
@@ -193,7 +193,7 @@ def test_file_names_that_are_not_utf8_are_shown_somehow(tmp_path: Path) -> None:
 
 
 def test_many_sections_get_a_list_to_jump_by(tmp_path: Path) -> None:
-    path = picture(tmp_path / "1.png")
+    path = image(tmp_path / "1.png")
     sections = [Section(f"query {n}", [Card(path, "1.png", 0.3, n == 0)] if n != 1 else []) for n in range(9)]
     assert not write(tmp_path, *sections[:8]).all("nav")
     page = write(tmp_path, *sections)
@@ -315,9 +315,7 @@ def test_the_page_of_an_evaluation_shows_its_numbers(
 
 def test_what_should_have_been_found_stands_with_its_rank(listed_gallery: Path, tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text("title,path\nred,blue/0.jpg\nred,green/0.jpg\nred,red/1.jpeg\ngrey,grey/0.jpg\n")
-    run(
-        "eval", listed_gallery, tmp_path / "q.csv", "--image-root", tmp_path / "pictures", "--html", tmp_path / "p.html"
-    )
+    run("eval", listed_gallery, tmp_path / "q.csv", "--image-root", tmp_path / "images", "--html", tmp_path / "p.html")
     page = Page.read(tmp_path / "p.html")
     (heading,) = page.texts("h3")
     assert heading == "should have been found"
@@ -336,7 +334,7 @@ def test_what_should_have_been_found_stands_with_its_rank(listed_gallery: Path, 
 def test_a_page_of_thousands_of_queries_stays_small(listed_gallery: Path, tmp_path: Path) -> None:
     lines = [f"red {number},red/0.jpg" if number % 2 else f"blue {number},red/1.jpeg" for number in range(3000)]
     (tmp_path / "q.csv").write_text("\n".join(["title,path", *lines]))
-    options = ["--image-root", tmp_path / "pictures", "--html", tmp_path / "p.html", "--html-queries", 11]
+    options = ["--image-root", tmp_path / "images", "--html", tmp_path / "p.html", "--html-queries", 11]
     run("eval", listed_gallery, tmp_path / "q.csv", *options)
     page = Page.read(tmp_path / "p.html")
     asked = [section.text.split()[0] for section in page.all("section")]

@@ -11,8 +11,8 @@ import pytest
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Stored
 from clipret.ranking.ranker import Ranker, snap
-from clipret.search.fusion import Source, merge
-from clipret.search.results import Found, as_results, read_results
+from clipret.search.fusion import FusionSource, merge
+from clipret.search.results import RankedPaths, as_results, read_results
 
 TEXTS = ["one", "two", "three", "four", "five"]
 D = 12
@@ -48,7 +48,7 @@ NAMES = [f"{number:03d}.jpg" for number in range(400)]
 
 @pytest.fixture
 def models() -> list[Model]:
-    """Two models of different scale, that hold mostly the same pictures in another order."""
+    """Two models of different scale, that hold mostly the same images in another order."""
     other = list(np.random.default_rng(4).permutation(NAMES[20:]))
     return [Model(1, NAMES), Model(2, [str(name) for name in other], spread=0.1)]
 
@@ -64,7 +64,7 @@ def best(total: dict[str, float], k: int) -> list[str]:
 
 @pytest.mark.parametrize("how", ["sum", "z"])
 def test_the_first_k_are_those_of_all_scores_summed_up(how: str, models: list[Model]) -> None:
-    sources = [Source("a", models[0], weight=0.7), Source("b", models[1], weight=2.0)]
+    sources = [FusionSource("a", models[0], weight=0.7), FusionSource("b", models[1], weight=2.0)]
     for k in (1, 10, 1000):
         merged = merge(sources, TEXTS, k, how=how)
         for text, found in zip(TEXTS, merged, strict=True):
@@ -77,7 +77,7 @@ def test_the_first_k_are_those_of_all_scores_summed_up(how: str, models: list[Mo
 
 
 def test_lists_are_lengthened_until_nothing_could_be_better() -> None:
-    """Two models that rank the pictures in opposite orders: the best by both is in the middle of either list."""
+    """Two models that rank the images in opposite orders: the best by both is in the middle of either list."""
     count = 1000
     angle = np.linspace(0, np.pi / 2, count)
     rows = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float16)
@@ -89,7 +89,7 @@ def test_lists_are_lengthened_until_nothing_could_be_better() -> None:
         model.ranker = Ranker([rows])
         model.gallery = SimpleNamespace(ids_by_path=lambda: dict(zip(names, range(count), strict=True)))
         model.queries = {"one": np.eye(2)[axis]}
-        sources.append(Source(str(axis), model))
+        sources.append(FusionSource(str(axis), model))
     found = merge(sources, ["one"], 3, how="sum")[0]
     total = rows.astype(np.float64).sum(axis=1)
     assert list(found.paths) == best(dict(zip(names, total, strict=True)), 3)
@@ -97,7 +97,9 @@ def test_lists_are_lengthened_until_nothing_could_be_better() -> None:
 
 
 def test_ranks_are_fused(models: list[Model]) -> None:
-    merged = merge([Source("a", models[0], weight=2.0), Source("b", models[1])], TEXTS, 10, how="rrf", depth=30)
+    merged = merge(
+        [FusionSource("a", models[0], weight=2.0), FusionSource("b", models[1])], TEXTS, 10, how="rrf", depth=30
+    )
     for text, found in zip(TEXTS, merged, strict=True):
         total: dict[str, float] = {}
         common = set(models[1].names)
@@ -110,9 +112,11 @@ def test_ranks_are_fused(models: list[Model]) -> None:
 
 
 def test_a_file_counts_as_its_last_score_where_it_lists_nothing(models: list[Model]) -> None:
-    listed = {text: Found(("399.jpg", "gone.jpg", "007.jpg"), (3.0, 2.0, 1.0)) for text in TEXTS}
+    listed = {text: RankedPaths(("399.jpg", "gone.jpg", "007.jpg"), (3.0, 2.0, 1.0)) for text in TEXTS}
     for how in ("sum", "z"):
-        merged = merge([Source("a", models[0]), Source("f", results=listed, weight=0.3)], TEXTS, 400, how=how)
+        merged = merge(
+            [FusionSource("a", models[0]), FusionSource("f", results=listed, weight=0.3)], TEXTS, 400, how=how
+        )
         for text, found in zip(TEXTS, merged, strict=True):
             scores, values = models[0].scores(text), {"399.jpg": 3.0, "gone.jpg": 2.0, "007.jpg": 1.0}
             if how == "z":
@@ -122,18 +126,18 @@ def test_a_file_counts_as_its_last_score_where_it_lists_nothing(models: list[Mod
 
 
 def test_files_alone(tmp_path: Path) -> None:
-    def write(name: str, found: Found) -> dict[str, Found]:
+    def write(name: str, found: RankedPaths) -> dict[str, RankedPaths]:
         (tmp_path / name).write_text(json.dumps(as_results(["q"], [found])))
         return read_results(tmp_path / name)
 
-    a = write("a.json", Found(("x", "y", "z"), (0.9, 0.5, 0.1)))
-    b = write("b.json", Found(("y", "w"), (0.4, 0.3)))
-    sources = [Source("a", results=a), Source("b", results=b)]
+    a = write("a.json", RankedPaths(("x", "y", "z"), (0.9, 0.5, 0.1)))
+    b = write("b.json", RankedPaths(("y", "w"), (0.4, 0.3)))
+    sources = [FusionSource("a", results=a), FusionSource("b", results=b)]
     # x 0.9 + 0.3, y 0.5 + 0.4, z 0.1 + 0.3, w 0.1 + 0.3; of equal ones the one that is listed first
     assert merge(sources, ["q"], 9, how="sum")[0].paths == ("x", "y", "z", "w")
     assert merge(sources, ["q"], 2, how="rrf")[0].paths == ("y", "x")
     (tmp_path / "c.json").write_text(json.dumps({"results": [{"text": "q ", "image_names": ["z", "x"]}]}))
-    names = Source("c", results=read_results(tmp_path / "c.json"))
+    names = FusionSource("c", results=read_results(tmp_path / "c.json"))
     assert merge([names, sources[0]], ["q"], 9, how="rrf")[0].paths == ("x", "z", "y")
     with pytest.raises(ClipretError, match="c has no scores: merge it with rrf"):
         merge([names, sources[0]], ["q"], how="z")
@@ -143,24 +147,24 @@ def test_files_alone(tmp_path: Path) -> None:
 
 def test_texts_may_have_models_of_their_own(models: list[Model]) -> None:
     sources = [
-        Source("a", models[0], answers=frozenset(["one", "three"])),
-        Source("b", models[1], answers=frozenset(["two", "three"])),
+        FusionSource("a", models[0], answers=frozenset(["one", "three"])),
+        FusionSource("b", models[1], answers=frozenset(["two", "three"])),
     ]
     merged = merge(sources, TEXTS[:3], 5, how="sum")
-    assert merged[:1] == merge([Source("a", models[0])], ["one"], 5, how="sum")
-    assert merged[1:2] == merge([Source("b", models[1])], ["two"], 5, how="sum")
-    assert merged[2:] == merge([Source("a", models[0]), Source("b", models[1])], ["three"], 5, how="sum")
+    assert merged[:1] == merge([FusionSource("a", models[0])], ["one"], 5, how="sum")
+    assert merged[1:2] == merge([FusionSource("b", models[1])], ["two"], 5, how="sum")
+    assert merged[2:] == merge([FusionSource("a", models[0]), FusionSource("b", models[1])], ["three"], 5, how="sum")
     with pytest.raises(ClipretError, match="no source answers the text 'four'"):
         merge(sources, ["four"])
 
 
 def test_what_cannot_be_merged(models: list[Model]) -> None:
-    with pytest.raises(ClipretError, match="no picture in common"):
-        merge([Source("a", models[0]), Source("b", Model(3, [f"b/{name}" for name in NAMES]))], TEXTS)
+    with pytest.raises(ClipretError, match="no image in common"):
+        merge([FusionSource("a", models[0]), FusionSource("b", Model(3, [f"b/{name}" for name in NAMES]))], TEXTS)
     with pytest.raises(ClipretError, match="the weight of a is 0"):
-        Source("a", models[0], weight=0)
+        FusionSource("a", models[0], weight=0)
     with pytest.raises(ClipretError, match="k is 0"):
-        merge([Source("a", models[0])], TEXTS, 0)
+        merge([FusionSource("a", models[0])], TEXTS, 0)
 
 
 @pytest.mark.parametrize(

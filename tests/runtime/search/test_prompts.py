@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Searcher, index_pictures
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Searcher, index_images
 from clipret.search.prompts import Prompts
 from clipret.sources.source import open_source
 
@@ -85,7 +85,7 @@ def test_a_searcher_averages_the_forms_as_unit_rows(
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     source = open_source(colour_folder)
     with Gallery.create(tmp_path / "gallery", encoder.bundle, source.root) as gallery:
-        index_pictures(gallery, encoder, source)
+        index_images(gallery, encoder, source)
         rows = Searcher(gallery, encoder, templates=prompts.forms).embed(["a red bus", "red"])
     forms = encoder.encode_texts(prompts.forms("a red bus")).astype(np.float64)
     mean = forms.mean(axis=0)

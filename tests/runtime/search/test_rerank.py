@@ -5,9 +5,9 @@ import pytest
 
 from clipret.errors import ClipretError
 from clipret.gallery.gallery import Stored
-from clipret.ranking.quantization import mean, quantise
+from clipret.ranking.quantization import mean, quantize
 from clipret.ranking.ranker import Ranker, snap
-from clipret.search.rerank import Rerank, Reranker, adapted, reciprocal_order
+from clipret.search.rerank import Rerank, Reranker, adapted, k_reciprocal_order
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -16,7 +16,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 def stored(rows: np.ndarray, live: np.ndarray | None = None) -> Stored:
     shards = [part.astype(np.float16) for part in np.array_split(rows, 3)]
-    return Stored(shards, np.arange(len(rows)), live, [quantise(part, mean(part)) for part in shards])
+    return Stored(shards, np.arange(len(rows)), live, [quantize(part, mean(part)) for part in shards])
 
 
 def reranker(held: Stored, how: Rerank, reference: np.ndarray | None = None) -> Reranker:
@@ -71,7 +71,7 @@ def test_nnn_takes_the_mean_of_the_nearest_queries_off(rows: np.ndarray, queries
     assert together[:1].tolist() != alone.tolist()
 
 
-def test_dual_softmax_shares_a_picture_among_the_queries(rows: np.ndarray, queries: np.ndarray) -> None:
+def test_dual_softmax_shares_an_image_among_the_queries(rows: np.ndarray, queries: np.ndarray) -> None:
     held = stored(rows)
     _, found = reranker(held, Rerank(hubness="dual-softmax", temperature=20)).rank(queries, 300)
     plain = snap(queries) @ wide(held).T
@@ -104,7 +104,7 @@ def test_only_allowed_rows_are_found(rows: np.ndarray, queries: np.ndarray) -> N
         assert (np.diff(scores, axis=1) <= 0).all()
 
 
-def test_a_query_moves_to_what_its_pictures_share() -> None:
+def test_a_query_moves_to_what_its_images_share() -> None:
     rng = np.random.default_rng(0)
     centre = unit(rng.normal(size=16))
     rows = unit(centre + 0.1 * rng.normal(size=(50, 16)))
@@ -118,17 +118,17 @@ def test_a_query_moves_to_what_its_pictures_share() -> None:
     np.testing.assert_array_equal(adapted(query, rows, -np.ones(50), 0.5), query)
 
 
-def test_pictures_that_share_neighbours_with_the_first_rise() -> None:
-    """One picture of the cluster that fills the head of the list scores badly, one stranger scores well."""
+def test_images_that_share_neighbours_with_the_first_rise() -> None:
+    """One image of the cluster that fills the head of the list scores badly, one stranger scores well."""
     rng = np.random.default_rng(3)
     cluster = unit(np.eye(8)[0] + 0.05 * rng.normal(size=(12, 8)))
     others = unit(rng.normal(size=(12, 8)) * [0, 1, 1, 1, 1, 1, 1, 1])
     rows = np.concatenate([cluster[:11], others[:1], cluster[11:], others[1:]])  # by falling score
     scores = np.linspace(0.3, 0.2, 24)
-    distance = reciprocal_order(scores, rows, k1=10, k2=3)
+    distance = k_reciprocal_order(scores, rows, k1=10, k2=3)
     assert distance[12] < distance[11]
     assert ((distance >= 0) & (distance <= 1)).all()
-    np.testing.assert_array_equal(np.argsort(reciprocal_order(scores, rows, share=1.0)), np.arange(24))
+    np.testing.assert_array_equal(np.argsort(k_reciprocal_order(scores, rows, share=1.0)), np.arange(24))
 
 
 def test_the_reciprocal_distance_is_the_paper_s() -> None:
@@ -162,7 +162,7 @@ def test_the_reciprocal_distance_is_the_paper_s() -> None:
     jaccard = [1 - np.minimum(asked, row).sum() / np.maximum(asked, row).sum() for row in blurred]
     original = (scores.max() - scores) / (scores.max() - scores.min())
     expected = 0.7 * np.array(jaccard) + 0.3 * original
-    np.testing.assert_allclose(reciprocal_order(scores, rows, k1=k1, k2=k2), expected, atol=1e-12)
+    np.testing.assert_allclose(k_reciprocal_order(scores, rows, k1=k1, k2=k2), expected, atol=1e-12)
 
 
 def test_what_is_out_of_range_is_refused(rows: np.ndarray, queries: np.ndarray) -> None:

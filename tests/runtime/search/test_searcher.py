@@ -25,11 +25,11 @@ def paths(hits: list) -> list[str]:
     return [hit.path for hit in hits]
 
 
-def test_a_picture_is_a_query(searcher: Searcher, colour_folder: Path) -> None:
+def test_an_image_is_a_query(searcher: Searcher, colour_folder: Path) -> None:
     file = colour_folder / "green/1.jpeg"
     with Image.open(file) as image:
         asked = [file, file.read_bytes(), image, np.asarray(image)]
-        found = searcher.search([Query((Part(picture),)) for picture in asked], 3)
+        found = searcher.search([Query((Part(image),)) for image in asked], 3)
     for hits in found:
         assert {hit.path.split("/")[0] for hit in hits} == {"green"}
         assert {hit.path: hit.score for hit in hits}["green/1.jpeg"] == pytest.approx(1, abs=2e-3)
@@ -38,9 +38,9 @@ def test_a_picture_is_a_query(searcher: Searcher, colour_folder: Path) -> None:
 
 def test_parts_are_added_with_their_weights(searcher: Searcher, colour_folder: Path) -> None:
     text = searcher.embed(["red"])[0]
-    picture = searcher.embed([Query((Part(colour_folder / "blue/0.jpg"),))])[0]
+    image = searcher.embed([Query((Part(colour_folder / "blue/0.jpg"),))])[0]
     mixed = searcher.embed([Query((Part("red"), Part(colour_folder / "blue/0.jpg", 0.5)))])[0]
-    expected = text + 0.5 * picture
+    expected = text + 0.5 * image
     np.testing.assert_allclose(mixed, expected / np.linalg.norm(expected), atol=1e-6)
     colours = [path.split("/")[0] for path in paths(searcher.search([Query((Part("red"), Part("blue")))], 6)[0])]
     assert set(colours) == {"red", "blue"}
@@ -62,7 +62,7 @@ def test_a_query_that_points_nowhere_is_an_error(searcher: Searcher) -> None:
 def test_bad_queries_are_errors(searcher: Searcher, tmp_path: Path) -> None:
     with pytest.raises(ClipretError, match="blank"):
         searcher.search(["red", " "])
-    (tmp_path / "half.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (tmp_path / "half.jpg").write_bytes(b"\xff\xd8\xff no image")
     with pytest.raises(ClipretError, match=r"half\.jpg cannot be a query: "):
         searcher.search([Query((Part(tmp_path / "half.jpg"),))])
 

@@ -63,13 +63,13 @@ def test_a_search_finds_what_the_searcher_finds(serving: Callable[..., Any], sea
     assert hits(client.post("/search", body)) == expected(searcher, ["grey", weighted], 7)
 
 
-def test_metadata_and_addresses_come_with_a_picture(serving: Callable[..., Any], listed_gallery: Path) -> None:
+def test_metadata_and_addresses_come_with_an_image(serving: Callable[..., Any], listed_gallery: Path) -> None:
     client = serving(listed_gallery)
     hit = client.get("/search", q="red", k=1, where="number = 2").json["results"][0]["hits"][0]
     assert hit["path"] == "red/2.png"
     assert hit["metadata"] == {"colour": "red", "number": 2}
-    file = client.get("/" + hit["picture"])
-    assert file.body == (listed_gallery.parent / "pictures/red/2.png").read_bytes()
+    file = client.get("/" + hit["image"])
+    assert file.body == (listed_gallery.parent / "images/red/2.png").read_bytes()
     assert file.headers["content-type"] == "image/png"
     assert "immutable" in file.headers["cache-control"]
     small = client.get("/" + hit["thumbnail"] + "&side=160")
@@ -83,14 +83,14 @@ def test_uploads_are_queries(serving: Callable[..., Any], searcher: Searcher, co
     client = serving(searcher.gallery.path)
     files = [colour_folder / "green/1.jpeg", colour_folder / "blue/2.png"]
     uploads = [file.read_bytes() for file in files]
-    pictures = [Query((Part(file),)) for file in files]
-    assert hits(client.upload("/search", uploads)) == expected(searcher, pictures, 20)
-    asked = {"queries": [{"parts": [{"picture": 1}, {"text": "red", "weight": -1}, {"picture": 0}]}], "k": 4}
+    images = [Query((Part(file),)) for file in files]
+    assert hits(client.upload("/search", uploads)) == expected(searcher, images, 20)
+    asked = {"queries": [{"parts": [{"image": 1}, {"text": "red", "weight": -1}, {"image": 0}]}], "k": 4}
     mixed = Query((Part(files[1]), Part("red", -1), Part(files[0])))
     assert hits(client.upload("/search", uploads, {"search": json.dumps(asked)})) == expected(searcher, [mixed], 4)
 
 
-def test_more_like_a_picture_of_the_gallery(serving: Callable[..., Any], searcher: Searcher) -> None:
+def test_more_like_an_image_of_the_gallery(serving: Callable[..., Any], searcher: Searcher) -> None:
     client = serving(searcher.gallery.path)
     number = searcher.gallery.id_of("grey/1.jpeg")
     found = hits(client.get("/search", like=number, k=3))[0]
@@ -137,11 +137,11 @@ def test_health_and_metrics(serving: Callable[..., Any], listed_gallery: Path) -
     assert client.get("/search", q=" ").status == 422
     samples = metrics(client)
     assert samples['clipret_requests_total{route="/search",status="422"}'] == 1
-    assert samples['clipret_pictures{gallery="gallery"}'] == 12
+    assert samples['clipret_images{gallery="gallery"}'] == 12
     assert samples['clipret_request_seconds_bucket{le="+Inf",route="/healthz"}'] == 1
 
 
-def test_pictures_are_added_and_deleted_with_the_token(
+def test_images_are_added_and_deleted_with_the_token(
     serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path
 ) -> None:
     client = serving(listed_gallery, token="secret")
@@ -150,28 +150,28 @@ def test_pictures_are_added_and_deleted_with_the_token(
     new = buffer.getvalue()
     assert client.upload("/galleries/gallery/add", [new]).status == 401
     assert client.upload("/galleries/gallery/add", [new], Authorization="Bearer geheim-ü").status == 401
-    assert client.get("/galleries").json[0]["pictures"] == 12
+    assert client.get("/galleries").json[0]["images"] == 12
     metadata = {"metadata": json.dumps({"colour": "red", "path": "mine"})}
     reply = client.upload("/galleries/gallery/add", [new, new], metadata, **TOKEN)
     assert reply.status == 200, reply.body
-    assert reply.json["pictures"] == [{"id": 13, "new": True}] * 2
+    assert reply.json["images"] == [{"id": 13, "new": True}] * 2
     hit = client.get("/search", q="red", where="path_ = 'mine'").json["results"][0]["hits"]
     assert [one["id"] for one in hit] == [13]  # at once
     assert re.fullmatch(r"added/[0-9a-f]{32}\.png", hit[0]["path"])
     assert hit[0]["metadata"] == {"colour": "red", "number": None, "path_": "mine"}
-    assert client.get("/" + hit[0]["picture"]).body == new
+    assert client.get("/" + hit[0]["image"]).body == new
     again = client.upload("/galleries/gallery/add", [new], {"metadata": '{"number": 9}'}, **TOKEN)
-    assert again.json["pictures"] == [{"id": 13, "new": False}]
+    assert again.json["images"] == [{"id": 13, "new": False}]
     assert client.get("/search", q="red", where="number = 9").json["results"][0]["hits"][0]["id"] == 13
-    assert client.ask("DELETE", "/galleries/gallery/pictures/13").status == 401
-    assert client.ask("DELETE", "/galleries/gallery/pictures/13", headers=TOKEN).status == 200
-    assert client.ask("DELETE", "/galleries/gallery/pictures/13", headers=TOKEN).status == 404
-    assert client.get("/pictures/13").status == 404
+    assert client.ask("DELETE", "/galleries/gallery/images/13").status == 401
+    assert client.ask("DELETE", "/galleries/gallery/images/13", headers=TOKEN).status == 200
+    assert client.ask("DELETE", "/galleries/gallery/images/13", headers=TOKEN).status == 404
+    assert client.get("/images/13").status == 404
     assert client.get("/search", q="red", where="number = 9").json["results"] == [{"hits": []}]
     assert not list((listed_gallery / "added").iterdir())
     number = client.get("/search", q="blue", k=1).json["results"][0]["hits"][0]["id"]
-    assert client.ask("DELETE", f"/galleries/gallery/pictures/{number}", headers=TOKEN).status == 200
-    assert len(list((colour_folder / "blue").iterdir())) == 3  # an indexed picture's file is not ours
+    assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=TOKEN).status == 200
+    assert len(list((colour_folder / "blue").iterdir())) == 3  # an indexed image's file is not ours
 
 
 def test_half_an_addition_is_none(serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path) -> None:
@@ -179,8 +179,8 @@ def test_half_an_addition_is_none(serving: Callable[..., Any], listed_gallery: P
     good = (colour_folder / "red/0.jpg").read_bytes()
     reply = client.upload("/galleries/gallery/add", [good, good[:300]], **TOKEN)
     assert reply.status == 422
-    assert "the picture cannot be used" in reply.error
-    assert client.get("/galleries").json[0]["pictures"] == 12
+    assert "the image cannot be used" in reply.error
+    assert client.get("/galleries").json[0]["images"] == 12
     assert not (listed_gallery / "added").exists()
     with Gallery.open(listed_gallery) as gallery, gallery.writing():
         busy = client.upload("/galleries/gallery/add", [good], **TOKEN)
@@ -191,22 +191,22 @@ def test_half_an_addition_is_none(serving: Callable[..., Any], listed_gallery: P
 def test_a_service_without_a_token_only_reads(serving: Callable[..., Any], listed_gallery: Path) -> None:
     client = serving(listed_gallery)
     assert client.upload("/galleries/gallery/add", [b"x"], Authorization="Bearer ").status == 403
-    assert client.ask("DELETE", "/galleries/gallery/pictures/1", headers=TOKEN).status == 403
+    assert client.ask("DELETE", "/galleries/gallery/images/1", headers=TOKEN).status == 403
     assert client.get("/galleries").json[0]["writable"] is False
 
 
-# Every generation is one commit that gives all pictures new rows, ids and metadata; now and then a picture is removed,
+# Every generation is one commit that gives all images new rows, ids and metadata; now and then an image is removed,
 # or the deleted rows are compacted away with the files that they lie in.
 CHANGES = """
 import sys
 from clipret import Gallery, compact_gallery
-from clipret.gallery.gallery import Picture
-from clipret.ranking.rows import StoredRows
+from clipret.gallery.gallery import Image
+from clipret.ranking.embedding_shards import EmbeddingShards
 import numpy as np
 gallery = Gallery.open(sys.argv[1])
 stored = gallery.read()
-rows = StoredRows(stored.shards).take(np.arange(12))
-records = gallery.pictures_of(stored.ids)
+rows = EmbeddingShards(stored.shards).take(np.arange(12))
+records = gallery.images_of(stored.ids)
 for generation in range(1, int(sys.argv[2]) + 1):
     with gallery.writing():
         gallery.append(records, rows, [{"generation": generation}] * 12)
@@ -236,7 +236,7 @@ def test_a_gallery_that_changes_while_64_clients_search(serving: Callable[..., A
             found = reply.json["results"][0]["hits"]
             [generation] = {hit["metadata"].get("generation") for hit in found}
             paths = {hit["path"] for hit in found}
-            assert len(paths) == len(found) == reply.json["pictures"]
+            assert len(paths) == len(found) == reply.json["images"]
             assert len(found) == 12 or (len(found) == 11 and "red/0.jpg" not in paths)
             assert max(hit["id"] for hit in found) - min(hit["id"] for hit in found) < 12
             seen.append((generation or 0, reply.json["state"]))
@@ -264,14 +264,14 @@ def test_a_gallery_that_changes_while_64_clients_search(serving: Callable[..., A
             assert answer.result() == sorted(answer.result())  # nobody goes back in time
         assert len({generation for answer in answers for generation, _ in answer.result()}) > 3
     assert client.get("/galleries").json[0]["reload_failing"] is False
-    # 40 is a generation from which a picture was removed.
-    assert client.get("/galleries").json[0]["pictures"] == 11
+    # 40 is a generation from which an image was removed.
+    assert client.get("/galleries").json[0]["images"] == 11
 
 
 def test_additions_and_deletions_while_64_clients_search(
     serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path, tmp_path: Path
 ) -> None:
-    """By `clipret-search index` and by the service in turn: all pictures of an addition appear at once, or none."""
+    """By `clipret-search index` and by the service in turn: all images of an addition appear at once, or none."""
     client = serving(listed_gallery, token="secret", limits=Limits(reload=0.02))
     files = [(colour_folder / colour / "0.jpg").read_bytes() for colour in ("red", "green", "blue")]
     ended = threading.Event()
@@ -282,7 +282,7 @@ def test_additions_and_deletions_while_64_clients_search(
             reply = client.get("/search", q=TEXTS[number % 16], k=200)
             assert reply.status == 200, reply.body
             found = reply.json["results"][0]["hits"]
-            assert len({hit["id"] for hit in found}) == len(found) == reply.json["pictures"]
+            assert len({hit["id"] for hit in found}) == len(found) == reply.json["images"]
             groups = Counter(hit["metadata"].get("added") for hit in found)
             indexed = groups.pop(None)
             assert 12 - indexed <= len(groups)  # one of the first is deleted after each addition
@@ -295,12 +295,12 @@ def test_additions_and_deletions_while_64_clients_search(
         answers = [pool.submit(ask, number) for number in range(64)]
         try:
             for number in range(8):
-                new = [content + bytes([number]) for content in files]  # what comes after a JPEG's end is no picture
+                new = [content + bytes([number]) for content in files]  # what comes after a JPEG's end is no image
                 if number % 2:
                     metadata = {"metadata": json.dumps({"added": number})}
                     reply = client.upload("/galleries/gallery/add", new, metadata, **TOKEN)
                     assert reply.status == 200, reply.body
-                    assert [one["new"] for one in reply.json["pictures"]] == [True] * 3
+                    assert [one["new"] for one in reply.json["images"]] == [True] * 3
                 else:
                     lines = ["path,added"]
                     for at, content in enumerate(new):
@@ -318,13 +318,13 @@ def test_additions_and_deletions_while_64_clients_search(
                     ]
                     result = CliRunner().invoke(main, command)
                     assert result.exit_code == 0, result.output
-                gone = client.ask("DELETE", f"/galleries/gallery/pictures/{number + 1}", headers=TOKEN)
+                gone = client.ask("DELETE", f"/galleries/gallery/images/{number + 1}", headers=TOKEN)
                 assert gone.status == 200, gone.body
         finally:
             ended.set()
         for answer in answers:
             assert answer.result() == sorted(answer.result())
-    assert client.get("/galleries").json[0]["pictures"] == 12 + 8 * 3 - 8
+    assert client.get("/galleries").json[0]["images"] == 12 + 8 * 3 - 8
 
 
 def test_a_change_that_cannot_be_read_leaves_the_old_state(serving: Callable[..., Any], listed_gallery: Path) -> None:
@@ -350,15 +350,15 @@ def test_two_galleries(serving: Callable[..., Any], listed_gallery: Path, tmp_pa
     with Gallery.create(other, Bundle.open(tiny_bundle), tmp_path):
         pass
     client = serving(listed_gallery, other)
-    assert [(one["name"], one["pictures"]) for one in client.get("/galleries").json] == [
+    assert [(one["name"], one["images"]) for one in client.get("/galleries").json] == [
         ("gallery", 12),
         ("gallery-2", 0),
     ]
     assert client.get("/search", q="red", gallery="gallery-2").json["results"] == [{"hits": []}]
     assert "GET /galleries" in client.get("/search", q="red", gallery="gallery-3").error
     choices = client.get("/galleries/gallery/choices").json
-    assert choices["colour"] == [{"value": name, "pictures": 3} for name in ("blue", "green", "grey", "red")]
-    assert choices["number"][0] == {"value": 0, "pictures": 4}
+    assert choices["colour"] == [{"value": name, "images": 3} for name in ("blue", "green", "grey", "red")]
+    assert choices["number"][0] == {"value": 0, "images": 4}
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
@@ -370,7 +370,7 @@ def test_the_examples_of_the_guide(serving: Callable[..., Any], listed_gallery: 
     blocks = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
     commands = [one for block in blocks for one in re.split(r"\n(?=\S)", block) if one.startswith("curl")]
     assert len(commands) == 8
-    # The guide speaks of a gallery with other columns and more pictures.
+    # The guide speaks of a gallery with other columns and more images.
     for old, new in (
         ("camera = 'A3' and hour", "colour = 'red' and number"),
         ("17", "7"),

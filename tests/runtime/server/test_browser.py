@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_pictures, open_source
+from clipret import Bundle, Encoder, EncoderConfig, Gallery, index_images, open_source
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 api = pytest.importorskip("playwright.sync_api", reason="needs the extra dev")
@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, serving: Callable[..., Any], listed_gallery: Path) -> Iterator[Any]:
-    """The page of a gallery of twelve pictures. No error of the script, no blocked file, no address elsewhere."""
+    """The page of a gallery of twelve images. No error of the script, no blocked file, no address elsewhere."""
     client = serving(listed_gallery)
     with opened(browser, client) as page:
         yield page
@@ -61,7 +61,7 @@ class opened:  # noqa: N801 (used as a function)
 
 
 def colours(page: Any, count: int = 3) -> set[str]:
-    """Folders of the first pictures shown."""
+    """Folders of the first images shown."""
     labels = page.locator("#found li > button").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
     return {label.partition("/")[0] for label in labels[:count]}
 
@@ -81,9 +81,9 @@ def settled(page: Any, expression: str) -> None:
 
 
 def test_answers_come_as_one_types(page: Any) -> None:
-    assert "12 pictures are waiting" in page.locator("#status").inner_text()
+    assert "12 images are waiting" in page.locator("#status").inner_text()
     page.keyboard.type("blue")  # the box has the focus
-    found(page, "12 of 12 pictures")
+    found(page, "12 of 12 images")
     settled(page, "document.querySelector('#found button').ariaLabel.startsWith('blue/')")
     assert colours(page) == {"blue"}
     page.locator("#q").fill("red")
@@ -123,9 +123,9 @@ def test_chinese(page: Any) -> None:
     found(page, "12 张中的 12 张")  # the language is remembered
 
 
-def test_a_picture_of_one_s_own(page: Any, colour_folder: Path) -> None:
+def test_an_image_of_one_s_own(page: Any, colour_folder: Path) -> None:
     page.locator("#file").set_input_files(colour_folder / "grey/1.jpeg")
-    found(page, "12 of 12 pictures")
+    found(page, "12 of 12 images")
     assert colours(page) == {"grey"}
     assert "1.jpeg" in page.locator("#chips").inner_text()
     # Dragged in, another takes its place.
@@ -191,18 +191,18 @@ def test_filters_and_negative_words(page: Any) -> None:
 
 def test_nothing_found_and_errors_are_said(page: Any) -> None:
     page.goto(page.url + "?q=red&where=number+%3E+99")
-    found(page, "No picture fits")
-    api.expect(page.get_by_text("No picture fits").last).to_be_visible()
+    found(page, "No image fits")
+    api.expect(page.get_by_text("No image fits").last).to_be_visible()
     page.get_by_label("Filter (SQL)").fill("numbr > 1")
     alert = page.get_by_role("alert")
     api.expect(alert).to_contain_text("no such column: numbr; its columns are id, path")
     page.get_by_label("Filter (SQL)").fill("number > 1")
     found(page, "4 of 12")
     api.expect(alert).to_be_hidden()
-    page.locator("#file").set_input_files({"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
-    api.expect(alert).to_have_text("“notes.txt” is not a picture.")
+    page.locator("#file").set_input_files({"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no image"})
+    api.expect(alert).to_have_text("“notes.txt” is not an image.")
     page.locator("#file").set_input_files({"name": "half.jpg", "mimeType": "image/jpeg", "buffer": b"\xff\xd8\xff"})
-    api.expect(alert).to_contain_text("the picture cannot be used")
+    api.expect(alert).to_contain_text("the image cannot be used")
     page.route("**/search", lambda route: route.abort())
     page.locator("#q").fill("blue")
     api.expect(alert).to_have_text("The service does not answer. Is it still running?")
@@ -236,7 +236,7 @@ def test_with_the_keyboard_alone(page: Any) -> None:
     api.expect(page.locator("#viewerName")).not_to_have_text(name)
     page.keyboard.press("Escape")
     api.expect(page.get_by_role("dialog")).to_be_hidden()
-    focus_goes(f"/, place \\d+, /.test(name) && name !== {first}")  # at the picture that was last looked at
+    focus_goes(f"/, place \\d+, /.test(name) && name !== {first}")  # at the image that was last looked at
     page.keyboard.press("m")
     found(page, "11 of 12")
     page.keyboard.press("Escape")
@@ -268,14 +268,14 @@ def test_two_galleries_side_by_side(
     (colour_folder / "red/0.jpg").rename(colour_folder / "red/new.jpg")
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
     with Gallery.create(tmp_path / "other", encoder.bundle, colour_folder) as other:
-        index_pictures(other, encoder, open_source(colour_folder))
+        index_images(other, encoder, open_source(colour_folder))
     client = serving(listed_gallery, tmp_path / "other")
     with opened(browser, client, "?q=red&compare=other") as page:
         found(page, "gallery and other: 11 of the first 12 in both")
         assert page.locator("#found h2").all_inner_texts() == ["gallery", "other"]
         assert page.locator("#found ol").count() == 2
         assert page.locator("#found li.only").count() == 2
-        # More like a picture of the one: the other, which knows no such id, is shown the picture itself.
+        # More like an image of the one: the other, which knows no such id, is shown the image itself.
         page.locator("#found ol").first.locator("li > button").last.click()
         page.get_by_role("button", name="More like this").click()
         found(page, "of the first 11 in both")
@@ -306,7 +306,7 @@ def test_every_text_can_be_read(browser: Any, serving: Callable[..., Any], liste
             assert sum(wide - right < 12 for right, wide in rows) >= len(rows) - 1  # full rows, but for the last
 
 
-# The right edge of the last picture of each row, and the width of the list.
+# The right edge of the last image of each row, and the width of the list.
 ROWS = """() => {
   const list = document.querySelector('#found ol');
   const rows = new Map();
@@ -356,7 +356,7 @@ def test_what_a_gallery_says_is_text_and_nothing_else(
     (colour_folder / "list.csv").write_text(f'path,"{bad}"\n"{bad}.jpg","{bad}"\ngreen/0.jpg,other\n')
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
     with Gallery.create(tmp_path / bad, encoder.bundle, colour_folder) as made:
-        index_pictures(made, encoder, open_source(colour_folder / "list.csv"))
+        index_images(made, encoder, open_source(colour_folder / "list.csv"))
     with opened(browser, serving(tmp_path / bad), "?q=red&where=" + bad) as page:
         api.expect(page.get_by_role("alert")).to_contain_text(bad)
         page.get_by_label("Filter (SQL)").fill("")

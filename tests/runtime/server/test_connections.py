@@ -32,7 +32,7 @@ def pushed(client: Any, head: str, part: bytes, most: int = 2 << 30) -> tuple[in
 
 
 KINDS = ["application/json", "multipart/form-data; boundary=x", "text/plain"]
-START = b'--x\r\nContent-Disposition: form-data; name="picture"; filename="a"\r\n\r\n'
+START = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 
 
 @pytest.mark.filterwarnings("ignore:Unclosed file:ResourceWarning")  # starlette leaves closing them to Python

@@ -29,7 +29,7 @@ SECRET = b"nobody outside may read this"
 def client(client: Any, listed_gallery: Path) -> Any:
     """A service with a secret beside its gallery."""
     (listed_gallery.parent / "secret.txt").write_bytes(SECRET)
-    (listed_gallery.parent / "pictures" / "secret.txt").write_bytes(SECRET)
+    (listed_gallery.parent / "images" / "secret.txt").write_bytes(SECRET)
     return client
 
 
@@ -47,8 +47,8 @@ def test_no_spelling_of_a_path_leads_outside(client: Any, listed_gallery: Path) 
         ".%00./",
         "/",
     ]
-    targets = ["secret.txt", "gallery/gallery.db", "pictures/secret.txt", "etc/passwd"]
-    bases = ["/pictures/", "/thumbnails/", "/static/", "/", "/pictures/1/", "/galleries/", "/docs/", "//", "/static//"]
+    targets = ["secret.txt", "gallery/gallery.db", "images/secret.txt", "etc/passwd"]
+    bases = ["/images/", "/thumbnails/", "/static/", "/", "/images/1/", "/galleries/", "/docs/", "//", "/static//"]
     absolute = str(listed_gallery.parent / "secret.txt")
     paths = [f"{base}{step * depth}{name}" for base in bases for step in up for depth in (1, 3) for name in targets]
     paths += [f"{base}{absolute}" for base in bases] + [f"{base}{absolute.replace('/', '%2f')}" for base in bases]
@@ -61,7 +61,7 @@ def test_no_spelling_of_a_path_leads_outside(client: Any, listed_gallery: Path) 
         assert b"SQLite format" not in answer
         assert b"root:" not in answer
     for gallery in ("../gallery", absolute, "gallery/../gallery", "%00"):
-        assert client.get("/pictures/1", gallery=gallery).status == 404
+        assert client.get("/images/1", gallery=gallery).status == 404
 
 
 def test_no_name_or_method_leads_outside_either(client: Any, listed_gallery: Path, colour_folder: Path) -> None:
@@ -76,42 +76,42 @@ def test_no_name_or_method_leads_outside_either(client: Any, listed_gallery: Pat
         "%2fetc",
         "gallery/..",
     ):
-        for method, path in (("POST", f"/galleries/{name}/add"), ("DELETE", f"/galleries/{name}/pictures/1")):
+        for method, path in (("POST", f"/galleries/{name}/add"), ("DELETE", f"/galleries/{name}/images/1")):
             reply = client.ask(method, path, b"", {**token, "Content-Type": "multipart/form-data; boundary=x"})
             assert reply.status in (400, 404, 405, 415, 422), (path, reply)
     for number in ("1%2f..%2f2", "../1", "1;2", "0x1", "%31%00", "-1", "1e3"):
-        assert client.ask("DELETE", f"/galleries/gallery/pictures/{number}", headers=token).status in (404, 405, 422)
+        assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=token).status in (404, 405, 422)
     before = {file for file in listed_gallery.parent.rglob("*") if file.is_file()}
-    picture = (colour_folder / "red/0.jpg").read_bytes() + b"another"
+    image = (colour_folder / "red/0.jpg").read_bytes() + b"another"
     for name in ("../../evil.jpg", "/tmp/evil.jpg", "..\\\\evil.jpg", "gallery.db", "a\0b.jpg", ".."):
-        part = f'--x\r\nContent-Disposition: form-data; name="picture"; filename="{name}"\r\n\r\n'.encode()
+        part = f'--x\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'.encode()
         head = {**token, "Content-Type": "multipart/form-data; boundary=x"}
-        reply = client.ask("POST", "/galleries/gallery/add", part + picture + b"\r\n--x--\r\n", head)
+        reply = client.ask("POST", "/galleries/gallery/add", part + image + b"\r\n--x--\r\n", head)
         assert reply.status in (200, 400), (name, reply)
         if reply.status == 200:
             new = {file for file in listed_gallery.parent.rglob("*") if file.is_file()} - before
             [added] = [file for file in new if not re.match(r"(rows|codes)-|gallery\.", file.name)]
             assert added.parent == listed_gallery / "added"
             assert re.fullmatch(r"[0-9a-f]{32}\.jpg", added.name)
-            number = reply.json["pictures"][0]["id"]
-            assert client.ask("DELETE", f"/galleries/gallery/pictures/{number}", headers=token).status == 200
+            number = reply.json["images"][0]["id"]
+            assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=token).status == 200
             assert not added.exists()
 
 
-def test_only_pictures_are_sent_whatever_lies_there_now(client: Any, listed_gallery: Path) -> None:
-    file = listed_gallery.parent / "pictures" / "red" / "0.jpg"
+def test_only_images_are_sent_whatever_lies_there_now(client: Any, listed_gallery: Path) -> None:
+    file = listed_gallery.parent / "images" / "red" / "0.jpg"
     hit = next(hit for hit in client.get("/search", q="red").json["results"][0]["hits"] if hit["path"] == "red/0.jpg")
     held = file.read_bytes()
     for change in (lambda: file.write_bytes(SECRET), lambda: file.symlink_to("/etc/passwd"), lambda: file.mkdir()):
         file.unlink()
         change()
-        for address in (hit["picture"], hit["thumbnail"]):
+        for address in (hit["image"], hit["thumbnail"]):
             reply = client.get("/" + address)
             assert reply.status == 404
             assert str(listed_gallery.parent) not in reply.error
         file.rmdir() if file.is_dir() else file.unlink()
         file.write_bytes(held)
-    assert client.get("/" + hit["picture"]).body == held
+    assert client.get("/" + hit["image"]).body == held
 
 
 def png(width: int, height: int, more: bytes = b"") -> bytes:
@@ -126,7 +126,7 @@ def png(width: int, height: int, more: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def test_bombs_and_rubbish_for_pictures(client: Any, colour_folder: Path) -> None:
+def test_bombs_and_rubbish_for_images(client: Any, colour_folder: Path) -> None:
     good = (colour_folder / "red/0.jpg").read_bytes()
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n"
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
@@ -134,7 +134,7 @@ def test_bombs_and_rubbish_for_pictures(client: Any, colour_folder: Path) -> Non
         for path in ("/search", "/galleries/gallery/add"):
             reply = client.upload(path, [content], Authorization="Bearer secret")
             assert reply.status == 422
-            assert reply.error.startswith("the picture cannot be used: ")
+            assert reply.error.startswith("the image cannot be used: ")
     # A comment that would unpack to 200 MiB.
     comment = png(20, 20, zlib.compress(bytes(200 << 20), 9))
     assert len(comment) < 1 << 20
@@ -231,7 +231,7 @@ def test_sql_in_where_reads_and_nothing_else(client: Any, listed_gallery: Path) 
 
 @pytest.mark.filterwarnings("ignore:Unclosed file:ResourceWarning")  # starlette leaves closing them to Python
 def test_bodies_that_are_not_what_they_say(client: Any) -> None:
-    part = b'--x\r\nContent-Disposition: form-data; name="picture"; filename="a.jpg"\r\n\r\nabc\r\n'
+    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\nabc\r\n'
     bodies = [
         b"",
         b"--x",
@@ -296,7 +296,7 @@ def test_bodies_that_are_not_what_they_say(client: Any) -> None:
         '{"queries": [{"parts": [{"text": "red", "id": 1}]}]}',
         '{"queries": [{"parts": [{"id": 99999999999999999999}]}]}',
         '{"queries": [{"parts": [{"id": 4711}]}]}',
-        '{"queries": [{"parts": [{"picture": 0}]}]}',
+        '{"queries": [{"parts": [{"image": 0}]}]}',
         '{"queries": [{"parts": [{"text": "red", "weight": Infinity}]}]}',
         '{"queries": [{"parts": [{"text": "red"}, {"text": "red", "weight": -1}]}]}',
     ],
@@ -386,7 +386,7 @@ def test_what_is_not_http(client: Any) -> None:
         assert b"Traceback" not in answer
 
 
-# What schemathesis draws for a gallery's name or a picture would hardly ever be one: half of it is made so.
+# What schemathesis draws for a gallery's name or an image would hardly ever be one: half of it is made so.
 HOOKS = """
 import base64, schemathesis
 
@@ -402,8 +402,8 @@ def map_path_parameters(context, drawn):
 
 @schemathesis.hook
 def map_body(context, drawn):
-    if isinstance(drawn, dict) and "picture" in drawn and len(str(drawn)) %% 2:
-        drawn["picture"] = [PNG]
+    if isinstance(drawn, dict) and "image" in drawn and len(str(drawn)) %% 2:
+        drawn["image"] = [PNG]
     return drawn
 """
 
@@ -424,6 +424,6 @@ def test_the_openapi_document_holds(serving: Callable[..., Any], listed_gallery:
     assert result.returncode == 0, result.stdout + result.stderr
     counted = client.get("/metrics").body.decode()
     asked = re.findall(r'clipret_requests_total{route="([^"]+)",status="(\d+)"}', counted)
-    assert {("/galleries/{name}/add", "200"), ("/galleries/{name}/pictures/{id}", "200")} <= set(asked)
+    assert {("/galleries/{name}/add", "200"), ("/galleries/{name}/images/{id}", "200")} <= set(asked)
     assert not [one for one in asked if one[1].startswith("5")]
     assert client.get("/search", q="red").status == 200

@@ -20,19 +20,19 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from clipret import Gallery
-from clipret.gallery.database import Picture
+from clipret.gallery.database import ImageRecord
 from clipret.server.limits import Limits
 
-# A search for what is not there that takes as long as the limits of a filter allow, for each picture.
+# A search for what is not there that takes as long as the limits of a filter allow, for each image.
 SLOW = f"hex(zeroblob(32000)) || path not like '%{'0' * 190}z'"
 
 
 @pytest.fixture
 def slow_gallery(listed_gallery: Path) -> Path:
-    """With pictures enough for SLOW to take a minute."""
+    """With images enough for SLOW to take a minute."""
     with Gallery.open(listed_gallery) as gallery, gallery.writing():
         rows = np.ones((2000, gallery.info.embedding_dim), np.float16)
-        gallery.append([Picture(f"none/{number}.png", 1, 1, "") for number in range(len(rows))], rows)
+        gallery.append([ImageRecord(f"none/{number}.png", 1, 1, "") for number in range(len(rows))], rows)
     return listed_gallery
 
 

@@ -22,7 +22,7 @@ from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-from clipret.server.snapshot import Manner
+from clipret.server.snapshot import SearchSettings
 
 RULES = """
 [[rule]]
@@ -80,7 +80,7 @@ def test_a_service_finds_what_query_finds(
         (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
         given += ["--rerank", f"reference={tmp_path / 'reference.txt'}"]
         reference = REFERENCE
-    client = serving(listed_gallery, manner=Manner(prompts.forms, rerank, reference))
+    client = serving(listed_gallery, manner=SearchSettings(prompts.forms, rerank, reference))
     wanted = queried(listed_gallery, *given)
     assert served(client.get("/search", q=TEXTS, k=9)) == wanted
     # No text's answer depends on those it is asked with.
@@ -99,20 +99,20 @@ def test_a_service_finds_what_query_finds(
         assert "min_score is a cosine" in client.get("/search", q="red", min_score=0.1).error
 
 
-def test_the_steps_hold_for_pictures_and_for_a_gallery_that_changed(
+def test_the_steps_hold_for_images_and_for_a_gallery_that_changed(
     serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path
 ) -> None:
     options = ["--rerank", "adapt=4,reciprocal=8"]
-    client = serving(listed_gallery, token="secret", manner=Manner(rerank=Rerank(adapt=4, reciprocal=8)))
+    client = serving(listed_gallery, token="secret", manner=SearchSettings(rerank=Rerank(adapt=4, reciprocal=8)))
     file = colour_folder / "blue" / "1.jpeg"
     reply = client.upload(
-        "/search", [file.read_bytes()], {"search": '{"queries": [{"parts": [{"picture": 0}]}], "k": 9}'}
+        "/search", [file.read_bytes()], {"search": '{"queries": [{"parts": [{"image": 0}]}], "k": 9}'}
     )
-    assert served(reply) == queried(listed_gallery, "--picture", str(file), *options, texts=())
+    assert served(reply) == queried(listed_gallery, "--image", str(file), *options, texts=())
     before = queried(listed_gallery, *options)
     head = {"Authorization": "Bearer secret"}
     for number in (2, 5):
-        assert client.ask("DELETE", f"/galleries/gallery/pictures/{number}", headers=head).status == 200
+        assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=head).status == 200
     after = queried(listed_gallery, *options)
     assert after != before
     assert served(client.get("/search", q=TEXTS, k=9)) == after
@@ -123,9 +123,11 @@ def test_hubness_of_a_gallery_that_changed_is_measured_anew(
 ) -> None:
     (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
     options = ["--rerank", f"hubness=nnn,reference={tmp_path / 'reference.txt'}"]
-    client = serving(listed_gallery, token="secret", manner=Manner(rerank=Rerank(hubness="nnn"), reference=REFERENCE))
-    picture = (tmp_path / "pictures" / "green" / "2.png").read_bytes() + b" "
-    added = client.upload("/galleries/gallery/add", [picture], Authorization="Bearer secret")
+    client = serving(
+        listed_gallery, token="secret", manner=SearchSettings(rerank=Rerank(hubness="nnn"), reference=REFERENCE)
+    )
+    image = (tmp_path / "images" / "green" / "2.png").read_bytes() + b" "
+    added = client.upload("/galleries/gallery/add", [image], Authorization="Bearer secret")
     assert added.status == 200, added.body
     wanted = [[(*one[:3], Path(one[3]).name) for one in hits] for hits in queried(listed_gallery, *options)]
     found = served(client.get("/search", q=TEXTS, k=9))
@@ -137,13 +139,13 @@ def test_every_step_answers_on_an_empty_gallery(serving: Callable[..., Any], tin
     with Gallery.create(tmp_path / "empty", Bundle.open(tiny_bundle), tmp_path):
         pass
     every = Rerank(adapt=5, hubness="dual-softmax", reciprocal=5)
-    client = serving(tmp_path / "empty", manner=Manner(rerank=every, reference=("red",)))
+    client = serving(tmp_path / "empty", manner=SearchSettings(rerank=every, reference=("red",)))
     assert served(client.get("/search", q=["red", "blue"])) == [[], []]
 
 
 def test_what_depends_on_other_queries_is_refused() -> None:
     with pytest.raises(ClipretError, match="name fixed texts with --rerank reference=FILE"):
-        Manner(rerank=Rerank(hubness="nnn"))
+        SearchSettings(rerank=Rerank(hubness="nnn"))
 
 
 def test_the_command_has_the_options_of_query(listed_gallery: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures in an object store: a real S3 server on this machine, read by the same commands as local files."""
+"""Images in an object store: a real S3 server on this machine, read by the same commands as local files."""
 
 import io
 import tarfile
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, index_pictures, open_source
+from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, index_images, open_source
 from clipret.cli import main
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.locations import remote_in
 from clipret.sources.item import Held, without_bytes
 from clipret.sources.source import read_stored
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture
 def bucket(upload: Callable[[str, Path], None], colour_folder: Path, tmp_path: Path) -> str:
-    """pictures/, shards/{0..1}.tar with the colour beside each picture, rows.parquet with the pictures themselves."""
+    """images/, shards/{0..1}.tar with the colour beside each image, rows.parquet with the images themselves."""
     files = sorted(file for file in colour_folder.rglob("*.*"))
     here = tmp_path / "bucket"
     (here / "shards").mkdir(parents=True)
@@ -37,7 +37,7 @@ def bucket(upload: Callable[[str, Path], None], colour_folder: Path, tmp_path: P
                 tar.addfile(text, io.BytesIO(file.parent.name.encode()))
     table = pa.table({"image": [file.read_bytes() for file in files], "colour": [file.parent.name for file in files]})
     parquet.write_table(table, here / "rows.parquet", row_group_size=5)
-    colour_folder.rename(here / "pictures")
+    colour_folder.rename(here / "images")
     name = f"bucket-{abs(hash(str(tmp_path))) % 10**9}"
     upload(name, here)
     return name
@@ -52,11 +52,11 @@ def rows_of(gallery: Gallery) -> dict[str, tuple[float, ...]]:
 def filled(folder: Path, bundle: Path, source: str | Path) -> Gallery:
     encoder, opened = Encoder(Bundle.open(bundle), EncoderConfig(device="cpu", threads=1)), open_source(source)
     gallery = Gallery.create(folder, encoder.bundle, opened.root)
-    index_pictures(gallery, encoder, opened)
+    index_images(gallery, encoder, opened)
     return gallery
 
 
-@pytest.mark.parametrize("name", ["shards/{0..1}.tar", "shards/", "rows.parquet", "pictures", "pictures/red/0.jpg"])
+@pytest.mark.parametrize("name", ["shards/{0..1}.tar", "shards/", "rows.parquet", "images", "images/red/0.jpg"])
 def test_what_a_store_holds_is_what_a_disk_holds(name: str, bucket: str, tiny_bundle: Path, tmp_path: Path) -> None:
     remote = filled(tmp_path / "remote", tiny_bundle, f"s3://{bucket}/{name}")
     local = filled(tmp_path / "local", tiny_bundle, tmp_path / "bucket" / name)
@@ -66,7 +66,7 @@ def test_what_a_store_holds_is_what_a_disk_holds(name: str, bucket: str, tiny_bu
     assert found == {below + path: row for path, row in expected.items()}
     ids = remote.read().ids
     assert remote.metadata(ids) == local.metadata(ids)
-    # A picture is found again by its name, as the page and the service look for it.
+    # An image is found again by its name, as the page and the service look for it.
     for path, beside in zip(list(found)[:2], expected, strict=False):
         content = read_stored(Path(local.info.root), beside).content
         assert read_stored(Path(remote.info.root), path).content == content
@@ -88,11 +88,11 @@ def test_index_and_query_by_command(bucket: str, tiny_bundle: Path, tmp_path: Pa
     assert page.read_text(encoding="utf-8").count("data:image/jpeg;base64,") == 2
 
 
-def test_a_list_may_name_pictures_of_a_store(bucket: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text(f"path,hour\ns3://{bucket}/pictures/red/0.jpg,3\nbucket/pictures/red/1.jpeg,4\n")
+def test_a_list_may_name_images_of_a_store(bucket: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"path,hour\ns3://{bucket}/images/red/0.jpg,3\nbucket/images/red/1.jpeg,4\n")
     gallery = filled(tmp_path / "gallery", tiny_bundle, tmp_path / "list.csv")
-    assert gallery.paths([1, 2]) == [f"s3://{bucket}/pictures/red/0.jpg", "bucket/pictures/red/1.jpeg"]
-    again = index_pictures(
+    assert gallery.paths([1, 2]) == [f"s3://{bucket}/images/red/0.jpg", "bucket/images/red/1.jpeg"]
+    again = index_images(
         gallery, Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")), open_source(tmp_path / "list.csv")
     )
     assert (again.unchanged, again.added, again.changed) == (2, 0, 0)
@@ -118,13 +118,13 @@ def test_errors_say_what_to_do(bucket: str, tmp_path: Path, monkeypatch: pytest.
             open_source(f"s3://{bucket}/{name}")
     with pytest.raises(ClipretError, match="a gallery would keep that"):
         open_source(f"s3://key:secret@{bucket}/shards/0.tar")
-    with pytest.raises(PictureError, match="cannot be read"):
+    with pytest.raises(ImageError, match="cannot be read"):
         read_stored(tmp_path, f"s3://{bucket}/nothing.jpg")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(ClipretError, match="check the name, the network, AWS_ENDPOINT_URL and AWS_REGION"):
         open_source(f"s3://{bucket}/shards/0.tar")
     with pytest.raises(ClipretError, match="cannot be opened"):
-        open_source("hdfs://127.0.0.1:1/pictures")
+        open_source("hdfs://127.0.0.1:1/images")
 
 
 def test_missing_credentials_are_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -164,5 +164,5 @@ def test_missing_credentials_are_one_line(tiny_bundle: Path, tmp_path: Path) -> 
 def test_addresses_and_paths() -> None:
     assert remote_in("/root/s3:/bucket/a b/c.jpg") == "s3://bucket/a b/c.jpg"
     assert remote_in("gs://bucket/key") == "gs://bucket/key"
-    for path in ("/root/x:/y.jpg", "pictures/s3/a.jpg", "http://host/a.jpg"):
+    for path in ("/root/x:/y.jpg", "images/s3/a.jpg", "http://host/a.jpg"):
         assert remote_in(path) is None

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from clipret.errors import ClipretError
-from clipret.images.walk import PictureError
+from clipret.images.walk import ImageError
 from clipret.sources.item import Item, free_names, scalar
 from clipret.sources.source import Source, open_source, read_stored
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     """A PNG that differs from all others."""
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (number % 256, number // 256, 7)).save(buffer, "PNG")
@@ -54,47 +54,47 @@ def check(source: Source, expected: dict[str, bytes]) -> list[Item]:
 
 
 def test_folder(tmp_path: Path) -> None:
-    files = {f"{name}.png": picture(at) for at, name in enumerate(["a/x", "a/y", "b/ä", "c"])}
+    files = {f"{name}.png": image(at) for at, name in enumerate(["a/x", "a/y", "b/ä", "c"])}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     source = open_source(tmp_path)
     assert (source.root, source.columns, source.count) == (tmp_path, (), 4)
     check(source, files)
     (tmp_path / "c.png").unlink()
     item = next(iter(open_source(tmp_path / "a/x.png")))
-    assert (item.path, item.read().content) == ("x.png", picture(0))
+    assert (item.path, item.read().content) == ("x.png", image(0))
 
 
 def test_a_file_that_vanishes_between_the_walk_and_the_reading(tmp_path: Path) -> None:
     for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image(number))
     items = []
     for item in open_source(tmp_path):
         items.append(item)
         (tmp_path / "1.png").unlink(missing_ok=True)  # the walk has seen its name already
     assert [(item.path, item.size is None) for item in items] == [("0.png", False), ("1.png", True), ("2.png", False)]
-    with pytest.raises(PictureError, match="No such file"):
+    with pytest.raises(ImageError, match="No such file"):
         items[1].read()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     odd = os.fsdecode(b"\xff\xe4.png")
-    (tmp_path / odd).write_bytes(picture(1))
-    make_tar(tmp_path / "t.tar", [(odd, picture(2))], tarfile.GNU_FORMAT)
-    with pytest.warns(UserWarning, match=r"holds archives beside its pictures \(1\): they are left out"):
+    (tmp_path / odd).write_bytes(image(1))
+    make_tar(tmp_path / "t.tar", [(odd, image(2))], tarfile.GNU_FORMAT)
+    with pytest.warns(UserWarning, match=r"holds archives beside its images \(1\): they are left out"):
         source = open_source(tmp_path)
-    assert [item.read().content for item in source] == [picture(1)]
-    check(open_source(tmp_path / "t.tar"), {f"t.tar/{odd}": picture(2)})
+    assert [item.read().content for item in source] == [image(1)]
+    check(open_source(tmp_path / "t.tar"), {f"t.tar/{odd}": image(2)})
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
-def test_lists_name_each_picture_once_with_its_metadata(tmp_path: Path, kind: str) -> None:
+def test_lists_name_each_image_once_with_its_metadata(tmp_path: Path, kind: str) -> None:
     (tmp_path / "sub").mkdir()
     for number in range(3):
-        (tmp_path / f"sub/{number}.png").write_bytes(picture(number))
+        (tmp_path / f"sub/{number}.png").write_bytes(image(number))
     rows = [
         {"image": "sub/0.png", "camera": "A3", "Path": "p"},
         {"image": str(tmp_path / "sub/1.png"), "camera": "", "Path": "q"},
@@ -118,9 +118,9 @@ def test_lists_name_each_picture_once_with_its_metadata(tmp_path: Path, kind: st
     assert [item.path for item in items[:4]] == ["sub/0.png", "sub/1.png", "gone.png", f"list.{kind} row 5"]
     assert items[0].metadata == {"camera": "A3", "Path_": "p"}
     assert items[1].metadata == {"camera": None, "Path_": "q"}
-    assert [item.read().content for item in items[:2]] == [picture(0), picture(1)]
-    for item, reason in zip(items[2:], ["No such file", "names no picture", "null |No such"], strict=True):
-        with pytest.raises(PictureError, match=reason):
+    assert [item.read().content for item in items[:2]] == [image(0), image(1)]
+    for item, reason in zip(items[2:], ["No such file", "names no image", "null |No such"], strict=True):
+        with pytest.raises(ImageError, match=reason):
             item.read()
     chosen = open_source(file, image_column="image", where="camera = 'A3'")
     assert (names(chosen), chosen.count) == (["sub/0.png"], 1)
@@ -131,7 +131,7 @@ def test_lists_name_each_picture_once_with_its_metadata(tmp_path: Path, kind: st
 def test_webdataset_shards(tmp_path: Path) -> None:
     for shard in range(12):
         members = [
-            (f"./s{shard}/000.jpg", picture(2 * shard)),
+            (f"./s{shard}/000.jpg", image(2 * shard)),
             (
                 f"./s{shard}/000.json",
                 json.dumps({"camera": "A3", "hour": shard, "box": [1], "id": 2**70, "ok": True}).encode(),
@@ -140,14 +140,14 @@ def test_webdataset_shards(tmp_path: Path) -> None:
             (f"./s{shard}/000.CLS", b"5"),
             (f"./s{shard}/.hidden.jpg", b"x"),
             (f"./s{shard}/001.json", b"not json"),
-            (f"./s{shard}/001.seg.png", picture(2 * shard + 1)),
+            (f"./s{shard}/001.seg.png", image(2 * shard + 1)),
             (f"./s{shard}/notes.bin", b"x"),
         ]
         make_tar(tmp_path / f"{shard:03d}.tar", members)
     expected: dict[str, bytes] = {}
     for shard in range(12):
-        expected[f"{shard:03d}.tar/s{shard}/000.jpg"] = picture(2 * shard)
-        expected[f"{shard:03d}.tar/s{shard}/001.seg.png"] = picture(2 * shard + 1)
+        expected[f"{shard:03d}.tar/s{shard}/000.jpg"] = image(2 * shard)
+        expected[f"{shard:03d}.tar/s{shard}/001.seg.png"] = image(2 * shard + 1)
     source = open_source(tmp_path / "{000..011}.tar")
     assert (source.root, source.count) == (tmp_path, None)
     items = check(source, expected)
@@ -160,11 +160,11 @@ def test_webdataset_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_names_and_names_that_mislead(tmp_path: Path, kind: int) -> None:
     long = "/".join(["folder" * 9] * 6) + "/1.png"
-    members = [(long, picture(1)), ("/abs.png", picture(2)), ("a/../b.png", picture(3)), ("a//c.png", picture(4))]
+    members = [(long, image(1)), ("/abs.png", image(2)), ("a/../b.png", image(3)), ("a//c.png", image(4))]
     found = make_tar(tmp_path / "t.tar", members, kind)
     check(
         open_source(found),
-        {f"t.tar/{name}": picture(at) for at, name in enumerate([long, "abs.png", "b.png", "a/c.png"], 1)},
+        {f"t.tar/{name}": image(at) for at, name in enumerate([long, "abs.png", "b.png", "a/c.png"], 1)},
     )
 
 
@@ -185,15 +185,15 @@ def test_what_is_no_file_in_a_tar_is_named(tmp_path: Path) -> None:
     items = list(open_source(tmp_path / "t.tar"))
     assert [item.path for item in items] == ["t.tar/link.png", "t.tar/same.png", "t.tar/pipe.png", "t.tar/empty.png"]
     for item, reason in zip(items, ["a link", "a link", "a link", "empty"], strict=True):
-        with pytest.raises(PictureError, match=reason):
+        with pytest.raises(ImageError, match=reason):
             item.read()
 
 
 def test_every_cut_and_every_damaged_header_of_a_tar_ends_in_one_clear_error(tmp_path: Path) -> None:
-    members = [(f"{number}.png", picture(number)) for number in range(5)]
+    members = [(f"{number}.png", image(number)) for number in range(5)]
     whole = make_tar(tmp_path / "whole.tar", members, tarfile.USTAR_FORMAT).read_bytes()
     damaged = tmp_path / "damaged.tar"
-    for number in range(5):  # a header and its picture take 1024 bytes
+    for number in range(5):  # a header and its image take 1024 bytes
         content = bytearray(whole)
         content[1024 * number + 100] ^= 0xFF
         damaged.write_bytes(content)
@@ -215,7 +215,7 @@ def test_every_cut_and_every_damaged_header_of_a_tar_ends_in_one_clear_error(tmp
             try:
                 assert item.read().content == content
                 readable += 1
-            except PictureError:
+            except ImageError:
                 continue
         assert readable == sum(1024 * at + 512 + len(content) <= length for at, (_, content) in enumerate(members))
         assert error or length % 1024 == 0, length
@@ -223,10 +223,10 @@ def test_every_cut_and_every_damaged_header_of_a_tar_ends_in_one_clear_error(tmp
 
 def test_no_byte_changed_in_an_archive_raises_anything_else(tmp_path: Path) -> None:
     random_bytes = random.Random(0)
-    tar = make_tar(tmp_path / "t.tar", [(f"é{n}.png", picture(n)) for n in range(3)])
+    tar = make_tar(tmp_path / "t.tar", [(f"é{n}.png", image(n)) for n in range(3)])
     with zipfile.ZipFile(tmp_path / "t.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(3):
-            archive.writestr(f"{number}.png", picture(number))
+            archive.writestr(f"{number}.png", image(number))
     for file in (tar, tmp_path / "t.zip"):
         whole = file.read_bytes()
         for _ in range(400):
@@ -237,14 +237,14 @@ def test_no_byte_changed_in_an_archive_raises_anything_else(tmp_path: Path) -> N
                 for item in open_source(file):
                     try:
                         item.read()
-                    except PictureError:
+                    except ImageError:
                         continue
             except ClipretError:
                 continue
 
 
 def test_zip(tmp_path: Path) -> None:
-    files = {f"{'äöü'[n % 3]}/{n}.png": picture(n) for n in range(300)}
+    files = {f"{'äöü'[n % 3]}/{n}.png": image(n) for n in range(300)}
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
         for number, (name, content) in enumerate(files.items()):
             archive.writestr(name, content, zipfile.ZIP_STORED if number % 2 else zipfile.ZIP_DEFLATED)
@@ -263,13 +263,13 @@ def test_a_damaged_member_of_a_zip_leaves_the_others(tmp_path: Path) -> None:
     file = tmp_path / "t.zip"
     with zipfile.ZipFile(file, "w") as archive:
         for number in range(3):
-            archive.writestr(f"{number}.png", picture(number))
+            archive.writestr(f"{number}.png", image(number))
     content = bytearray(file.read_bytes())
-    content[content.index(picture(1)) + 9] ^= 0xFF
+    content[content.index(image(1)) + 9] ^= 0xFF
     file.write_bytes(content)
     first, second, third = open_source(file)
-    assert (first.read().content, third.read().content) == (picture(0), picture(2))
-    with pytest.raises(PictureError, match="CRC"):
+    assert (first.read().content, third.read().content) == (image(0), image(2))
+    with pytest.raises(ImageError, match="CRC"):
         second.read()
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ClipretError, match="is damaged or no archive"):
@@ -286,7 +286,7 @@ def test_a_member_larger_than_it_says_is_refused_in_little_memory(tmp_path: Path
     import tracemalloc
 
     tracemalloc.start()
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         item.read()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -294,17 +294,17 @@ def test_a_member_larger_than_it_says_is_refused_in_little_memory(tmp_path: Path
 
 
 def test_an_archive_that_is_gone_or_replaced(tmp_path: Path) -> None:
-    tar = make_tar(tmp_path / "t.tar", [("a.png", picture(1))])
+    tar = make_tar(tmp_path / "t.tar", [("a.png", image(1))])
     (item,) = open_source(tar)
-    with pytest.raises(PictureError, match=r"has no member b\.png"):
+    with pytest.raises(ImageError, match=r"has no member b\.png"):
         read_stored(tmp_path, "t.tar/b.png")
-    make_tar(tar, [("b.png", picture(2))])
+    make_tar(tar, [("b.png", image(2))])
     os.utime(tar, ns=(1, 1))
-    assert read_stored(tmp_path, "t.tar/b.png").content == picture(2)
+    assert read_stored(tmp_path, "t.tar/b.png").content == image(2)
     tar.unlink()
-    with pytest.raises(PictureError, match="No such file"):
+    with pytest.raises(ImageError, match="No such file"):
         item.read()
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         read_stored(tmp_path, "t.tar/b.png")
 
 
@@ -317,10 +317,10 @@ def test_an_archive_that_is_gone_or_replaced(tmp_path: Path) -> None:
         ("{2..0}.tar", "runs backwards"),
         ("x.tar.gz", "is compressed as a whole"),
         ("x.tgz", "is compressed as a whole"),
-        ("x.pdf", "is no folder, list, archive or picture"),
+        ("x.pdf", "is no folder, list, archive or image"),
         ("no.tar", "is damaged or no archive"),
         ("no.zip", "is damaged or no archive"),
-        ("empty", "holds no pictures"),
+        ("empty", "holds no images"),
         ("list.csv", "has no image column"),
         ("gone.csv", "cannot be read"),
     ],
@@ -341,7 +341,7 @@ def test_where_is_for_lists(tmp_path: Path) -> None:
 
 
 def test_twenty_thousand_members_are_not_held(tmp_path: Path) -> None:
-    content = picture(1) * 20
+    content = image(1) * 20
     make_tar(tmp_path / "t.tar", [(f"{number:05d}.png", content) for number in range(20_000)])
     code = (
         "import resource, sys; from clipret.sources.source import open_source\n"
@@ -354,7 +354,7 @@ def test_twenty_thousand_members_are_not_held(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "t.tar"], capture_output=True, text=True, check=True)
     count, grown = map(int, done.stdout.split())
     assert count == 20_000
-    assert grown < 2000  # KiB; its headers alone would take 20 times that, its pictures 200 times
+    assert grown < 2000  # KiB; its headers alone would take 20 times that, its images 200 times
 
 
 def test_values_that_sqlite_takes() -> None:
@@ -377,65 +377,65 @@ class TestParquet:
         return file
 
     @pytest.mark.parametrize("structs", [False, True])
-    def test_pictures_as_bytes_or_as_structs(self, arrow: object, tmp_path: Path, structs: bool) -> None:
-        pictures = [picture(number) for number in range(100)]
+    def test_images_as_bytes_or_as_structs(self, arrow: object, tmp_path: Path, structs: bool) -> None:
+        images = [image(number) for number in range(100)]
         columns = {
-            "image": [{"bytes": one, "path": None} for one in pictures] if structs else pictures,
+            "image": [{"bytes": one, "path": None} for one in images] if structs else images,
             "hour": list(range(100)),
             "size": ["s"] * 100,
             "vector": [[1.0, 2.0]] * 100,
         }
         source = open_source(self.write(arrow, tmp_path / "p.parquet", columns))
         assert (source.columns, source.count) == (("hour", "size_"), 100)
-        items = check(source, {f"p.parquet/{number:09d}": one for number, one in enumerate(pictures)})
+        items = check(source, {f"p.parquet/{number:09d}": one for number, one in enumerate(images)})
         assert items[77].metadata == {"hour": 77, "size_": "s"}
 
     def test_shards_of_a_dataset(self, arrow: object, tmp_path: Path) -> None:
         for shard in range(3):
-            self.write(arrow, tmp_path / f"train-{shard:05d}-of-00003.parquet", {"image": [picture(shard)]})
-        expected = {f"train-{n:05d}-of-00003.parquet/000000000": picture(n) for n in range(3)}
+            self.write(arrow, tmp_path / f"train-{shard:05d}-of-00003.parquet", {"image": [image(shard)]})
+        expected = {f"train-{n:05d}-of-00003.parquet/000000000": image(n) for n in range(3)}
         source = open_source(tmp_path / "train-{00000..00002}-of-00003.parquet")
         assert source.count == 3
         check(source, expected)
         check(open_source(tmp_path), expected)
 
     def test_of_two_columns_of_bytes_one_is_named(self, arrow: object, tmp_path: Path) -> None:
-        file = self.write(arrow, tmp_path / "p.parquet", {"a": [picture(1)], "b": [picture(2)], "c": [1]})
+        file = self.write(arrow, tmp_path / "p.parquet", {"a": [image(1)], "b": [image(2)], "c": [1]})
         with pytest.raises(ClipretError, match="image-column"):
             open_source(file)
-        with pytest.raises(ClipretError, match="holds int64, no pictures or paths"):
+        with pytest.raises(ClipretError, match="holds int64, no images or paths"):
             open_source(file, image_column="c")
         source = open_source(file, image_column="b")
         assert source.columns == ("c",)
-        check(source, {"p.parquet/b/000000000": picture(2)})
+        check(source, {"p.parquet/b/000000000": image(2)})
 
-    def test_paths_and_rows_without_a_picture(self, arrow: object, tmp_path: Path) -> None:
+    def test_paths_and_rows_without_an_image(self, arrow: object, tmp_path: Path) -> None:
         (tmp_path / "sub").mkdir()
-        (tmp_path / "sub/a.png").write_bytes(picture(1))
+        (tmp_path / "sub/a.png").write_bytes(image(1))
         file = self.write(arrow, tmp_path / "p.parquet", {"path": ["sub/a.png", None, "sub/a.png"], "n": [1, 2, 3]})
         source = open_source(file)
         assert source.count is None
         first, second = source
-        assert (first.path, first.read().content, first.metadata) == ("sub/a.png", picture(1), {"n": 1})
+        assert (first.path, first.read().content, first.metadata) == ("sub/a.png", image(1), {"n": 1})
         assert second.path == "p.parquet/000000001"
-        with pytest.raises(PictureError, match="holds no picture"):
+        with pytest.raises(ImageError, match="holds no image"):
             second.read()
         structs = [{"bytes": None, "path": "sub/a.png"}, {"bytes": b"", "path": None}, None]
         file = self.write(arrow, tmp_path / "q.parquet", {"image": structs})
         first, *others = open_source(file)
-        assert (first.path, first.read().content) == ("sub/a.png", picture(1))
+        assert (first.path, first.read().content) == ("sub/a.png", image(1))
         for item in others:
-            with pytest.raises(PictureError, match=r"empty|holds no picture"):
+            with pytest.raises(ImageError, match=r"empty|holds no image"):
                 item.read()
 
     def test_another_root_does_not_lose_the_file(self, arrow: object, tmp_path: Path) -> None:
         (tmp_path / "root").mkdir()
-        file = self.write(arrow, tmp_path / "p.parquet", {"image": [picture(1)]})
+        file = self.write(arrow, tmp_path / "p.parquet", {"image": [image(1)]})
         source = open_source(file, image_root=tmp_path / "root")
-        check(source, {f"{tmp_path}/p.parquet/000000000": picture(1)})
+        check(source, {f"{tmp_path}/p.parquet/000000000": image(1)})
 
     def test_damaged(self, arrow: object, tmp_path: Path) -> None:
-        file = self.write(arrow, tmp_path / "p.parquet", {"image": [picture(n) for n in range(200)]})
+        file = self.write(arrow, tmp_path / "p.parquet", {"image": [image(n) for n in range(200)]})
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ClipretError, match="give a Parquet file"):
@@ -447,5 +447,5 @@ class TestParquet:
         with pytest.raises(ClipretError, match="is damaged behind row"):
             found.extend(open_source(file))
         assert 40 <= len(found) < 200
-        with pytest.raises(PictureError, match="has no row"):
+        with pytest.raises(ImageError, match="has no row"):
             read_stored(tmp_path, "p.parquet/000000999")

@@ -87,7 +87,7 @@ def test_lines_that_are_none(line: str, reason: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_contradictions_are_found_among_all_lines_of_a_picture(tmp_path: Path) -> None:
+def test_contradictions_are_found_among_all_lines_of_an_image(tmp_path: Path) -> None:
     text = "a$Bus$one\na$red Audi$two\na$blue Audi$three\na$red Audi$two\n"
     _, problems = parse_labels(write(tmp_path, text))
     assert [str(problem) for problem in problems] == [
@@ -108,7 +108,7 @@ def test_the_command_writes_what_fit_reads(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert rows[0] == {
         "path": "v/1.jpg",
-        "title": "A white Audi drives along the road.",
+        "caption": "A white Audi drives along the road.",
         "kind": "vehicle",
         "color": "white",
         "brand": "Audi",
@@ -123,12 +123,12 @@ def test_the_command_writes_what_fit_reads(tmp_path: Path) -> None:
     assert len(vocabulary.slots["color"]) == 11
     assert json.loads((tmp_path / "out/vocabulary.json").read_text())["persons"] == list(PERSON_ATTRIBUTES)
     counts = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert (counts["lines"], counts["pictures"], counts["persons"]) == (6, 5, 2)
+    assert (counts["lines"], counts["images"], counts["persons"]) == (6, 5, 2)
     assert counts["type"] == {"Truck": 1, "SUV": 1}
     (tmp_path / "images/v/3.jpg").unlink()
     missing = run(labels, tmp_path / "out2", "--image-root", tmp_path / "images", code=1)
     assert "line 3: " in missing.stderr
-    assert "has no picture v/3.jpg" in missing.stderr
+    assert "has no image v/3.jpg" in missing.stderr
 
 
 def test_lines_may_be_left_out_and_the_vocabulary_extended(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     assert "cannot be read" in run(tmp_path / "none.txt", tmp_path / "out", code=1).stderr
 
 
-def test_held_out_pictures_stay_so_when_others_are_added() -> None:
+def test_held_out_images_stay_so_when_others_are_added() -> None:
     labels = [Label(n, f"{n}.jpg", "a bus", "vehicle", type="Bus") for n in range(2000)]
     first = {row["path"]: row["split"] for row in rows_of(labels[:1000], 0.2, 0)}
     then = {row["path"]: row["split"] for row in rows_of(labels, 0.2, 0)}
@@ -193,21 +193,21 @@ def test_drawn_files_are_the_challenge_s(tmp_path: Path) -> None:
         assert bool(label.color) != bool(label.type)
         assert bool(label.color) == bool(set(re.findall(r"\w+", label.text.lower())) & set(COLORS))
         assert bool(label.type) == bool(set(re.findall(r"\w+", label.text)) & set(TYPES))
-    with (tmp_path / "a/test_pictures.csv").open(newline="") as file:
-        pictures = list(csv.DictReader(file))
+    with (tmp_path / "a/test_images.csv").open(newline="") as file:
+        images = list(csv.DictReader(file))
     with (tmp_path / "a/test_queries.csv").open(newline="") as file:
         queries = list(csv.DictReader(file))
-    assert [query["title"] for query in queries] == (tmp_path / "a/test_text.txt").read_text().splitlines()
-    assert len(pictures) == len(list((tmp_path / "a/test_images").iterdir())) == 40
+    assert [query["caption"] for query in queries] == (tmp_path / "a/test_text.txt").read_text().splitlines()
+    assert len(images) == len(list((tmp_path / "a/test_images").iterdir())) == 40
     for query in queries:
         if query["kind"] == "vehicle":
-            assert query["color"] in query["title"].lower()
-            assert query["type"] in query["title"]
-            assert any((one["color"], one["type"]) == (query["color"], query["type"]) for one in pictures)
+            assert query["color"] in query["caption"].lower()
+            assert query["type"] in query["caption"]
+            assert any((one["color"], one["type"]) == (query["color"], query["type"]) for one in images)
         else:
             asked = set(query["attributes"].split("; "))
             assert asked <= set(PERSON_ATTRIBUTES)
-            assert any(asked <= set(one["attributes"].split("; ")) for one in pictures)
+            assert any(asked <= set(one["attributes"].split("; ")) for one in images)
     write_challenge(tmp_path / "b", train=90, test=40, seed=3, workers=2)
     for file in sorted((tmp_path / "a").rglob("*.*")):
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()

@@ -4,8 +4,8 @@ import torch
 
 from clipret.inference.tokenizer import Tokenizer
 from clipret.pairs import PairSet
+from clipret_training.annotations import Annotations
 from clipret_training.data.attributes import Attributes
-from clipret_training.listing import Listing
 from clipret_training.models.load import load_model
 
 TITLES = ("a red car", "a vehicle in red", "a blue car", "something", "a red bus")
@@ -14,15 +14,15 @@ PAIRS = PairSet((Path("a"), Path("b"), Path("c"), Path("d")), TITLES, ((0, 1), (
 
 def attributes() -> tuple[Attributes, Tokenizer]:
     loaded = load_model("clipret-small", captions=TITLES * 20)
-    return Attributes(loaded, Listing(PAIRS, ((),) * 4), None), Tokenizer(loaded.tokenizer_json, loaded.text)
+    return Attributes(loaded, Annotations(PAIRS, ((),) * 4), None), Tokenizer(loaded.tokenizer_json, loaded.text)
 
 
 def test_swapped_captions_are_new_and_known_ones_keep_their_key() -> None:
     made, tokenizer = attributes()
-    titles, owners = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2])
+    captions, owners = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2])
     seen = set()
     for seed in range(60):
-        ids, keys = made.negatives([0, 1, 2], titles, owners, torch.Generator().manual_seed(seed))
+        ids, keys = made.negatives([0, 1, 2], captions, owners, torch.Generator().manual_seed(seed))
         assert 1 <= len(ids) == len(keys) <= 2  # "something" has nothing to swap, and both cars may turn green
         for row, key in zip(ids, keys[:, 0].tolist(), strict=True):
             if key >= 0:
@@ -30,7 +30,7 @@ def test_swapped_captions_are_new_and_known_ones_keep_their_key() -> None:
                 assert torch.equal(row[row > 0], known)
             seen.add(key)
     assert seen <= {-1, 0, 2, 4}
-    assert {0, 2} & seen  # red became blue or blue red: titles of other pictures
+    assert {0, 2} & seen  # red became blue or blue red: captions of other images
 
 
 def test_no_attribute_no_negative() -> None:
@@ -39,9 +39,9 @@ def test_no_attribute_no_negative() -> None:
     assert ids.shape == keys.shape == (0, 1)
 
 
-def test_a_picture_has_the_attributes_of_all_its_titles() -> None:
+def test_an_image_has_the_attributes_of_all_its_captions() -> None:
     made, _ = attributes()
-    images, titles = made.named([0, 1, 2], torch.tensor([0, 1, 2, 3]))
-    assert torch.equal(images[0], titles[0] | titles[1])
+    images, captions = made.named([0, 1, 2], torch.tensor([0, 1, 2, 3]))
+    assert torch.equal(images[0], captions[0] | captions[1])
     assert (images[0] & images[1]).sum() == 1  # the car
     assert images[2].sum() == 0

@@ -23,22 +23,22 @@ def generator(seed: int = 0) -> torch.Generator:
 def photographs(count: int, width: int, height: int) -> list[Image.Image]:
     """Smooth shapes in colour with some grain, so that JPEG has something to keep and something to lose."""
     rng = np.random.default_rng(3)
-    pictures = []
+    images = []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
         grain = rng.normal(0, 6, (height, width, 3))
-        pictures.append(Image.fromarray((np.array(coarse) + grain).clip(0, 255).astype(np.uint8)))
-    return pictures
+        images.append(Image.fromarray((np.array(coarse) + grain).clip(0, 255).astype(np.uint8)))
+    return images
 
 
-def as_tensor(pictures: list[Image.Image]) -> Tensor:
+def as_tensor(images: list[Image.Image]) -> Tensor:
     """float32 [B,3,H,W]"""
-    return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).float() / 255
+    return torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2).float() / 255
 
 
-def as_pixels(pictures: list[Image.Image]) -> Tensor:
+def as_pixels(images: list[Image.Image]) -> Tensor:
     """uint8 [B,H,W,3]"""
-    return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+    return torch.stack([torch.from_numpy(np.array(image)) for image in images])
 
 
 def strength(value: float, count: int = 3) -> Tensor:
@@ -59,36 +59,36 @@ def strength(value: float, count: int = 3) -> Tensor:
     ids=["brightness", "contrast", "saturation", "sharper", "softer", "posterize", "solarize"],
 )  # fmt: skip
 def test_changes_are_pillows(ours: Any, theirs: Any) -> None:
-    pictures = photographs(3, 24, 20)
-    expected = as_tensor([theirs(picture) for picture in pictures])
-    assert (ours(as_tensor(pictures)).clamp(0, 1) - expected).abs().max() <= 2.5 / 255  # Pillow rounds in between
+    images = photographs(3, 24, 20)
+    expected = as_tensor([theirs(image) for image in images])
+    assert (ours(as_tensor(images)).clamp(0, 1) - expected).abs().max() <= 2.5 / 255  # Pillow rounds in between
 
 
 @pytest.mark.parametrize("quality", [10, 40, 75])
 def test_jpeg_loses_what_libjpeg_loses(quality: int) -> None:
-    pictures = photographs(10, 60, 44)  # sides that are no multiples of a block, more pictures than go at once
+    images = photographs(10, 60, 44)  # sides that are no multiples of a block, more images than go at once
     expected = []
-    for picture in pictures:
+    for image in images:
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality)
+        image.save(file, "JPEG", quality=quality)
         expected.append(Image.open(file).convert("RGB"))
-    x = as_tensor(pictures)
+    x = as_tensor(images)
     ours = pixel_ops.jpeg(x, strength(float(quality), 10)).clamp(0, 1)
     lost = (as_tensor(expected) - x).abs().mean()
     assert (ours - as_tensor(expected)).abs().mean() < 0.25 * lost
     assert (ours - x).abs().mean() == pytest.approx(float(lost), rel=0.1)
 
 
-def test_each_picture_has_its_own_quality() -> None:
+def test_each_image_has_its_own_quality() -> None:
     x = as_tensor(photographs(2, 32, 32))
     both = pixel_ops.jpeg(x, torch.tensor([10.0, 80.0]))
     torch.testing.assert_close(both[1:], pixel_ops.jpeg(x[1:], torch.tensor([80.0])))
     assert (both[0] - x[0]).abs().mean() > 2 * (both[1] - x[1]).abs().mean()
 
 
-def test_a_turned_picture_shows_nothing_from_beyond_its_edge() -> None:
+def test_a_turned_image_shows_nothing_from_beyond_its_edge() -> None:
     x = torch.zeros(2, 3, 40, 40)
-    x[:, :, 10:30] = 1  # a wide picture between two bars
+    x[:, :, 10:30] = 1  # a wide image between two bars
     for degrees in (-20.0, 5.0, 20.0):
         turned = pixel_ops.rotate(x, torch.tensor([degrees, 0.0]), torch.ones(2), torch.full((2,), 0.5))
         assert turned[0, :, 11:29].min() > 0.99
@@ -109,29 +109,29 @@ def test_low_light_is_darker_and_noisier() -> None:
 
 
 @pytest.mark.parametrize(("flip", "low", "high"), [(0.0, 0, 0), (0.5, 20, 44), (1.0, 64, 64), (None, 0, 0)])
-def test_flip_is_a_share_of_the_pictures(flip: float | None, low: int, high: int) -> None:
+def test_flip_is_a_share_of_the_images(flip: float | None, low: int, high: int) -> None:
     pixels = as_pixels(photographs(64, 16, 16))
     plain = pixels.permute(0, 3, 1, 2).float() / 255
     x = Augmenter("none", 16, 1.0, 0.0, flip=flip)(pixels, generator())
-    mirrored = sum(torch.equal(one, other.flip(2)) for one, other in zip(x, plain, strict=True))
+    flipped = sum(torch.equal(one, other.flip(2)) for one, other in zip(x, plain, strict=True))
     same = sum(torch.equal(one, other) for one, other in zip(x, plain, strict=True))
-    assert low <= mirrored <= high
-    assert mirrored + same == 64
+    assert low <= flipped <= high
+    assert flipped + same == 64
     resized = Augmenter("none", 8, 1.0, 0.0, flip=flip)(pixels, generator())
     unflipped = Augmenter("none", 8, 1.0, 0.0)(pixels, generator())
-    assert sum(torch.equal(one, other.flip(2)) for one, other in zip(resized, unflipped, strict=True)) == mirrored
+    assert sum(torch.equal(one, other.flip(2)) for one, other in zip(resized, unflipped, strict=True)) == flipped
 
 
 @pytest.mark.parametrize("size", [20, 32])
-def test_an_area_of_one_is_the_whole_picture(size: int) -> None:
+def test_an_area_of_one_is_the_whole_image(size: int) -> None:
     pixels = as_pixels(photographs(4, 32, 32))
     whole = Augmenter("photo", size, 1.0, 0.0, flip=0.0)(pixels, generator())
     torch.testing.assert_close(whole, Augmenter("none", size, 1.0, 0.0)(pixels, generator()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(48, 30), (31, 48), (48, 48)])
-def test_padded_pictures_are_padded_anew(shape: tuple[int, int], tmp_path: Any) -> None:
-    """In plain red between grey bars: nothing else may be seen, and the bars are those of a whole picture."""
+def test_padded_images_are_padded_anew(shape: tuple[int, int], tmp_path: Any) -> None:
+    """In plain red between grey bars: nothing else may be seen, and the bars are those of a whole image."""
     Image.new("RGB", shape, (255, 0, 0)).save(tmp_path / "red.png")
     square = load(tmp_path / "red.png", ImageSpec(size=48, resize="longest", fill=FILL))
     pixels = torch.from_numpy(square).repeat(32, 1, 1, 1)
@@ -149,7 +149,7 @@ def test_padded_pictures_are_padded_anew(shape: tuple[int, int], tmp_path: Any) 
     torch.testing.assert_close(whole[0], pixels[0].permute(2, 0, 1).float() / 255, rtol=0, atol=1e-5)
 
 
-def test_a_picture_that_is_all_fill_stays() -> None:
+def test_an_image_that_is_all_fill_stays() -> None:
     pixels = torch.full((2, 24, 24, 3), FILL, dtype=torch.uint8)
     assert Augmenter("surveillance", 16, 0.5, 0.3, fill=FILL)(pixels, generator()).isfinite().all()
 

@@ -11,32 +11,32 @@ from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError
 from clipret.images.decode import load
 from clipret.pairs import PairSet, read_pairs
+from clipret_training.annotations import Annotations, split_pairs
 from clipret_training.data.augment import Augment, Augmenter
-from clipret_training.data.batches import Pictures, Texts
-from clipret_training.listing import Listing, split_pairs
+from clipret_training.data.batches import ImageReader, Texts
 from clipret_training.loss import positive_mask
 from clipret_training.models.load import load_model
 
 SPEC = ImageSpec(size=16)
 ROWS = [
-    ("red/0.jpg", "a red picture"),
+    ("red/0.jpg", "a red image"),
     ("red/0.jpg", "crimson"),
-    ("red/1.jpeg", "a red picture"),
+    ("red/1.jpeg", "a red image"),
     ("blue/0.jpg", 'a "blue" one, quoted'),
 ]
 
 
 def write_list(path: Path, rows: list[tuple[str, str]]) -> Path:
-    path.write_text("path\ttitle\n" + "".join(f"{name}\t{title}\n" for name, title in rows), encoding="utf-8")
+    path.write_text("path\ttitle\n" + "".join(f"{name}\t{caption}\n" for name, caption in rows), encoding="utf-8")
     return path
 
 
-def test_rows_are_grouped_by_picture_and_by_title(tmp_path: Path) -> None:
+def test_rows_are_grouped_by_image_and_by_title(tmp_path: Path) -> None:
     pairs = read_pairs(write_list(tmp_path / "list.tsv", ROWS), image_root=Path("root"))
     assert pairs.paths == (Path("root/red/0.jpg"), Path("root/red/1.jpeg"), Path("root/blue/0.jpg"))
-    assert pairs.titles == ("a red picture", "crimson", 'a "blue" one, quoted')
-    assert pairs.of_picture == ((0, 1), (0,), (2,))
-    assert pairs.of_title() == [[0, 1], [0], [2]]
+    assert pairs.captions == ("a red image", "crimson", 'a "blue" one, quoted')
+    assert pairs.of_image == ((0, 1), (0,), (2,))
+    assert pairs.of_caption() == [[0, 1], [0], [2]]
 
 
 @pytest.mark.parametrize(
@@ -52,53 +52,53 @@ def test_rows_are_grouped_by_picture_and_by_title(tmp_path: Path) -> None:
 def test_other_formats_columns_and_where(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     pairs = read_pairs(tmp_path / name, where="lang = 'en'")
-    assert (pairs.paths, pairs.titles) == ((tmp_path / "a.jpg",), ("red, and round",))
+    assert (pairs.paths, pairs.captions) == ((tmp_path / "a.jpg",), ("red, and round",))
 
 
-def test_an_empty_title_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ClipretError, match=r"empty title \(b\.jpg\)"):
+def test_an_empty_caption_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ClipretError, match=r"empty caption \(b\.jpg\)"):
         read_pairs(write_list(tmp_path / "list.tsv", [("a.jpg", "a"), ("b.jpg", " ")]))
 
 
-def listed(*paths: Path) -> Listing:
-    return Listing(PairSet(paths, ("a",), ((0,),) * len(paths)), ((),) * len(paths))
+def listed(*paths: Path) -> Annotations:
+    return Annotations(PairSet(paths, ("a",), ((0,),) * len(paths)), ((),) * len(paths))
 
 
 def texts_of(pairs: PairSet, groups: tuple[tuple[int, ...], ...]) -> Texts:
-    return Texts(load_model("clipret-small", captions=pairs.titles * 20), Listing(pairs, groups))
+    return Texts(load_model("clipret-small", captions=pairs.captions * 20), Annotations(pairs, groups))
 
 
 def test_keys_make_positives_many_to_many() -> None:
     pairs = PairSet((Path("a"), Path("b"), Path("c")), ("x", "y", "z"), ((0, 1), (0,), (2,)))
     texts = texts_of(pairs, ((), (), ()))
-    images, titles = texts.keys([0, 1, 2], torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 2, 1]))
+    images, captions = texts.keys([0, 1, 2], torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 2, 1]))
     expected = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
-    assert torch.equal(positive_mask(images, titles), expected)
+    assert torch.equal(positive_mask(images, captions), expected)
 
 
 def test_rows_of_a_group_are_positives_of_each_other() -> None:
     pairs = PairSet((Path("a"), Path("b"), Path("c"), Path("d")), ("w", "x", "y", "z"), ((0,), (1,), (2,), (3,)))
     texts = texts_of(pairs, ((5,), (), (5, 6), (6,)))
-    images, titles = texts.keys([0, 1, 2, 3], torch.arange(4), torch.arange(4))
+    images, captions = texts.keys([0, 1, 2, 3], torch.arange(4), torch.arange(4))
     expected = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
-    assert torch.equal(positive_mask(images, titles), expected)
+    assert torch.equal(positive_mask(images, captions), expected)
 
 
 def test_captions_come_in_turn() -> None:
     pairs = PairSet((Path("a"), Path("b")), ("u", "v", "w", "x", "y", "z"), ((0, 1, 2, 3, 4), (5,)))
     texts = texts_of(pairs, ((), ()))
     epochs = [texts.sample([1, 0], 2, epoch) for epoch in range(1, 6)]
-    assert [titles[0].item() for titles, _ in epochs] == [5] * 5
+    assert [captions[0].item() for captions, _ in epochs] == [5] * 5
     assert [owners.tolist() for _, owners in epochs] == [[0, 1, 1]] * 5
-    seen = torch.cat([titles[1:] for titles, _ in epochs])
+    seen = torch.cat([captions[1:] for captions, _ in epochs])
     assert seen[:5].sort().values.tolist() == [0, 1, 2, 3, 4]  # all of them before the first comes again
     assert torch.equal(seen[:5], seen[5:])
     assert len(texts.sample([0], 9, 1)[0]) == 5
 
 
-def test_titles_in_groups_by_length_come_back_in_order() -> None:
-    titles = tuple(" ".join(["red", "car", "dog", "sea"][: 1 + n % 4]) + f" {n}" for n in range(40))
-    texts = texts_of(PairSet((Path("a"),), titles, (tuple(range(40)),)), ((),))
+def test_captions_in_groups_by_length_come_back_in_order() -> None:
+    captions = tuple(" ".join(["red", "car", "dog", "sea"][: 1 + n % 4]) + f" {n}" for n in range(40))
+    texts = texts_of(PairSet((Path("a"),), captions, (tuple(range(40)),)), ((),))
     chosen = torch.randperm(40, generator=generator())
     batch = texts.batch(chosen)
     assert len({part.shape[1] for part in batch.groups}) > 1  # short ones are not padded for the longest
@@ -107,40 +107,40 @@ def test_titles_in_groups_by_length_come_back_in_order() -> None:
     assert torch.equal(batch.ordered(ends), texts.ids(chosen)[:, :2].float())
 
 
-def test_split_is_by_picture_and_seeded() -> None:
+def test_split_is_by_image_and_seeded() -> None:
     pairs = PairSet(tuple(Path(f"{n}") for n in range(10)), ("even", "odd"), tuple((n % 2,) for n in range(10)))
-    listing = Listing(pairs, ((),) * 10)
-    train, val = (part.pairs for part in split_pairs(listing, 0.2, seed=1))
+    annotations = Annotations(pairs, ((),) * 10)
+    train, val = (part.pairs for part in split_pairs(annotations, 0.2, seed=1))
     assert (len(train.paths), len(val.paths)) == (8, 2)
     assert set(train.paths) | set(val.paths) == set(pairs.paths)
     assert all(
-        val.titles[val.of_picture[n][0]] == ("even", "odd")[int(path.name) % 2] for n, path in enumerate(val.paths)
+        val.captions[val.of_image[n][0]] == ("even", "odd")[int(path.name) % 2] for n, path in enumerate(val.paths)
     )
-    assert split_pairs(listing, 0.2, seed=1)[1].pairs == val
-    assert split_pairs(listing, 0.2, seed=2)[1].pairs != val
+    assert split_pairs(annotations, 0.2, seed=1)[1].pairs == val
+    assert split_pairs(annotations, 0.2, seed=2)[1].pairs != val
     with pytest.raises(ClipretError, match="--val-split"):
-        split_pairs(listing, 0.01, seed=1)
-    with pytest.raises(ClipretError, match=r"one picture and none to hold out for validation: name a list .* --val"):
-        split_pairs(listing.subset([0]), 0.1, seed=1)
+        split_pairs(annotations, 0.01, seed=1)
+    with pytest.raises(ClipretError, match=r"one image and none to hold out for validation: name a list .* --val"):
+        split_pairs(annotations.subset([0]), 0.1, seed=1)
 
 
 @pytest.mark.parametrize("cache_limit", [0, 1 << 30])
-def test_pictures_equal_the_search_s_and_bad_ones_are_skipped(colour_folder: Path, cache_limit: int) -> None:
+def test_images_equal_the_search_s_and_bad_ones_are_skipped(colour_folder: Path, cache_limit: int) -> None:
     paths = [colour_folder / "red" / "0.jpg", colour_folder / "bad.jpg", colour_folder / "blue" / "1.jpeg"]
-    paths[1].write_bytes(b"not a picture")
-    pictures = Pictures(listed(*paths), SPEC, threads=2, cache_limit=cache_limit)
-    batches = list(pictures.batches([2, 1, 0], batch_size=8))
+    paths[1].write_bytes(b"not an image")
+    images = ImageReader(listed(*paths), SPEC, threads=2, cache_limit=cache_limit)
+    batches = list(images.batches([2, 1, 0], batch_size=8))
     assert [chosen for chosen, _ in batches] == [[2, 0]]
     assert np.array_equal(batches[0][1].numpy(), np.stack([load(paths[2], SPEC), load(paths[0], SPEC)]))
-    assert list(pictures.skipped) == [1]
-    assert "bad.jpg: not a picture" in pictures.example()
+    assert list(images.skipped) == [1]
+    assert "bad.jpg: not an image" in images.example()
 
 
 def test_streamed_batches_are_the_cached_ones(colour_folder: Path) -> None:
     paths = sorted(path for path in colour_folder.rglob("*") if path.is_file())
     order = list(range(len(paths)))[::-1]
-    cached = list(Pictures(listed(*paths), SPEC, threads=1, cache_limit=1 << 30).batches(order, 5))
-    streamed = list(Pictures(listed(*paths), SPEC, threads=3, cache_limit=0).batches(order, 5))
+    cached = list(ImageReader(listed(*paths), SPEC, threads=1, cache_limit=1 << 30).batches(order, 5))
+    streamed = list(ImageReader(listed(*paths), SPEC, threads=3, cache_limit=0).batches(order, 5))
     assert [len(chosen) for chosen, _ in cached] == [5, 5, 2]
     for (a, x), (b, y) in zip(cached, streamed, strict=True):
         assert a == b
@@ -154,8 +154,8 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_resizing_is_pillows_bilinear() -> None:
     pixels = torch.randint(0, 256, (2, 40, 40, 3), generator=generator(), dtype=torch.uint8)
     small = Augmenter("none", 24, 1.0, 0.0)(pixels, generator())  # [B,3,24,24]
-    for picture, result in zip(pixels, small, strict=True):
-        image = Image.fromarray(picture.numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+    for image, result in zip(pixels, small, strict=True):
+        image = Image.fromarray(image.numpy()).resize((24, 24), Image.Resampling.BILINEAR)
         expected = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
         assert (result * 255 - expected).abs().max() <= 1.5  # Pillow rounds after each of its two passes
 
@@ -171,7 +171,7 @@ def test_augmentation_is_decided_by_its_generator(kind: Augment) -> None:
     assert not torch.equal(first, augment(pixels, generator(2)))
 
 
-def test_crops_keep_channels_and_differ_between_pictures() -> None:
+def test_crops_keep_channels_and_differ_between_images() -> None:
     left_red = torch.zeros(64, 20, 20, 3, dtype=torch.uint8)
     left_red[:, :, :10, 0] = 255
     x = Augmenter("photo", 10, 0.5, 0.0)(left_red, generator())
@@ -181,25 +181,25 @@ def test_crops_keep_channels_and_differ_between_pictures() -> None:
     assert len({round(float(v), 4) for v in x.mean(dim=(1, 2, 3))}) > 32
 
 
-def test_titles_of_a_fixed_length_go_in_parts_where_a_batch_does() -> None:
+def test_captions_of_a_fixed_length_go_in_parts_where_a_batch_does() -> None:
     pairs = PairSet((Path("a"),), ("red", "blue", "a red car"), ((0, 1, 2),))
-    loaded = load_model("clipret-small", captions=pairs.titles * 20)
+    loaded = load_model("clipret-small", captions=pairs.captions * 20)
     fixed = dataclasses.replace(loaded, text=msgspec.structs.replace(loaded.text, pad_to="context"))
-    texts = Texts(fixed, Listing(pairs, ((),)))
+    texts = Texts(fixed, Annotations(pairs, ((),)))
     batch = texts.batch(torch.tensor([2, 0, 1]), 2)
     assert [len(part) for part in batch.groups] == [2, 1]
     assert torch.equal(batch.ordered(batch.groups), texts.ids(torch.tensor([2, 0, 1])))
 
 
-def test_larger_pictures_make_sharper_crops(tmp_path: Path) -> None:
-    """A crop out of a picture of the model's own size has fewer details than the model will see."""
+def test_larger_images_make_sharper_crops(tmp_path: Path) -> None:
+    """A crop out of an image of the model's own size has fewer details than the model will see."""
     checks = np.indices((64, 64)).sum(axis=0) % 2 * 255
     Image.fromarray(np.repeat(checks[:, :, None], 3, axis=2).astype(np.uint8)).save(tmp_path / "checks.png")
     contrast = []
     for scale in (1, 2):
-        pictures = Pictures(
+        images = ImageReader(
             listed(tmp_path / "checks.png"), ImageSpec(32 * scale), threads=1, cache_limit=1 << 20, fast=True
         )
-        (_, pixels), *_ = pictures.batches([0], 1)
+        (_, pixels), *_ = images.batches([0], 1)
         contrast.append(float(Augmenter("photo", 32, 0.25, 0.0)(pixels, generator(3)).std()))
     assert contrast[1] > 2 * contrast[0]

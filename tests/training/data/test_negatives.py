@@ -49,7 +49,7 @@ def test_one_attribute_is_swapped(swap: AttributeSwap, caption: str, expected: s
         assert not found
 
 
-def test_no_caption_of_the_same_picture_comes_out(swap: AttributeSwap) -> None:
+def test_no_caption_of_the_same_image_comes_out(swap: AttributeSwap) -> None:
     """Neither word for word nor by what the others name."""
     found = all_of(swap, "a dog on the grass", "a dog on the grass", "A cat  on the grass", "a black animal")
     assert found
@@ -110,18 +110,18 @@ def test_a_file_that_is_no_vocabulary(content: str, message: str, tmp_path: Path
 
 
 def test_real_captions_in_both_languages(swap: AttributeSwap, shared_data: Path) -> None:
-    """Most have something to swap, and no picture gets one of its own captions for a negative."""
-    of_picture: dict[tuple[str, str], list[str]] = {}
+    """Most have something to swap, and no image gets one of its own captions for a negative."""
+    of_image: dict[tuple[str, str], list[str]] = {}
     for line in (shared_data / "flickr8k" / "captions.tsv").read_text(encoding="utf-8").splitlines()[1:]:
-        path, _, lang, title = line.split("\t")
-        of_picture.setdefault((path, lang), []).append(title)
+        path, _, lang, caption = line.split("\t")
+        of_image.setdefault((path, lang), []).append(caption)
     made = {"en": 0, "zh": 0}
     seen = {"en": 0, "zh": 0}
-    for (_, lang), titles in list(of_picture.items())[::20]:
-        for number, title in enumerate(titles):
-            negative = swap(title, titles, generator(number))
+    for (_, lang), captions in list(of_image.items())[::20]:
+        for number, caption in enumerate(captions):
+            negative = swap(caption, captions, generator(number))
             seen[lang] += 1
             made[lang] += negative is not None
-            assert negative not in titles
+            assert negative not in captions
     assert made["en"] > 0.7 * seen["en"]
     assert made["zh"] > 0.4 * seen["zh"]

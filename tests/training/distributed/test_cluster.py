@@ -18,8 +18,8 @@ import pytest
 import tomli_w
 from PIL import Image
 
+from clipret_training.annotations import read_annotations
 from clipret_training.config import FitConfig
-from clipret_training.listing import read_listing
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -27,15 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two archives of twelve pictures, with a title beside each."""
+    """Two archives of twelve images, with a caption beside each."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     for number in range(2):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for one in range(12 * number, 12 * number + 12):
-                picture = io.BytesIO()
-                Image.fromarray(np.full((40, 40, 3), rng.integers(0, 256, 3), np.uint8)).save(picture, "PNG")
-                for name, content in ((f"{one:02d}.png", picture.getvalue()), (f"{one:02d}.txt", b"picture %d" % one)):
+                image = io.BytesIO()
+                Image.fromarray(np.full((40, 40, 3), rng.integers(0, 256, 3), np.uint8)).save(image, "PNG")
+                for name, content in ((f"{one:02d}.png", image.getvalue()), (f"{one:02d}.txt", b"image %d" % one)):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -72,13 +72,13 @@ def test_a_lost_process_is_started_again(shards: Path, tmp_path: Path, upload: C
     assert [line["epoch"] for line in lines] == [1, 2]
 
 
-def test_a_listing_of_a_store_holds_no_pictures(shards: Path, upload: Callable[[str, Path], None]) -> None:
+def test_a_listing_of_a_store_holds_no_images(shards: Path, upload: Callable[[str, Path], None]) -> None:
     pytest.importorskip("pyarrow", reason="needs the extra parquet")
     upload("listing", shards)
     config = settings("s3://listing/{0..1}.tar")
-    there, here = (read_listing(config, source, None) for source in (config.data, str(shards / "{0..1}.tar")))
-    assert there.pairs.titles == here.pairs.titles
-    assert there.pairs.of_picture == here.pairs.of_picture
+    there, here = (read_annotations(config, source, None) for source in (config.data, str(shards / "{0..1}.tar")))
+    assert there.pairs.captions == here.pairs.captions
+    assert there.pairs.of_image == here.pairs.of_image
     assert there.read is not None
     assert here.read is not None
     assert [read() for read in there.read] == [read() for read in here.read]

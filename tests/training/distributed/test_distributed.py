@@ -24,7 +24,7 @@ from clipret_training.fit import fit
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny-clip, an open_clip model of two layers a tower; batch.pt; toy/, 24 pictures with a title each."""
+    """tiny-clip, an open_clip model of two layers a tower; batch.pt; toy/, 24 images with a caption each."""
     folder = tmp_path_factory.mktemp("distributed")
     model_cfg = {
         "embed_dim": 16,
@@ -41,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"images": torch.randn(12, 3, 32, 32), "ids": ids}, folder / "batch.pt")
     rng = np.random.default_rng(0)
     (folder / "toy").mkdir()
-    lines = ["path,title"]
+    lines = ["path,caption"]
     for number in range(24):
         pixels = np.full((40, 40, 3), rng.integers(0, 256, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "toy" / f"{number}.png")
-        lines.append(f"{number}.png,picture {number}")
+        lines.append(f"{number}.png,image {number}")
     (folder / "toy" / "broken.png").write_bytes(b"none")
-    lines.append("broken.png,a broken picture")
+    lines.append("broken.png,a broken image")
     (folder / "toy" / "list.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -94,7 +94,7 @@ def run_two(config: FitConfig, out: Path, *more: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    """Two processes that stream their pictures and score their own rows only."""
+    """Two processes that stream their images and score their own rows only."""
     done = run_two(settings(folder), folder / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("text to image") == 2  # the table of one process

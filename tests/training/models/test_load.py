@@ -54,7 +54,7 @@ def test_small_embeddings_ignore_padding_and_the_batch() -> None:
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
-def test_small_takes_any_picture_size_and_normalises() -> None:
+def test_small_takes_any_image_size_and_normalises() -> None:
     model = load_model("clipret-small", captions=CAPTIONS).model
     for size in (64, 80, 100):
         rows = model.encode_image(torch.rand(2, 3, size, size), normalize=True)

@@ -14,20 +14,20 @@ from clipret_training.pipelines.pipeline import Pipeline, run_pipeline
 STEPS = """# for tests
 [values]
 bundle = "{bundle}"
-pictures = "{pictures}"
+images = "{images}"
 texts = "{folder}/texts.txt"
 queries = ""
 more = []
 
 [[step]]
 name = "index"
-run = ["clipret-search", "index", "{{bundle}}", "{{pictures}}", "{{out}}/gallery"]
+run = ["clipret-search", "index", "{{bundle}}", "{{images}}", "{{out}}/gallery"]
 makes = "{{out}}/gallery"
 keeps = true
 
 [[step]]
 name = "measure"
-run = ["clipret-search", "eval", "{{out}}/gallery", "{{queries}}", "--image-root", "{{pictures}}", "--json"]
+run = ["clipret-search", "eval", "{{out}}/gallery", "{{queries}}", "--image-root", "{{images}}", "--json"]
 measures = true
 needs = ["queries"]
 
@@ -39,7 +39,7 @@ makes = "{{out}}/found.json"
 
 [[step]]
 name = "measure found"
-run = ["clipret-search", "eval", "{{out}}/gallery", "{{queries}}", "--image-root", "{{pictures}}", "--json", "--wrong"]
+run = ["clipret-search", "eval", "{{out}}/gallery", "{{queries}}", "--image-root", "{{images}}", "--json", "--wrong"]
 measures = true
 needs = ["queries", "more"]
 """
@@ -47,10 +47,10 @@ needs = ["queries", "more"]
 
 @pytest.fixture
 def recipe(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
-    text = STEPS.format(bundle=tiny_bundle, pictures=colour_folder, folder=tmp_path)
+    text = STEPS.format(bundle=tiny_bundle, images=colour_folder, folder=tmp_path)
     (tmp_path / "recipe.toml").write_text(text)
     (tmp_path / "texts.txt").write_text("red\nblue\n")
-    (tmp_path / "queries.csv").write_text("title,path\nred,red/0.jpg\nblue,red/1.jpeg\n")
+    (tmp_path / "queries.csv").write_text("caption,path\nred,red/0.jpg\nblue,red/1.jpeg\n")
     return tmp_path / "recipe.toml"
 
 
@@ -118,7 +118,7 @@ def test_an_interrupted_step_goes_on_with_what_it_has(recipe: Path, tmp_path: Pa
         (("[[step]]", "[[steps]]"), r"unknown field steps; a pipeline has \[values\] and \[\[step\]\]"),
         (("[values]", "[values"), "is not TOML"),
         (('"search"\nrun', '"index"\nrun'), "has two steps 'index'"),
-        (("{texts}", "{text}"), "has no value 'text': it has bundle, pictures"),
+        (("{texts}", "{text}"), "has no value 'text': it has bundle, images"),
         (('"{more}"]', '"-{more}"]'), "more is a list and stands in"),
         (("keeps = true", "keep = true"), r"step\[0\]: contains unknown field keep; .* a step has name, run"),
         (('makes = "{out}/gallery"', "makes = 1"), r"step\[0\]\.makes is 1: expected str"),
@@ -136,7 +136,7 @@ def test_what_is_wrong_is_found_before_anything_is_done(change: tuple[str, str],
 
 
 def test_nothing_outside_the_folder_is_removed(recipe: Path, colour_folder: Path, tmp_path: Path) -> None:
-    recipe.write_text(recipe.read_text().replace('makes = "{out}/gallery"', 'makes = "{pictures}"'))
+    recipe.write_text(recipe.read_text().replace('makes = "{out}/gallery"', 'makes = "{images}"'))
     with pytest.raises(ClipretError, match="which is outside"):
         states(recipe, tmp_path / "out")
     assert len(list(colour_folder.rglob("*.*"))) == 12
@@ -168,7 +168,7 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0].split()[:5] == ["step", "seconds", "CPU", "seconds", "recall_at_1"]
     assert "0.5000 (+0.0000)" in lines[4]
-    assert "missing_pictures" not in result.stdout
+    assert "missing_images" not in result.stdout
 
 
 def test_traffic_from_labels_to_answer(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_traffic_from_labels_to_answer(tmp_path: Path) -> None:
         "images": drawn / "train_images",
         "texts": drawn / "test_text.txt",
         "test_images": drawn / "test_images",
-        "test": json.dumps([str(drawn / "test_pictures.csv"), "--image-root", str(drawn / "test_images")]),
+        "test": json.dumps([str(drawn / "test_images.csv"), "--image-root", str(drawn / "test_images")]),
         "queries": drawn / "test_queries.csv",
         "read": '["--val-share", "0.5"]',
         "fit": '["--epochs", "1", "--threads", "1", "--batch-size", "32"]',
@@ -200,15 +200,15 @@ def test_traffic_from_labels_to_answer(tmp_path: Path) -> None:
     texts = (drawn / "test_text.txt").read_text().splitlines()
     answer = json.loads((tmp_path / "work/answer.json").read_text())["results"]
     assert [entry["text"] for entry in answer] == texts
-    pictures = {file.name for file in (drawn / "test_images").iterdir()}
+    images = {file.name for file in (drawn / "test_images").iterdir()}
     for entry in answer:
         assert len(set(entry["image_names"])) == 10
-        assert set(entry["image_names"]) <= pictures
+        assert set(entry["image_names"]) <= images
     with (tmp_path / "work/completed.csv").open(newline="") as file:
         filled = [row for row in csv.DictReader(file) if row["filled"]]
     assert filled
     assert all(row["color"] and row["type"] and row["split"] == "train" for row in filled if ";" not in row["filled"])
-    assert all(row["type"] in row["title"] and row["color"] in row["title"] for row in filled)
+    assert all(row["type"] in row["caption"] and row["color"] in row["caption"] for row in filled)
     assert "kept" not in result.stderr
     again = run("traffic", "--out", tmp_path / "work", *given)
     assert "done" not in again.stderr
@@ -216,13 +216,13 @@ def test_traffic_from_labels_to_answer(tmp_path: Path) -> None:
 
 
 def test_products_from_lists_to_answer(colour_folder: Path, tmp_path: Path) -> None:
-    """The contest's files, made here: tab-separated titles, a gallery that leaves the training's pictures out."""
+    """The contest's files, made here: tab-separated captions, a gallery that leaves the training's images out."""
     files = [file.relative_to(colour_folder).as_posix() for file in sorted(colour_folder.rglob("*.*"))]
     train = [name for name in files if not name.endswith("2.png")]
     rows = [f"{name.split('/')[0]}的东西\t{name}" for name in train]
-    (tmp_path / "train.csv").write_text("\n".join(["title\tpath", *rows]) + "\n")
-    (tmp_path / "test_query.csv").write_text('title\nred的东西\n"blue, 东西"\n')
-    (tmp_path / "sample.csv").write_text("title,path\nx,grey/2.png\n")
+    (tmp_path / "train.csv").write_text("\n".join(["caption\tpath", *rows]) + "\n")
+    (tmp_path / "test_query.csv").write_text('caption\nred的东西\n"blue, 东西"\n')
+    (tmp_path / "sample.csv").write_text("caption,path\nx,grey/2.png\n")
     values = {
         "train": tmp_path / "train.csv",
         "images": colour_folder,
@@ -237,7 +237,7 @@ def test_products_from_lists_to_answer(colour_folder: Path, tmp_path: Path) -> N
     assert "step answer: done" in result.stderr
     with (tmp_path / "work/submit.csv").open(newline="") as file:
         answer = list(csv.DictReader(file))
-    assert [row["title"] for row in answer] == ["red的东西", "blue, 东西"]
+    assert [row["caption"] for row in answer] == ["red的东西", "blue, 东西"]
     found = [row["path"] for row in answer]
     assert len(set(found)) == 2
     assert all(name.endswith("2.png") for name in found)

@@ -42,13 +42,13 @@ def test_a_seed_gives_the_same_bytes_with_any_number_of_workers(tmp_path: Path) 
     a, b, c, d = (digests(tmp_path / name) for name, *_ in sets)
     assert a == b
     assert a.keys() == c.keys() == d.keys()
-    pictures = [digest for each in (a, c, d) for name, digest in each.items() if name.endswith(".jpg")]
-    assert len(set(pictures)) == 30
+    images = [digest for each in (a, c, d) for name, digest in each.items() if name.endswith(".jpg")]
+    assert len(set(images)) == 30
 
 
 def test_captions_and_queries_agree(drawn: Path) -> None:
     listed = rows(drawn / "captions.csv")
-    assert list(listed[0]) == ["path", "lang", "title", "kind", "color", "type"]
+    assert list(listed[0]) == ["path", "lang", "caption", "kind", "color", "type"]
     assert {row["path"] for row in listed} == {str(file.relative_to(drawn)) for file in drawn.glob("images/*.jpg")}
     assert len(listed) == 83 * 6
     assert sum(row["kind"] == "person" for row in listed) == 16 * 6
@@ -59,10 +59,10 @@ def test_captions_and_queries_agree(drawn: Path) -> None:
     for lang in LANGS:
         answers = [row for row in asked if row["lang"] == lang]
         assert sorted((row["path"], (row["color"], row["type"])) for row in answers) == sorted(vehicles.items())
-        assert all(row["title"] == query(row["color"], row["type"], lang) for row in answers)
+        assert all(row["caption"] == query(row["color"], row["type"], lang) for row in answers)
 
     about_people = rows(drawn / "person_queries.csv")
-    assert list(about_people[0]) == ["title", "path", "lang"]
+    assert list(about_people[0]) == ["caption", "path", "lang"]
     assert not {row["path"] for row in about_people} & set(vehicles)
     assert len(about_people) == len({tuple(row.values()) for row in about_people})
 

@@ -24,7 +24,7 @@ FILE = click.Path(path_type=Path)
 FIT_EPILOG = """
 \b
 Examples
-  A new model from a list with the columns path and title, pictures beside it:
+  A new model from a list with the columns path and caption, images beside it:
     clipret-train fit captions.csv --model clipret-small --out run
   Rows of one language, one split held out:
     clipret-train fit captions.tsv --image-root images --model clipret-small --out run \\
@@ -49,7 +49,7 @@ Next:  clipret-export run bundle
 )
 @click.version_option(package_name="clipret")
 def main() -> None:
-    """Train CLIP models on your pictures and titles.
+    """Train CLIP models on your images and captions.
 
     \b
     clipret-train fit captions.csv --model clipret-small --out run     from scratch, on a CPU
@@ -57,7 +57,7 @@ def main() -> None:
     clipret-train resume run                                           after an interruption
     clipret-train recipes                                              what there is to start from
     clipret-train soup run1 run2 --how uniform --out run               the mean of several trainings
-    clipret-train data scenes OUT --count 2000                         drawn traffic scenes with titles
+    clipret-train data scenes OUT --count 2000                         drawn traffic scenes with captions
     clipret-train data traffic train_label.txt OUT                     a competition's labels, checked
     clipret-train run traffic --out work                               from raw files to the answer
     """
@@ -76,23 +76,23 @@ def main() -> None:
 @click.option("--set", "more", multiple=True, metavar="NAME=VALUE", help="Any option of  clipret-train options.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out if it has been begun.")
 @click.option("--image-root", type=FILE, help="What paths in the list are relative to; default: its folder.")
-@click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected.")
-@click.option("--title-column", metavar="NAME", help="Column of the titles; default: detected.")
+@click.option("--image-column", metavar="NAME", help="Column of the images' paths; default: detected.")
+@click.option("--caption-column", metavar="NAME", help="Column of the captions; default: detected.")
 @click.option("--group-column", metavar="NAME", help="Rows with the same value are right answers to each other.")
 @click.option("--where", metavar="SQL", help="Only rows of the list for which this holds.")
 @click.option("--val", type=LOCATION, help="A list of its own to validate on.")
 @click.option("--val-where", metavar="SQL", help="Rows to validate on, of --val or of the list itself.")
-@click.option("--val-split", type=float, help="Share of the pictures to validate on where neither is given.")
+@click.option("--val-split", type=float, help="Share of the images to validate on where neither is given.")
 @click.option("--validate-every", type=int, metavar="EPOCHS", help="How often recall is measured.")
-@click.option("--epochs", type=int, help="Times that every picture is seen.")
-@click.option("--batch-size", type=int, help="Pictures a step, of all processes together.")
+@click.option("--epochs", type=int, help="Times that every image is seen.")
+@click.option("--batch-size", type=int, help="Images a step, of all processes together.")
 @click.option("--accumulate", type=int, metavar="PARTS", help="Compute a batch in so many parts: less memory.")
-@click.option("--captions", type=int, help="Titles of each picture that take part in a step.")
+@click.option("--captions", type=int, help="Captions of each image that take part in a step.")
 @click.option("--lr", type=float, help="Highest learning rate.")
 @click.option("--weight-decay", type=float, help="On matrices only.")
 @click.option("--warmup", type=float, help="Share of the steps until the learning rate is reached.")
-@click.option("--augment", type=click.Choice(get_args(Augment)), help="How pictures are varied.")
-@click.option("--crop-area", type=float, help="Least share of a picture that a random crop keeps.")
+@click.option("--augment", type=click.Choice(get_args(Augment)), help="How images are varied.")
+@click.option("--crop-area", type=float, help="Least share of an image that a random crop keeps.")
 @click.option("--precision", type=click.Choice(get_args(Precision)), help="Default: bf16 where the processor has it.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu]")
 @click.option("--threads", type=int, help="Processor threads; default: all there are.")
@@ -100,15 +100,15 @@ def main() -> None:
     "--cache-limit",
     type=float,
     metavar="GIB",
-    help="Memory for decoded pictures; beyond it they are decoded anew each epoch.  [default: 4]",
+    help="Memory for decoded images; beyond it they are decoded anew each epoch.  [default: 4]",
 )
 @click.option("--save-every", type=int, metavar="STEPS", help="How often to save; default: after each epoch.")
 @click.option("--seed", type=int, help="Decides the weights, the order, the crops.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def fit(out: Path, recipe: str | None, more: tuple[str, ...], resume: bool, as_json: bool, **given: Any) -> None:
-    """Train MODEL on DATA: a list (CSV, TSV or JSON lines: one picture and one title a row) or webdataset's .tar files.
+    """Train MODEL on DATA: a list (CSV, TSV or JSON lines: one image and one caption a row) or webdataset's .tar files.
 
-    A picture may have many titles and a title many pictures: all of them count as right answers. What is left open
+    An image may have many captions and a caption many images: all of them count as right answers. What is left open
     is filled in from the recipe and from the defaults for the model; params.toml in the run folder records every value.
     """
     _require_packages()
@@ -171,25 +171,27 @@ def _train(config: "FitConfig", out: Path, *, resume: bool, as_json: bool) -> No
     if not result.writes:
         return
     if result.skipped:
-        click.echo(f"unreadable pictures: {result.skipped}, listed in {out / SKIPPED}", err=True)
+        click.echo(f"unreadable images: {result.skipped}, listed in {out / SKIPPED}", err=True)
     if as_json:
         kept = {name: value for name, value in dataclasses.asdict(result).items() if name != "writes"}
         click.echo(json.dumps(kept | {"run": str(result.run)}, indent=2))
         return
     rows = []
-    for title, metrics in (("best", result.best), ("last", result.last)):
+    for caption, metrics in (("best", result.best), ("last", result.last)):
         for way, name in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
             found = metrics[way]
             shares = [f"{100 * found[f'recall_at_{k}']:.1f}%" for k in (1, 5, 10)]
             rank, precision = f"{found['median_rank']:g}", f"{found['map_at_10']:.4f}"
-            rows.append([f"{title} (epoch {metrics['epoch']})", name, *shares, rank, precision, f"{found['queries']}"])
+            rows.append(
+                [f"{caption} (epoch {metrics['epoch']})", name, *shares, rank, precision, f"{found['queries']}"]
+            )
     header = ["checkpoint", "direction", "recall@1", "recall@5", "recall@10", "median rank", "mAP@10", "queries"]
     click.echo(show_table(header, rows))
     click.echo(f"{result.last['cpu_seconds']:.0f} CPU seconds. Next:  clipret-export {out} BUNDLE")
 
 
 def _report(metrics: dict[str, Any]) -> None:
-    line = f"epoch {metrics['epoch']:3}  loss {metrics['loss']:.3f}  {metrics['pictures_per_second']:.0f} pictures/s"
+    line = f"epoch {metrics['epoch']:3}  loss {metrics['loss']:.3f}  {metrics['images_per_second']:.0f} images/s"
     if "text_to_image" in metrics:
         line += f"  recall@10 {100 * metrics['text_to_image']['recall_at_10']:.1f}%"
     click.echo(line, err=True)
@@ -206,21 +208,21 @@ data.add_command(challenge)
 
 @data.command(epilog="Example:  clipret-train data scenes scenes --count 2000 --style surveillance --seed 1")
 @click.argument("out", type=FILE)
-@click.option("--count", type=click.IntRange(1), default=2000, show_default=True, help="Pictures to draw.")
+@click.option("--count", type=click.IntRange(1), default=2000, show_default=True, help="Images to draw.")
 @click.option(
     "--style",
     type=click.Choice(get_args(Style)),
     default="web",
     show_default=True,
-    help="Clean pictures as in a shop, or what a camera on a pole sees.",
+    help="Clean images as in a shop, or what a camera on a pole sees.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed draws the same pictures."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed draws the same images."
 )
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
 def scenes(out: Path, count: int, style: Style, seed: int, workers: int) -> None:
-    """Draw traffic scenes with titles into the folder OUT."""
+    """Draw traffic scenes with captions into the folder OUT."""
     from clipret_training.synthetic import write_set
 
     write_set(out, count=count, style=style, seed=seed, workers=workers)
-    click.echo(f"{count} pictures in {out}")
+    click.echo(f"{count} images in {out}")

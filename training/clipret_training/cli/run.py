@@ -14,7 +14,7 @@ from clipret_training.recipe import recipe_names, recipe_text
 
 __all__ = ["run"]
 
-_COUNTS = ("queries", "missing_pictures", "queries_left_out")  # of eval: the same in every step
+_COUNTS = ("queries", "missing_images", "queries_left_out")  # of eval: the same in every step
 
 
 @click.command(

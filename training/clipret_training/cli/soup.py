@@ -48,8 +48,8 @@ Next:  clipret-export soup bundle
 @click.option("--val", type=FILE, help="greedy: the list that decides; uniform, wise: a list to measure the result on.")
 @click.option("--val-where", metavar="SQL", help="Only rows of --val for which this holds.")
 @click.option("--image-root", type=FILE, help="What paths in the list are relative to; default: its folder.")
-@click.option("--image-column", metavar="NAME", help="Column of the pictures' paths; default: detected.")
-@click.option("--title-column", metavar="NAME", help="Column of the titles; default: detected.")
+@click.option("--image-column", metavar="NAME", help="Column of the images' paths; default: detected.")
+@click.option("--caption-column", metavar="NAME", help="Column of the captions; default: detected.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N, to measure on.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads; default: all there are.")
 def soup(

@@ -22,9 +22,9 @@ _NAMED = 20  # lines with a fault that are named on the terminal
 @click.command(epilog="Example:  clipret-train data traffic train_label.txt traffic --image-root train_images")
 @click.argument("labels", type=FILE)
 @click.argument("out", type=FILE)
-@click.option("--image-root", type=FILE, help="The folder with the pictures; every one must be there.")
+@click.option("--image-root", type=FILE, help="The folder with the images; every one must be there.")
 @click.option("--vocabulary", type=FILE, help="A vocabulary.json with more colours or types than the challenge's.")
-@click.option("--val-share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Pictures held out.")
+@click.option("--val-share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Images held out.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which.")
 @click.option("--skip", is_flag=True, help="Leave lines with a fault out, rather than refuse the file.")
 @click.option("--json", "as_json", is_flag=True, help="Print all counts as JSON.")
@@ -41,11 +41,11 @@ def traffic(
     """Check LABELS, the challenge's lines image$attribute$text, and write the folder OUT.
 
     \b
-    captions.csv      path, title, kind (vehicle, person), color, brand, type, attributes, split (train, val)
+    captions.csv      path, caption, kind (vehicle, person), color, brand, type, attributes, split (train, val)
     vocabulary.json   the colours, types and brands there are, and the 21 attributes of persons
     statistics.json   how often each of them occurs, and what looks like a slip
 
-    Every line is checked: three fields, a picture that is there, colour and brand or a type or 21 values of 0 and 1, no
+    Every line is checked: three fields, an image that is there, colour and brand or a type or 21 values of 0 and 1, no
     contradiction to an earlier line. Nothing is guessed: lines with a fault are named with their numbers, and the
     file is refused. Next:
 
@@ -97,26 +97,26 @@ def traffic(
 
 @click.command(epilog="Example:  clipret-train data challenge drawn --train 2640 --test 1320 --seed 1")
 @click.argument("out", type=FILE)
-@click.option("--train", type=click.IntRange(1), default=2640, show_default=True, help="Pictures to train with.")
-@click.option("--test", type=click.IntRange(1), default=1320, show_default=True, help="Pictures to search.")
+@click.option("--train", type=click.IntRange(1), default=2640, show_default=True, help="Images to train with.")
+@click.option("--test", type=click.IntRange(1), default=1320, show_default=True, help="Images to search.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed draws the same pictures."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed draws the same images."
 )
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that draw.")
 def challenge(out: Path, train: int, test: int, seed: int, workers: int) -> None:
     """Draw the files of the traffic retrieval challenge into the folder OUT, with the truth.
 
     \b
-    train_label.txt, train_images/    clean pictures; a line names colour and brand, or the type
-    test_text.txt, test_images/       a camera's pictures; a line names colour, brand and type, or a person
-    test_pictures.csv                 what each test picture shows, to index them with
+    train_label.txt, train_images/    clean images; a line names colour and brand, or the type
+    test_text.txt, test_images/       a camera's images; a line names colour, brand and type, or a person
+    test_images.csv                 what each test image shows, to index them with
     test_queries.csv                  what each line of test_text.txt asks for, to evaluate with
 
     \b
-    clipret-search index bundle OUT/test_pictures.csv gallery --image-root OUT/test_images
+    clipret-search index bundle OUT/test_images.csv gallery --image-root OUT/test_images
     clipret-search eval gallery OUT/test_queries.csv --equal color --equal type --includes attributes
     """
     from clipret_training.synthetic.challenge import write_challenge
 
     write_challenge(out, train=train, test=test, seed=seed, workers=workers)
-    click.echo(f"{train} pictures to train with and {test} to search in {out}")
+    click.echo(f"{train} images to train with and {test} to search in {out}")

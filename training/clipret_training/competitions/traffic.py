@@ -57,7 +57,7 @@ PERSON_ATTRIBUTES = (
     "skirt or dress",
 )
 _ONE_OF = (PERSON_ATTRIBUTES[1:4], PERSON_ATTRIBUTES[4:7], PERSON_ATTRIBUTES[13:15])
-COLUMNS: tuple[str, ...] = ("path", "title", "kind", "color", "brand", "type", "attributes", "split")
+COLUMNS: tuple[str, ...] = ("path", "caption", "kind", "color", "brand", "type", "attributes", "split")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def parse_labels(
     """The labels of a file and what is wrong with the lines that are none, both in the order of the lines.
 
     Colours and types are compared without regard to capitals and come out as they are spelt in `colors` and `types`;
-    brands are free. `images`: the folder that must hold every picture. A picture may have several lines
+    brands are free. `images`: the folder that must hold every image. An image may have several lines
     as long as they do not contradict each other. Raises ClipretError for a file that cannot be read or is empty.
     """
     try:
@@ -163,9 +163,9 @@ def _person(number: int, image: str, attribute: str, text: str) -> Label | str:
 
 
 def _placed(label: Label, seen: dict[str, list[Label]], images: Path | None) -> Label | str:
-    """The label, or why it does not fit the pictures or an earlier line."""
+    """The label, or why it does not fit the images or an earlier line."""
     if images is not None and not (images / label.image).is_file():
-        return f"{images} has no picture {label.image}: correct the name or add the picture"
+        return f"{images} has no image {label.image}: correct the name or add the image"
     for before in seen[label.image]:
         if before.kind != label.kind or before.attributes != label.attributes:
             return f"{label.image} is something else on line {before.line}: correct one of them"
@@ -199,20 +199,20 @@ def vocabulary_of(labels: Iterable[Label], given: Vocabulary | None = None) -> d
 def rows_of(labels: Iterable[Label], val_share: float, seed: int) -> list[dict[str, str]]:
     """Rows with the COLUMNS of a training list.
 
-    A picture is in `split` val by a hash of its name and the seed, so that it stays there when pictures are added.
+    An image is in `split` val by a hash of its name and the seed, so that it stays there when images are added.
     """
     rows = []
     for label in labels:
         digest = hashlib.sha256(f"{seed}\0{label.image}".encode()).digest()
         held_out = int.from_bytes(digest[:8], "big") < val_share * 2**64
-        row = {"path": label.image, "title": label.text, "kind": label.kind, "color": label.color}
+        row = {"path": label.image, "caption": label.text, "kind": label.kind, "color": label.color}
         row |= {"brand": label.brand, "type": label.type, "attributes": "; ".join(label.attributes)}
         rows.append(row | {"split": "val" if held_out else "train"})
     return rows
 
 
 def statistics(labels: Sequence[Label]) -> dict[str, object]:
-    """Counts: lines and pictures, vehicles and persons, each word, different texts, and what may be a slip.
+    """Counts: lines and images, vehicles and persons, each word, different texts, and what may be a slip.
 
     `unclear persons`: those with none or several of what everybody has one of (an age, a side, a length of sleeve).
     `brands spelt in several ways`: those that differ in capitals only.
@@ -226,7 +226,7 @@ def statistics(labels: Sequence[Label]) -> dict[str, object]:
     }
     return {
         "lines": len(labels),
-        "pictures": len({label.image for label in labels}),
+        "images": len({label.image for label in labels}),
         "different texts": len({label.text for label in labels}),
         "vehicles by colour and brand": sum(bool(label.color) for label in labels),
         "vehicles by type": sum(bool(label.type) for label in labels),

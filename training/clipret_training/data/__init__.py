@@ -1,6 +1,6 @@
 """From images and captions to the batches of a training: decoded, varied, with hard negatives."""
 
-from clipret_training.data.batches import Batch, Pictures, Texts, normalise
+from clipret_training.data.batches import Batch, ImageReader, Texts, normalise
 from clipret_training.data.training_data import TrainingData, open_held_out
 
-__all__ = ["Batch", "Pictures", "Texts", "TrainingData", "normalise", "open_held_out"]
+__all__ = ["Batch", "ImageReader", "Texts", "TrainingData", "normalise", "open_held_out"]

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on tensors: a few matrix products instead of a Python call for every picture."""
+"""Augmentation of whole batches on tensors: a few matrix products instead of a Python call for every image."""
 
 import math
 from collections.abc import Callable
@@ -22,17 +22,17 @@ _ROTATION: dict[Augment, float] = {"none": 0.0, "photo": 0.0, "surveillance": 3.
 class Augmenter:
     """Turns uint8 [B,S,S,3] into float32 [B,3,size,size] with values in 0..1.
 
-    `none` only resizes. `photo` takes a random resized crop (`area`: the least share of the picture that is kept) and
+    `none` only resizes. `photo` takes a random resized crop (`area`: the least share of the image that is kept) and
     varies brightness, contrast and saturation by up to `jitter`. Hue stays: colours are what people search for.
     `surveillance` adds what cameras on poles add: low resolution, little light, sensor noise, JPEG's blocks, each to
-    half of the pictures.
+    half of the images.
 
-    flip: the share of pictures that is mirrored, 0 for none and 1 for all; None: none with `none`, else half.
-    rotation: the largest angle in degrees; None: 3 for `surveillance`, else 0. random_ops: changes a picture as in
-    RandAugment (Cubuk et al., 2020), drawn with a strength of up to `magnitude`, 0 to 1; they are for pictures whose
-    colours do not matter. fill: the value of the bars, for pictures that were padded to a square. These are taken out
-    first and what is cropped is padded anew, as the picture of that crop would have been: otherwise a crop would
-    show bars of a width that no picture has in use. Training from scratch with strong crops is better off without:
+    flip: the share of images that is mirrored, 0 for none and 1 for all; None: none with `none`, else half.
+    rotation: the largest angle in degrees; None: 3 for `surveillance`, else 0. random_ops: changes an image as in
+    RandAugment (Cubuk et al., 2020), drawn with a strength of up to `magnitude`, 0 to 1; they are for images whose
+    colours do not matter. fill: the value of the bars, for images that were padded to a square. These are taken out
+    first and what is cropped is padded anew, as the image of that crop would have been: otherwise a crop would
+    show bars of a width that no image has in use. Training from scratch with strong crops is better off without:
     recall@10 on Flickr8k after 20 epochs of clipret-small (an `area` of 0.35) is 16.9 % with bars as they come, 15.5 %
     padded anew.
     """
@@ -56,17 +56,17 @@ class Augmenter:
         flip = _FLIP[self.kind] if self.flip is None else self.flip
         rotation = _ROTATION[self.kind] if self.rotation is None else self.rotation
         if self.kind == "none":
-            picture, place = _square(B, S), _square(B, self.size)
+            image, place = _square(B, S), _square(B, self.size)
         else:
-            picture = self._crop(_content(pixels, self.fill), generator)
-            place = _square(B, self.size) if self.fill is None else _centred(picture, self.size)
+            image = self._crop(_content(pixels, self.fill), generator)
+            place = _square(B, self.size) if self.fill is None else _centred(image, self.size)
         mirror = _uniform(B, 0, 1, generator) < flip
         x = pixels.float().div_(255)  # [B,S,S,3]
         if self.kind == "none" and self.size == S:
             x = torch.where(mirror.to(x.device)[:, None, None, None], x.flip(2), x) if flip else x
             x = x.permute(0, 3, 1, 2)
         else:
-            x = _resize(x, picture, place, self.size, mirror)  # [B,3,size,size]
+            x = _resize(x, image, place, self.size, mirror)  # [B,3,size,size]
         if rotation:
             degrees = _uniform(B, -rotation, rotation, generator)
             x = pixel_ops.rotate(x, degrees, place.width / self.size, place.height / self.size)
@@ -84,7 +84,7 @@ class Augmenter:
         """A random part of the content with an aspect ratio changed by up to 3:4 or 4:3."""
         B = len(content.left)
         area = _uniform(B, self.area, 1, generator)
-        # No further than a side that is as long as the picture: an area of 1 is the whole picture.
+        # No further than a side that is as long as the image: an area of 1 is the whole image.
         most = torch.minimum(-area.log(), torch.tensor(math.log(4 / 3)))
         aspect = torch.exp(_uniform(B, -1, 1, generator) * most)
         width, height = (area * aspect).sqrt() * content.width, (area / aspect).sqrt() * content.height
@@ -107,15 +107,15 @@ def _square(B: int, side: int) -> _Box:
     return _Box(start, start, length, length)
 
 
-def _centred(picture: _Box, size: int) -> _Box:
-    """Where `images.load` puts a picture of this shape in a square of `size` pixels a side."""
-    longest = torch.maximum(picture.width, picture.height)
-    width, height = ((side / longest * size).round().clamp(min=1) for side in (picture.width, picture.height))
+def _centred(image: _Box, size: int) -> _Box:
+    """Where `images.load` puts an image of this shape in a square of `size` pixels a side."""
+    longest = torch.maximum(image.width, image.height)
+    width, height = ((side / longest * size).round().clamp(min=1) for side in (image.width, image.height))
     return _Box(((size - width) / 2).floor(), ((size - height) / 2).floor(), width, height)
 
 
 def _content(pixels: Tensor, fill: int | None) -> _Box:
-    """Where the pictures are between their bars, if there are any; uint8 [B,S,S,3].
+    """Where the images are between their bars, if there are any; uint8 [B,S,S,3].
 
     Bars are above and below or on both sides, alike but for a pixel, and have one value everywhere.
     """
@@ -137,16 +137,16 @@ def _content(pixels: Tensor, fill: int | None) -> _Box:
     return _Box(left, top, S - left - right, S - top - bottom)
 
 
-def _resize(x: Tensor, picture: _Box, place: _Box, size: int, mirror: Tensor) -> Tensor:
-    """[B,S,S,3] -> [B,3,size,size] with what is in `picture` at `place`; around it, its edge goes on.
+def _resize(x: Tensor, image: _Box, place: _Box, size: int, mirror: Tensor) -> Tensor:
+    """[B,S,S,3] -> [B,3,size,size] with what is in `image` at `place`; around it, its edge goes on.
 
     Crop, mirror and resize with antialiasing are two matrix products, one for each axis.
     """
     B, S = x.shape[:2]
-    rows = _interpolation(picture.top, picture.height, place.top, place.height, S, size)  # [B,size,S]
-    # A mirrored picture is at its place when what is mirrored lies on the other side.
+    rows = _interpolation(image.top, image.height, place.top, place.height, S, size)  # [B,size,S]
+    # A mirrored image is at its place when what is mirrored lies on the other side.
     left = torch.where(mirror, size - place.left - place.width, place.left)
-    columns = _interpolation(picture.left, picture.width, left, place.width, S, size)
+    columns = _interpolation(image.left, image.width, left, place.width, S, size)
     columns = torch.where(mirror[:, None, None], columns.flip(1), columns)
     x = torch.bmm(rows.to(x.device), x.reshape(B, S, S * 3)).reshape(B, size, S, 3)
     x = x.permute(0, 2, 1, 3).reshape(B, S, size * 3)
@@ -162,12 +162,12 @@ def _interpolation(start: Tensor, length: Tensor, to: Tensor, extent: Tensor, S:
     radius = (length / extent[:, None]).clamp(min=1)[..., None]  # wider than a pixel when it shrinks: antialiasing
     pixels = torch.arange(S) + 0.5
     weights = (1 - (pixels - centres).abs() / radius).clamp(min=0)
-    weights *= ((pixels > start - 0.5) & (pixels < end + 0.5))[:, None]  # nothing from beyond the picture
+    weights *= ((pixels > start - 0.5) & (pixels < end + 0.5))[:, None]  # nothing from beyond the image
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def _pad(x: Tensor, place: _Box, fill: float) -> Tensor:
-    """The bars on top of a picture whose edge goes on beyond its place."""
+    """The bars on top of an image whose edge goes on beyond its place."""
     size = x.shape[2]
     places = torch.arange(size)
     wide = (places >= place.left[:, None]) & (places < (place.left + place.width)[:, None])  # [B,size]
@@ -177,7 +177,7 @@ def _pad(x: Tensor, place: _Box, fill: float) -> Tensor:
 
 
 def _random_ops(x: Tensor, count: int, magnitude: float, generator: torch.Generator) -> Tensor:
-    """For each picture `count` changes out of ten. A change is computed for the pictures that drew it only."""
+    """For each image `count` changes out of ten. A change is computed for the images that drew it only."""
     B = len(x)
     for _ in range(count):
         drawn = torch.randint(len(_OPS), (B,), generator=generator)
@@ -224,7 +224,7 @@ _OPS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
 
 
 def _degrade(x: Tensor, generator: torch.Generator) -> Tensor:
-    """From the lens to the recorder; each happens to half of the pictures, independently."""
+    """From the lens to the recorder; each happens to half of the images, independently."""
     share = float(_uniform(1, 0.3, 0.8, generator))
     x = _half(x, generator, lambda part: pixel_ops.lose_resolution(part, share))
     x = _half(x, generator, lambda part: pixel_ops.low_light(part, _for(part, 0.05, 0.8, generator), generator))

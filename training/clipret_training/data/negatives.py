@@ -1,6 +1,6 @@
 """Hard negative captions: one attribute of a caption swapped for another that excludes it.
 
-"A red car" becomes "a blue car": all other captions of a batch differ from a picture in so much that a model need not
+"A red car" becomes "a blue car": all other captions of a batch differ from an image in so much that a model need not
 learn colours, sides or clothing to tell them apart (Yuksekgonul et al., When and why vision-language models behave
 like bags-of-words, 2023, from whom negatives as further columns of the loss are taken, too).
 """
@@ -98,8 +98,8 @@ class AttributeSwap:
     def __call__(self, caption: str, positives: Collection[str], generator: torch.Generator) -> str | None:
         """`caption` with one attribute swapped, drawn from all that could be; None where there is none.
 
-        positives: all captions of the picture. The result is none of them, in whatever case or spacing, and names
-        nothing that any of them names: of a picture with a dog and a cat neither is swapped for the other.
+        positives: all captions of the image. The result is none of them, in whatever case or spacing, and names
+        nothing that any of them names: of an image with a dog and a cat neither is swapped for the other.
         """
         named = {(found.group, found.entry) for text in {caption, *positives} for found in self._find(text)}
         taken = {_plain(text) for text in positives} | {_plain(caption)}
@@ -119,7 +119,7 @@ class AttributeSwap:
     def attributes(self, captions: Sequence[str]) -> Tensor:
         """bool [N,A]: which of the A entries of all groups each caption names, however it calls them.
 
-        What `soft` of clipret_training.loss wants of texts; of a picture it is `.any(dim=0)` over its captions.
+        What `soft` of clipret_training.loss wants of texts; of an image it is `.any(dim=0)` over its captions.
         """
         column = {
             (group, entry): number

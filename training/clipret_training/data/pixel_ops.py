@@ -1,4 +1,4 @@
-"""Changes to batches of pictures, float32 [B,3,H,W] with values around 0..1, each picture with its own strength [B].
+"""Changes to batches of images, float32 [B,3,H,W] with values around 0..1, each image with its own strength [B].
 
 All are a few passes over the batch; none draws random numbers, except noise.
 """
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-_ABREAST = 8  # pictures of JPEG at once on a CPU: they stay in its cache, which makes it twice as fast
+_ABREAST = 8  # images of JPEG at once on a CPU: they stay in its cache, which makes it twice as fast
 
 
 def grey(x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def adjust(
 
 
 def sharpen(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from (above 1) or towards (below 1) the picture smoothed with Pillow's SMOOTH; the border stays."""
+    """Away from (above 1) or towards (below 1) the image smoothed with Pillow's SMOOTH; the border stays."""
     kernel = x.new_ones(3, 3)
     kernel[1, 1] = 5
     smooth = F.conv2d(x, (kernel / 13).expand(3, 1, 3, 3), groups=3)
@@ -74,9 +74,9 @@ def affine(x: Tensor, matrices: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, degrees: Tensor, wide: Tensor, high: Tensor) -> Tensor:
-    """Turned around the centre and enlarged until nothing beyond the picture is seen.
+    """Turned around the centre and enlarged until nothing beyond the image is seen.
 
-    wide, high: the half sides of the picture in the square, 0 to 1 each.
+    wide, high: the half sides of the image in the square, 0 to 1 each.
     """
     radians = degrees * (math.pi / 180)
     cos, sin = radians.cos(), radians.sin()
@@ -109,10 +109,10 @@ def add_noise(x: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor
 
 
 def jpeg(x: Tensor, quality: Tensor) -> Tensor:
-    """What JPEG (baseline, 4:2:0, the standard's tables) leaves of a picture at a quality from 1 to 100.
+    """What JPEG (baseline, 4:2:0, the standard's tables) leaves of an image at a quality from 1 to 100.
 
     The cosine transform of all 8 x 8 blocks is one matrix product. Differs from libjpeg by its rounding and its
-    smoother colour; 1.1 ms a picture of 224 px on one core, Pillow takes 1.9, and it runs on the device.
+    smoother colour; 1.1 ms an image of 224 px on one core, Pillow takes 1.9, and it runs on the device.
     """
     if x.device.type == "cpu" and len(x) > _ABREAST:
         return torch.cat(

@@ -1,4 +1,4 @@
-"""What a training learns from, in the order of its epochs: the pictures and captions of one process, step by step."""
+"""What a training learns from, in the order of its epochs: the images and captions of one process, step by step."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from clipret.errors import ClipretError
+from clipret_training.annotations import Annotations
 from clipret_training.checkpoint import Position
 from clipret_training.config import FitConfig
 from clipret_training.data.attributes import Attributes
 from clipret_training.data.augment import Augmenter
-from clipret_training.data.batches import Batch, Pictures, Texts, normalise
+from clipret_training.data.batches import Batch, ImageReader, Texts, normalise
 from clipret_training.distributed import World, gather_objects, smallest
-from clipret_training.listing import Listing
 from clipret_training.models import LoadedModel
 from clipret_training.seeds import generator
 
@@ -34,14 +34,14 @@ class TrainingData:
         ClipretError: A process can read none of its images. It is said before anything is written.
     """
 
-    def __init__(self, config: FitConfig, listing: Listing, loaded: LoadedModel, world: World) -> None:
+    def __init__(self, config: FitConfig, annotations: Annotations, loaded: LoadedModel, world: World) -> None:
         self._config, self._loaded, self._world = config, loaded, world
-        self._mine = range(world.rank, len(listing.pairs.paths), world.size)
-        self._paths = listing.pairs.paths
-        self._texts = Texts(loaded, listing, config.seed)
+        self._mine = range(world.rank, len(annotations.pairs.paths), world.size)
+        self._paths = annotations.pairs.paths
+        self._texts = Texts(loaded, annotations, config.seed)
         more = Path(config.attributes) if config.attributes is not None else None
         wanted = config.negatives or config.loss == "soft"
-        self._attributes = Attributes(loaded, listing, more) if wanted else None
+        self._attributes = Attributes(loaded, annotations, more) if wanted else None
         image = loaded.image
         self._augment = Augmenter(
             config.augment,
@@ -56,20 +56,20 @@ class TrainingData:
         )
         larger = msgspec.structs.replace(image, size=round(image.size * config.decode_scale))
         limit = _cache_limit(config, world)
-        self.pictures = Pictures(
-            listing.subset(self._mine), larger, threads=config.threads, cache_limit=limit, fast=True
+        self.reader = ImageReader(
+            annotations.subset(self._mine), larger, threads=config.threads, cache_limit=limit, fast=True
         )
-        if bad := [reason for reason in gather_objects(self.pictures.unreadable(), world) if reason is not None]:
-            raise ClipretError(f"none of the {len(self._mine)} pictures can be read{bad[0]}; check --image-root")
+        if bad := [reason for reason in gather_objects(self.reader.unreadable(), world) if reason is not None]:
+            raise ClipretError(f"none of the {len(self._mine)} images can be read{bad[0]}; check --image-root")
 
     def batch_size(self) -> int:
-        """Pictures of this process in a step, as far as is known which can be read."""
-        readable = max(len(self._mine) - len(self.pictures.skipped), 1)
+        """Images of this process in a step, as far as is known which can be read."""
+        readable = max(len(self._mine) - len(self.reader.skipped), 1)
         return min(self._config.batch_size // self._world.size, smallest(readable, self._world))
 
     def steps(self) -> int:
-        """Those of all epochs, as far as is known which pictures can be read."""
-        readable = smallest(len(self._mine) - len(self.pictures.skipped), self._world)
+        """Those of all epochs, as far as is known which images can be read."""
+        readable = smallest(len(self._mine) - len(self.reader.skipped), self._world)
         return max(self._config.epochs * readable // self.batch_size(), self._config.epochs)
 
     def epoch(self, at: Position) -> Iterator[tuple[list[int], Tensor, int]]:
@@ -89,24 +89,24 @@ class TrainingData:
         order: list[int] = at.left + torch.randperm(len(self._mine), generator=draw).tolist()
         at.size = at.size or self.batch_size()
         yield from self._whole_batches(order, at.consumed, at.size)
-        # Of streamed pictures only now is known which can be read: they may be too few for the batch that was tried.
+        # Of streamed images only now is known which can be read: they may be too few for the batch that was tried.
         while not at.losses and (size := self.batch_size()) < at.size:
             at.size = size
             yield from self._whole_batches(order, at.consumed, size)
         if not at.losses:
-            raise ClipretError(f"none of the {len(self._mine)} pictures can be read any more{self.pictures.example()}")
-        at.left = [picture for picture in order[at.consumed :] if picture not in self.pictures.skipped]
+            raise ClipretError(f"none of the {len(self._mine)} images can be read any more{self.reader.example()}")
+        at.left = [image for image in order[at.consumed :] if image not in self.reader.skipped]
 
     def _whole_batches(self, order: Sequence[int], consumed: int, size: int) -> Iterator[tuple[list[int], Tensor, int]]:
         """Batches as long as every process has a whole one: a smaller one would have too few negatives. What is left
         over begins the next epoch."""
-        batches = self.pictures.batches(order[consumed:], size)
+        batches = self.reader.batches(order[consumed:], size)
         while True:
             chosen, pixels = next(batches, ([], torch.empty(0)))
             if not smallest(len(chosen) == size, self._world):
                 return
-            for picture in chosen:  # the unreadable ones between them are behind us, too
-                consumed = order.index(picture, consumed) + 1
+            for image in chosen:  # the unreadable ones between them are behind us, too
+                consumed = order.index(image, consumed) + 1
             yield chosen, pixels, consumed
 
     def batch(self, chosen: Sequence[int], pixels: Tensor, at: Position) -> Batch:
@@ -122,27 +122,27 @@ class TrainingData:
         """
         config = self._config
         draw = generator(config.seed, "step", at.step, self._world.rank)
-        pictures = [self._mine[position] for position in chosen]  # as the texts number them
-        titles, owners = self._texts.sample(pictures, config.captions, at.epoch)  # [T]
+        numbers = [self._mine[position] for position in chosen]  # as the texts number them
+        captions, owners = self._texts.sample(numbers, config.captions, at.epoch)  # [T]
         images = normalise(self._loaded, self._augment(pixels.to(self._world.device), draw))  # [B,3,S,S]
-        texts = self._texts.batch(titles, config.accumulate)
+        texts = self._texts.batch(captions, config.accumulate)
         extra: dict[str, Tensor] = {}
         if config.negatives and self._attributes is not None:
-            swapped = self._attributes.negatives(pictures, titles, owners, draw)
+            swapped = self._attributes.negatives(numbers, captions, owners, draw)
             extra |= dict(zip(("negatives", "negative_keys"), swapped, strict=True))
         if config.loss == "soft" and self._attributes is not None:
-            named = self._attributes.named(pictures, titles)
+            named = self._attributes.named(numbers, captions)
             extra |= dict(zip(("image_attributes", "text_attributes"), named, strict=True))
-        return Batch(images, texts, *self._texts.keys(pictures, titles, owners), **extra)
+        return Batch(images, texts, *self._texts.keys(numbers, captions, owners), **extra)
 
     def paths(self, chosen: Sequence[int]) -> list[Path]:
-        """Those of pictures that `epoch` chose."""
+        """Those of images that `epoch` chose."""
         return [self._paths[self._mine[position]] for position in chosen]
 
 
 def open_held_out(
-    config: FitConfig, listing: Listing, loaded: LoadedModel, world: World, *, cached: int
-) -> tuple[Pictures, Texts]:
+    config: FitConfig, annotations: Annotations, loaded: LoadedModel, world: World, *, cached: int
+) -> tuple[ImageReader, Texts]:
     """The share of the held-out images that belongs to this process, and all captions.
 
     Args:
@@ -155,16 +155,16 @@ def open_held_out(
     Raises:
         ClipretError: No process can read any of its images.
     """
-    mine = range(world.rank, len(listing.pairs.paths), world.size)
+    mine = range(world.rank, len(annotations.pairs.paths), world.size)
     left = max(_cache_limit(config, world) - cached, 0)
-    pictures = Pictures(listing.subset(mine), loaded.image, threads=config.threads, cache_limit=left)
-    bad = [reason for reason in gather_objects(pictures.unreadable(), world) if reason is not None]
+    reader = ImageReader(annotations.subset(mine), loaded.image, threads=config.threads, cache_limit=left)
+    bad = [reason for reason in gather_objects(reader.unreadable(), world) if reason is not None]
     if len(bad) == world.size:  # one process alone may have none
         raise ClipretError(
-            f"none of the {len(listing.pairs.paths)} pictures held out for validation can be read{bad[0]}: "
+            f"none of the {len(annotations.pairs.paths)} images held out for validation can be read{bad[0]}: "
             "hold out others with --val, --val-where, --val-split or --seed"
         )
-    return pictures, Texts(loaded, listing)
+    return reader, Texts(loaded, annotations)
 
 
 def _cache_limit(config: FitConfig, world: World) -> int:

@@ -1,4 +1,4 @@
-"""Rows of all processes in one tensor, with gradients, over gloo and NCCL."""
+"""Embeddings of all processes in one tensor, with gradients, over gloo and NCCL."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from clipret.errors import ClipretError
 
-__all__ = ["exchange_shapes", "gather_rows"]
+__all__ = ["exchange_shapes", "gather_embeddings"]
 
-Shapes = list[tuple[int, int]]  # rows and width, of each process
+Shapes = list[tuple[int, int]]  # embeddings and width, of each process
 
 
 def exchange_shapes(
     tensors: Mapping[str, Tensor | None], group: dist.ProcessGroup | None, *, like: Tensor
 ) -> dict[str, Shapes]:
-    """The shapes [rows, width] of these tensors on every process, by name, in one message on the device of `like`.
+    """The shapes [embeddings, width] of these tensors on every process, by name, in one message on the device of `like`.
 
     Raises ClipretError on every process when one has a tensor that another lacks.
     """
@@ -28,37 +28,39 @@ def exchange_shapes(
     table = torch.stack(received).tolist()  # [W,tensors,2]
     shapes: dict[str, Shapes] = {}
     for number, name in enumerate(tensors):
-        shapes[name] = [(rows, width) for rows, width in (process[number] for process in table)]
-        if len({rows < 0 for rows, _ in shapes[name]}) > 1:
-            has = next(rank for rank, (rows, _) in enumerate(shapes[name]) if rows >= 0)
-            lacks = next(rank for rank, (rows, _) in enumerate(shapes[name]) if rows < 0)
+        shapes[name] = [(embeddings, width) for embeddings, width in (process[number] for process in table)]
+        if len({embeddings < 0 for embeddings, _ in shapes[name]}) > 1:
+            has = next(rank for rank, (embeddings, _) in enumerate(shapes[name]) if embeddings >= 0)
+            lacks = next(rank for rank, (embeddings, _) in enumerate(shapes[name]) if embeddings < 0)
             raise ClipretError(f"process {has} has {name} and process {lacks} has none: give them to all or to none")
     return shapes
 
 
-def gather_rows(rows: Tensor, shapes: Shapes, group: dist.ProcessGroup | None, fill: float | None = None) -> Tensor:
-    """[rows,width] of this process -> the rows of all processes, in their order; gradients flow back to each.
+def gather_embeddings(
+    embeddings: Tensor, shapes: Shapes, group: dist.ProcessGroup | None, fill: float | None = None
+) -> Tensor:
+    """[embeddings,width] of this process -> the embeddings of all processes, in their order; gradients flow back to each.
 
-    `shapes`: of every process; numbers of rows may differ, and with `fill` so may widths. Raises ClipretError on every
+    `shapes`: of every process; numbers of embeddings may differ, and with `fill` so may widths. Raises ClipretError on every
     process when widths differ and there is no `fill`.
     """
     widths = [width for _, width in shapes]
     if fill is None and len(set(widths)) > 1:
-        raise ClipretError(f"the rows of the processes are {widths} wide: every process must use the same model")
-    if rows.shape[1] < max(widths):
-        rows = torch.nn.functional.pad(rows, (0, max(widths) - rows.shape[1]), value=fill or 0)
-    gathered: Tensor = _Gather.apply(rows, [count for count, _ in shapes], group)
+        raise ClipretError(f"the embeddings of the processes are {widths} wide: every process must use the same model")
+    if embeddings.shape[1] < max(widths):
+        embeddings = torch.nn.functional.pad(embeddings, (0, max(widths) - embeddings.shape[1]), value=fill or 0)
+    gathered: Tensor = _Gather.apply(embeddings, [count for count, _ in shapes], group)
     return gathered
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward pass sums what all processes want of a row. Short parts travel padded."""
+    """all_gather whose backward pass sums what all processes want of an embedding. Short parts travel padded."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, embeddings: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
         ctx.group, ctx.counts = group, counts
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
+        padded = embeddings.new_zeros(max(counts), embeddings.shape[1])
+        padded[: len(embeddings)] = embeddings
         received = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(received, padded, group=group)
         return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])

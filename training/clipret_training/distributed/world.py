@@ -1,4 +1,4 @@
-"""Several processes that train one model: torchrun starts them, each has a share of the pictures."""
+"""Several processes that train one model: torchrun starts them, each has a share of the images."""
 
 import contextlib
 import os

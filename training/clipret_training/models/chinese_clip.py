@@ -163,9 +163,9 @@ def new_chinese_clip(name: str, weights: str | None, *, seed: int) -> LoadedMode
 
 
 def _loaded(
-    model: ChineseClip, config: dict[str, Any], pictures: "_Pictures", vocabulary: list[str], source: str
+    model: ChineseClip, config: dict[str, Any], images: "_Images", vocabulary: list[str], source: str
 ) -> LoadedModel:
-    image, mean, std = pictures
+    image, mean, std = images
     return LoadedModel(
         model=model,
         name=size_name(config),
@@ -260,10 +260,10 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
-_Pictures = tuple[ImageSpec, tuple[float, float, float], tuple[float, float, float]]  # with mean and std
+_Images = tuple[ImageSpec, tuple[float, float, float], tuple[float, float, float]]  # with mean and std
 
 
-def _preprocessing(folder: Path | None, image_size: int) -> _Pictures:
+def _preprocessing(folder: Path | None, image_size: int) -> _Images:
     """Of preprocessor_config.json, or what all published models have where there is none."""
     file = folder / "preprocessor_config.json" if folder is not None else None
     value = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}

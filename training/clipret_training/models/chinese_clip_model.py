@@ -14,7 +14,7 @@ __all__ = ["FAMILY", "SIZES", "ChineseClip", "describe_weights", "published", "s
 
 FAMILY = "chinese-clip"  # what `LoadedModel.config["family"]` says
 
-# The published ones (cn_clip/clip/model_configs of OFA-Sys/Chinese-CLIP): embed_dim; size of a picture and of a patch,
+# The published ones (cn_clip/clip/model_configs of OFA-Sys/Chinese-CLIP): embed_dim; size of an image and of a patch,
 # width and layers of the vision tower; width and layers of the text tower
 SIZES: dict[str, tuple[int, int, int | None, int, int | list[int], int, int]] = {
     "chinese-clip-rn50": (1024, 224, None, 64, [3, 4, 6, 3], 768, 3),

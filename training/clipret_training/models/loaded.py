@@ -18,7 +18,7 @@ class LoadedModel:
     """A CLIP model with its preprocessing.
 
     `model` has encode_image(float32 [B,3,S,S], normalize=False) -> [B,D], encode_text(int64 [B,L], normalize=False)
-    -> [B,D] for every L that `text.pad_to` allows, and logit_scale, a parameter that holds the logarithm. Pictures
+    -> [B,D] for every L that `text.pad_to` allows, and logit_scale, a parameter that holds the logarithm. Images
     are uint8 as `image` says, divided by 255, minus `mean`, over `std`.
 
     `name` is the architecture and `config` what rebuilds it without weights. `source` is what the user named,

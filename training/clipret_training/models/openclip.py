@@ -201,7 +201,7 @@ def _image_spec(name: str, preprocess: dict[str, Any]) -> ImageSpec:
         if preprocess[key] not in values:
             raise ClipretError(f"model {name} wants {key} {preprocess[key]!r}: supported are {', '.join(values)}")
     if height != width:
-        raise ClipretError(f"model {name} wants pictures of {height} x {width} pixels: supported are squares")
+        raise ClipretError(f"model {name} wants images of {height} x {width} pixels: supported are squares")
     return ImageSpec(
         size=height,
         resize=preprocess["resize_mode"],

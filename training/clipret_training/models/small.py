@@ -1,7 +1,7 @@
-"""clipret-small: a CLIP model for training from scratch on a CPU, in minutes, with thousands of pictures.
+"""clipret-small: a CLIP model for training from scratch on a CPU, in minutes, with thousands of images.
 
 The image tower is a small residual network (He et al., Deep Residual Learning, 2015) that ends in global average
-pooling, so it trains on small crops and is used on larger pictures. The text tower is a weighted bag of tokens: with
+pooling, so it trains on small crops and is used on larger images. The text tower is a weighted bag of tokens: with
 a few thousand captions every layer more made it remember the captions instead (measured on Flickr8k).
 """
 
@@ -16,7 +16,7 @@ from clipret.bundle import ImageSpec, TextSpec
 
 __all__ = ["IMAGE", "MEAN", "STD", "TEXT", "SmallClip", "SmallConfig"]
 
-# The whole picture: traffic is wide and people are tall. The bars beside it have about CLIP's mean brightness.
+# The whole image: traffic is wide and people are tall. The bars beside it have about CLIP's mean brightness.
 IMAGE = ImageSpec(size=80, resize="longest", fill=116)
 TEXT = TextSpec(context_length=64, clean="lower", pad_to="longest", pad_id=0)
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, the means and deviations of photographs from the web

@@ -55,8 +55,8 @@ class _Stage:
     def dark(self) -> bool:
         return self.scene.light in ("night", "dusk")
 
-    def brush(self, x: float, ground: float, width: float, height: float, mirrored: bool = False) -> Brush:
-        return Brush(self.image, x, ground, width, height, mirrored)
+    def brush(self, x: float, ground: float, width: float, height: float, flipped: bool = False) -> Brush:
+        return Brush(self.image, x, ground, width, height, flipped)
 
     @property
     def canvas(self) -> Brush:
@@ -303,9 +303,9 @@ def _traffic_behind(stage: _Stage) -> None:
     for _ in range(int(rng.integers(0, 3))):
         kind = str(rng.choice(TYPES))
         high, grey = height * (0.1 if kind in ("Bus", "Truck") else 0.07), int(rng.integers(130, 175))
-        mirrored = bool(rng.random() < 0.5)
+        flipped = bool(rng.random() < 0.5)
         brush = stage.brush(
-            rng.uniform(-0.05, 0.95) * width, stage.road + height * 0.045, high * aspect(kind, "side"), high, mirrored
+            rng.uniform(-0.05, 0.95) * width, stage.road + height * 0.045, high * aspect(kind, "side"), high, flipped
         )
         draw_vehicle(brush, kind, "side", (grey, grey, grey + 5), rng, lamps=False)
     if stage.scene.place in ("street", "coast"):
@@ -346,7 +346,7 @@ def draw_foreground(image: Image.Image, scene: Scene, subject: tuple[float, floa
 
 
 def relight(image: Image.Image, light: str, *, subject: bool) -> Image.Image:
-    """The picture in the light of the hour; with `subject`, the mild tint that falls on what the scene is about."""
+    """The image in the light of the hour; with `subject`, the mild tint that falls on what the scene is about."""
     tint, behind, on_subject = _TINTS[light]
     share = on_subject if subject else behind
     return Image.blend(image, Image.new("RGB", image.size, tint), share) if share else image

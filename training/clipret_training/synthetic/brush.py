@@ -36,14 +36,14 @@ class Brush:
     ground: float
     width: float
     height: float
-    mirrored: bool = False
+    flipped: bool = False
 
     @cached_property
     def _canvas(self) -> ImageDraw.ImageDraw:
         return ImageDraw.Draw(self.image)
 
     def at(self, point: Point) -> Point:
-        x = 1 - point[0] if self.mirrored else point[0]
+        x = 1 - point[0] if self.flipped else point[0]
         return self.left + x * self.width, self.ground - point[1] * self.height
 
     def polygon(self, points: Sequence[Point], color: Color, round_by: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""What a camera on a pole does to a picture: low light, blur, noise, few pixels, hard compression."""
+"""What a camera on a pole does to an image: low light, blur, noise, few pixels, hard compression."""
 
 import io
 
@@ -11,7 +11,7 @@ _SODIUM = np.array((1.03, 0.99, 0.91), np.float32)  # the tint of sodium lamps, 
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, strength: float = 1.0) -> Image.Image:
-    """An RGB picture as a surveillance camera would deliver it, at most as large as it was.
+    """An RGB image as a surveillance camera would deliver it, at most as large as it was.
 
     `strength` 0 leaves it nearly as it is, 1 is hard. The order is that of a camera: light, optics, sensor,
     overlay, codec. Low light stays mild enough for colours to keep their names: a dark orange would be called brown.

@@ -1,7 +1,7 @@
 """Drawn scenes as the files of the traffic retrieval challenge, with the truth beside them.
 
 Its gap is kept: training labels name colour and brand or only the type, test texts name all three; and its two domains:
-training pictures are clean, test pictures are what a camera on a pole sees. A brand is not to be seen in a drawing,
+training images are clean, test images are what a camera on a pole sees. A brand is not to be seen in a drawing,
 so the truth is colour and type for vehicles and the attributes that a text names for persons.
 """
 
@@ -78,8 +78,8 @@ def write_challenge(out: Path, *, train: int, test: int, seed: int, workers: int
 
         train_images/000000.jpg …   train_label.txt   image$attribute$text, as the challenge has it
         test_images/000000.jpg …    test_text.txt     a query a line
-        test_pictures.csv   path,kind,color,type,attributes: the truth, to index the test pictures with
-        test_queries.csv    title,kind,color,type,attributes: what each line of test_text.txt asks for
+        test_images.csv   path,kind,color,type,attributes: the truth, to index the test images with
+        test_queries.csv    caption,kind,color,type,attributes: what each line of test_text.txt asks for
 
     The same seed gives the same bytes with any number of `workers` (processes). Raises ClipretError when `out` is not
     empty; a run that is interrupted leaves nothing.
@@ -102,11 +102,11 @@ def write_challenge(out: Path, *, train: int, test: int, seed: int, workers: int
         rng = np.random.default_rng([seed, 2])
         lines = [_line(number, name, scene, rng) for number, (name, scene) in enumerate(parts["train"])]
         (folder / "train_label.txt").write_text("\n".join(lines) + "\n", "utf-8")
-        pictures = [(name, *_truth(scene)) for name, scene in parts["test"]]
+        images = [(name, *_truth(scene)) for name, scene in parts["test"]]
         queries = _queries([scene for _, scene in parts["test"]], rng)
         (folder / "test_text.txt").write_text("\n".join(query[0] for query in queries) + "\n", "utf-8")
-        _write(folder / "test_pictures.csv", "path", pictures)
-        _write(folder / "test_queries.csv", "title", queries)
+        _write(folder / "test_images.csv", "path", images)
+        _write(folder / "test_queries.csv", "caption", queries)
 
 
 def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Style) -> Seen:

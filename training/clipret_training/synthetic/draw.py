@@ -1,4 +1,4 @@
-"""A scene as a picture, in either style."""
+"""A scene as an image, in either style."""
 
 import numpy as np
 from PIL import Image
@@ -21,14 +21,14 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom on the canva
 
 
 def draw(scene: Scene, rng: np.random.Generator, style: Style) -> Image.Image:
-    """An RGB picture. `web`: the whole scene, clean. `surveillance`: a camera's crop around the subject."""
+    """An RGB image. `web`: the whole scene, clean. `surveillance`: a camera's crop around the subject."""
     width, height = _SIZES[int(rng.integers(len(_SIZES)))]
     image = Image.new("RGB", (width * _SCALE, height * _SCALE))
     kerb = draw_backdrop(image, scene, rng)
     if scene.person is None:
         box = _place_vehicle(image, scene, kerb, rng)
     else:
-        box = _place_person(image, scene.person, scene.mirrored, kerb, rng)
+        box = _place_person(image, scene.person, scene.flipped, kerb, rng)
     draw_foreground(image, scene, (box[0], box[2]), rng)
     if scene.place != "tunnel":
         image = relight(image, scene.light, subject=True)
@@ -45,7 +45,7 @@ def _place_vehicle(image: Image.Image, scene: Scene, kerb: float, rng: np.random
     height = width / ratio
     left = (image.width - width) * rng.uniform(0.2, 0.8)
     ground = kerb - image.height * rng.uniform(0.02, 0.08)
-    brush = Brush(image, left, ground, width, height, scene.mirrored)
+    brush = Brush(image, left, ground, width, height, scene.flipped)
     dark = scene.light in ("night", "dusk") or scene.place == "tunnel"
     draw_vehicle(brush, scene.type, scene.view, _variant(scene.color, rng), rng, lamps=dark)
     return left, ground - height * 1.03, left + width, ground
@@ -60,11 +60,11 @@ def _variant(name: str, rng: np.random.Generator) -> Color:
     return min(max(red, 0), 255), min(max(green, 0), 255), min(max(blue, 0), 255)
 
 
-def _place_person(image: Image.Image, person: Person, mirrored: bool, kerb: float, rng: np.random.Generator) -> Box:
+def _place_person(image: Image.Image, person: Person, flipped: bool, kerb: float, rng: np.random.Generator) -> Box:
     height = image.height * rng.uniform(0.64, 0.8) * (0.84 if person.age == "child" else 1.0)
     middle = image.width * rng.uniform(0.3, 0.7)
     ground = kerb + (image.height - kerb) * rng.uniform(0.1, 0.6)
-    draw_person(Brush(image, middle - height / 2, ground, height, height, mirrored), person, int(rng.integers(12)))
+    draw_person(Brush(image, middle - height / 2, ground, height, height, flipped), person, int(rng.integers(12)))
     half = height * HALF_WIDTH
     return middle - half, ground - height * 1.04, middle + half, ground
 

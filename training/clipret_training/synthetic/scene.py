@@ -86,7 +86,7 @@ class Scene:
     person: Person | None = None
     place: str = "street"
     light: str = "day"
-    mirrored: bool = False
+    flipped: bool = False
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Self:
@@ -104,7 +104,7 @@ class Scene:
             view=_pick(rng, side=9, front=1, rear=1),
             place=str(rng.choice(PLACES)),
             light=_pick(rng, day=4, overcast=2, dusk=2, night=2),
-            mirrored=bool(rng.random() < 0.5),
+            flipped=bool(rng.random() < 0.5),
         )
 
     @classmethod
@@ -114,5 +114,5 @@ class Scene:
             person=Person.sample(rng),
             place=str(rng.choice(_WALKS)),
             light=_pick(rng, day=4, overcast=2, dusk=2, night=2),
-            mirrored=bool(rng.random() < 0.5),
+            flipped=bool(rng.random() < 0.5),
         )

@@ -1,4 +1,4 @@
-"""Sets of scenes on disk: pictures, captions, queries with their answers."""
+"""Sets of scenes on disk: images, captions, queries with their answers."""
 
 import csv
 import io
@@ -29,9 +29,9 @@ def write_set(out: Path, *, count: int, style: Style, seed: int, workers: int = 
     """Draw `count` scenes into the new folder `out`.
 
         images/000000.jpg …
-        captions.csv        path,lang,title,kind,color,type: three English and three Chinese captions a picture
-        queries.csv         title,path,lang,color,type: a query for each colour and type, a row for each answer
-        person_queries.csv  title,path,lang: queries for people, a row for each answer
+        captions.csv        path,lang,caption,kind,color,type: three English and three Chinese captions an image
+        queries.csv         caption,path,lang,color,type: a query for each colour and type, a row for each answer
+        person_queries.csv  caption,path,lang: queries for people, a row for each answer
 
     Every scene has a generator of its own, so the same seed gives the same bytes with any number of `workers`
     (processes). The 66 pairs of colour and type occur equally often, to one. Raises ClipretError when `out` is not
@@ -47,10 +47,10 @@ def write_set(out: Path, *, count: int, style: Style, seed: int, workers: int = 
             apply = partial(executor.map, chunksize=8) if executor is not None else map
             drawn = list(progress(apply(make, range(count), seeds), total=count, desc="draw", unit="scene"))
         scenes = [(name, scene) for name, scene, _ in drawn]
-        titles = [row for _, _, rows in drawn for row in rows]
-        _write(folder / "captions.csv", ("path", "lang", "title", "kind", "color", "type"), titles)
-        _write(folder / "queries.csv", ("title", "path", "lang", "color", "type"), _answers(scenes))
-        _write(folder / "person_queries.csv", ("title", "path", "lang"), _person_answers(scenes))
+        texts = [row for _, _, rows in drawn for row in rows]
+        _write(folder / "captions.csv", ("path", "lang", "caption", "kind", "color", "type"), texts)
+        _write(folder / "queries.csv", ("caption", "path", "lang", "color", "type"), _answers(scenes))
+        _write(folder / "person_queries.csv", ("caption", "path", "lang"), _person_answers(scenes))
 
 
 Row = tuple[str, ...]
@@ -63,8 +63,8 @@ def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Sty
     scene = Scene.pedestrian(rng) if person else Scene.vehicle(rng, number - number // _PERSON_EVERY)
     name = f"images/{number:06d}.jpg"
     draw(scene, rng, style).save(folder / name, quality=90)
-    titles = [(lang, title) for lang in LANGS for title in captions(scene, rng, lang, _EACH)]
-    return name, scene, [(name, lang, title, scene.kind, scene.color, scene.type) for lang, title in titles]
+    texts = [(lang, text) for lang in LANGS for text in captions(scene, rng, lang, _EACH)]
+    return name, scene, [(name, lang, text, scene.kind, scene.color, scene.type) for lang, text in texts]
 
 
 def _answers(scenes: Drawn) -> Iterable[Row]:
@@ -76,10 +76,10 @@ def _answers(scenes: Drawn) -> Iterable[Row]:
 
 def _person_answers(scenes: Drawn) -> Iterable[Row]:
     for english, chinese, answers in PERSON_QUERIES:
-        for lang, title in zip(LANGS, (english, chinese), strict=True):
+        for lang, text in zip(LANGS, (english, chinese), strict=True):
             for name, scene in scenes:
                 if scene.person is not None and answers(scene.person):
-                    yield title, name, lang
+                    yield text, name, lang
 
 
 def _write(file: Path, header: Row, rows: Iterable[Row]) -> None:

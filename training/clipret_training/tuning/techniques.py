@@ -39,7 +39,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
 
 def drop_patches(model: Any, share: float) -> None:
-    """Leave out that share of the patches in each training step, others for each picture (Li et al., Scaling
+    """Leave out that share of the patches in each training step, others for each image (Li et al., Scaling
     Language-Image Pre-training via Masking (FLIP), 2023). Raises ClipretError for another tower than a ViT."""
     if not isinstance(model.visual, VisionTransformer):
         raise ClipretError(

@@ -1,4 +1,4 @@
-// The page: a form whose every change is a search, and the pictures that it finds.
+// The page: a form whose every change is a search, and the images that it finds.
 
 import { $, ask, make, recall, remember, say, speak, spoken } from "./page.js";
 import { MINUS, asksForSomething, fromAddress, query, request, thumbnail, toAddress } from "./query.js";
@@ -6,7 +6,7 @@ import { arrange, clear, common, show, walk } from "./results.js";
 import { prepare, view } from "./viewer.js";
 
 const PAUSE = 130; // milliseconds without a key after which a text is searched for
-const MOST = 30; // MB of a picture; the service takes a little more
+const MOST = 30; // MB of an image; the service takes a little more
 
 let galleries = [];
 let last = []; // the answers that are shown
@@ -53,7 +53,7 @@ function rest() {
   clear();
   explain(null);
   $("found").removeAttribute("aria-busy");
-  const total = galleries.find((one) => one.name === $("gallery").value)?.pictures ?? 0;
+  const total = galleries.find((one) => one.name === $("gallery").value)?.images ?? 0;
   const filtered = $("where").value.trim() || query.choices.size;
   $("status").textContent = filtered ? say("startFilter") : say("start", { total: total.toLocaleString(spoken()) });
 }
@@ -61,7 +61,7 @@ function rest() {
 function report(ms) {
   const [left, right] = last;
   const count = left.results[0].hits.length;
-  const total = left.pictures.toLocaleString(spoken());
+  const total = left.images.toLocaleString(spoken());
   if (right) {
     const names = { left: left.gallery, right: right.gallery };
     $("status").textContent = say("foundBoth", { ...names, common: common(last), count });
@@ -101,11 +101,11 @@ function add(part) {
   search(true);
 }
 
-/** A person's own picture, dropped, pasted or picked, in the place of an earlier one. */
+/** A person's own image, dropped, pasted or picked, in the place of an earlier one. */
 function take(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
-    explain(say("notPicture", { name: file.name }));
+    explain(say("notImage", { name: file.name }));
     return;
   }
   if (file.size > MOST * 1e6) {
@@ -116,7 +116,7 @@ function take(file) {
   add({ file, own: true, weight: 1, name: file.name, address: URL.createObjectURL(file) });
 }
 
-/** More like a picture of a gallery replaces the query; less like it joins it. */
+/** More like an image of a gallery replaces the query; less like it joins it. */
 function like(hit, gallery, weight) {
   const part = { id: hit.id, gallery, weight, name: hit.path.split("/").pop() };
   if (weight > 0) {
@@ -136,8 +136,8 @@ async function showChoices() {
     ...Object.entries(columns).map(([column, values]) => {
       const select = make("select", { "data-column": column });
       select.append(make("option", { value: "" }, say("any")));
-      for (const { value, pictures } of values) {
-        select.append(make("option", { value: JSON.stringify(value) }, `${value} (${pictures})`));
+      for (const { value, images } of values) {
+        select.append(make("option", { value: JSON.stringify(value) }, `${value} (${images})`));
       }
       if (query.choices.has(column)) select.value = JSON.stringify(query.choices.get(column));
       select.onchange = () => {
@@ -215,7 +215,7 @@ function listen() {
     } else return;
     event.preventDefault();
   });
-  let inside = 0; // how many elements the dragged picture is over
+  let inside = 0; // how many elements the dragged image is over
   const dragged = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   addEventListener("dragenter", (event) => dragged(event) && ($("drop").hidden = inside++ < 0));
   addEventListener("dragleave", (event) => dragged(event) && ($("drop").hidden = --inside <= 0));

@@ -1,9 +1,9 @@
-// A justified grid: rows of pictures of one height that fill the width from side to side.
+// A justified grid: rows of images of one height that fill the width from side to side.
 
 const GAP = 8;
 const CAPTION = 40;
 
-/** Rows of `[width, height]` for pictures of these ratios, in their order. The last row is not stretched. */
+/** Rows of `[width, height]` for images of these ratios, in their order. The last row is not stretched. */
 export function rows(ratios, width, height) {
   const made = [];
   let row = [];
@@ -13,7 +13,7 @@ export function rows(ratios, width, height) {
     sum += ratio;
     const free = width - GAP * (row.length - 1);
     if (sum * height >= free) {
-      // With or without its last picture, whichever leaves the row nearer to the height that is wanted.
+      // With or without its last image, whichever leaves the row nearer to the height that is wanted.
       const without = (free + GAP) / (sum - ratio);
       if (row.length > 1 && without / height < height / (free / sum)) {
         row.pop();
@@ -34,7 +34,7 @@ export function rows(ratios, width, height) {
   return made.flat();
 }
 
-/** Lay out the figures of a list; each holds its picture's ratio in `data-ratio`. */
+/** Lay out the figures of a list; each holds its image's ratio in `data-ratio`. */
 export function layOut(list) {
   const width = Math.floor(list.clientWidth) - 0.5;
   if (width <= 0) return;

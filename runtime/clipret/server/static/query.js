@@ -5,7 +5,7 @@ import { $ } from "./page.js";
 const MINUS = -0.5;
 
 /**
- * A part is a picture: of the gallery (`id`, `gallery`) or a person's own (`file`). `weight` is 1, or negative for what is
+ * A part is an image: of the gallery (`id`, `gallery`) or a person's own (`file`). `weight` is 1, or negative for what is
  * not wanted. `choices` are filters by column.
  */
 export const query = { parts: [], choices: new Map() };
@@ -21,9 +21,9 @@ export function fromAddress(address) {
     $(name).value = value;
   }
   const gallery = $("gallery").value;
-  const pictures = (name, weight) =>
+  const images = (name, weight) =>
     given.getAll(name).filter((id) => /^\d+$/.test(id)).map((id) => ({ id: Number(id), gallery, weight }));
-  query.parts = [...pictures("like", 1), ...pictures("unlike", MINUS)];
+  query.parts = [...images("like", 1), ...images("unlike", MINUS)];
   query.choices = new Map();
   for (const [name, value] of given) {
     try {
@@ -34,7 +34,7 @@ export function fromAddress(address) {
   }
 }
 
-/** The page's address for the form as it is, without a person's own pictures. */
+/** The page's address for the form as it is, without a person's own images. */
 export function toAddress() {
   const given = new URLSearchParams();
   for (const [name, usual] of Object.entries(fields)) {
@@ -72,9 +72,9 @@ export async function request(gallery, signal) {
       parts.push({ id: part.id, weight: part.weight });
       continue;
     }
-    // Another gallery, perhaps of another model, does not know the picture: it is shown it.
-    part.file ??= await (await fetch(picture(part.id, part.gallery), { signal })).blob();
-    parts.push({ picture: files.length, weight: part.weight });
+    // Another gallery, perhaps of another model, does not know the image: it is shown it.
+    part.file ??= await (await fetch(image(part.id, part.gallery), { signal })).blob();
+    parts.push({ image: files.length, weight: part.weight });
     files.push(part.file);
   }
   const exclude = query.parts.filter((part) => part.id && part.gallery === gallery).map((part) => part.id);
@@ -85,11 +85,11 @@ export async function request(gallery, signal) {
   }
   const body = new FormData();
   body.append("search", json);
-  for (const file of files) body.append("picture", file, "picture");
+  for (const file of files) body.append("image", file, "image");
   return { method: "POST", body, signal };
 }
 
-export const picture = (id, gallery) => `pictures/${id}?gallery=${encodeURIComponent(gallery)}`;
+export const image = (id, gallery) => `images/${id}?gallery=${encodeURIComponent(gallery)}`;
 
 export const thumbnail = (id, gallery) => `thumbnails/${id}?gallery=${encodeURIComponent(gallery)}&side=160`;
 

@@ -1,15 +1,15 @@
-// The pictures found: lists of figures, laid out in rows, walked through with the arrow keys.
+// The images found: lists of figures, laid out in rows, walked through with the arrow keys.
 
 import { layOut, vertical } from "./grid.js";
 import { $, make, say } from "./page.js";
 
-const ratios = new Map(); // of pictures seen, by gallery and id: the next list does not jump
-let shown = new Map(); // list items by gallery and id: a picture that stays is not loaded again
+const ratios = new Map(); // of images seen, by gallery and id: the next list does not jump
+let shown = new Map(); // list items by gallery and id: an image that stays is not loaded again
 let waiting = false;
 
 /**
  * Show what was found: `results` holds one answer of the service, or two to be compared. `open(hits, at)` is called for a
- * picture that a person chooses.
+ * image that a person chooses.
  */
 export function show(results, open) {
   const main = $("found");
@@ -47,7 +47,7 @@ export function clear() {
   shown = new Map();
 }
 
-/** How many of the first list's pictures the second holds too. Galleries are compared by their pictures' paths. */
+/** How many of the first list's images the second holds too. Galleries are compared by their images' paths. */
 export function common(results) {
   const other = places(results[1].results[0].hits);
   return results[0].results[0].hits.filter((hit) => other.has(hit.path)).length;
@@ -100,7 +100,7 @@ function soon() {
   });
 }
 
-/** Arrow keys, Home and End, from picture to picture. */
+/** Arrow keys, Home and End, from image to image. */
 export function walk(event) {
   const from = event.target.closest("#found li");
   if (!from) return;

@@ -1,14 +1,14 @@
-// One picture, large, with what is known of it.
+// One image, large, with what is known of it.
 
 import { $, make, say } from "./page.js";
-import { picture } from "./query.js";
+import { image } from "./query.js";
 
 let hits = [];
 let at = 0;
 let gallery = "";
 let choose = () => {};
 
-/** `chosen(hit, gallery, weight)` is called when a person wants more, or less, like a picture. */
+/** `chosen(hit, gallery, weight)` is called when a person wants more, or less, like an image. */
 export function prepare(chosen) {
   choose = chosen;
   $("close").onclick = () => $("viewer").close();
@@ -64,7 +64,7 @@ function fill() {
   $("viewerFacts").replaceChildren(
     ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", { dir: "auto" }, String(value))]),
   );
-  $("original").href = picture(hit.id, gallery);
+  $("original").href = image(hit.id, gallery);
   $("previous").disabled = at === 0;
   $("next").disabled = at === hits.length - 1;
 }
