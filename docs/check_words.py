@@ -55,7 +55,9 @@ def lines_at_fault(path: Path) -> list[str]:
 
 def main() -> None:
     """Print the faults of the files that are named, or of all."""
-    tracked = subprocess.run(["git", "ls-files", "--", *sys.argv[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "--", *sys.argv[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     files = [ROOT / name for name in tracked.stdout.splitlines() if not name.startswith(LEFT_OUT)]
     faults = [fault for file in files if file.suffix in SUFFIXES and file.exists() for fault in lines_at_fault(file)]
     print("\n".join(faults) if faults else f"{len(files)} files use the glossary's words")

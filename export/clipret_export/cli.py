@@ -1,18 +1,25 @@
 """clipret-export: a model in, a bundle out; and the check of a bundle, again, wherever it is."""
 
+import dataclasses
 import json
-import resource
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from clipret.backends import BackendChoice
 from clipret.bundle import Bundle, Precision
+from clipret.cli.settings import Settings, merged
 from clipret.console import DefaultGroup, show_table
 from clipret.errors import ClipretError, require
+from clipret.hardware import peak_memory
+
+if TYPE_CHECKING:
+    from clipret_export.engines import EngineRequest
+    from clipret_export.parity import Limits
+    from clipret_export.samples import Sample
 
 FILE = click.Path(path_type=Path)
 
@@ -22,10 +29,10 @@ Examples
   A run of clipret-train, matrix products in half precision:
     clipret-export runs/cars bundles/cars --fp16
   Checked with your own images and captions, recall@1 included:
-    clipret-export runs/cars bundles/cars --fp16 --verify-data captions.csv --verify-where "split = 'val'"
+    clipret-export runs/cars bundles/cars --fp16 --verify captions.csv,where="split = 'val'"
   int8 for CPUs, its ranges taken from the training images:
-    clipret-export runs/cars bundles/cars-int8 --int8 --calibration-data captions.csv
-  TensorRT for RTX plans for two architectures, built without a GPU:
+    clipret-export runs/cars bundles/cars-int8 --int8 --calibration captions.csv
+  TensorRT for RTX engines for two architectures, built without a GPU:
     clipret-export runs/cars bundles/cars --fp16 --tensorrt-rtx sm_89,sm_120
 """
 
@@ -42,48 +49,88 @@ def main() -> None:
     \b
     clipret-export SOURCE BUNDLE [--fp16]      export (see  clipret-export export --help)
     clipret-export check BUNDLE                repeat the check that the export ended with, here
-    clipret-export engines BUNDLE --tensorrt   build TensorRT plans for this machine into a bundle
+    clipret-export engines BUNDLE --tensorrt   build TensorRT engines for this machine into a bundle
     """
 
 
-def _limits(command: Any) -> Any:
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of the user's: the settings that --verify and --calibration have in common."""
+
+    data: Path | None = None
+    where: str | None = None
+    image_root: Path | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    limit: int = 1000
+
+    def sample(self, option: str) -> "Sample | None":
+        """The images; None without a file. Raises click.UsageError where there are settings but no file."""
+        from clipret_export.samples import Sample
+
+        if self.data is None:
+            for name in ("where", "image_root", "image_column", "caption_column"):
+                if getattr(self, name) is not None:
+                    raise click.UsageError(f"{option} {name} needs a file: add data=FILE.")
+            return None
+        if self.limit < 1:
+            raise click.UsageError(f"{option} limit is {self.limit}: use 1 or more.")
+        return Sample(self.data, self.image_root, self.where, self.limit, self.image_column, self.caption_column)
+
+
+@dataclass(frozen=True)
+class Verification(ImageSet):
+    """The settings of --verify: images to check with, and how far the towers may differ from torch."""
+
+    min_cosine: float | None = None
+    max_recall_loss: float | None = None
+
+    def limits(self, precision: Precision) -> "Limits":
+        """The limits of this precision, with those of the user."""
+        from clipret_export.parity import LIMITS
+
+        limits = LIMITS[precision]
+        if self.min_cosine is not None:
+            limits = dataclasses.replace(limits, cosine=self.min_cosine)
+        if self.max_recall_loss is not None:
+            limits = dataclasses.replace(limits, recall_points=self.max_recall_loss)
+        return limits
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The settings of --engine."""
+
+    batch: str = "1,64"
+    timing_cache: Path | None = None
+
+
+_verify_option = click.option(
+    "--verify",
+    type=Settings(Verification, first="data"),
+    multiple=True,
+    help="Check with your own images, too: a folder or an annotations file, where=SQL, limit=1000, image_root=FOLDER, "
+    "image_column=NAME, caption_column=NAME; min_cosine=… and max_recall_loss=POINTS change what is accepted.",
+)
+
+
+def _engine_options(command: Any) -> Any:
     for option in (
-        click.option("--min-cosine", type=click.FloatRange(-1, 1.5), help="Smallest cosine of any row to torch's."),
         click.option(
-            "--max-recall-loss", type=click.FloatRange(0), metavar="POINTS", help="Of recall@1 with captions."
+            "--engine",
+            type=Settings(EngineSettings),
+            multiple=True,
+            help="Of TensorRT engines: batch=1,64, the batch sizes that they are tuned for; timing_cache=FILE, which "
+            "makes the next --tensorrt build faster.",
         ),
-    ):
-        command = option(command)
-    return command
-
-
-def _data(command: Any) -> Any:
-    for option in (
-        click.option("--caption-column", metavar="NAME", help="Column of the captions; default: detected."),
-        click.option("--image-column", metavar="NAME", help="Column of the images' paths; default: detected."),
-        click.option("--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."),
-        click.option(
-            "--verify-limit", type=click.IntRange(1), default=1000, show_default=True, help="At most so many."
-        ),
-        click.option("--verify-where", metavar="SQL", help="Only rows of the list for which this holds."),
-        click.option("--verify-data", type=FILE, help="Images to check with: a folder, or a list with captions."),
-    ):
-        command = option(command)
-    return command
-
-
-def _plans(command: Any) -> Any:
-    for option in (
-        click.option("--timing-cache", type=FILE, help="Makes the next --tensorrt build faster; made where missing."),
-        click.option("--batch", default="1,64", show_default=True, help="Batch sizes that plans are tuned for."),
         click.option(
             "--tensorrt-rtx",
             is_flag=False,
             flag_value="sm_80+",
             metavar="[ARCH,...]",
-            help="TensorRT for RTX plans, built without a GPU; alone: for every GPU from Ampere on.",
+            help="TensorRT for RTX engines, built without a GPU; alone: for every GPU from Ampere on.",
         ),
-        click.option("--tensorrt", is_flag=True, help="TensorRT plans for the GPU of this machine."),
+        click.option("--tensorrt", is_flag=True, help="TensorRT engines for the GPU of this machine."),
     ):
         command = option(command)
     return command
@@ -96,19 +143,24 @@ def _plans(command: Any) -> Any:
 @click.option("--bf16", is_flag=True, help="The same in bfloat16: OpenVINO, CUDA and TensorRT.")
 @click.option("--int8", is_flag=True, help="int8 weights and fixed input ranges, for CPUs.")
 @click.option("--fused", is_flag=True, help="onnxruntime's own fused operators; runs in onnxruntime alone.")
-@click.option("--calibration-data", type=FILE, help="Where int8 takes its ranges; default: half of --verify-data.")
-@click.option("--calibration-where", metavar="SQL", help="Only rows of the list for which this holds.")
-@_data
-@_limits
-@_plans
+@click.option(
+    "--calibration",
+    type=Settings(ImageSet, leave_out=("limit",), first="data"),
+    multiple=True,
+    help="Images from which int8 takes its ranges, with the settings of --verify; default: half of those of --verify.",
+)
+@_verify_option
+@_engine_options
 @click.option("--overwrite", is_flag=True, help="Replace BUNDLE; the old one stays until the new is whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def export(
     source: str,
     bundle: Path,
-    calibration_data: Path | None,
-    calibration_where: str | None,
-    image_root: Path | None,
+    calibration: tuple[dict[str, Any], ...],
+    verify: tuple[dict[str, Any], ...],
+    tensorrt: bool,
+    tensorrt_rtx: str | None,
+    engine: tuple[dict[str, Any], ...],
     fused: bool,
     overwrite: bool,
     as_json: bool,
@@ -127,40 +179,35 @@ def export(
     clip_cn_vit-b-16.pt          a Chinese-CLIP checkpoint, or a folder of one
     adapters/cars                a LoRA adapter, merged into its base
 
-    The towers take uint8 images and token ids in batches of any size and give rows of unit length. They run in the
-    code that searches and are compared with torch; a tower that differs gets its worst layers back in float32, and
-    one that still differs is never written.
+    The towers take uint8 images and token ids in batches of any size and return embeddings of unit length. The parity
+    check runs them in the code that searches and compares them with torch. A tower that differs gets its worst
+    layers back in float32; one that still differs is not written.
     """
     for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
         require(package, "export")
     from clipret_export.pipeline import export_bundle
-    from clipret_export.samples import Sample
 
     chosen = [name for name in get_args(Precision)[1:] if given[name]]  # fp32 has no flag
     if len(chosen) > 1:
         raise click.UsageError(f"a bundle has one precision, not {' and '.join(chosen)}: export twice")
     precision: Any = chosen[0] if chosen else "fp32"
     began = time.monotonic()
-    columns = {name: given[name] for name in ("image_column", "caption_column")}
-    calibration = None
-    if calibration_data is not None:
-        calibration = Sample(calibration_data, image_root, calibration_where, **columns)
+    verification = Verification(**merged(verify, "--verify"))
     made = export_bundle(
         source,
         bundle,
         precision=precision,
         overwrite=overwrite,
-        limits=_limits_for(precision, given),
-        verify_data=_sample(image_root, given),
-        calibration_data=calibration,
-        plans=_plan_requests(given),
+        limits=verification.limits(precision),
+        verify_data=verification.sample("--verify"),
+        calibration_data=ImageSet(**merged(calibration, "--calibration")).sample("--calibration"),
+        plans=_engine_requests(tensorrt, tensorrt_rtx, engine),
         fused=fused,
     )
     manifest, report = made.manifest, json.loads(made.file("verify.json").read_text(encoding="utf-8"))
     seconds = time.monotonic() - began
     size = sum(entry.bytes for entry in manifest.files.values())
-    # ru_maxrss is in KiB, on macOS in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_memory()
     if as_json:
         facts = {"model": manifest.model, "fingerprint": made.fingerprint, "bytes": size, "seconds": round(seconds, 1)}
         told = {"path": str(made.path), **facts, "peak_memory_bytes": peak, "engines": list(manifest.engines)}
@@ -175,7 +222,7 @@ def export(
         ("size", f"{size / 1e6:.1f} MB"),
         ("fingerprint", made.fingerprint[:16]),
         ("time", f"{seconds:.0f} s"),
-        ("peak memory", f"{peak / 2**30:.1f} GiB"),
+        ("peak memory", "unknown" if peak is None else f"{peak / 2**30:.1f} GiB"),
     ]
     click.echo(f"{made.path}\n{show_table(('what', 'value'), rows)}\n\n{_report_table(report)}")
     if manifest.float32_layers:
@@ -187,15 +234,14 @@ def export(
 
 @main.command()
 @click.argument("bundle", type=FILE)
-@_data
-@_limits
+@_verify_option
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--backend", "engine", type=click.Choice(get_args(BackendChoice)), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(get_args(BackendChoice)), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def check(bundle: Path, image_root: Path | None, device: str, engine: Any, as_json: bool, **given: Any) -> None:
-    """Check BUNDLE on this machine and engine against torch's rows, which the bundle carries; torch is not needed.
+def check(bundle: Path, verify: tuple[dict[str, Any], ...], device: str, backend: Any, as_json: bool) -> None:
+    """Repeat BUNDLE's parity check on this machine and backend. It carries torch's embeddings: torch is not needed.
 
-    With --verify-data and the options of the export, recall@1 is compared with what torch had then.
+    With --verify and the images of the export, recall@1 is compared with torch's at export time.
 
     \b
     clipret-export check bundles/cars
@@ -204,12 +250,13 @@ def check(bundle: Path, image_root: Path | None, device: str, engine: Any, as_js
     from clipret_export.parity import check_bundle
 
     opened = Bundle.open(bundle)
+    verification = Verification(**merged(verify, "--verify"))
     report = check_bundle(
         opened,
-        _limits_for(opened.manifest.precision, given),
-        data=_sample(image_root, given),
+        verification.limits(opened.manifest.precision),
+        data=verification.sample("--verify"),
         device=device,
-        engine=engine,
+        engine=backend,
     )
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else _report_table(report.to_dict()))
     if report.problems:
@@ -220,20 +267,20 @@ def check(bundle: Path, image_root: Path | None, device: str, engine: Any, as_js
 
 @main.command()
 @click.argument("bundle", type=FILE)
-@_plans
-def engines(bundle: Path, **given: Any) -> None:
-    """Build TensorRT plans into BUNDLE; torch is not needed.
+@_engine_options
+def engines(bundle: Path, *, tensorrt: bool, tensorrt_rtx: str | None, engine: tuple[dict[str, Any], ...]) -> None:
+    """Build TensorRT engines into BUNDLE; torch is not needed.
 
-    A search takes a plan that fits its GPU and its TensorRT, and otherwise says so and runs onnxruntime.
+    A search uses an engine that fits its GPU and its TensorRT; without one it says so and uses onnxruntime.
 
     \b
-    clipret-export engines bundles/cars --tensorrt --batch 1,64,256     for the GPU of this machine
-    clipret-export engines bundles/cars --tensorrt-rtx                  for every GPU from Ampere on, built without one
-    clipret-export engines bundles/cars --tensorrt-rtx sm_89,sm_120     for these two
+    clipret-export engines bundles/cars --tensorrt --engine batch=1,64,256   for the GPU of this machine
+    clipret-export engines bundles/cars --tensorrt-rtx                       for every GPU from Ampere on, without one
+    clipret-export engines bundles/cars --tensorrt-rtx sm_89,sm_120          for these two
     """
     from clipret_export.engines import add_engines
 
-    requests = _plan_requests(given)
+    requests = _engine_requests(tensorrt, tensorrt_rtx, engine)
     if not requests:
         raise click.UsageError("name what to build: --tensorrt or --tensorrt-rtx")
     for request in requests:
@@ -241,22 +288,25 @@ def engines(bundle: Path, **given: Any) -> None:
         _show_plans(list(made.manifest.engines), told)
 
 
-def _plan_requests(given: dict[str, Any]) -> list[Any]:
+def _engine_requests(
+    tensorrt: bool, tensorrt_rtx: str | None, settings: tuple[dict[str, Any], ...]
+) -> list["EngineRequest"]:
     from clipret_export.engines import EngineRequest
 
+    chosen = EngineSettings(**merged(settings, "--engine"))
     try:
-        batch = [int(size) for size in given["batch"].split(",")]
+        batch = [int(size) for size in chosen.batch.split(",")]
     except ValueError:
         raise click.BadParameter(
-            f"{given['batch']!r} is no list of numbers, as in 1,64,256", param_hint="--batch"
+            f"batch={chosen.batch} is not a list of numbers such as 1,64,256", param_hint="--engine"
         ) from None
-    made = []
-    if given["tensorrt"]:
-        made.append(EngineRequest("tensorrt", batch=batch, timing_cache=given["timing_cache"]))
-    if given["tensorrt_rtx"] is not None:
-        cache = None if given["tensorrt"] else given["timing_cache"]  # of the two only TensorRT has one
-        made.append(EngineRequest("tensorrt_rtx", given["tensorrt_rtx"].split(","), batch, cache))
-    return made
+    requests = []
+    if tensorrt:
+        requests.append(EngineRequest("tensorrt", batch=batch, timing_cache=chosen.timing_cache))
+    if tensorrt_rtx is not None:
+        cache = None if tensorrt else chosen.timing_cache  # of the two only TensorRT has one
+        requests.append(EngineRequest("tensorrt_rtx", tensorrt_rtx.split(","), batch, cache))
+    return requests
 
 
 def _show_plans(keys: list[str], told: dict[str, Any]) -> None:
@@ -265,28 +315,6 @@ def _show_plans(keys: list[str], told: dict[str, Any]) -> None:
         click.echo(f"\nTensorRT plans: {', '.join(keys)}")
     for library, report in told.items():
         click.echo(f"{library}: {report if isinstance(report, str) else 'checked on this GPU'}")
-
-
-def _sample(image_root: Path | None, given: dict[str, Any]) -> Any:
-    from clipret_export.samples import Sample
-
-    if given["verify_data"] is None:
-        return None
-    columns = {name: given[name] for name in ("image_column", "caption_column")}
-    return Sample(given["verify_data"], image_root, given["verify_where"], given["verify_limit"], **columns)
-
-
-def _limits_for(precision: str, given: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
-    from clipret_export.parity import LIMITS
-
-    limits = LIMITS[precision]
-    if given["min_cosine"] is not None:
-        limits = replace(limits, cosine=given["min_cosine"])
-    if given["max_recall_loss"] is not None:
-        limits = replace(limits, recall_points=given["max_recall_loss"])
-    return limits
 
 
 def _report_table(report: dict[str, Any]) -> str:

@@ -231,8 +231,8 @@ def check_bundle(
     if before["data_sha256"] != data_sha256(kept):
         raise ClipretError(
             f"bundle {bundle.path} was not exported with these {len(kept.paths)} images and {len(kept.captions)} "
-            f"captions ({before['images']} and {before['texts']} then): give the same --verify-data, --verify-where "
-            "and --verify-limit"
+            f"captions ({before['images']} and {before['texts']} then): give the same --verify data=…, where=… "
+            "and limit=…"
         )
     report.images, report.texts = len(kept.paths), len(kept.captions)
     if kept.captions:

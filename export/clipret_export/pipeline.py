@@ -86,10 +86,10 @@ def export_bundle(
     calibration = calibration_data.read() if calibration_data is not None else None
     if precision == "int8" and calibration is None:
         if checked is None:
-            raise ClipretError("int8 takes its ranges from images and captions like yours: give --calibration-data")
+            raise ClipretError("int8 takes its ranges from images and captions like yours: give --calibration FILE")
         count = len(checked.paths)
         if count < 2:
-            raise ClipretError("one image cannot both calibrate int8 and check it: give more, or --calibration-data")
+            raise ClipretError("one image cannot both calibrate int8 and check it: give more, or --calibration FILE")
         calibration, checked = checked.subset(range(0, count, 2)), checked.subset(range(1, count, 2))
     if calibration is not None and not calibration.captions:
         told = "the calibration data have no captions: int8 takes the text tower's ranges from built-in texts"
@@ -147,7 +147,7 @@ def export_bundle(
 def _advice(precision: Precision) -> str:
     if precision == "fp32":
         return "report this model"
-    return "export in a higher precision, or allow more with --min-cosine and --max-recall-loss"
+    return "export in a higher precision, or allow more with --verify min_cosine=… and max_recall_loss=…"
 
 
 def _refuse_place(out: Path, overwrite: bool) -> None:

@@ -60,15 +60,23 @@ class LazyGroup(Group):
     """A command whose subcommands are imported when they are called for, and all of them for --help.
 
     Args:
-        lazy: "module:attribute" of each subcommand by its name, in the order of the help text.
+        lazy: The sections of the help text; in each, "module:attribute" of every subcommand by its name.
     """
 
-    def __init__(self, *args: Any, lazy: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lazy: Mapping[str, Mapping[str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._lazy = lazy
+        self._sections = lazy
+        self._lazy = {name: target for section in lazy.values() for name, target in section.items()}
 
     def list_commands(self, context: click.Context) -> list[str]:  # noqa: ARG002 (click's own signature)
         return list(self._lazy)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, self._lazy))
+        for title, names in self._sections.items():
+            commands = [(name, self.get_command(context, name)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in commands if command])
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
         if name not in self._lazy:

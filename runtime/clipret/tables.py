@@ -78,7 +78,8 @@ def pick_column(table: Table, given: str | None, kind: Literal["image", "caption
             return by_name[name.lower()]
     looked_for = given if given is not None else f"{kind} column (looked for {', '.join(_NAMES[kind])})"
     raise ClipretError(
-        f"{table.path} has no {looked_for}: its columns are {', '.join(table.columns)}; name one with --{kind}-column"
+        f"{table.path} has no {looked_for}: its columns are {', '.join(table.columns)}; "
+        f"name one with --column {kind}=NAME (in clipret-train fit, --set {kind}_column=NAME)"
     )
 
 

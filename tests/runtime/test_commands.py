@@ -162,7 +162,7 @@ def test_the_tab_key_completes(
     Path("queries.csv").write_text("caption;file;lang\nred;a.jpg;en\n")
     Path("queries.jsonl").write_text(json.dumps({"caption": "red", "language": "en"}) + "\n")
     assert complete("clipret-search eval gallery queries.csv --where la") == ["plain,lang"]
-    assert complete("clipret-search eval gallery queries.jsonl --caption-column l") == ["plain,language"]
+    assert complete("clipret-search eval gallery queries.jsonl --column caption=l") == ["plain,caption=language"]
     assert complete("clipret-search index bundle queries.csv new --where la") == ["plain,lang"]
     assert complete("clipret-search eval gallery gone.csv --where la") == []
     assert complete("clipret-search query gone red --where la") == []

@@ -121,7 +121,7 @@ def test_columns_are_detected_or_named(tmp_path: Path) -> None:
     assert pick_column(table, None, "caption") == "Caption"
     assert pick_column(table, "note", "caption") == "note"
     with pytest.raises(
-        ClipretError, match=r"no colour: its columns are ID, FilePath, Caption, note; .*--caption-column"
+        ClipretError, match=r"no colour: its columns are ID, FilePath, Caption, note; .*--column caption=NAME"
     ):
         pick_column(table, "colour", "caption")
     with pytest.raises(ClipretError, match="looked for path, filepath"):

@@ -143,7 +143,7 @@ class Checkpoints:
             before = "the checkpoint before is intact" if self.last.exists() else "there is no checkpoint yet"
             raise ClipretError(
                 f"a checkpoint cannot be written to {self.folder}: {reason}; {before}: free space, then run  "
-                f"clipret-train resume {self.folder.parent}"
+                f"clipret-train fit --resume --out {self.folder.parent}"
             ) from None
 
 

@@ -273,7 +273,7 @@ def _refuse_unknown(values: Mapping[str, Any], origin: str | None) -> None:
             where = f" in {origin}" if origin is not None else ""
             raise ClipretError(
                 f"there is no option {name!r}{where}: "
-                + (f"did you mean {', '.join(near)}?" if near else "see clipret-train options")
+                + (f"did you mean {', '.join(near)}?" if near else "see  clipret-train fit --help")
             )
 
 

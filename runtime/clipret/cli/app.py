@@ -6,20 +6,28 @@ from clipret.console import LazyGroup
 
 # Loaded when they are called for: a query need not pay for what the other commands import.
 COMMANDS = {
-    "index": "clipret.cli.gallery:index",
-    "query": "clipret.cli.query:query",
-    "eval": "clipret.cli.evaluate:eval_command",
-    "merge": "clipret.cli.competition:merge_command",
-    "submit": "clipret.cli.competition:submit",
-    "complete": "clipret.cli.complete:complete",
-    "info": "clipret.cli.gallery:info",
-    "remove": "clipret.cli.gallery:remove",
-    "compact": "clipret.cli.gallery:compact",
-    "export": "clipret.cli.transfer:export_command",
-    "import": "clipret.cli.transfer:import_command",
-    "serve": "clipret.cli.serve:serve_command",
-    "plan": "clipret.cli.plan:plan_command",
-    "doctor": "clipret.cli.doctor:doctor",
+    "Search": {
+        "index": "clipret.cli.gallery:index",
+        "query": "clipret.cli.query:query",
+        "eval": "clipret.cli.evaluate:eval_command",
+        "serve": "clipret.cli.serve:serve_command",
+    },
+    "Galleries": {
+        "info": "clipret.cli.gallery:info",
+        "remove": "clipret.cli.gallery:remove",
+        "compact": "clipret.cli.gallery:compact",
+        "export": "clipret.cli.transfer:export_command",
+        "import": "clipret.cli.transfer:import_command",
+    },
+    "This machine": {
+        "doctor": "clipret.cli.doctor:doctor",
+        "plan": "clipret.cli.plan:plan_command",
+    },
+    "Competitions": {
+        "merge": "clipret.cli.competition:merge_command",
+        "submit": "clipret.cli.competition:submit",
+        "complete": "clipret.cli.complete:complete",
+    },
 }
 
 

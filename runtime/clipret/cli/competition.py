@@ -1,7 +1,9 @@
 """clipret-search merge and submit: one ranking from several, and answers to competitions."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -10,7 +12,7 @@ from clipret.cli.options import (
     FILE,
     Number,
     Runtime,
-    caption_column_option,
+    column_option,
     encoder_options,
     image_root_option,
     json_option,
@@ -20,12 +22,13 @@ from clipret.cli.options import (
 )
 from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts, rerank_options
 from clipret.cli.searching import open_searcher
+from clipret.cli.settings import Settings, merged
 from clipret.competitions.assignment import assign
-from clipret.competitions.submission import FORMS, Form, Sample, named, product_answer, traffic_answer
+from clipret.competitions.submission import Form, Sample, named, product_answer, traffic_answer
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.inference.config import EncoderConfig
-from clipret.search.fusion import HOW, FusionSource, How, merge
+from clipret.search.fusion import FusionSource, How, merge
 from clipret.search.prompts import Prompts
 from clipret.search.rerank import Rerank
 from clipret.search.results import RankedPaths, as_results, read_results
@@ -35,6 +38,28 @@ from clipret.tables import pick_column, read_table
 __all__ = ["merge_command", "submit"]
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """The settings of merge --how."""
+
+    how: How = "z"
+    depth: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise click.UsageError(f"--how depth is {self.depth}: use 1 or more.")
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """The settings of submit --format: what the scorer expects of an answer."""
+
+    sample: Path | None = None
+    names: Form | None = None
+    images: Path | None = None
+    one_to_one: bool = False
+
+
 @click.command(
     "merge",
     epilog="Example:  clipret-search merge cars/ people/ --texts test.txt --prompts prompts.toml "
@@ -42,8 +67,8 @@ __all__ = ["merge_command", "submit"]
 )
 @click.argument("sources", type=FILE, nargs=-1, required=True)
 @click.option("--texts", type=FILE, required=True, help="The queries: one a line in a .txt, or a list with captions.")
-@caption_column_option
-@click.option("--how", type=click.Choice(HOW), default="z", show_default=True, help="See above.")
+@column_option("caption")
+@click.option("--how", type=Settings(Fusion, first="how"), default="z", show_default=True, help="See above.")
 @click.option("--weight", "weights", type=Number(), multiple=True, help="Of each source, in their order; default: 1.")
 @click.option(
     "--only",
@@ -52,18 +77,16 @@ __all__ = ["merge_command", "submit"]
     help='The texts of each source, in their order: those of this rule of --prompts, "other" for those of none, "all".',
 )
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many images a query.")
-@click.option("--depth", type=click.IntRange(1), default=1000, show_default=True, help="Images of a list, for rrf.")
 @prompts_option
 @encoder_options
 def merge_command(
     sources: tuple[Path, ...],
     texts: Path,
     caption_column: str | None,
-    how: How,
+    how: dict[str, Any],
     weights: tuple[float, ...],
     only: tuple[str, ...],
     k: int,
-    depth: int,
     prompts: Prompts,
     config: EncoderConfig,
 ) -> None:
@@ -71,11 +94,12 @@ def merge_command(
 
     Images are matched by their path; of several galleries those count that all of them hold. "sum" adds up
     similarities, "z" similarities as deviations from each query's mean, "rrf" 1 / (60 + rank), which needs no
-    scores. The first two are exact: no image outside the lists that were looked at could be better.
+    scores and looks at the first 1,000 images of each source (rrf,depth=N). The first two are exact: no image outside the lists that were looked at could be better.
 
     Result files come from  clipret-search query --texts FILE --json,  with re-ranking or without, from merge, and
     from submit. Where one does not list an image, its score there is taken to be that of the last one that it lists.
     """
+    fusion = Fusion(**how)
     queries = read_texts(texts, caption_column)
     for name, given in (("--weight", weights), ("--only", only)):
         if given and len(given) != len(sources):
@@ -93,24 +117,29 @@ def merge_command(
         chosen = only[number] if only else "all"
         answers = None if chosen == "all" else frozenset(text for text, name in fitting.items() if name == chosen)
         opened.append(FusionSource(str(path), searcher, results, weights[number] if weights else 1.0, answers))
-    print_json(as_results(queries, merge(opened, queries, k, how=how, depth=depth)))
+    print_json(as_results(queries, merge(opened, queries, k, how=fusion.how, depth=fusion.depth)))
 
 
 @click.command(
     epilog="Example:  clipret-search submit gallery/ test.txt answer.json;  "
-    "clipret-search submit gallery/ test_query.csv submit.csv --sample sample.csv --leave-out train.csv --one-to-one"
+    "clipret-search submit gallery/ test_query.csv submit.csv --format sample=sample.csv,one_to_one --leave-out train.csv"
 )
 @click.argument("source", type=FILE)
 @click.argument("texts", type=FILE)
 @click.argument("answer", type=FILE)
-@caption_column_option
-@click.option("--sample", type=FILE, help="The sample submission whose shape a .csv answer takes.")
-@click.option("--one-to-one", is_flag=True, help="No image twice in a .csv: the assignment with the best sum.")
+@column_option("caption")
+@click.option(
+    "--format",
+    "answer_format",
+    type=Settings(AnswerFormat),
+    multiple=True,
+    help="sample=FILE: the sample submission that a .csv answer follows; one_to_one: no image twice, the assignment with "
+    "the best sum; names=name|stem|path: how images are named (default: file names, or as in the sample); "
+    "images=FOLDER: the test images, any other is refused.",
+)
 @click.option("--leave-out", type=FILE, help="A list of images that are no answer, such as those of the training.")
 @image_root_option
 @where_option
-@click.option("--names", type=click.Choice(FORMS), help="What images are called; default: file names; as in --sample.")
-@click.option("--images", type=FILE, help="The folder of the test images: an answer with any other is refused.")
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Images a text in a .json answer.")
 @prompts_option
 @rerank_options
@@ -121,13 +150,10 @@ def submit(
     texts: Path,
     answer: Path,
     caption_column: str | None,
-    sample: Path | None,
-    one_to_one: bool,
+    answer_format: tuple[dict[str, Any], ...],
     leave_out: Path | None,
     image_root: Path | None,
     where: str | None,
-    names: Form | None,
-    images: Path | None,
     k: int,
     prompts: Prompts,
     rerank: Rerank,
@@ -139,39 +165,42 @@ def submit(
 
     An ANSWER that ends in .json is one to the traffic retrieval challenge: the ten best images of each line of TEXTS,
     in their order. One that ends in .csv is one to the product retrieval contest: the best image of each query, in
-    the shape of --sample. What the scorer would reject (a text without images, another number of images, one
+    the shape of --format sample=FILE. What the scorer would reject (a text without images, another number of images, one
     of them twice or unknown) is refused with the reason, and nothing is written.
     """
+    shape = AnswerFormat(**merged(answer_format, "--format"))
     product = answer.suffix.lower() == ".csv"
     if not product and answer.suffix.lower() != ".json":
         raise ClipretError(f"{answer} ends in neither .json (traffic retrieval) nor .csv (product retrieval)")
-    if product != (sample is not None):
+    if product != (shape.sample is not None):
         raise ClipretError(
-            "a .csv answer takes the shape of a --sample, and nothing else has one: name it, or write .json"
+            "a .csv answer follows a sample submission and a .json one does not: pass --format sample=FILE, or write .json"
         )
-    if one_to_one and not product:
-        raise ClipretError("--one-to-one is for .csv answers: a .json one has several images a text")
+    if shape.one_to_one and not product:
+        raise ClipretError("--format one_to_one is for .csv answers: a .json answer has several images for each text")
     queries = read_texts(texts, caption_column)
     searcher, results = _open(source, prompts, runtime)
     taken = 1 if product else k
     if searcher is not None:
-        found, paths = _search(searcher, queries, taken, leave_out, image_root, where, rerank, reference, one_to_one)
+        found, paths = _search(
+            searcher, queries, taken, leave_out, image_root, where, rerank, reference, shape.one_to_one
+        )
     else:
         if rerank.steps or leave_out is not None or where is not None or prompts.rules:
             raise ClipretError(
                 f"{source} is a result file: re-rank, leave out and prompt where it is made, with clipret-search query"
             )
-        found = _listed(results or {}, queries, taken, source, one_to_one)
+        found = _listed(results or {}, queries, taken, source, shape.one_to_one)
         paths = sorted({path for line in found for path in line})
-    known = None if images is None else _files(images)
-    shape = None if sample is None else Sample.read(sample)
-    form = names or ("name" if shape is None else shape.form(known if known is not None else paths))
+    known = None if shape.images is None else _files(shape.images)
+    sample = None if shape.sample is None else Sample.read(shape.sample)
+    form = shape.names or ("name" if sample is None else sample.form(known if known is not None else paths))
     called = named(paths, form)
     # Of a gallery's own images nobody need say that they exist.
     allowed = set(named(known, form).values()) if known is not None else None
     lines = [[called[path] for path in line] for line in found]
-    if shape is not None:
-        content = product_answer(shape, queries, [line[0] for line in lines], allowed, once=one_to_one)
+    if sample is not None:
+        content = product_answer(sample, queries, [line[0] for line in lines], allowed, once=shape.one_to_one)
     else:
         content = traffic_answer(queries, lines, allowed, k)
     write_file(answer, content)
@@ -249,7 +278,7 @@ def _listed(
     if not one_to_one:
         return [list(found.paths[:k]) for found in lists]
     if any(found.scores is None for found in lists):
-        raise ClipretError(f"{source} has no scores, which --one-to-one needs: make it with query --json or merge")
+        raise ClipretError(f"{source} has no scores, which one_to_one needs: make it with query --json or merge")
     names = list(dict.fromkeys(path for found in lists for path in found.paths))
     number_of = {path: at for at, path in enumerate(names)}
     longest = max(len(found.paths) for found in lists)

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -13,15 +15,15 @@ from clipret.cli.options import (
     FILE,
     GALLERY,
     PAGE,
-    Number,
     Runtime,
-    image_column_option,
+    column_option,
     image_root_option,
     json_option,
     print_json,
     runtime_options,
 )
 from clipret.cli.searching import open_searcher
+from clipret.cli.settings import Settings, merged
 from clipret.competitions.completion import Guess, SlotReport, Vocabulary, complete_slot, fill_in
 from clipret.console import show_table
 from clipret.errors import ClipretError
@@ -36,6 +38,20 @@ __all__ = ["complete"]
 _FOOTER = "The figure is the confidence: the word's share among the vocabulary. An image links to its file."
 _SHOWN = 24  # images of a word or a reason on the review page: the least certain ones
 FILLED = "filled"  # the column that says which words were filled in
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """The settings of --confidence."""
+
+    precision: float = 0.95
+    unfamiliar: float = 0.1
+    calibrate: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("precision", "unfamiliar"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise click.UsageError(f"--confidence {name} is {getattr(self, name)}: use 0 to 1.")
 
 
 @click.command(
@@ -55,17 +71,16 @@ FILLED = "filled"  # the column that says which words were filled in
     help="How a word is asked for, slots in braces; several are averaged. Default: --caption.",
 )
 @click.option("--caption", metavar="TEXT", help='The caption to write; default: all slots, "{color} {brand} {type}".')
-@click.option("--precision", type=Number(0, 1), default=0.95, show_default=True, help="Asked for; see above.")
 @click.option(
-    "--unfamiliar",
-    type=Number(0, 1),
-    default=0.1,
-    show_default=True,
-    help="Share of the known images that would be refused as unlike the others of their word.",
+    "--confidence",
+    type=Settings(Confidence),
+    multiple=True,
+    help="precision=0.95: what the filled-in words shall reach; unfamiliar=0.1: the share of the known images that would "
+    "be refused as unlike the others of their word; calibrate=SQL: rows to calibrate on, best those that no training "
+    "has seen.",
 )
 @click.option("--where", metavar="SQL", help="Only images of rows for which this holds are filled.")
-@click.option("--calibrate", metavar="SQL", help="Rows to calibrate on, best those that no training has seen.")
-@image_column_option
+@column_option("image")
 @image_root_option
 @click.option("--html", type=PAGE, help="Also write a page to review: images with what was filled in, or not.")
 @json_option
@@ -78,10 +93,8 @@ def complete(
     slots: tuple[str, ...],
     templates: tuple[str, ...],
     caption: str | None,
-    precision: float,
-    unfamiliar: float,
+    confidence: tuple[dict[str, Any], ...],
     where: str | None,
-    calibrate: str | None,
     image_column: str | None,
     image_root: Path | None,
     html: Path | None,
@@ -93,8 +106,8 @@ def complete(
     CAPTIONS is a list with an image, a caption and a column for each slot (color, brand, type) a row, empty where it is
     not known. A missing word is chosen among the vocabulary by the model that made the gallery. Images
     whose word is known are predicted too, as if it were not: from them comes the threshold of confidence that
-    reaches --precision, and how unlike the known ones an image may be (a silver car where no caption says silver).
-    The table reports what was reached, on rows that the model was trained on unless --calibrate names others, and of
+    reaches --confidence precision, and how unlike the known ones an image may be (a silver car where no caption says silver).
+    The table reports what was reached, on rows that the model was trained on unless calibrate=SQL names others, and of
     how many images. Templates that name one slot alone ask about every image in the same words, whatever else is
     known of it; such as  --template "a {color} vehicle" --template "a {type}".
 
@@ -102,6 +115,7 @@ def complete(
     column "filled" says which slots were. Indexing can be interrupted and goes on; this takes seconds a
     hundred thousand images.
     """
+    wanted = Confidence(**merged(confidence, "--confidence"))
     words = Vocabulary.read(vocabulary)
     table = read_table(captions)
     image, caption_column = pick_column(table, image_column, "image"), pick_column(table, None, "caption")
@@ -112,7 +126,7 @@ def complete(
     with searcher:
         rows, names, positions = _images(searcher, table, image, image_root)
         values = _known(table, names, rows, [slot for slot in words.slots if slot in table.columns])
-        chosen = [None if sql is None else _chosen(captions, sql, image, names) for sql in (where, calibrate)]
+        chosen = [None if sql is None else _chosen(captions, sql, image, names) for sql in (where, wanted.calibrate)]
         stored = EmbeddingShards(searcher.ranker.shards)
         found: dict[str, tuple[SlotReport, dict[int, Guess]]] = {}
         for slot in slots:
@@ -124,8 +138,8 @@ def complete(
                 words,
                 searcher.encoder,
                 templates or (caption,),
-                precision=precision,
-                unfamiliar=unfamiliar,
+                precision=wanted.precision,
+                unfamiliar=wanted.unfamiliar,
                 among=chosen[0],
                 calibrate=chosen[1],
             )
@@ -147,7 +161,9 @@ def complete(
             rare = ", ".join(report.rare)
             click.echo(f"{report.slot}: too few images are known to fill in {rare}", err=True)
         if not np.isfinite(report.threshold):
-            click.echo(f"{report.slot}: no threshold reaches a precision of {precision:g}: nothing is filled", err=True)
+            click.echo(
+                f"{report.slot}: no threshold reaches a precision of {wanted.precision:g}: nothing is filled", err=True
+            )
     if as_json:
         print_json([_finite(dataclasses.asdict(report)) for report in reports])
         return

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from clipret.errors import ClipretError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["MarkedFolder", "gallery_columns", "list_columns"]
+__all__ = ["MarkedFolder", "column_names", "gallery_columns", "list_columns"]
 
 _HEAD = 1 << 16  # bytes of a list in which its header is looked for
 
@@ -66,6 +66,20 @@ def list_columns(context: click.Context, _parameter: click.Parameter, incomplete
     named += map(str, context.params.get("places") or context.args)
     headers = [header for one in named if Path(one).is_file() and (header := _header(Path(one)))]
     return _offered(headers[0], incomplete) if headers else []
+
+
+def column_names(kinds: Sequence[str]) -> "Callable[[click.Context, click.Parameter, str], list[CompletionItem]]":
+    """Completes KIND=NAME: the kinds, then the columns of the file that was named before."""
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        kind, equals, start = incomplete.partition("=")
+        if not equals:
+            return [CompletionItem(f"{name}=") for name in kinds if name.startswith(kind)]
+        return [CompletionItem(f"{kind}={item.value}") for item in list_columns(context, parameter, start)]
+
+    return complete
 
 
 def _given(context: click.Context) -> dict[str, str]:

@@ -1,18 +1,18 @@
 """clipret-search eval: measuring how well a gallery answers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from clipret.cli.completion import gallery_columns
 from clipret.cli.options import (
     FILE,
-    PAGE,
     SEARCHED,
     Runtime,
-    caption_column_option,
-    image_column_option,
+    column_option,
     image_root_option,
     json_option,
     print_json,
@@ -21,6 +21,7 @@ from clipret.cli.options import (
 )
 from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts, rerank_options
 from clipret.cli.searching import gallery_facts, open_searcher
+from clipret.cli.settings import Settings
 from clipret.console import headed, show_table
 from clipret.errors import ClipretError
 from clipret.evaluation.evaluate import (
@@ -41,13 +42,24 @@ from clipret.search.searcher import Searcher
 __all__ = ["eval_command"]
 
 
+@dataclass(frozen=True)
+class ReportPage:
+    """The settings of --html."""
+
+    file: Path
+    queries: int = 40
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise click.UsageError(f"--html queries is {self.queries}: use 1 or more.")
+
+
 @click.command(
     "eval", epilog="Example:  clipret-search eval gallery/ captions.tsv --where \"split = 'val' and lang = 'en'\""
 )
 @click.argument("gallery", type=SEARCHED)
 @click.argument("queries", type=FILE)
-@caption_column_option
-@image_column_option
+@column_option("caption", "image")
 @image_root_option
 @where_list_option
 @click.option(
@@ -79,8 +91,11 @@ __all__ = ["eval_command"]
 )
 @prompts_option
 @rerank_options
-@click.option("--html", type=PAGE, help="Also write a page: charts, the worst queries, a sample of the others.")
-@click.option("--html-queries", type=click.IntRange(1), default=40, show_default=True, help="Queries it shows.")
+@click.option(
+    "--html",
+    type=Settings(ReportPage, first="file"),
+    help="Also write a page: charts, the worst queries, a sample of the others; queries=40: how many.",
+)
 @json_option
 @runtime_options
 def eval_command(
@@ -98,8 +113,7 @@ def eval_command(
     prompts: Prompts,
     rerank: Rerank,
     reference: Path | None,
-    html: Path | None,
-    html_queries: int,
+    html: dict[str, Any] | None,
     as_json: bool,
     runtime: Runtime,
 ) -> None:
@@ -118,12 +132,14 @@ def eval_command(
 
     The page that --html writes has the recall at every k, the scores of right and wrong images, what was found for
     what was wanted by each attribute (those of --equal and --includes, else columns of the gallery with few values),
-    and --html-queries queries with what they found and should have found: half of them the worst.
+    and 40 queries (--html page.html,queries=100: more) with what they found and should have found, half of them the
+    worst.
 
     Re-ranking is measured with --metric, which says how deep the ranking goes; default: mAP@10 and recall@1/5/10.
     """
     chosen = [Metric.parse(name) for name in metrics]
-    if (rerank.steps or results is not None) and html is not None:
+    page = None if html is None else ReportPage(**html)
+    if (rerank.steps or results is not None) and page is not None:
         raise ClipretError("--html shows the plain ranking: leave it out with re-ranking and --results")
     if results is not None and (rerank.steps or prompts.rules):
         raise ClipretError("--results are ranked already: re-rank and prompt where they are made")
@@ -135,7 +151,7 @@ def eval_command(
             _show_agreement(searcher, against, queries, caption_column, as_json)
             return
         if isinstance(gallery, str):
-            if equal or includes or html is not None or rerank.steps:
+            if equal or includes or page is not None or rerank.steps:
                 raise ClipretError("--equal, --includes, --html and re-ranking look at every image: use the gallery")
             chosen = chosen or [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
         if equal or includes:
@@ -151,7 +167,7 @@ def eval_command(
                 image_root=image_root,
                 where=where,
             )
-        evaluated = evaluate_search(searcher, truth) if html is not None or not chosen else None
+        evaluated = evaluate_search(searcher, truth) if page is not None or not chosen else None
         if chosen:
             find = open_reranker(searcher, rerank, reference).rank if rerank.steps else None
             if isinstance(gallery, str) and results is None:
@@ -166,13 +182,13 @@ def eval_command(
         else:
             assert evaluated is not None
             facts, report = _facts(evaluated.metrics), evaluated.metrics.to_dict()
-        if html is not None and evaluated is not None:
+        if page is not None and evaluated is not None:
             from clipret.evaluation.report import write_report  # no other command needs it, and it needs numpy.random
 
             page_title = f"clipret: evaluation of {Path(searcher.searched.name).name}"
             every = [*facts, *gallery_facts(searcher)]
-            write_report(html, searcher, evaluated, facts=every, title=page_title, queries=html_queries)
-            click.echo(f"page: {html.absolute()}", err=True)
+            write_report(page.file, searcher, evaluated, facts=every, title=page_title, queries=page.queries)
+            click.echo(f"page: {page.file.absolute()}", err=True)
     if truth.missing or truth.unanswerable:
         click.echo(
             f"{truth.missing} images of {queries} are not in the gallery; {truth.unanswerable} queries left out",

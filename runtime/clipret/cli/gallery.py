@@ -13,8 +13,8 @@ from clipret.cli.options import (
     PLACE,
     SHOWN,
     bundle_option,
+    column_option,
     encoder_options,
-    image_column_option,
     image_root_option,
     json_option,
     print_json,
@@ -42,7 +42,7 @@ def _open_encoder(bundle: Bundle, config: EncoderConfig) -> Encoder:
 
 @click.command(epilog="Example:  clipret-search index bundle/ list.csv gallery/ --where \"split = 'val'\"")
 @click.argument("places", type=PLACE, nargs=-1, required=True, metavar="BUNDLE SOURCE... GALLERY | GALLERY SOURCE...")
-@image_column_option
+@column_option("image")
 @image_root_option
 @where_list_option
 @click.option("--prune", is_flag=True, help="Also delete images that no SOURCE names any more.")

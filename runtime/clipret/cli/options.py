@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from clipret.backends import BackendChoice
-from clipret.cli.completion import MarkedFolder, gallery_columns, list_columns
+from clipret.cli.completion import MarkedFolder, column_names, gallery_columns, list_columns
 from clipret.cli.settings import Settings, merged
 from clipret.inference.config import EncoderConfig
 from clipret.locations import is_milvus, is_remote
@@ -59,9 +59,7 @@ class Number(click.FloatRange):
         return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
 
 
-bundle_option = click.option(
-    "--bundle", type=BUNDLE, help="The bundle, where it is no longer where it was at indexing."
-)
+bundle_option = click.option("--bundle", type=BUNDLE, help="The bundle, if it has moved since indexing.")
 _ENCODER = (
     click.option(
         "--device",
@@ -139,7 +137,7 @@ where_list_option = click.option(
     "--where",
     metavar="SQL",
     shell_complete=list_columns,
-    help="Only rows of the list for which this holds, e.g. \"split = 'val'\".",
+    help="Only rows of the file for which this holds, e.g. \"split = 'val'\".",
 )
 where_option = click.option(
     "--where",
@@ -147,17 +145,38 @@ where_option = click.option(
     shell_complete=gallery_columns,
     help="Only images for which this holds; columns: clipret-search info GALLERY.",
 )
-image_column_option = click.option(
-    "--image-column",
-    metavar="NAME",
-    shell_complete=list_columns,
-    help="Column of the images' paths; default: detected.",
-)
-caption_column_option = click.option(
-    "--caption-column", metavar="NAME", shell_complete=list_columns, help="Column of the texts; default: detected."
-)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of an annotations file that may have any name."""
+
+    image: str | None = None
+    caption: str | None = None
+    embedding: str | None = None
+
+
+def column_option(*kinds: str) -> Callable[[F], F]:
+    """Adds --column for columns of these kinds ("image", "caption", "embedding"); the command gets NAME_column each."""
+    hidden = [name for name in ("image", "caption", "embedding") if name not in kinds]
+    option = click.option(
+        "--column",
+        type=Settings(_Columns, leave_out=hidden),
+        multiple=True,
+        metavar=f"{'|'.join(kinds)}=NAME",
+        shell_complete=column_names(kinds),
+        help=f"Name the column of the {'s, of the '.join(kinds)}s where it is not detected.",
+    )
+
+    def columns(given: dict[str, Any]) -> dict[str, Any]:
+        names = merged(given["column"], "--column")
+        return {f"{kind}_column": names.get(kind) for kind in kinds}
+
+    return lambda function: _with_options(function, (option,), ("column",), columns)
+
+
 image_root_option = click.option(
-    "--image-root", type=FILE, help="What paths in a list are relative to; default: its folder."
+    "--image-root", type=FILE, help="What paths in an annotations file are relative to; default: its folder."
 )
 
 

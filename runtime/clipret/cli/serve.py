@@ -1,13 +1,15 @@
 """clipret-search serve: galleries on the network, for people and for programs."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from clipret.cli.options import BUNDLE, FILE, SEARCHED, Number, encoder_options
+from clipret.cli.options import BUNDLE, FILE, SEARCHED, encoder_options
 from clipret.cli.rerank_options import prompts_option, read_texts, rerank_options
+from clipret.cli.settings import Settings, merged
 from clipret.errors import ClipretError, require
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
@@ -17,6 +19,21 @@ from clipret.search.rerank import Rerank
 from clipret.server.limits import MIB, Limits
 
 __all__ = ["serve_command"]
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """The settings of --limit. Raises click.UsageError for a value out of range."""
+
+    max_upload: int = 32
+    timeout: float = 30.0
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_upload", 1, 1 << 20), ("timeout", 1, 86400), ("batch", 1, 1 << 20)):
+            if not low <= getattr(self, name) <= high:
+                raise click.UsageError(f"--limit {name} is {getattr(self, name)}: use {low} to {high}.")
+
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
@@ -29,9 +46,13 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 @click.option("--token-file", type=FILE, help="File with the token for adding and deleting; else they are off.")
 @prompts_option
 @rerank_options
-@click.option("--max-upload", type=click.IntRange(1), default=32, show_default=True, help="MiB of a request.")
-@click.option("--timeout", type=Number(1, 86400), default=30.0, show_default=True, help="Seconds of a request.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Queries answered at once.")
+@click.option(
+    "--limit",
+    "limits",
+    type=Settings(ServeLimits),
+    multiple=True,
+    help="Limits of a request: max_upload=32 (MiB), timeout=30 (seconds); batch=64: queries ranked together.",
+)
 @click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="Of each GALLERY, where it is not where it was.")
 @encoder_options
 def serve_command(
@@ -43,9 +64,7 @@ def serve_command(
     prompts: Prompts,
     rerank: Rerank,
     reference: Path | None,
-    max_upload: int,
-    timeout: float,
-    batch: int,
+    limits: tuple[dict[str, Any], ...],
     bundles: tuple[Path, ...],
     config: EncoderConfig,
 ) -> None:
@@ -81,8 +100,9 @@ def serve_command(
         encoder = encoders.setdefault(bundle.fingerprint, Encoder(bundle, config))
         places.append((path, encoder))
     known = None if host in ("0.0.0.0", "::") and not hosts else {*_LOCAL, host, *hosts}
-    limits = replace(Limits(), body=max_upload * MIB, seconds=timeout, batch=batch)
-    with open_service(places, limits=limits, token=_token(token_file), hosts=known, manner=manner) as it:
+    chosen = ServeLimits(**merged(limits, "--limit"))
+    bounds = replace(Limits(), body=chosen.max_upload * MIB, seconds=chosen.timeout, batch=chosen.batch)
+    with open_service(places, limits=bounds, token=_token(token_file), hosts=known, manner=manner) as it:
         serve(it, host, port, lambda address: click.echo(f"serving {', '.join(it.desks)} at {address}"))
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import click
 
 from clipret.bundle import Bundle
-from clipret.cli.options import BUNDLE, FILE, GALLERY, SHOWN, json_option, print_json, where_option
+from clipret.cli.options import BUNDLE, FILE, GALLERY, SHOWN, column_option, json_option, print_json, where_option
 from clipret.console import progress
 from clipret.errors import ClipretError, printable
 from clipret.gallery.embeddings import BLOCK, open_embeddings
@@ -105,8 +105,7 @@ def _parameter(given: str) -> tuple[str, int]:
 @click.argument("embeddings", type=FILE)
 @click.argument("gallery", type=GALLERY)
 @click.option("--paths", type=FILE, help="List of the images that the rows belong to, in their order; see above.")
-@click.option("--image-column", metavar="NAME", help="Column of the images' paths; default: detected.")
-@click.option("--embedding-column", metavar="NAME", help="Column of the embeddings; needed where there are several.")
+@column_option("image", "embedding")
 @click.option("--image-root", type=FILE, help="What paths are relative to; default: GALLERY's images, else the list.")
 @json_option
 def import_command(

@@ -42,7 +42,7 @@ def named(paths: Iterable[str], form: Form) -> dict[str, str]:
         owners[name].append(path)
     for name, own in owners.items():
         if len(own) > 1:
-            raise ClipretError(f"{own[0]} and {own[1]} would both be called {name}: use another --names")
+            raise ClipretError(f"{own[0]} and {own[1]} would both be called {name}: use another --format names=…")
     return names
 
 
@@ -108,7 +108,7 @@ class Sample:
         odd = next((name for name in used if name not in every), used[0])
         raise ClipretError(
             f"{self.table.path} calls an image {odd!r}, which is no path, file name or name without suffix of one "
-            "that is known: say how the answer shall name them with --names"
+            "that is known: say how the answer names them with --format names=…"
         )
 
 

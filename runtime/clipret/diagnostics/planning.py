@@ -202,13 +202,13 @@ class _Encoding:
         ask = self.ask
         if ask.rate is not None:
             rate = ask.rate
-            lines = [self._line("a GPU", rate, "images/s", "--rate", "given")]
+            lines = [self._line("a GPU", rate, "images/s", "rate", "given")]
         elif ask.tflops is not None:
             rate = 1000 * ask.tflops / self.model.image_gflop
-            formula = f"{ask.tflops:g} TFLOP/s (--tflops) / {self.model.image_gflop:g} GFLOP an image"
+            formula = f"{ask.tflops:g} TFLOP/s (tflops) / {self.model.image_gflop:g} GFLOP an image"
             lines = [self._line("a GPU", rate, "images/s", formula, "computed")]
         else:
-            advice = "no GPU was measured: pass --rate, of clipret-search index there, or --tflops"
+            advice = "no GPU was measured: give rate=…, which clipret-search index prints there, or tflops=…"
             return [self._missing("a GPU", "images/s", advice)]
         hours = ask.images / rate / 3600
         formula = f"{ask.images:.3g} / {rate:.4g} / 3600"
@@ -271,10 +271,10 @@ def _searching(ask: Workload, model: Model, rates: Rates) -> list[Line]:
     ):
         lines.append(Line(part, name, ask.images * size / 1e9, "GB", formula, "computed"))
     if ask.milvus_qps is None:
-        advice = "pass --milvus-qps: what  clipret-search eval milvus+URI QUERIES --against exact  says of a node"
+        advice = "give milvus_qps=…: what  clipret-search eval milvus+URI QUERIES --against exact  says of a node"
         lines.append(Line(part, "Milvus query nodes", None, "nodes", advice, "missing"))
     else:
         nodes = math.ceil(ask.qps / ask.milvus_qps)
-        formula = f"{ask.qps:g} / {ask.milvus_qps:g} (--milvus-qps), each with all of the index"
+        formula = f"{ask.qps:g} / {ask.milvus_qps:g} (milvus_qps), each with all of the index"
         lines.append(Line(part, "Milvus query nodes", nodes, "nodes", formula, "computed"))
     return lines

@@ -138,7 +138,7 @@ def _from_parquet(path: Path, image_column: str | None, embedding_column: str | 
         named = f"column {embedding_column} of embeddings" if embedding_column else "single column of embeddings"
         raise ClipretError(
             f"{path} has no {named}: its lists of floats are {', '.join(lists) or 'none'}; "
-            "name one with --embedding-column"
+            "name one with --column embedding=NAME"
         )
     others = [name for name in schema.names if name not in lists]
     column = pick_column(Table(path, tuple(others), []), image_column, "image")

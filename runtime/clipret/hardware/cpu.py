@@ -7,17 +7,28 @@ and keeps the kernels of the real processor.
 
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 
 from clipret.errors import ClipretError
 
-__all__ = ["cpu_count", "int8_saturates", "only_avx2"]
+__all__ = ["cpu_count", "int8_saturates", "only_avx2", "peak_memory"]
 
 
 def cpu_count() -> int:
     """The processors that this process may use; containers and `taskset` allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has used, in bytes; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    most: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def only_avx2() -> bool:

@@ -138,7 +138,9 @@ def _image_column(path: Path | RemoteFile, schema: Any, given: str | None) -> tu
     kind = schema.field(name).type
     types = require("pyarrow", "parquet").types
     if not (_holds_bytes(kind) or types.is_string(kind) or types.is_large_string(kind)):
-        raise ClipretError(f"column {name} of {path} holds {kind}, no images or paths: name one with --image-column")
+        raise ClipretError(
+            f"column {name} of {path} holds {kind}, no images or paths: name one with --column image=NAME"
+        )
     return name, given is None or found == [name]
 
 

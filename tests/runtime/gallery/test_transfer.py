@@ -326,7 +326,7 @@ def test_parquet_of_other_tools(new: Gallery, tmp_path: Path) -> None:
     assert metadata == [{"flag": 1}] * 3
 
     pq.write_table(pa.table({**columns, "other": columns["clip"]}), tmp_path / "x.parquet")
-    with pytest.raises(ClipretError, match=r"lists of floats are clip, other; name one with --embedding-column"):
+    with pytest.raises(ClipretError, match=r"lists of floats are clip, other; name one with --column embedding=NAME"):
         open_embeddings(tmp_path / "x.parquet")
     assert open_embeddings(tmp_path / "x.parquet", embedding_column="other").dimension == D
     with pytest.raises(ClipretError, match="leave the list of paths out"):

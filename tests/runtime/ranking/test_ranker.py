@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipret.errors import ClipretError
+from clipret.ranking import embedding_shards, ranker, scan
 from clipret.ranking import gpu_scan as device
-from clipret.ranking import ranker, scan
-from clipret.ranking import embedding_shards
 from clipret.ranking.gpu_scan import DeviceScan
 from clipret.ranking.quantization import QuantizedEmbeddings, mean, quantize
 from clipret.ranking.ranker import Ranker, snap

@@ -401,7 +401,7 @@ class TestParquet:
 
     def test_of_two_columns_of_bytes_one_is_named(self, arrow: object, tmp_path: Path) -> None:
         file = self.write(arrow, tmp_path / "p.parquet", {"a": [image(1)], "b": [image(2)], "c": [1]})
-        with pytest.raises(ClipretError, match="image-column"):
+        with pytest.raises(ClipretError, match="--column image=NAME"):
             open_source(file)
         with pytest.raises(ClipretError, match="holds int64, no images or paths"):
             open_source(file, image_column="c")

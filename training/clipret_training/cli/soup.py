@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import click
 
+from clipret.cli.options import column_option, image_root_option
 from clipret.console import show_table
 from clipret.errors import ClipretError, require
 from clipret_training.choices import SoupMethod
@@ -45,11 +46,14 @@ Next:  clipret-export soup bundle
     help="wise: 0 is the original, 1 the run.",
 )
 @click.option("--original", metavar="M", help="wise: what RUN started from; default: what its params.toml says.")
-@click.option("--val", type=FILE, help="greedy: the list that decides; uniform, wise: a list to measure the result on.")
+@click.option(
+    "--val",
+    type=FILE,
+    help="The annotations file that decides (greedy), or to measure the result on (uniform, wise).",
+)
 @click.option("--val-where", metavar="SQL", help="Only rows of --val for which this holds.")
-@click.option("--image-root", type=FILE, help="What paths in the list are relative to; default: its folder.")
-@click.option("--image-column", metavar="NAME", help="Column of the images' paths; default: detected.")
-@click.option("--caption-column", metavar="NAME", help="Column of the captions; default: detected.")
+@image_root_option
+@column_option("image", "caption")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N, to measure on.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads; default: all there are.")
 def soup(

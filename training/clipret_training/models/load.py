@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import open_clip
 import safetensors
 import torch
 from safetensors.torch import load_file
@@ -19,13 +20,14 @@ from clipret.schema import checked
 from clipret_training.filenames import BEST, CHECKPOINTS, LAST, MODEL, TOKENIZER
 from clipret_training.models import chinese_clip as chinese
 from clipret_training.models import small
+from clipret_training.models.chinese_clip_model import SIZES
 from clipret_training.models.loaded import LoadedModel, file_sha256, weights_sha256
 from clipret_training.models.lora import ADAPTER_CONFIG, base_of, merge_adapter
 from clipret_training.models.openclip import CONFIG, load_open_clip, rebuild_open_clip
 from clipret_training.models.small import SmallConfig
 from clipret_training.models.tokenizer import learn_tokenizer
 
-__all__ = ["SMALL", "LoadedModel", "anchored", "architecture", "describe", "load_model"]
+__all__ = ["SMALL", "LoadedModel", "anchored", "architecture", "describe", "load_model", "model_names"]
 
 SMALL = "clipret-small"
 _FORMAT = 1
@@ -50,6 +52,12 @@ class _Description(msgspec.Struct):
     text: TextSpec
     small: SmallConfig | None = None
     chinese: dict[str, Any] | None = None
+
+
+def model_names() -> list[str]:
+    """Every name that `load_model` takes: clipret-small, Chinese-CLIP's sizes, OpenCLIP's architectures and tags."""
+    tagged = [f"{name}:{tag}" for name, tag in open_clip.list_pretrained()]
+    return [SMALL, *SIZES, *open_clip.list_models(), *tagged]
 
 
 def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = None) -> LoadedModel:

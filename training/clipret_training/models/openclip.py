@@ -135,7 +135,7 @@ def _read_config(name: str) -> dict[str, Any]:
     return config
 
 
-_LIST_MODELS = 'see  python -c "import open_clip; print(open_clip.list_models())"'
+_LIST_MODELS = "see  clipret-train models"
 
 
 def _tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[str, TextSpec]:
