@@ -1,1 +1,5 @@
-"""The export room: torch models to ONNX bundles."""
+"""The export: torch models to ONNX bundles and TensorRT engines."""
+
+import logging
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -1,14 +1,18 @@
 """clipret: exact text-to-image search on the bundles that `clipret-export` writes; never imports torch."""
 
+import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipret._faces import lazy_face
 
 # Before anything imports onnxruntime, which otherwise writes a device id into the home folder and reports to its maker.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 if TYPE_CHECKING:
+    __version__: str
     from clipret.bundle import Bundle, ImageSpec, Manifest, TextSpec
     from clipret.errors import ClipretError
     from clipret.evaluation.metrics import Metrics
@@ -54,7 +58,7 @@ __all__ = [
     "open_source",
 ]
 
-__getattr__ = lazy_face(
+_face = lazy_face(
     __name__,
     {
         "bundle": ["Bundle", "ImageSpec", "Manifest", "TextSpec"],
@@ -74,3 +78,11 @@ __getattr__ = lazy_face(
         "sources.source": ["Source", "open_source"],
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # importlib.metadata takes longer to import than the rest of this module
+        from importlib.metadata import version
+
+        return version("clipret")
+    return _face(name)

@@ -1,32 +1,48 @@
 """What the three commands share: errors as one line, progress bars, small tables."""
 
 import importlib
+import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
+from clipret import logs
 from clipret.errors import ClipretError, printable
 
 __all__ = ["DefaultGroup", "Group", "LazyGroup", "headed", "progress", "show_table", "stages"]
 
 T = TypeVar("T")
+_LOGGING = "clipret.logging"
+_log = logging.getLogger(__name__)
 
 
 class Group(click.Group):
     """A command with subcommands. A ClipretError becomes one line on stderr and exit status 1, a warning one line;
     usage errors stay click's, with status 2; Ctrl-C is one line and status 130, as of a process that SIGINT ends.
 
-    Colours go to terminals alone, and not where NO_COLOR is set.
+    Colours go to terminals alone, and not where NO_COLOR is set. -v, --log-level and --log-format are options of the
+    group and of each of its commands. CLIPRET_DEBUG=1 in the environment shows the traceback of an error.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _add_logging(self, hidden=False)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(_add_logging(cmd), name)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         def show(message: Warning | str, *_: Any) -> None:
-            click.echo(f"{click.style(self.name, fg='yellow')}: {printable(str(message))}", err=True)
+            if logs.is_json():
+                _log.warning(printable(str(message)))
+            else:
+                click.echo(f"{click.style(self.name, fg='yellow')}: {printable(str(message))}", err=True)
 
         if os.environ.get("NO_COLOR"):
             kwargs.setdefault("color", False)
@@ -39,14 +55,26 @@ class Group(click.Group):
             try:
                 return super().main(*args, **kwargs)
             except ClipretError as error:
-                message = str(error)
+                self._report(error, str(error), colour)
             except MemoryError as error:
                 message = f"there is not enough memory ({error}): make the batch smaller, or use a larger machine"
-            except OSError as error:  # of the results on stdout, above all: the library's own are ClipretErrors
+                self._report(error, message, colour)
+            except OSError as error:  # above all of the results on stdout: the library's own are ClipretErrors
                 place = error.filename or "the output or the working folder"
                 message = f"{place} cannot be used ({error.strerror or error}): free space, or choose another place"
-            click.echo(f"{click.style(self.name, fg='red', bold=True)}: {printable(message)}", err=True, color=colour)
+                self._report(error, message, colour)
+            finally:
+                logs.reset()
             sys.exit(1)
+
+    def _report(self, error: BaseException, message: str, colour: bool | None) -> None:
+        debug = bool(os.environ.get("CLIPRET_DEBUG")) or _log.isEnabledFor(logging.DEBUG)
+        if logs.is_json():
+            _log.error(printable(message), exc_info=error if debug else None)
+            return
+        if debug:
+            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        click.echo(f"{click.style(self.name, fg='red', bold=True)}: {printable(message)}", err=True, color=colour)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -54,6 +82,50 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo(f"{self.name}: interrupted", err=True)
             context.exit(130)
+
+
+def _add_logging(command: click.Command, *, hidden: bool = True) -> click.Command:
+    """Adds -v, --log-level and --log-format, once; `hidden` leaves them out of the help text."""
+
+    def level(context: click.Context, _option: click.Parameter, value: int | str | None) -> None:
+        if value:
+            name = value if isinstance(value, str) else "info" if value == 1 else "debug"
+            context.meta.setdefault(_LOGGING, {})["level"] = name
+            logs.configure(**context.meta[_LOGGING])
+
+    def form(context: click.Context, _option: click.Parameter, value: str | None) -> None:
+        if value:
+            context.meta.setdefault(_LOGGING, {})["form"] = value
+            logs.configure(**context.meta[_LOGGING])
+
+    if not any(parameter.name == "log_level" for parameter in command.params):
+        command.params += [
+            click.Option(
+                ["-v", "--verbose"],
+                count=True,
+                expose_value=False,
+                callback=level,
+                hidden=hidden,
+                help="Log what is done to stderr; -vv in detail. Also behind a command, as the next two.",
+            ),
+            click.Option(
+                ["--log-level"],
+                type=click.Choice(logs.LEVELS),
+                expose_value=False,
+                callback=level,
+                hidden=hidden,
+                help="Log messages of this level and above.",
+            ),
+            click.Option(
+                ["--log-format"],
+                type=click.Choice(get_args(logs.Format)),
+                expose_value=False,
+                callback=form,
+                hidden=hidden,
+                help="Text, or one JSON object per line, warnings and errors included.",
+            ),
+        ]
+    return command
 
 
 class LazyGroup(Group):
@@ -83,7 +155,7 @@ class LazyGroup(Group):
             return None
         module, _, attribute = self._lazy[name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        return _add_logging(command)
 
 
 class DefaultGroup(Group):
@@ -92,8 +164,11 @@ class DefaultGroup(Group):
     default = "export"
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
-            args = [self.default, *args]
+        first = 0  # after the options of the group
+        while first < len(args) and args[first].startswith(("-v", "--verbose", "--log-")):
+            first += 2 if args[first] in ("--log-level", "--log-format") else 1
+        if args[first:] and args[first] not in self.commands and args[first] not in ("-h", "--help", "--version"):
+            args = [*args[:first], self.default, *args[first:]]
         return super().parse_args(context, args)
 
 

@@ -1,1 +1,5 @@
-"""The fine-tuning room: torch, open_clip, peft."""
+"""The training: torch, open_clip, peft."""
+
+import logging
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
