@@ -66,17 +66,22 @@ class AnswerFormat:
     "--only vehicle --only person > merged.json",
 )
 @click.argument("sources", type=FILE, nargs=-1, required=True)
-@click.option("--texts", type=FILE, required=True, help="The queries: one a line in a .txt, or a list with captions.")
+@click.option(
+    "--texts",
+    type=FILE,
+    required=True,
+    help="The queries: a .txt file with one per line, or an annotations file with captions.",
+)
 @column_option("caption")
 @click.option("--how", type=Settings(Fusion, first="how"), default="z", show_default=True, help="See above.")
-@click.option("--weight", "weights", type=Number(), multiple=True, help="Of each source, in their order; default: 1.")
+@click.option("--weight", "weights", type=Number(), multiple=True, help="Weight of each source, in order; default: 1.")
 @click.option(
     "--only",
     metavar="RULE",
     multiple=True,
-    help='The texts of each source, in their order: those of this rule of --prompts, "other" for those of none, "all".',
+    help='Queries of each source, in order: those of this rule of --prompts, "other" for those of no rule, "all".',
 )
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many images a query.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Images per query.")
 @prompts_option
 @encoder_options
 def merge_command(
@@ -90,20 +95,20 @@ def merge_command(
     prompts: Prompts,
     config: EncoderConfig,
 ) -> None:
-    """Rank images by several SOURCES together: galleries of different models, and result files. Prints a result file.
+    """Rank images by several SOURCES together: galleries of different models and result files. Prints a result file.
 
-    Images are matched by their path; of several galleries those count that all of them hold. "sum" adds up
-    similarities, "z" similarities as deviations from each query's mean, "rrf" 1 / (60 + rank), which needs no
-    scores and looks at the first 1,000 images of each source (rrf,depth=N). The first two are exact: no image outside the lists that were looked at could be better.
+    Images are matched by path; with several galleries, only images that all of them have count. --how sum adds
+    similarities, z adds similarities standardised for each query, rrf adds 1 / (60 + rank), which needs no
+    scores and looks at the first 1,000 images of each source (rrf,depth=N). The first two are exact.
 
-    Result files come from  clipret-search query --texts FILE --json,  with re-ranking or without, from merge, and
-    from submit. Where one does not list an image, its score there is taken to be that of the last one that it lists.
+    Result files come from  clipret-search query --texts FILE --json,  with or without re-ranking, and from merge. An
+    image that a result file does not list gets the score of the last one that it lists.
     """
     fusion = Fusion(**how)
     queries = read_texts(texts, caption_column)
     for name, given in (("--weight", weights), ("--only", only)):
         if given and len(given) != len(sources):
-            raise ClipretError(f"{len(given)} {name} for {len(sources)} sources: give one for each, in their order")
+            raise ClipretError(f"{len(given)} {name} for {len(sources)} sources: give one for each, in order")
     rules = [rule.name for rule in prompts.rules]
     for rule in only:
         if rule not in (*rules, "all", "other"):
@@ -122,7 +127,7 @@ def merge_command(
 
 @click.command(
     epilog="Example:  clipret-search submit gallery/ test.txt answer.json;  "
-    "clipret-search submit gallery/ test_query.csv submit.csv --format sample=sample.csv,one_to_one --leave-out train.csv"
+    "clipret-search submit gallery/ queries.csv submit.csv --format sample=sample.csv,one_to_one --leave-out train.csv"
 )
 @click.argument("source", type=FILE)
 @click.argument("texts", type=FILE)
@@ -133,14 +138,18 @@ def merge_command(
     "answer_format",
     type=Settings(AnswerFormat),
     multiple=True,
-    help="sample=FILE: the sample submission that a .csv answer follows; one_to_one: no image twice, the assignment with "
-    "the best sum; names=name|stem|path: how images are named (default: file names, or as in the sample); "
+    help="sample=FILE: the sample submission that a .csv answer follows; one_to_one: no image twice, by the assignment "
+    "with the best sum; names=name|stem|path: how images are named (default: file names, or as in the sample); "
     "images=FOLDER: the test images, any other is refused.",
 )
-@click.option("--leave-out", type=FILE, help="A list of images that are no answer, such as those of the training.")
+@click.option(
+    "--leave-out",
+    type=FILE,
+    help="An annotations file with images that cannot be answers, such as the training images.",
+)
 @image_root_option
 @where_option
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Images a text in a .json answer.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Images per query in a .json answer.")
 @prompts_option
 @rerank_options
 @runtime_options
@@ -161,20 +170,20 @@ def submit(
     runtime: Runtime,
     as_json: bool,
 ) -> None:
-    """Answer TEXTS from SOURCE, a gallery or a result file, in a competition's format.
+    """Write results for TEXTS from SOURCE, a gallery or a result file, in a competition's format.
 
-    An ANSWER that ends in .json is one to the traffic retrieval challenge: the ten best images of each line of TEXTS,
-    in their order. One that ends in .csv is one to the product retrieval contest: the best image of each query, in
-    the shape of --format sample=FILE. What the scorer would reject (a text without images, another number of images, one
-    of them twice or unknown) is refused with the reason, and nothing is written.
+    An ANSWER that ends in .json is for the traffic retrieval challenge: the ten best images of each line of TEXTS, in
+    order. One that ends in .csv is for the product retrieval contest: the best image of each query, in the form of
+    --format sample=FILE. An answer that the scorer would reject (a query without images, a wrong number of images, a
+    duplicate or unknown image) is refused with the reason, and nothing is written.
     """
     shape = AnswerFormat(**merged(answer_format, "--format"))
     product = answer.suffix.lower() == ".csv"
     if not product and answer.suffix.lower() != ".json":
-        raise ClipretError(f"{answer} ends in neither .json (traffic retrieval) nor .csv (product retrieval)")
+        raise ClipretError(f"{answer} must end in .json (traffic retrieval) or .csv (product retrieval)")
     if product != (shape.sample is not None):
         raise ClipretError(
-            "a .csv answer follows a sample submission and a .json one does not: pass --format sample=FILE, or write .json"
+            "a .csv answer follows a sample submission, a .json one does not: pass --format sample=FILE, or write .json"
         )
     if shape.one_to_one and not product:
         raise ClipretError("--format one_to_one is for .csv answers: a .json answer has several images for each text")
@@ -188,7 +197,7 @@ def submit(
     else:
         if rerank.steps or leave_out is not None or where is not None or prompts.rules:
             raise ClipretError(
-                f"{source} is a result file: re-rank, leave out and prompt where it is made, with clipret-search query"
+                f"{source} is a result file: give --rerank, --leave-out, --where and --prompts to query instead"
             )
         found = _listed(results or {}, queries, taken, source, shape.one_to_one)
         paths = sorted({path for line in found for path in line})
@@ -196,7 +205,7 @@ def submit(
     sample = None if shape.sample is None else Sample.read(shape.sample)
     form = shape.names or ("name" if sample is None else sample.form(known if known is not None else paths))
     called = named(paths, form)
-    # Of a gallery's own images nobody need say that they exist.
+    # The images of a gallery are known to exist.
     allowed = set(named(known, form).values()) if known is not None else None
     lines = [[called[path] for path in line] for line in found]
     if sample is not None:
@@ -233,16 +242,20 @@ def _search(
     held = searcher.gallery.ids_by_path()
     unwanted = [] if leave_out is None else _unwanted(searcher, leave_out, image_root)
     among = searcher.among(where, unwanted)
-    rows = searcher.embed(queries)
+    embeddings = searcher.embed(queries)
     reranker = open_reranker(searcher, rerank, reference)
     if one_to_one:
         if rerank.hubness != "none" or rerank.reciprocal or rerank.adapt:
-            scores, positions = assign(lambda which, n: _part(reranker.rank(rows, n, among=among), which), len(rows))
+            scores, positions = assign(
+                lambda which, n: _part(reranker.rank(embeddings, n, among=among), which), len(queries)
+            )
         else:
-            scores, positions = assign(lambda which, n: searcher.ranker.rank(rows[which], n, among=among), len(rows))
+            scores, positions = assign(
+                lambda which, n: searcher.ranker.rank(embeddings[which], n, among=among), len(queries)
+            )
         hits = searcher.hits(scores[:, None], positions[:, None])
     else:
-        hits = searcher.hits(*reranker.rank(rows, k, among=among))
+        hits = searcher.hits(*reranker.rank(embeddings, k, among=among))
     return [[hit.path for hit in line] for line in hits], list(held)
 
 
@@ -262,7 +275,7 @@ def _unwanted(searcher: Searcher, path: Path, image_root: Path | None) -> list[i
     if not found:
         raise ClipretError(
             f"none of the {len(names)} images of {path} is in the gallery (such as {sorted(names)[0]}): "
-            "set --image-root, or go without --leave-out"
+            "set --image-root, or leave out --leave-out"
         )
     click.echo(f"{len(set(found))} images of {path} are left out", err=True)
     return found
@@ -293,5 +306,5 @@ def _listed(
 def _files(folder: Path) -> list[str]:
     """The paths of all files below a folder, relative to it."""
     if not folder.is_dir():
-        raise ClipretError(f"{folder} is no folder: name the one that holds the test images")
+        raise ClipretError(f"{folder} is not a folder: name the folder of the test images")
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())

@@ -61,28 +61,28 @@ class Confidence:
 @click.argument("gallery", type=GALLERY)
 @click.argument("captions", type=FILE)
 @click.argument("out", type=FILE)
-@click.option("--vocabulary", type=FILE, required=True, help="JSON: the words of each slot, and others to reject.")
-@click.option("--slot", "slots", metavar="NAME", multiple=True, help="What to fill; default: all but brand.")
+@click.option("--vocabulary", type=FILE, required=True, help="JSON file: the words of each slot, and others to reject.")
+@click.option("--slot", "slots", metavar="NAME", multiple=True, help="Slot to fill; default: all but brand.")
 @click.option(
     "--template",
     "templates",
     metavar="TEXT",
     multiple=True,
-    help="How a word is asked for, slots in braces; several are averaged. Default: --caption.",
+    help="Query for a word, with slots in braces; several are averaged. Default: --caption.",
 )
 @click.option("--caption", metavar="TEXT", help='The caption to write; default: all slots, "{color} {brand} {type}".')
 @click.option(
     "--confidence",
     type=Settings(Confidence),
     multiple=True,
-    help="precision=0.95: what the filled-in words shall reach; unfamiliar=0.1: the share of the known images that would "
+    help="precision=0.95: what the filled-in words must reach; unfamiliar=0.1: the share of the known images that would "
     "be refused as unlike the others of their word; calibrate=SQL: rows to calibrate on, best those that no training "
     "has seen.",
 )
-@click.option("--where", metavar="SQL", help="Only images of rows for which this holds are filled.")
+@click.option("--where", metavar="SQL", help="SQL condition: fill only images of these rows.")
 @column_option("image")
 @image_root_option
-@click.option("--html", type=PAGE, help="Also write a page to review: images with what was filled in, or not.")
+@click.option("--html", type=PAGE, help="Also write a page to review the images with what was filled in, or not.")
 @json_option
 @runtime_options
 def complete(
@@ -101,19 +101,18 @@ def complete(
     as_json: bool,
     runtime: Runtime,
 ) -> None:
-    """Fill in what CAPTIONS do not say of the images in GALLERY, and write the list OUT to train with.
+    """Fill in attributes that CAPTIONS lacks for the images in GALLERY, and write OUT to train with.
 
-    CAPTIONS is a list with an image, a caption and a column for each slot (color, brand, type) a row, empty where it is
-    not known. A missing word is chosen among the vocabulary by the model that made the gallery. Images
-    whose word is known are predicted too, as if it were not: from them comes the threshold of confidence that
-    reaches --confidence precision, and how unlike the known ones an image may be (a silver car where no caption says silver).
-    The table reports what was reached, on rows that the model was trained on unless calibrate=SQL names others, and of
-    how many images. Templates that name one slot alone ask about every image in the same words, whatever else is
-    known of it; such as  --template "a {color} vehicle" --template "a {type}".
+    CAPTIONS is an annotations file with an image, a caption and a column for each slot (color, brand, type), empty if
+    the word is unknown. The model of the gallery chooses a missing word from the vocabulary. It also predicts the known
+    words: they give the confidence threshold that reaches the precision of --confidence, and how different from the
+    known images an image may be (a silver car when no caption says silver). The table reports the precision reached and
+    on how many images, which are rows that the model was trained on unless calibrate=SQL names others. Templates with a
+    single slot ask about every image in the same words, whatever else is known:
+    --template "a {color} vehicle" --template "a {type}".
 
-    OUT has all rows of CAPTIONS and, for each image of which something was filled, one more with the full caption; its
-    column "filled" says which slots were. Indexing can be interrupted and goes on; this takes seconds a
-    hundred thousand images.
+    OUT has all rows of CAPTIONS and one more, with the full caption, for each image with a filled slot; its column
+    "filled" names the slots. This takes seconds per hundred thousand images.
     """
     wanted = Confidence(**merged(confidence, "--confidence"))
     words = Vocabulary.read(vocabulary)
@@ -192,9 +191,9 @@ def _check(
     table: Table, words: Vocabulary, slots: Sequence[str], templates: Sequence[str], caption: str | None, out: Path
 ) -> None:
     if out.suffix.lower() != ".csv":
-        raise ClipretError(f"{out} does not end in .csv, which is what is written: name it so")
+        raise ClipretError(f"{out} must end in .csv")
     if FILLED in table.columns:
-        raise ClipretError(f"{table.path} is completed already: take the list that it was made from")
+        raise ClipretError(f"{table.path} is already completed: use the file that it was made from")
     for slot in slots:
         if slot not in words.slots:
             raise ClipretError(f"the vocabulary has no slot {slot!r}: it has {', '.join(words.slots)}")
@@ -206,7 +205,7 @@ def _check(
         ]
         if strange:
             raise ClipretError(
-                f"template {template!r}: {strange[0]!r} is no slot in braces, of {', '.join(words.slots)}"
+                f"template {template!r}: {strange[0]!r} is not one of the slots {', '.join(words.slots)} in braces"
             )
 
 
@@ -222,7 +221,7 @@ def _images(
     names, ids = list(found), [number for _, number in found.values()]
     if not names:
         raise ClipretError(
-            f"gallery {searcher.gallery.path} holds none of the {len(rows)} images of {table.path} "
+            f"gallery {searcher.gallery.path} has none of the {len(rows)} images of {table.path} "
             f"(the first: {next(iter(rows))}): set --image-root, or index those images"
         )
     return rows, names, np.searchsorted(searcher.stored.ids, np.array(ids))

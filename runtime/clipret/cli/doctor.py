@@ -1,4 +1,4 @@
-"""clipret-search doctor: what works here, and what to install for the rest."""
+"""clipret-search doctor: what works on this machine, and what to install for the rest."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -22,44 +22,43 @@ _MOST = 100  # characters of a reason in the table; --json has all of it
 @click.command(epilog="Example:  clipret-search doctor --json > this-machine.json")
 @json_option
 def doctor(as_json: bool) -> None:
-    """Tell what works on this machine, and what to install for the rest.
+    """Check what works on this machine, and show what to install for the rest.
 
-    Nothing is believed that can be tried: each engine that is installed runs a small tower on each device that it has,
-    in the code that searches, and each form of the ranking is compared with a brute force in float64, ties and
-    duplicates included. That takes some ten seconds.
+    Each installed backend runs a small tower on each of its devices, in the code that searches, and each ranking method
+    is compared with a brute-force search in float64, with ties and duplicates. This takes about ten seconds.
 
-    Exit status 0 when all that is installed works, else 1 with one line that says what does not.
+    Exit status 0 if everything that is installed works, else 1 with one line that says what does not.
     """
     from clipret.diagnostics.doctor import check_engines, check_exactness, extras, machine  # not for the other commands
 
     facts, installed = machine(Path.cwd()), extras()
-    engines, ranking = list(check_engines()), list(check_exactness())
-    wrong = _wrong(installed, engines, ranking)
+    backends, ranking = list(check_engines()), list(check_exactness())
+    wrong = _wrong(installed, backends, ranking)
     if as_json:
         listed = [asdict(one) | {"complete": one.complete, "install": _install(one)} for one in installed]
         print_json(
             {
                 "ok": not wrong,
                 "machine": facts,
-                "engines": [asdict(one) for one in engines],
+                "backends": [asdict(one) for one in backends],
                 "ranking": [asdict(one) for one in ranking],
                 "extras": listed,
             }
         )
     else:
-        _show(facts, installed, engines, ranking)
+        _show(facts, installed, backends, ranking)
     if wrong:
         raise ClipretError(wrong)
 
 
-def _wrong(installed: "list[Extra]", engines: "list[Finding]", ranking: "list[Finding]") -> str:
-    """One line about everything that is there and does not work; empty where all does."""
-    reasons = [f"{one.name} {one.detail}" for one in engines if one.state == "fails"]
+def _wrong(installed: "list[Extra]", backends: "list[Finding]", ranking: "list[Finding]") -> str:
+    """One line about what is installed and does not work; empty if everything works."""
+    reasons = [f"{one.name} {one.detail}" for one in backends if one.state == "fails"]
     reasons += [f"the ranking is not exact ({one.name}: {one.detail})" for one in ranking if one.state == "fails"]
     old = dict.fromkeys(package for one in installed for package in one.old)
     reasons += [f"{package} is older than clipret needs: run  pip install --upgrade {package}" for package in old]
-    if not any(one.state in ("works", "idle") for one in engines) and not reasons:
-        reasons = ["no engine is installed: run  pip install 'clipret[cpu]'"]
+    if not any(one.state in ("works", "idle") for one in backends) and not reasons:
+        reasons = ["no backend is installed: run  pip install 'clipret[cpu]'"]
     return "; ".join(reasons)
 
 
@@ -67,11 +66,11 @@ def _install(extra: "Extra") -> str | None:
     return None if extra.complete else f"pip install 'clipret[{extra.name}]'" if extra.name else "pip install clipret"
 
 
-def _show(facts: dict[str, Any], installed: "list[Extra]", engines: "list[Finding]", ranking: "list[Finding]") -> None:
+def _show(facts: dict[str, Any], installed: "list[Extra]", backends: "list[Finding]", ranking: "list[Finding]") -> None:
     click.echo(headed(show_table(("machine", ""), _machine(facts))))
-    for title, findings in (("engine", engines), ("ranking", ranking)):
+    for heading, findings in (("backend", backends), ("ranking", ranking)):
         rows = [(_SIGNS[one.state][0], one.name, _cut(one.detail)) for one in findings]
-        head, *lines = show_table(("", title, ""), rows).splitlines()
+        head, *lines = show_table(("", heading, ""), rows).splitlines()
         click.echo("\n" + click.style(head, bold=True))
         for line, one in zip(lines, findings, strict=True):
             click.echo(click.style(line[0], fg=_SIGNS[one.state][1]) + line[1:])

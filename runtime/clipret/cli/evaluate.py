@@ -1,4 +1,4 @@
-"""clipret-search eval: measuring how well a gallery answers."""
+"""clipret-search eval: retrieval metrics of a gallery."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,27 +67,29 @@ class ReportPage:
     metavar="COLUMN",
     multiple=True,
     shell_complete=gallery_columns,
-    help="Right is an image with the query's value in this column.",
+    help="An image is right if it has the query's value in this column.",
 )
 @click.option(
     "--includes",
     metavar="COLUMN",
     multiple=True,
     shell_complete=gallery_columns,
-    help="Right is one that holds all names that the query's holds.",
+    help="An image is right if this column contains all names of the query's.",
 )
 @click.option(
     "--metric",
     "metrics",
     metavar="M",
     multiple=True,
-    help="mAP, mAP@K, recall@K, challenge: these in place of the usual.",
+    help="mAP, mAP@K, recall@K or challenge, instead of the default metrics.",
 )
-@click.option("--results", type=FILE, help="Measure this result file, of merge or query --json, not a ranking of now.")
+@click.option(
+    "--results", type=FILE, help="Measure this result file, from merge or query --json, instead of searching."
+)
 @click.option(
     "--against",
     metavar="exact|GALLERY",
-    help="Of milvus+URI: what its index finds of the exact ranking; exact: of the gallery that was exported.",
+    help="For milvus+URI: how much of the exact ranking its index finds; exact: that of the exported gallery.",
 )
 @prompts_option
 @rerank_options
@@ -117,32 +119,33 @@ def eval_command(
     as_json: bool,
     runtime: Runtime,
 ) -> None:
-    """Measure how well GALLERY answers QUERIES.
+    """Measure retrieval metrics of GALLERY on QUERIES.
 
-    QUERIES is a .csv, .tsv or .jsonl list with a caption and an image a row: captions with their images, or
-    queries with one row for each image that answers them. Rows with the same caption are one query.
+    QUERIES is a .csv, .tsv or .jsonl file with a caption and an image per row: captions with their images, or queries
+    with one row for each right image. Rows with the same caption are one query.
 
-    recall@k is the share of queries with a right image among the first k; median rank is that of the first
-    right image; mAP@10 is the standard mean average precision over the first ten, mAP that over all. The metric
-    "challenge" is the scorer published for the CVPR 2023 traffic challenge. It divides by the right images found,
-    not by those to be found: three right ones before seven wrong ones score 1.0 where a hundred are right.
+    recall@k is the share of queries with a right image among the first k; median rank is the median rank of the first
+    right image; mAP@10 is the standard mean average precision over the first ten results, mAP over all. The metric
+    "challenge" is the published scorer of the CVPR 2023 traffic challenge. It divides by the number of right images
+    found, not by the number of right images: three right results before seven wrong ones score 1.0 even if a hundred
+    are right.
 
-    With --equal and --includes the list has no images: a query's own columns say what it asks for (color, type),
-    and the images' columns, from the list they were indexed from, say which answer it.
+    With --equal and --includes the file has no images: a query's columns say what it asks for (color, type), and the
+    images' metadata, from the file they were indexed from, says which images match.
 
-    The page that --html writes has the recall at every k, the scores of right and wrong images, what was found for
-    what was wanted by each attribute (those of --equal and --includes, else columns of the gallery with few values),
+    The page of --html has the recall at every k, the scores of right and wrong images, a confusion table for each
+    attribute (those of --equal and --includes, else columns of the gallery with few values),
     and 40 queries (--html page.html,queries=100: more) with what they found and should have found, half of them the
     worst.
 
-    Re-ranking is measured with --metric, which says how deep the ranking goes; default: mAP@10 and recall@1/5/10.
+    With re-ranking, --metric decides how deep the ranking goes; default: mAP@10 and recall@1/5/10.
     """
     chosen = [Metric.parse(name) for name in metrics]
     page = None if html is None else ReportPage(**html)
     if (rerank.steps or results is not None) and page is not None:
-        raise ClipretError("--html shows the plain ranking: leave it out with re-ranking and --results")
+        raise ClipretError("--html shows the plain ranking: leave it out with --rerank and --results")
     if results is not None and (rerank.steps or prompts.rules):
-        raise ClipretError("--results are ranked already: re-rank and prompt where they are made")
+        raise ClipretError("--results is a finished ranking: use --rerank and --prompts when it is made")
     if (rerank.steps or results is not None) and not chosen:
         chosen = [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
     searcher = open_searcher(gallery, runtime, prompts.forms)
@@ -152,7 +155,9 @@ def eval_command(
             return
         if isinstance(gallery, str):
             if equal or includes or page is not None or rerank.steps:
-                raise ClipretError("--equal, --includes, --html and re-ranking look at every image: use the gallery")
+                raise ClipretError(
+                    "--equal, --includes, --html and --rerank need every image: use the gallery, not Milvus"
+                )
             chosen = chosen or [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
         if equal or includes:
             truth = read_attribute_truth(
@@ -201,12 +206,12 @@ def eval_command(
 
 
 def _show_agreement(searcher: Searcher, against: str, queries: Path, caption_column: str | None, as_json: bool) -> None:
-    """eval milvus+URI QUERIES --against: what the index finds of the exact ranking."""
+    """eval milvus+URI QUERIES --against: how much of the exact ranking the index finds."""
     from clipret.milvus.search import MilvusCollection, agreement
 
     there = searcher.searched
     if not isinstance(there, MilvusCollection):
-        raise ClipretError("--against compares a Milvus collection with a gallery: name it as milvus+URI")
+        raise ClipretError("--against compares a Milvus collection with a gallery: name the collection as milvus+URI")
     place = there.source if against == "exact" else Path(against)
     texts = list(dict.fromkeys(read_texts(queries, caption_column)))
     with Searcher(Gallery.open(place), searcher.encoder, templates=searcher.templates) as exact:
@@ -224,9 +229,11 @@ def _show_agreement(searcher: Searcher, against: str, queries: Path, caption_col
 
 
 def _listed(searcher: Searcher, truth: GroundTruth, metrics: Sequence[Metric]) -> dict[str, list[str]]:
-    """What each text of a truth finds, as far as the metrics look."""
+    """The results of each query, as many as the metrics need."""
     if any(metric.k is None for metric in metrics):
-        raise ClipretError("a metric without @K ranks every image, which Milvus does not: write it with @K")
+        raise ClipretError(
+            "a metric without @K needs a ranking of all images, which Milvus does not return: use mAP@10 or the like"
+        )
     texts = list(truth.relevant)
     found = searcher.search(texts, max(metric.k or 1 for metric in metrics))
     return {text: [hit.path for hit in hits] for text, hits in zip(texts, found, strict=True)}

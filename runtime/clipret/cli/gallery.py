@@ -1,4 +1,4 @@
-"""clipret-search index, add, remove, compact, info: what a gallery holds."""
+"""clipret-search index, remove, compact, info: the contents of a gallery."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -45,12 +45,14 @@ def _open_encoder(bundle: Bundle, config: EncoderConfig) -> Encoder:
 @column_option("image")
 @image_root_option
 @where_list_option
-@click.option("--prune", is_flag=True, help="Also delete images that no SOURCE names any more.")
-@click.option("--flip", is_flag=True, help="Of a new GALLERY: average each image and its horizontal flip; see above.")
+@click.option("--prune", is_flag=True, help="Also delete images that are no longer in any SOURCE.")
+@click.option("--flip", is_flag=True, help="In a new GALLERY: average each image with its horizontal flip; see above.")
 @bundle_option
 @encoder_options
 @click.option("--ray", metavar="auto|HOST:PORT", help="Spread the work over a Ray cluster; see above.")
-@click.option("--workers", type=click.IntRange(1), help="With --ray: encoders; default: one a GPU, or what fits.")
+@click.option(
+    "--workers", type=click.IntRange(1), help="With --ray: number of encoders; default: one per GPU, or what fits."
+)
 @json_option
 def index(
     places: tuple[Path | str, ...],
@@ -68,35 +70,36 @@ def index(
     """Encode the images of each SOURCE with BUNDLE into GALLERY.
 
     \b
-    clipret-search index BUNDLE SOURCE... GALLERY    a new gallery, or the same again
-    clipret-search index GALLERY SOURCE...           into a gallery that is there, with its own bundle
+    clipret-search index BUNDLE SOURCE... GALLERY    create or update a gallery
+    clipret-search index GALLERY SOURCE...           add to an existing gallery, with its own bundle
 
     \b
     SOURCE is
       a folder, walked recursively, or one image
-      a .csv, .tsv or .jsonl list with a column of paths; its other columns become metadata, for query --where
-      .tar shards (webdataset), as shards/{000..127}.tar or a folder of them; .json and .txt beside an image are
-        its metadata
-      a .zip, or a .parquet with paths or with the images themselves
-      images, .tar or .parquet files of a store, as s3://bucket/shards/{000..999}.tar, gs://…, hdfs://…
+      a .csv, .tsv or .jsonl annotations file with a column of paths; its other columns become metadata, which
+        query --where can use
+      .tar shards (webdataset), as shards/{000..127}.tar or a folder of them; an image's .json and .txt are its
+        metadata
+      a .zip, or a .parquet file with paths or with the images themselves
+      images, .tar or .parquet files in an object store: s3://bucket/shards/{000..999}.tar, gs://…, hdfs://…
 
-    Run it again to add new and changed images, after an interruption too: what GALLERY holds already is not encoded
-    twice, not even under another name. Images that cannot be read are skipped, counted, and named with the
-    reason in GALLERY/skipped.tsv. What no SOURCE names stays, unless --prune says otherwise. Images below GALLERY's
-    root (clipret-search info) are named relative to it, others by their whole path.
+    Run the command again to add new and changed images, or to continue after an interruption: images that GALLERY
+    already has are not encoded twice, even under another name. Images that cannot be read are skipped, counted, and
+    listed with the reason in GALLERY/skipped.tsv. Images that are no longer in any SOURCE stay, unless --prune is
+    given. Images below GALLERY's root (see clipret-search info) are named relative to it, others by absolute path.
 
-    --flip makes a gallery whose embeddings are the mean of each image and its horizontal flip, for a second pass of
-    the image tower. GALLERY remembers it.
+    --flip stores the mean of each image's embedding and its horizontal flip's, which takes a second pass of the image
+    tower. GALLERY remembers the setting.
 
-    --encoder fast_decode reads large JPEGs two to four times faster; pixels then differ a little from those that
-    the model was trained on (benchmarks/README.md has the figures). Use it for all images of a gallery or for none.
+    --encoder fast_decode reads large JPEGs two to four times faster. Pixels then differ slightly from those that the
+    model was trained on (figures: benchmarks/README.md), so use it for all images of a gallery or for none.
 
-    --ray auto spreads the work over the Ray cluster of this machine, or over this machine alone where there is none;
-    --ray HOST:PORT over another. Bundle and local sources lie at the same path on every machine of it; GALLERY is
-    written here. docs/cluster.md says more.
+    --ray auto spreads the work over this machine's Ray cluster, or over this machine alone if it has none;
+    --ray HOST:PORT over another cluster. The bundle and local sources must have the same path on every machine;
+    GALLERY is written on this one. See docs/cluster.md.
     """
     if workers is not None and ray is None:
-        raise click.UsageError("--workers counts the encoders of a cluster: name it with --ray")
+        raise click.UsageError("--workers is the number of encoders on a cluster: add --ray")
     model, sources, folder = _places(places, bundle)
     encoder = _open_encoder(model, config) if ray is None else None  # what cannot encode must fail before all else
     opened = _joined(
@@ -108,7 +111,7 @@ def index(
             return Gallery.create(folder, model, opened.root, flipped=flip)
         held = Gallery.open(folder)
         if flip and not held.info.flipped:
-            raise ClipretError(f"{folder} holds images as they are, without their flips: choose a new folder")
+            raise ClipretError(f"gallery {folder} was made without --flip: leave --flip out, or choose a new folder")
         # A run that found nothing has made it.
         return held if len(held) or places[0] == folder else held.rooted(opened.root)
 
@@ -131,15 +134,15 @@ def _places(places: Sequence[Path | str], bundle: Path | None) -> tuple[Bundle, 
     first, last = places[0], places[-1]
     if isinstance(first, Path) and (first / "gallery.json").is_file():
         if len(places) < 2:
-            raise click.UsageError(f"{first} is a gallery: name what is to be indexed into it behind it")
+            raise click.UsageError(f"{first} is a gallery: name the images to add after it")
         with Gallery.open(first) as held:
             return held.bundle(bundle), places[1:], first
     if len(places) < 3:
-        raise click.UsageError("name BUNDLE SOURCE... GALLERY, or GALLERY SOURCE... for a gallery that is there")
+        raise click.UsageError("name BUNDLE SOURCE... GALLERY, or GALLERY SOURCE... for an existing gallery")
     if bundle is not None:
-        raise click.UsageError("--bundle is for a GALLERY that is named first: here the bundle is the first argument")
+        raise click.UsageError("--bundle is for the form GALLERY SOURCE...: here the bundle is the first argument")
     if isinstance(first, str) or isinstance(last, str):
-        raise click.UsageError("a bundle and a gallery are folders of this machine")
+        raise click.UsageError("a bundle and a gallery are local folders")
     return Bundle.open(first), places[1:-1], last
 
 
@@ -178,11 +181,11 @@ def _fill(
         f"{report.unchanged} unchanged, {len(report.skipped)} skipped{removed}), {report.rate:.0f} images/s"
     )
     stages = report.stages
-    if report.seconds > 1:  # shorter, and there is nothing to make faster
+    if report.seconds > 1:  # for shorter runs nobody needs the bottleneck
         click.echo(
-            f"{report.seconds:.1f} s: engine {stages.compute_seconds:.1f}, waiting for pixels {stages.wait_seconds:.1f} "
-            f"(decoding took {stages.decode_seconds:.1f} in its threads), writing {report.write_seconds:.1f}; "
-            f"the limit is the {report.limit}",
+            f"{report.seconds:.1f} s: model {stages.compute_seconds:.1f}, waiting for pixels {stages.wait_seconds:.1f} "
+            f"(decoding: {stages.decode_seconds:.1f} over all threads), writing {report.write_seconds:.1f}; "
+            f"bottleneck: {report.limit}",
             err=True,
         )
 
@@ -215,8 +218,8 @@ def _as_dict(report: IndexReport, total: int) -> dict[str, object]:
 def remove(gallery: Path, images: tuple[str, ...], where: str | None, as_json: bool) -> None:
     """Delete images from GALLERY: by path, by id, or all for which --where holds.
 
-    The image files are not touched. Nothing finds the images any more at once; clipret-search compact gives the
-    room of their rows back. An index run adds them again while their files are in its source.
+    The image files are not touched. Searches no longer return the images from now on; clipret-search compact frees
+    their space. Indexing adds them again as long as their files are in its source.
     """
     if not images and where is None:
         raise click.UsageError("name images by path or id, or choose them with --where")
@@ -233,7 +236,7 @@ def remove(gallery: Path, images: tuple[str, ...], where: str | None, as_json: b
 
 
 def _id(gallery: Gallery, name: str) -> int:
-    """An image may be called 17: a path goes before an id."""
+    """The id of an image; a path such as "17" takes precedence over an id."""
     if name in gallery.database.by_path([name]) or not (name.isascii() and name.isdecimal() and len(name) < 19):
         return gallery.id_of(name)
     if not len(gallery.select(f"id = {name}")):
@@ -245,32 +248,32 @@ def _id(gallery: Gallery, name: str) -> int:
 @click.argument("gallery", type=GALLERY)
 @json_option
 def compact(gallery: Path, as_json: bool) -> None:
-    """Write GALLERY anew without its deleted rows, in few large files.
+    """Rewrite GALLERY without its deleted embeddings, in a few large files.
 
-    Worth it after many small additions or many deletions: searches get faster and the room of deleted rows comes back.
-    They find the same before and after; a service goes on while this runs. It needs room for the rows a second time.
+    Worthwhile after many small additions or many deletions: searches become faster and disk space is freed. Results
+    stay the same, and a service keeps running meanwhile. It needs disk space for a second copy of the embeddings.
     """
     with Gallery.open(gallery) as opened:
         dropped = compact_gallery(opened, partial(progress, desc="compact", unit="shards"))
         if as_json:
             print_json({"dropped": dropped, "total": len(opened)})
         else:
-            click.echo(f"{opened.path}: {len(opened)} images, {dropped} deleted rows dropped")
+            click.echo(f"{opened.path}: {len(opened)} images, {dropped} deleted embeddings dropped")
 
 
 @click.command(epilog="Example:  clipret-search info gallery/ --duplicates")
 @click.argument("gallery", type=GALLERY)
-@click.option("--duplicates", is_flag=True, help="Also list the images whose files are equal byte for byte.")
+@click.option("--duplicates", is_flag=True, help="Also list images whose files are identical.")
 @json_option
 def info(gallery: Path, duplicates: bool, as_json: bool) -> None:
-    """Tell what GALLERY holds: images, files, the model, and the columns that --where can use."""
+    """Show what GALLERY contains: images, files, the model, and the columns for --where."""
     with Gallery.open(gallery) as opened:
         stored = opened.read()
         groups = opened.duplicates()
         size = sum(_size(file) for file in opened.path.iterdir())
         facts = {
             "images": len(opened),
-            "deleted rows": len(stored.ids) - len(opened),
+            "deleted embeddings": len(stored.ids) - len(opened),
             "shards": len(stored.shards),
             "bytes": size,
             "embedding": f"float16 [{opened.info.embedding_dim}]",

@@ -1,4 +1,4 @@
-"""Options that several subcommands of clipret-search have, and what they print in the same way."""
+"""Options that several subcommands of clipret-search share, and how they print JSON."""
 
 import functools
 import json
@@ -25,21 +25,21 @@ BUNDLE = MarkedFolder("bundle.json")
 
 
 class _Location(click.Path):
-    """A path of this machine, or an address such as s3://bucket/key as it was given: a Path would lose a slash."""
+    """A local path, or an address such as s3://bucket/key as it is: a Path would lose a slash."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if isinstance(value, str) and is_remote(value) else super().convert(value, param, ctx)
 
 
 class _Searched(MarkedFolder):
-    """A gallery, or milvus+URI as it was given."""
+    """A gallery, or milvus+URI as it is."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if is_milvus(value) else super().convert(value, param, ctx)
 
 
 class _Place(MarkedFolder):
-    """A bundle, a gallery or a source: a path of this machine, or an address as it was given."""
+    """A bundle, a gallery or a source: a local path, or an address as it is."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if isinstance(value, str) and is_remote(value) else super().convert(value, param, ctx)
@@ -48,7 +48,7 @@ class _Place(MarkedFolder):
 LOCATION = _Location(path_type=Path)
 PLACE = _Place("bundle.json", otherwise="file")
 SEARCHED = _Searched("gallery.json")
-SHOWN = 10  # skipped images that are named on the terminal
+SHOWN = 10  # skipped images that are listed on the terminal
 
 
 class Number(click.FloatRange):
@@ -65,14 +65,14 @@ _ENCODER = (
         "--device",
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda or cuda:N; with commas: several that share.",
+        help="auto, cpu, cuda or cuda:N; several with commas share the work.",
     ),
     click.option(
         "--backend",
         type=click.Choice(get_args(BackendChoice)),
         default="auto",
         show_default=True,
-        help="What runs the towers; auto: a TensorRT engine that fits the GPU, else onnxruntime; on CPUs OpenVINO for "
+        help="What runs the model; auto: a TensorRT engine if one fits the GPU, else onnxruntime; on CPUs OpenVINO for "
         "bf16 and int8.",
     ),
     click.option(
@@ -87,19 +87,19 @@ _ENCODER = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a search runs: the settings of its encoder, and the bundle where it is not where it was at indexing."""
+    """Where a search runs: the encoder's settings, and the bundle's folder if it has moved since indexing."""
 
     config: EncoderConfig
     bundle: Path | None = None
 
 
 def encoder_options(function: F) -> F:
-    """Adds --device, --backend and --encoder; the command gets them as `config`, an EncoderConfig."""
+    """Adds --device, --backend and --encoder; the command gets `config`, an EncoderConfig."""
     return _with_options(function, _ENCODER, ("device", "backend", "encoder"), lambda given: {"config": _config(given)})
 
 
 def runtime_options(function: F) -> F:
-    """Adds the same and --bundle; the command gets them as `runtime`, a Runtime."""
+    """Adds the same and --bundle; the command gets `runtime`, a Runtime."""
 
     def made(given: dict[str, Any]) -> dict[str, Any]:
         bundle = given.pop("bundle")
@@ -118,7 +118,7 @@ def _with_options(
     names: Sequence[str],
     made: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> F:
-    """A command with further options, whose values it gets as one object."""
+    """Adds options to a command, which gets what `made` makes of their values."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **given: Any) -> Any:
@@ -137,13 +137,13 @@ where_list_option = click.option(
     "--where",
     metavar="SQL",
     shell_complete=list_columns,
-    help="Only rows of the file for which this holds, e.g. \"split = 'val'\".",
+    help="SQL condition on the rows of the file, such as \"split = 'val'\".",
 )
 where_option = click.option(
     "--where",
     metavar="SQL",
     shell_complete=gallery_columns,
-    help="Only images for which this holds; columns: clipret-search info GALLERY.",
+    help="SQL condition on the metadata; columns: clipret-search info GALLERY.",
 )
 
 
@@ -182,5 +182,5 @@ image_root_option = click.option(
 
 def print_json(value: object) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    # File names that are not UTF-8 come as lone surrogates, for which JSON has an escape and UTF-8 nothing.
+    # File names that are not UTF-8 arrive as lone surrogates, which JSON can escape and UTF-8 cannot encode.
     click.echo(text.encode("utf-8", "backslashreplace").decode())

@@ -30,16 +30,19 @@ __all__ = ["query"]
 @click.command(epilog='Example:  clipret-search query gallery/ "a red sedan" "一辆红色的轿车" -k 20 --html found.html')
 @click.argument("gallery", type=SEARCHED)
 @click.argument("texts", nargs=-1)
-@click.option("--texts", "texts_file", type=FILE, help="More queries: one a line in a .txt, or a list with captions.")
-@click.option("--image", "images", type=FILE, multiple=True, help="Find images like this one; see above.")
-@click.option("--minus", metavar="TEXT", multiple=True, help="What the images shall not show.")
 @click.option(
-    "--minus-weight", type=Number(-100, 100), default=0.5, show_default=True, help="How strongly --minus counts."
+    "--texts",
+    "texts_file",
+    type=FILE,
+    help="More queries: a .txt file with one per line, or an annotations file with captions.",
 )
+@click.option("--image", "images", type=FILE, multiple=True, help="Find images like this one; see above.")
+@click.option("--minus", metavar="TEXT", multiple=True, help="What the images should not show.")
+@click.option("--minus-weight", type=Number(-100, 100), default=0.5, show_default=True, help="Weight of --minus.")
 @prompts_option
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many images a query.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Images per query.")
 @where_option
-@click.option("--exclude", metavar="PATH", multiple=True, help="An image of the gallery that is not wanted.")
+@click.option("--exclude", metavar="PATH", multiple=True, help="An image of the gallery to leave out.")
 @click.option("--min-score", type=Number(), help="Only images with at least this score.")
 @rerank_options
 @click.option("--html", type=PAGE, help="Also write a page with the images.")
@@ -65,25 +68,25 @@ def query(
     as_json: bool,
     runtime: Runtime,
 ) -> None:
-    """Find the images of GALLERY that fit each of TEXTS best.
+    """Find the images of GALLERY that match each of TEXTS best.
 
-    Prints rank, score (the cosine of image and query) and path. Equal scores are ordered by age in the gallery.
+    Prints rank, score (the cosine similarity of image and query) and path. Ties are ordered by age in the gallery.
 
     \b
-    Each of TEXTS is a query of its own. With TEXTS, --image is added to each of them ("like this, but at
-    night"); without, each --image is a query. --minus takes something away from every query:
+    Each text is a query. With texts, --image is added to each of them ("like this, but at night"); without texts,
+    each --image is a query. --minus subtracts something from every query:
         clipret-search query gallery/ "a red truck" --minus "a fire engine"
         clipret-search query gallery/ --image car.jpg --where "camera = 'A3' and hour < 6"
 
-    In a terminal that shows images (kitty, Ghostty, WezTerm, iTerm2, foot, mintty and others) they stand above the
-    table, and in most others a path is a link to its file; --show none leaves that out.
+    Terminals that can show images (kitty, Ghostty, WezTerm, iTerm2, foot, mintty and others) show them above the
+    table; in most others, paths are links to the files. --show none turns this off.
     """
     if texts_file is not None:
         texts = (*texts, *read_texts(texts_file))
     if not texts and not images:
         raise click.UsageError("name at least one text, or an image with --image")
     if rerank.steps and min_score is not None:
-        raise click.UsageError("--min-score is a cosine, which re-ranking changes: leave one of them out")
+        raise click.UsageError("--min-score is a cosine, which re-ranking changes: leave out one of them")
     names, asked = zip(*_queries(texts, images, minus, minus_weight), strict=True)
     searcher = open_searcher(gallery, runtime, prompts.forms)
     with searcher:

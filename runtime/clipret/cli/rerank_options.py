@@ -1,4 +1,4 @@
-"""The options of re-ranking and of prompts, which several subcommands of clipret-search have."""
+"""The options --rerank and --prompts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,9 +27,11 @@ def _read_prompts(context: click.Context, _parameter: click.Parameter, given: tu
         return Prompts.of_templates(templates)
     first, *others = given
     if others:
-        raise click.UsageError("--prompts takes either templates or one file of rules: leave the other out.")
+        raise click.UsageError("--prompts takes either templates or one file of rules: leave out the other.")
     if not Path(first).is_file():
-        raise ClipretError(f"--prompts {first!r} has no {{}} for the text and is no file: write one of the two")
+        raise ClipretError(
+            f"--prompts {first!r} is neither a template with {{}} nor a file: check the text or the path"
+        )
     return Prompts.read(first)
 
 
@@ -38,7 +40,7 @@ prompts_option = click.option(
     metavar="TEMPLATE|FILE",
     multiple=True,
     callback=_read_prompts,
-    help='E.g. "a photo of a {}."; several are averaged. Or a TOML file of rules, by what a text speaks of.',
+    help='A template such as "a photo of a {}."; several are averaged. Or a TOML file with rules, see docs/query.md.',
 )
 
 
@@ -51,28 +53,28 @@ def rerank_options(function: F) -> F:
         reference = settings.pop("reference", None)
         how = Rerank(**settings)
         if reference is not None and how.hubness == "none":
-            raise ClipretError("--rerank reference= is for hubness: set hubness=nnn or hubness=dual-softmax with it")
+            raise ClipretError("--rerank reference= needs hubness: add hubness=nnn or hubness=dual-softmax")
         return function(*arguments, rerank=how, reference=reference, **more)
 
     option = click.option(
         "--rerank",
         type=Settings(Rerank, files=("reference",)),
         multiple=True,
-        help="Second thoughts about the ranking: adapt=50, reciprocal=100, hubness=nnn or dual-softmax, alone or "
-        "together. The last is measured on the other queries, or on the texts of reference=FILE. See docs/query.md.",
+        help="Re-ranking: adapt=50 (query adaptation), reciprocal=100 (k-reciprocal), hubness=nnn or dual-softmax, "
+        "alone or together. hubness looks at the other queries, or at the texts of reference=FILE. See docs/query.md.",
     )
     return option(call)  # type: ignore[return-value]
 
 
 def open_reranker(searcher: Searcher, rerank: Rerank, reference: Path | None) -> Reranker:
-    rows = None if reference is None else searcher.embed(list(dict.fromkeys(read_texts(reference))))
-    return Reranker(searcher.stored, searcher.ranker, rerank, rows)
+    embeddings = None if reference is None else searcher.embed(list(dict.fromkeys(read_texts(reference))))
+    return Reranker(searcher.stored, searcher.ranker, rerank, embeddings)
 
 
 def read_texts(path: Path, column: str | None = None) -> Sequence[str]:
-    """The texts of a file, in their order, repeated ones too: one a line in a .txt, else the captions of a list.
+    """The queries of a file in order, duplicates included: the lines of a .txt file, else the column of captions.
 
-    Raises ClipretError for a blank text between others, with its number, and for a file without any.
+    Raises ClipretError for a blank text, with its number, and for a file without texts.
     """
     if path.suffix.lower() == ".txt":
         try:
@@ -85,7 +87,7 @@ def read_texts(path: Path, column: str | None = None) -> Sequence[str]:
         while texts and not texts[-1].strip():
             texts.pop()
         if not texts:
-            raise ClipretError(f"{path} holds no texts: nothing to do")
+            raise ClipretError(f"{path} has no texts: add one per line")
     else:
         table = read_table(path)
         caption = pick_column(table, column, "caption")

@@ -1,13 +1,11 @@
-"""What the commands that search have in common."""
+"""What the commands that search share."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from clipret.cli.options import (
-    Runtime,
-)
+from clipret.cli.options import Runtime
 from clipret.gallery.gallery import Gallery
 from clipret.inference.encoder import Encoder
 from clipret.openers import open_searchable
@@ -17,10 +15,10 @@ __all__ = ["gallery_facts", "open_searcher"]
 
 
 def open_searcher(place: Path | str, runtime: Runtime, templates: Forms = ("{}",)) -> Searcher:
-    """A searcher of a gallery, or of the collection that milvus+URI names."""
+    """A searcher over a gallery, or over the collection of milvus+URI."""
     opened = open_searchable(place)
     if not isinstance(opened, Gallery) and opened.changing:
-        click.echo(f"{opened.name} is being changed, or an export was broken off: run that again", err=True)
+        click.echo(f"{opened.name} is being changed, or an export was interrupted: run the export again", err=True)
     return Searcher(opened, Encoder(opened.bundle(runtime.bundle), runtime.config), templates=templates)
 
 

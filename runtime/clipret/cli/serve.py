@@ -1,4 +1,4 @@
-"""clipret-search serve: galleries on the network, for people and for programs."""
+"""clipret-search serve: galleries over HTTP, with a page and an API."""
 
 import os
 from dataclasses import dataclass, replace
@@ -40,10 +40,16 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 @click.command("serve", epilog="Example:  clipret-search serve gallery/ --port 8000")
 @click.argument("galleries", type=SEARCHED, nargs=-1, required=True, metavar="GALLERY...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all there are.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--allow-host", "hosts", metavar="NAME", multiple=True, help="A name that this machine is asked by.")
-@click.option("--token-file", type=FILE, help="File with the token for adding and deleting; else they are off.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option(
+    "--allow-host", "hosts", metavar="NAME", multiple=True, help="A host name that requests may use for this machine."
+)
+@click.option(
+    "--token-file", type=FILE, help="File with the token for adding and deleting images; without it they are off."
+)
 @prompts_option
 @rerank_options
 @click.option(
@@ -53,7 +59,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
     multiple=True,
     help="Limits of a request: max_upload=32 (MiB), timeout=30 (seconds); batch=64: queries ranked together.",
 )
-@click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="Of each GALLERY, where it is not where it was.")
+@click.option("--bundle", "bundles", type=BUNDLE, multiple=True, help="The bundle of each GALLERY, if they have moved.")
 @encoder_options
 def serve_command(
     galleries: tuple[Path | str, ...],
@@ -68,19 +74,20 @@ def serve_command(
     bundles: tuple[Path, ...],
     config: EncoderConfig,
 ) -> None:
-    """Serve one or several galleries: a page for people, an API for programs.
+    """Serve one or more galleries over HTTP: a search page and a JSON API.
 
     \b
-    The page is at the address that this prints; /docs there describes the API:
+    The page is at the printed address; /docs there describes the API:
         curl 'http://127.0.0.1:8000/search?q=a+red+truck&k=5&where=hour<6'
         curl -F image=@car.jpg http://127.0.0.1:8000/search
 
-    Galleries that other processes change are read anew within a second, while searches go on. With several galleries
-    the page compares what they find side by side. Anybody who reaches the address may search: by default that is this
-    machine alone. With --token-file (or the token in CLIPRET_TOKEN) images can be added and deleted through the API.
+    Changes that other processes make to a gallery are picked up within a second, without interrupting searches. With
+    several galleries the page compares their results side by side. Anyone who can reach the address can search; by
+    default that is this machine only. With --token-file (or the token in CLIPRET_TOKEN) the API can add and delete
+    images.
 
-    --prompts and re-ranking hold for every search and give what  clipret-search query  gives with them. Queries come
-    one at a time here: adapt and reciprocal look at no other, and hubness needs a reference.
+    --prompts and --rerank apply to every search, with the results of  clipret-search query.  Queries arrive one at a
+    time: adapt and reciprocal look at the one query, and hubness needs a reference.
     """
     require("fastapi", "serve")
     require("uvicorn", "serve")
@@ -91,7 +98,9 @@ def serve_command(
     texts = () if reference is None else tuple(read_texts(reference))
     manner = SearchSettings(prompts.forms, rerank, texts)
     if bundles and len(bundles) != len(galleries):
-        raise click.UsageError(f"{len(bundles)} times --bundle for {len(galleries)} galleries: give one for each")
+        raise click.UsageError(
+            f"{len(bundles)} --bundle for {len(galleries)} galleries: give one for each, in their order"
+        )
     encoders = dict[str, Encoder]()
     places = list[tuple[Path | str, Encoder]]()
     for number, path in enumerate(galleries):

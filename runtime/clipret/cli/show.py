@@ -1,4 +1,4 @@
-"""What a query found, as a person sees it in a terminal: images above the table, links in it."""
+"""Results in a terminal: images above the table, links to files in it."""
 
 import os
 import sys
@@ -26,12 +26,12 @@ show_option = click.option(
     type=click.Choice(["auto", "kitty", "sixel", "links", "none"]),
     default="auto",
     show_default=True,
-    help="Images in the terminal, or links to their files; auto: what the terminal can. In a pipe: none.",
+    help="Show images in the terminal, or links to the files; auto: what the terminal supports. In a pipe: none.",
 )
 
 
 def way(show: str) -> Way:
-    """How to show images on stdout: not at all where that is no terminal."""
+    """How to show images on stdout; "none" when it is not a terminal."""
     if show == "none" or sys.stdout is None or not sys.stdout.isatty():
         return "none"
     if show == "auto":
@@ -42,7 +42,7 @@ def way(show: str) -> Way:
 
 
 def seen(hits: Sequence[Hit], how: Way) -> str:
-    """The first images side by side, numbered by rank; empty where the terminal shows none."""
+    """The first images side by side, numbered by rank; empty when the terminal cannot show them."""
     if how not in ("kitty", "sixel") or not hits:
         return ""
     from clipret.cli.terminal import kitty, pixels_across, sixel, strip
@@ -69,6 +69,6 @@ def hits_table(hits: Sequence[Hit], how: Way) -> str:
 
     shown = [head]
     for line, hit, (_, _, path) in zip(lines, hits, rows, strict=True):
-        there = line.endswith(path) and hit.file.is_file()  # a member of an archive is nothing to open
+        there = line.endswith(path) and hit.file.is_file()  # a member of an archive cannot be opened
         shown.append(line[: -len(path)] + link(hit.file, path) if there else line)
     return "\n".join(shown)

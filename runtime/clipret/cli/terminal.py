@@ -1,7 +1,7 @@
-"""Images in a terminal: kitty's graphics protocol, sixel, or links to the files where it can show neither.
+"""Images in a terminal: kitty's graphics protocol, sixel, or links to the files.
 
-Which one is told by the environment alone. A terminal that is asked might not answer, and what it answers too late
-ends up in the shell.
+The choice depends on environment variables alone: a terminal might not answer a request, and a late answer would end
+up in the shell.
 """
 
 import base64
@@ -27,7 +27,7 @@ _GREY = (128, 128, 128)  # of an image that cannot be read; neither light nor da
 def detect(environment: Mapping[str, str]) -> Literal["kitty", "sixel", "links", "none"]:
     """What the terminal that the variables describe can show.
 
-    A terminal in tmux or screen gets links: what they pass on to the terminal around them is nobody's guess.
+    A terminal in tmux or screen gets links: what they pass on to the outer terminal is unknown.
     """
     term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
     if term in ("", "dumb", "linux"):
@@ -42,7 +42,7 @@ def detect(environment: Mapping[str, str]) -> Literal["kitty", "sixel", "links",
 
 
 def pixels_across(stream: int = 1) -> int:
-    """The width of the terminal on a file descriptor in pixels, by its own word or that of its columns."""
+    """The width in pixels of the terminal on a file descriptor: as it reports it, or estimated from its columns."""
     try:
         import fcntl
         import struct
@@ -67,17 +67,17 @@ def strip(images: Sequence[Image.Image | None], width: int, height: int) -> Imag
         draw.rectangle((0, 0, box[2] + 5, box[3] + 3), fill="black")
         draw.text((5, 3), str(number), fill="white")
         tiles.append(tile)
-    places, x, y = [], 0, 0
+    corners, x, y = [], 0, 0
     for tile in tiles:
         if x and x + tile.width > width:
             x, y = 0, y + height + _GAP
-        places.append((x, y))
+        corners.append((x, y))
         x += tile.width + _GAP
-    across = max((left + tile.width for (left, _), tile in zip(places, tiles, strict=True)), default=1)
+    across = max((left + tile.width for (left, _), tile in zip(corners, tiles, strict=True)), default=1)
     # Transparent between the images, where the terminal can: there its own background shows.
     whole = Image.new("RGBA", (across, y + height), (0, 0, 0, 0))
-    for place, tile in zip(places, tiles, strict=True):
-        whole.paste(tile, place)
+    for corner, tile in zip(corners, tiles, strict=True):
+        whole.paste(tile, corner)
     return whole
 
 
@@ -96,29 +96,29 @@ def kitty(image: Image.Image) -> str:
 
 def sixel(image: Image.Image) -> str:
     """The image as sixels (DEC, VT330/VT340 Programmer Reference Manual, volume 2, chapter 14), in up to 255 colours;
-    what is transparent keeps the background."""
+    transparent pixels keep the background."""
     clear = np.asarray(image.convert("RGBA"))[..., 3] < 128
-    quantised = image.convert("RGB").quantize(_COLOURS - 1)
-    codes = np.asarray(quantised).astype(np.int16)
-    codes[clear] = -1
-    levels = np.array(quantised.getpalette(), dtype=np.int64).reshape(-1, 3)
-    used = sorted(set(np.unique(codes).tolist()) - {-1})
+    paletted = image.convert("RGB").quantize(_COLOURS - 1)
+    indices = np.asarray(paletted).astype(np.int16)
+    indices[clear] = -1
+    levels = np.array(paletted.getpalette(), dtype=np.int64).reshape(-1, 3)
+    used = sorted(set(np.unique(indices).tolist()) - {-1})
     out = [f'\033P0;1;0q"1;1;{image.width};{image.height}']  # P2 = 1: pixels without a colour stay as they are
-    for code in used:
-        red, green, blue = ((100 * int(level) + 127) // 255 for level in levels[code])
-        out.append(f"#{code};2;{red};{green};{blue}")
-    out += ["$".join(_band(codes[top : top + 6])) + "-" for top in range(0, image.height, 6)]
+    for index in used:
+        red, green, blue = ((100 * int(level) + 127) // 255 for level in levels[index])
+        out.append(f"#{index};2;{red};{green};{blue}")
+    out += ["$".join(_band(indices[top : top + 6])) + "-" for top in range(0, image.height, 6)]
     return "".join(out) + "\033\\"
 
 
-def _band(codes: np.ndarray) -> Iterator[str]:
+def _band(indices: np.ndarray) -> Iterator[str]:
     """Each colour of up to six rows: a character says which of the six pixels of a column have it."""
-    bits = 1 << np.arange(len(codes))
-    for code in np.unique(codes).tolist():
-        if code >= 0:
-            values = ((codes == code) * bits[:, None]).sum(axis=0) + 63
+    bits = 1 << np.arange(len(indices))
+    for index in np.unique(indices).tolist():
+        if index >= 0:
+            values = ((indices == index) * bits[:, None]).sum(axis=0) + 63
             used = np.flatnonzero(values != 63)
-            yield f"#{code}" + "".join(_runs(values[: used[-1] + 1]))
+            yield f"#{index}" + "".join(_runs(values[: used[-1] + 1]))
 
 
 def _runs(values: np.ndarray) -> Iterator[str]:

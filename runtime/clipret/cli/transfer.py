@@ -1,4 +1,4 @@
-"""clipret-search export and import: embeddings for other tools, and from them."""
+"""clipret-search export and import: embeddings to and from other tools."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,12 +25,18 @@ from clipret.gallery.transfer import ImportReport, Kind, export_gallery, import_
     "--to",
     "kind",
     type=click.Choice(["parquet", "npy", "faiss", "milvus"]),
-    help="What TARGET is; default: what it ends in says it.",
+    help="Format of TARGET; default: by its extension.",
 )
 @where_option
-@click.option("--index", metavar="TYPE", help="Of milvus: FLAT (exact, the default), IVF_FLAT, HNSW, GPU_CAGRA, …")
-@click.option("--index-param", "parameters", metavar="NAME=N", multiple=True, help="Of its index: nlist=1024, M=16, …")
-@click.option("--overwrite", is_flag=True, help="Let milvus TARGET hold GALLERY where it holds another one.")
+@click.option("--index", metavar="TYPE", help="Milvus index: FLAT (exact, the default), IVF_FLAT, HNSW, GPU_CAGRA, …")
+@click.option(
+    "--index-param",
+    "parameters",
+    metavar="NAME=N",
+    multiple=True,
+    help="Parameter of the Milvus index: nlist=1024, M=16, …",
+)
+@click.option("--overwrite", is_flag=True, help="Replace another gallery in the Milvus collection.")
 @json_option
 def export_command(
     gallery: Path,
@@ -45,19 +51,19 @@ def export_command(
     """Write the embeddings of GALLERY to TARGET, for other tools.
 
     \b
-    TARGET ends in
+    By the extension of TARGET
       .parquet   id, path, size, mtime_ns, hash, metadata, embedding (float32); for pandas, polars, duckdb
-      .npy       float16 [N,D]; line n of TARGET.jsonl says what row n is
-      .faiss     a flat inner product index under the gallery's ids; TARGET.jsonl says which image an id is
+      .npy       float16 [N,D]; line n of TARGET.jsonl describes row n
+      .faiss     a flat inner-product index with the gallery's ids; TARGET.jsonl maps ids to images
 
-    Every row keeps its bits: clipret-search import makes the same gallery of a .parquet or .npy again. --where is an
-    SQL expression over the gallery's columns, such as  camera = 'A3' and hour < 6.  A TARGET that exists is replaced.
+    Embeddings keep every bit: clipret-search import rebuilds the same gallery from a .parquet or .npy file. --where is
+    an SQL expression over the gallery's columns, such as  camera = 'A3' and hour < 6.  An existing TARGET is replaced.
 
     \b
-    With --to milvus TARGET is http://HOST:19530#COLLECTION, or a .db file for Milvus Lite on this machine:
+    With --to milvus, TARGET is http://HOST:19530#COLLECTION, or a .db file for Milvus Lite on this machine:
         clipret-search export gallery/ images.db --to milvus --index HNSW
         clipret-search query milvus+images.db "a red truck"
-    Exported again, only what is new, changed or deleted is sent. docs/milvus.md says more.
+    Another export sends only what is new, changed or deleted. See docs/milvus.md.
     """
     shown = partial(progress, desc="export", unit="blocks")
     if kind != "milvus":
@@ -76,7 +82,7 @@ def export_command(
 
     address = Address.parse(target)
     if address.search:
-        raise click.UsageError(f"what follows ? in {target} is for searches: leave it out here")
+        raise click.UsageError(f"{target}: the part after ? is for searches: leave it out here")
     with Gallery.open(gallery) as opened:
         report = export_to_milvus(
             opened,
@@ -96,7 +102,7 @@ def export_command(
 def _parameter(given: str) -> tuple[str, int]:
     name, _, value = given.partition("=")
     if not name.isidentifier() or not value.isdecimal():
-        raise click.UsageError(f"{given!r} is no NAME=N, such as nlist=1024")
+        raise click.UsageError(f"{given!r} is not NAME=N, such as nlist=1024")
     return name, int(value)
 
 
@@ -104,9 +110,11 @@ def _parameter(given: str) -> tuple[str, int]:
 @click.argument("bundle", type=BUNDLE)
 @click.argument("embeddings", type=FILE)
 @click.argument("gallery", type=GALLERY)
-@click.option("--paths", type=FILE, help="List of the images that the rows belong to, in their order; see above.")
+@click.option("--paths", type=FILE, help="Annotations file with the image of each embedding, in order; see above.")
 @column_option("image", "embedding")
-@click.option("--image-root", type=FILE, help="What paths are relative to; default: GALLERY's images, else the list.")
+@click.option(
+    "--image-root", type=FILE, help="What paths are relative to; default: GALLERY's root, else the folder of the file."
+)
 @json_option
 def import_command(
     bundle: Path,
@@ -118,21 +126,22 @@ def import_command(
     image_root: Path | None,
     as_json: bool,
 ) -> None:
-    """Append EMBEDDINGS of images, made elsewhere, to GALLERY, which is made where it does not exist.
+    """Append EMBEDDINGS of images, computed elsewhere, to GALLERY, which is created if it does not exist.
 
-    They must come from the image tower of the very model that BUNDLE was exported from: its text tower answers the
-    queries, and rows of another model would be ranked at random.
+    They must come from the image tower of the same model as BUNDLE, whose text tower encodes the queries: scores
+    between embeddings of different models mean nothing.
 
-    EMBEDDINGS is an .npy [N,D] with a list of N images (--paths: .csv, .tsv, .jsonl, or .txt with a path a line), an
-    .npz that holds both, or a .parquet with a column of paths and one of float lists. Other columns become metadata.
-    Rows that are not of unit length are normalised; those that are zero or not finite are skipped and named.
+    EMBEDDINGS is an .npy file [N,D] with the paths of the N images (--paths: .csv, .tsv, .jsonl, or .txt with a path a
+    line), an .npz file with both, or a .parquet file with a column of paths and a column of float lists. Other columns
+    become metadata. Embeddings that are not of unit length are normalised; zero or non-finite ones are skipped and
+    listed.
     """
     opened = Bundle.open(bundle)
     source = open_embeddings(embeddings, paths, image_column=image_column, embedding_column=embedding_column)
     if source.dimension != opened.manifest.embedding_dim:
         raise ClipretError(
-            f"{embeddings} has rows of {source.dimension} values, {bundle} makes {opened.manifest.embedding_dim}: "
-            "import what the same model made"
+            f"{embeddings} has embeddings of {source.dimension} values, {bundle} of {opened.manifest.embedding_dim}: "
+            "import embeddings of the same model"
         )
 
     def shown(blocks: Iterable[Any]) -> Iterable[Any]:
@@ -151,7 +160,7 @@ def _show(gallery: Gallery, report: ImportReport, total: int, as_json: bool) -> 
     for path, reason in report.skipped[:SHOWN]:
         click.echo(printable(f"skipped {path}: {reason}"), err=True)
     if len(report.skipped) > SHOWN:
-        click.echo(f"… and {len(report.skipped) - SHOWN} more; --json names them all", err=True)
+        click.echo(f"… and {len(report.skipped) - SHOWN} more; --json lists all", err=True)
     if as_json:
         skipped = [{"path": path, "reason": reason} for path, reason in report.skipped]
         counts = {"imported": report.imported, "replaced": report.replaced, "normalised": report.normalised}

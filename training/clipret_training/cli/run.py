@@ -1,4 +1,4 @@
-"""clipret-train run: a pipeline from raw files to an answer."""
+"""clipret-train run: a pipeline from raw files to a competition's answer."""
 
 import json
 from collections.abc import Mapping
@@ -21,16 +21,18 @@ _COUNTS = ("queries", "missing_images", "queries_left_out")  # of eval: the same
     epilog="Example:  clipret-train run traffic --out work --set labels=train_label.txt --set images=train_images"
 )
 @click.argument("recipe", required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="The folder for everything that the steps make.")
-@click.option("--set", "given", metavar="NAME=VALUE", multiple=True, help='A value; a list as ["--epochs", "10"].')
-@click.option("--show", is_flag=True, help="Print the recipe and do nothing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results of all steps.")
+@click.option(
+    "--set", "given", metavar="NAME=VALUE", multiple=True, help='A value of the recipe; a list as ["--epochs", "10"].'
+)
+@click.option("--show", is_flag=True, help="Print the recipe and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def run(recipe: str | None, out: Path | None, given: tuple[str, ...], show: bool, as_json: bool) -> None:
-    """Do the steps of RECIPE, a pipeline of clipret's or a .toml file; without RECIPE, list those there are.
+    """Run the steps of RECIPE, a built-in pipeline or a .toml file; without RECIPE, list the built-in pipelines.
 
-    A step that is done already is kept; run it again after an interruption, with another value, or with a changed
-    recipe, and only what that changes is done anew. Prints what each step took and, where it measures, what it
-    brought compared with the measurement before it.
+    Finished steps are kept: run the command again after an interruption, or with other values or a changed recipe, and
+    only the steps that this affects run again. Prints the time of each step and, for steps that measure, the change
+    since the measurement before.
     """
     if recipe is None:
         rows = [[name, purpose] for name, purpose in recipe_names("pipeline").items()]
@@ -45,7 +47,7 @@ def run(recipe: str | None, out: Path | None, given: tuple[str, ...], show: bool
     for assignment in given:
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise ClipretError(f"--set {assignment!r} is no NAME=VALUE: write for example --set model=clipret-small")
+            raise ClipretError(f"--set {assignment!r} is not NAME=VALUE: write for example --set model=clipret-small")
         values[name] = value
     records = run_pipeline(Pipeline.read(recipe, values), out, _report)
     if as_json:

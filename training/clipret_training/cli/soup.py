@@ -19,7 +19,7 @@ EPILOG = """
 Examples
   The mean of three runs from the same start:
     clipret-train soup run1 run2 run3 --out soup --how uniform
-  From the best of them down, what does no harm on a list that none was trained on:
+  From the best one down, those that help on images that none was trained on:
     clipret-train soup run1 run2 run3 --out soup --how greedy --val val.csv
   Half way between a run and what it started from:
     clipret-train soup run --out robust --how wise --alpha 0.5
@@ -31,7 +31,7 @@ Next:  clipret-export soup bundle
 
 @click.command(epilog=EPILOG)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--out", type=FILE, required=True, help="The run folder to make; it must not exist or be empty.")
+@click.option("--out", type=FILE, required=True, help="The run folder to create; it must not exist or be empty.")
 @click.option(
     "--how",
     type=click.Choice(get_args(SoupMethod)),
@@ -65,22 +65,24 @@ def soup(
     val: Path | None,
     **given: Any,
 ) -> None:
-    """Average the weights of RUN... into a run folder, which loads, trains and exports as any other.
+    """Average the weights of RUN... into a run folder, which loads, trains and exports like any other.
 
-    A RUN is a run folder (its best checkpoint), a checkpoint file of one, or anything else that --model of fit takes.
-    All must be of one architecture and, to be worth averaging, go back to the same start. No training is needed and
-    the result is as fast as one model (Wortsman et al., 2022).
+    A RUN is a run folder (its best checkpoint), one of its checkpoint files, or any other model for fit --model. All
+    must have the same architecture and should come from the same initial weights. No training is needed, and the
+    result is as fast as a single model (Wortsman et al., 2022).
     """
     for package in ("torch", "open_clip", "safetensors", "tomli_w"):
         require(package, "train")
     from clipret_training.soups import Measure, cook
 
     if how == "wise" and len(runs) != 1:
-        raise ClipretError(f"--how wise mixes one run with its original and {len(runs)} are named: name one")
+        raise ClipretError(f"--how wise mixes one run with its original, not {len(runs)}: name one")
     if how != "wise" and len(runs) < 2:
-        raise ClipretError(f"--how {how} averages several runs and one is named: name more, or use --how wise")
+        raise ClipretError(f"--how {how} averages several runs: name more than one, or use --how wise")
     if how == "greedy" and val is None:
-        raise ClipretError("--how greedy needs a list to decide on: pass --val, a list that no run was trained on")
+        raise ClipretError(
+            "--how greedy decides on an annotations file: pass --val with images that no run was trained on"
+        )
     if original is not None and how != "wise":
         raise ClipretError(f"--original belongs to --how wise, not to --how {how}: leave it out")
 

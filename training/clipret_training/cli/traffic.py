@@ -22,11 +22,13 @@ _NAMED = 20  # lines with a fault that are named on the terminal
 @click.command(epilog="Example:  clipret-train data traffic train_label.txt traffic --image-root train_images")
 @click.argument("labels", type=FILE)
 @click.argument("out", type=FILE)
-@click.option("--image-root", type=FILE, help="The folder with the images; every one must be there.")
-@click.option("--vocabulary", type=FILE, help="A vocabulary.json with more colours or types than the challenge's.")
-@click.option("--val-share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Images held out.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides which.")
-@click.option("--skip", is_flag=True, help="Leave lines with a fault out, rather than refuse the file.")
+@click.option("--image-root", type=FILE, help="Folder of the images; each one must exist.")
+@click.option("--vocabulary", type=FILE, help="A vocabulary.json with further colours or types.")
+@click.option(
+    "--val-share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share of the images to hold out."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of that choice.")
+@click.option("--skip", is_flag=True, help="Skip invalid lines instead of refusing the file.")
 @click.option("--json", "as_json", is_flag=True, help="Print all counts as JSON.")
 def traffic(
     labels: Path,
@@ -45,13 +47,13 @@ def traffic(
     vocabulary.json   the colours, types and brands there are, and the 21 attributes of persons
     statistics.json   how often each of them occurs, and what looks like a slip
 
-    Every line is checked: three fields, an image that is there, colour and brand or a type or 21 values of 0 and 1, no
-    contradiction to an earlier line. Nothing is guessed: lines with a fault are named with their numbers, and the
-    file is refused. Next:
+    Every line is checked: three fields, an existing image, colour and brand or a type or 21 values of 0 and 1, no
+    contradiction to an earlier line. Nothing is guessed: invalid lines are listed by number, and the file is refused.
+    Next:
 
     \b
-    clipret-train fit OUT/captions.csv --image-root IMAGES --model M --out run \\
-        --where "split = 'train'" --val-where "split = 'val'" --set resize=longest --set fill=116
+    clipret-train fit OUT/captions.csv --model M --out run --set image_root=IMAGES --set where="split = 'train'" \\
+        --set val_where="split = 'val'" --set resize=longest --set fill=116
     """
     given = None if vocabulary is None else Vocabulary.read(vocabulary)
     slots = {} if given is None else given.slots
