@@ -1,12 +1,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from clipret.errors import ClipretError
 from clipret_training.data.negatives import AttributeSwap
 from clipret_training.loss import attribute_overlap
+from clipret_training.synthetic.scene import Scene
+from clipret_training.synthetic.words import LANGS
+from clipret_training.synthetic.words import captions as drawn_captions
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +113,21 @@ def test_a_file_that_is_no_vocabulary(content: str, message: str, tmp_path: Path
         AttributeSwap.read(file)
 
 
-def test_real_captions_in_both_languages(swap: AttributeSwap, shared_data: Path) -> None:
+@pytest.mark.parametrize("real", [False, True])
+def test_captions_in_both_languages(real: bool, swap: AttributeSwap, real_data: Path | None) -> None:
     """Most have something to swap, and no image gets one of its own captions for a negative."""
     of_image: dict[tuple[str, str], list[str]] = {}
-    for line in (shared_data / "flickr8k" / "captions.tsv").read_text(encoding="utf-8").splitlines()[1:]:
-        path, _, lang, caption = line.split("\t")
-        of_image.setdefault((path, lang), []).append(caption)
+    if real and real_data is not None:
+        for line in (real_data / "flickr8k" / "captions.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+            path, _, lang, caption = line.split("\t")
+            of_image.setdefault((path, lang), []).append(caption)
+    else:
+        rng = np.random.default_rng(0)
+        scenes = [Scene.sample(rng) for _ in range(600)]
+        of_image = {(str(n), lang): drawn_captions(s, rng, lang, 3) for n, s in enumerate(scenes) for lang in LANGS}
     made = {"en": 0, "zh": 0}
     seen = {"en": 0, "zh": 0}
-    for (_, lang), captions in list(of_image.items())[::20]:
+    for (_, lang), captions in list(of_image.items())[::21]:
         for number, caption in enumerate(captions):
             negative = swap(caption, captions, generator(number))
             seen[lang] += 1

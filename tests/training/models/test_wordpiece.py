@@ -1,4 +1,4 @@
-"""Chinese-CLIP's tokenizer: its vectors where they lie beside the checkout, and BERT's rules over Unicode."""
+"""Chinese-CLIP's tokenizer: its published ids, and BERT's rules over Unicode."""
 
 import itertools
 import json
@@ -20,8 +20,13 @@ from clipret_training.models.tokenizer import wordpiece_tokenizer_json
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"一辆红色的车", "red", "##s", "!"]
 
 
-def test_token_ids_of_chinese_clip(shared_data: Path) -> None:
-    folder = shared_data / "tokenizers"
+def test_token_ids_of_chinese_clip(real_data: Path | None) -> None:
+    tokenizer = Tokenizer(wordpiece_tokenizer_json(WORDS), TextSpec(200, "none"))
+    assert tokenizer(["一辆红色的车"])[0].tolist() == [2, 4, 5, 6, 7, 8, 9, 3]
+    assert tokenizer(["Reds! 蓝色"])[0].tolist() == [2, 10, 11, 12, 1, 7, 3]
+    if real_data is None:
+        return
+    folder = real_data / "tokenizers"
     vocabulary = (folder / "chinese_clip_vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     tokenizer = Tokenizer(wordpiece_tokenizer_json(vocabulary), TextSpec(200, "none"))
     lines = (folder / "chinese_clip_vectors.jsonl").read_text(encoding="utf-8").splitlines()
