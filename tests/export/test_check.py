@@ -38,7 +38,7 @@ def test_it_needs_neither_torch_nor_onnx() -> None:
 
 
 def test_a_good_bundle(bundle: Path) -> None:
-    result = CliRunner().invoke(main, ["check", str(bundle), "--min-cosine", "0.99"])
+    result = CliRunner().invoke(main, ["check", str(bundle), "--verify", "min_cosine=0.99"])
     # Texts without a colour word are all alike in this model: their rows, and only those, are taken for each other.
     assert "smallest cosine" in result.stdout
     assert "image tower" not in result.stderr

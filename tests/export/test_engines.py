@@ -19,7 +19,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not instal
 
 
 def test_an_export_with_plans(model: str, tmp_path: Path) -> None:
-    command = [model, str(tmp_path / "bundle"), "--fp16", "--tensorrt-rtx", "sm_89,sm_120", "--batch", "1,8"]
+    command = [model, str(tmp_path / "bundle"), "--fp16", "--tensorrt-rtx", "sm_89,sm_120", "--engine", "batch=1,8"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "bundle")
@@ -79,8 +79,8 @@ def test_int8_is_for_cpus(model: str, tmp_path: Path) -> None:
 def test_what_cannot_be_built_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
     for options, message in (
         (["--tensorrt-rtx", "sm_99"], "builds nothing for 'sm_99'"),
-        (["--tensorrt-rtx", "--batch", "0"], "make no plan"),
-        (["--tensorrt-rtx", "--timing-cache", "cache"], "leave the timing cache out"),
+        (["--tensorrt-rtx", "--engine", "batch=0"], "make no plan"),
+        (["--tensorrt-rtx", "--engine", "timing_cache=cache"], "leave the timing cache out"),
     ):
         result = CliRunner().invoke(main, ["no-such-model", str(tmp_path / "bundle"), *options])
         assert result.exit_code == 1
@@ -91,7 +91,7 @@ def test_what_cannot_be_built_is_said_before_anything_is_loaded(tmp_path: Path) 
     ("options", "status", "message"),
     [
         ([], 2, "name what to build"),
-        (["--tensorrt-rtx", "--batch", "1,many"], 2, "is no list of numbers"),
+        (["--tensorrt-rtx", "--engine", "batch=1,many"], 2, "is not a list of numbers"),
         (["--tensorrt-rtx", "sm_99"], 1, "builds nothing for 'sm_99'"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_failed_export_keeps_the_old_bundle(model: str, own: Callable[..., Bun
 def test_the_command(model: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     sample_images(1)[0].save(tmp_path / "images" / "one.png")
-    command = [model, str(tmp_path / "bundle"), "--fp16", "--verify-data", str(tmp_path / "images")]
+    command = [model, str(tmp_path / "bundle"), "--fp16", "--verify", str(tmp_path / "images")]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "bundle" / "verify.json").read_text())

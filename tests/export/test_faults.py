@@ -100,8 +100,8 @@ def test_ctrl_c_in_the_middle(model: str, out: Path) -> None:
 
 def test_unreadable_check_data(model: str, out: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,caption\nnone.jpg,a dog\n")
-    assert "none of the 1 images" in refused(model, out, "--verify-data", str(tmp_path / "list.csv"))
-    assert "cannot be read" in refused(model, out, "--verify-data", str(tmp_path / "no.csv"))
+    assert "none of the 1 images" in refused(model, out, "--verify", str(tmp_path / "list.csv"))
+    assert "cannot be read" in refused(model, out, "--verify", str(tmp_path / "no.csv"))
 
 
 def test_an_old_bundle_survives_a_failed_one(
@@ -132,5 +132,5 @@ def test_only_bundles_are_overwritten(model: str, own: Callable[..., Bundle], ou
 
 def test_calibration_needs_images(model: str, out: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,caption\nnone.jpg,a dog\n")
-    told = refused(model, out, "--int8", "--calibration-data", str(tmp_path / "list.csv"))
+    told = refused(model, out, "--int8", "--calibration", str(tmp_path / "list.csv"))
     assert "none of the 1 images for calibration can be read" in told

@@ -195,7 +195,7 @@ def test_the_command_checks_a_bundle(exported: Callable[..., Bundle]) -> None:
     assert "smallest cosine" in good.stdout
     as_json = CliRunner().invoke(main, ["check", str(bundle), "--json"])
     assert json.loads(as_json.stdout)["problems"] == {}
-    bad = CliRunner().invoke(main, ["check", str(bundle), "--min-cosine", "1.1"])
+    bad = CliRunner().invoke(main, ["check", str(bundle), "--verify", "min_cosine=1.1"])
     assert bad.exit_code == 1
     assert "smallest cosine" in bad.stderr
     assert len(bad.stderr.strip().splitlines()) == 1

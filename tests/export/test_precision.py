@@ -255,7 +255,7 @@ def test_int8_of_convolutions(tmp_path: Path) -> None:
 
 
 def test_int8_needs_something_to_calibrate_with(model: str, tmp_path: Path) -> None:
-    with pytest.raises(ClipretError, match="--calibration-data"):
+    with pytest.raises(ClipretError, match="--calibration FILE"):
         export_bundle(model, tmp_path / "bundle", precision="int8")
     assert list(tmp_path.iterdir()) == []
     sample_images(1)[0].save(tmp_path / "only.png")

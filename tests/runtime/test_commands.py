@@ -65,7 +65,7 @@ def test_json_is_one_document_on_stdout(gallery: Path, tiny_bundle: Path, colour
     imported = answer("import", tiny_bundle, tmp_path / "rows.npy", tmp_path / "g2", "--paths", tmp_path / "paths.txt")
     assert imported["total"] == 12
     assert answer("index", tiny_bundle, colour_folder, tmp_path / "flipped", "--flip")["added"] == 12
-    submitted = answer("submit", gallery, tmp_path / "texts.txt", tmp_path / "answer.json", "--names", "path")
+    submitted = answer("submit", gallery, tmp_path / "texts.txt", tmp_path / "answer.json", "--format", "names=path")
     assert submitted["texts"] == 2
     merged = json.loads(run("merge", gallery, tmp_path / "flipped", "--texts", tmp_path / "texts.txt").stdout)
     assert [one["query"] for one in merged] == ["red", "blue"]

@@ -21,8 +21,8 @@ def captions(colour_folder: Path) -> Path:
 
 def fit(captions: Path, out: Path, *more: str) -> list[str]:
     root = captions.parent / "images"
-    base = ["fit", str(captions), "--image-root", str(root), "--model", "clipret-small", "--out", str(out)]
-    return [*base, "--epochs", "1", "--threads", "1", "--val-split", "0.3", *more]
+    base = ["fit", str(captions), "--set", f"image_root={root}", "--model", "clipret-small", "--out", str(out)]
+    return [*base, "--epochs", "1", "--set", "threads=1", "--set", "val_split=0.3", *more]
 
 
 def test_fit_prints_a_table_and_names_what_it_skipped(captions: Path, tmp_path: Path) -> None:
@@ -36,14 +36,14 @@ def test_fit_prints_a_table_and_names_what_it_skipped(captions: Path, tmp_path: 
 
 
 def test_fit_json_is_the_metrics_file_s_line(captions: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--json", "--augment", "surveillance"))
+    result = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--json", "--set", "augment=surveillance"))
     value = json.loads(result.stdout)
     assert value["last"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert value["skipped"] == 0
 
 
 def test_an_error_is_one_line_and_status_1(captions: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--where", "colour = 1"))
+    result = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--set", "where=colour = 1"))
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
@@ -69,23 +69,23 @@ def test_help_teaches_and_does_not_import_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--val-where \"lang = 'en' and split = 'val'\"" in done.stdout
-    assert "Go on from an earlier run" in done.stdout
+    assert "--set val_where=\"lang = 'en' and split = 'val'\"" in done.stdout
+    assert "Continue an interrupted run" in done.stdout
 
 
 def test_recipes_are_listed_and_printed() -> None:
-    listed = CliRunner().invoke(main, ["recipes"])
+    listed = CliRunner().invoke(main, ["models"])
     assert "vit-bigg-14-traffic" in listed.stdout
-    printed = CliRunner().invoke(main, ["recipes", "small"])
+    printed = CliRunner().invoke(main, ["models", "--recipe", "small"])
     assert "crop_size = 64" in printed.stdout
-    unknown = CliRunner().invoke(main, ["recipes", "big"])
+    unknown = CliRunner().invoke(main, ["models", "--recipe", "big"])
     assert unknown.exit_code == 1
     assert "there is no recipe 'big'" in unknown.stderr
 
 
 def test_options_without_a_flag_go_through_set(captions: Path, tmp_path: Path) -> None:
     given = fit(captions, tmp_path / "run", "--set", "resize=squash", "--set", "jitter=0", "--recipe", "small")
-    result = CliRunner().invoke(main, [*given, "--captions", "2"])
+    result = CliRunner().invoke(main, [*given, "--set", "captions=2"])
     assert result.exit_code == 0, result.output
     params = (tmp_path / "run" / "params.toml").read_text()
     assert 'resize = "squash"' in params
@@ -94,7 +94,7 @@ def test_options_without_a_flag_go_through_set(captions: Path, tmp_path: Path) -
     for wrong, message in (
         ("jiter=0", "no option 'jiter': did you mean jitter"),
         ("jitter=wild", "jitter is 'wild'"),
-        ("jitter", "is no NAME=VALUE"),
+        ("jitter", "is not NAME=VALUE"),
     ):
         refused = CliRunner().invoke(main, fit(captions, tmp_path / "other", "--set", wrong))
         assert refused.exit_code == 1
@@ -106,18 +106,18 @@ def test_set_gives_what_has_an_argument_too(captions: Path, tmp_path: Path, monk
     monkeypatch.chdir(captions.parent)
     (tmp_path / "elsewhere").mkdir()
     values = ("data=captions.tsv", "model=clipret-small", "image_root=images", "epochs=1", "threads=1")
-    command = ["fit", "--out", str(tmp_path / "run"), "--val-split", "0.3"]
+    command = ["fit", "--out", str(tmp_path / "run"), "--set", "val_split=0.3"]
     first = CliRunner().invoke(main, [*command, *(word for value in values for word in ("--set", value))])
     assert first.exit_code == 0, first.output
     monkeypatch.chdir(tmp_path / "elsewhere")
-    again = CliRunner().invoke(main, ["resume", str(tmp_path / "run")])
+    again = CliRunner().invoke(main, ["fit", "--resume", "--out", str(tmp_path / "run")])
     assert again.exit_code == 0, again.output
 
 
 def test_a_run_is_gone_on_with_by_its_folder(captions: Path, tmp_path: Path) -> None:
     first = CliRunner().invoke(main, fit(captions, tmp_path / "run", "--resume"))
     assert first.exit_code == 0, first.output
-    again = CliRunner().invoke(main, ["resume", str(tmp_path / "run"), "--json"])
+    again = CliRunner().invoke(main, ["fit", "--resume", "--out", str(tmp_path / "run"), "--json"])
     assert json.loads(again.stdout)["last"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     refused = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
     assert refused.exit_code == 1
@@ -125,10 +125,10 @@ def test_a_run_is_gone_on_with_by_its_folder(captions: Path, tmp_path: Path) -> 
 
 
 def test_resume_says_what_a_folder_is_that_is_no_run(tmp_path: Path) -> None:
-    gone = CliRunner().invoke(main, ["resume", str(tmp_path / "gone")])
+    gone = CliRunner().invoke(main, ["fit", "--resume", "--out", str(tmp_path / "gone")])
     assert f"{tmp_path / 'gone'} is no run folder (no params.toml)" in gone.stderr
     (tmp_path / "params.toml").write_text('soup = "uniform"\ningredients = ["a", "b"]\n')
-    soup = CliRunner().invoke(main, ["resume", str(tmp_path)])
+    soup = CliRunner().invoke(main, ["fit", "--resume", "--out", str(tmp_path)])
     assert f"{tmp_path} is a soup, which no training made: train from it with  --model {tmp_path}" in soup.stderr
 
 

@@ -70,7 +70,7 @@ def test_recipes_say_what_was_published() -> None:
     ("given", "message"),
     [
         ({"epoch": 3}, "no option 'epoch': did you mean epochs"),
-        ({"xyz": 3}, "no option 'xyz': see clipret-train options"),
+        ({"xyz": 3}, "no option 'xyz': see  clipret-train fit --help"),
         ({"epochs": 3.0}, "epochs is 3.0: it must be a whole number"),
         ({"epochs": True}, "epochs is True: it must be a whole number"),
         ({"epochs": 0}, r"epochs is 0: it must be a whole number from 1 to 1e\+09"),

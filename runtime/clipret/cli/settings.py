@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 
@@ -113,7 +113,7 @@ def _is_text(kind: Any) -> bool:
 
 def _typed(kind: Any, text: str | None) -> Any:
     """`text` as a value of this type; a key alone (None) turns a flag on. Raises ValueError that says what is valid."""
-    if get_origin(kind) is UnionType:
+    if get_origin(kind) in (UnionType, Union):
         kind = next(option for option in get_args(kind) if option is not type(None))
     if kind is bool:
         try:

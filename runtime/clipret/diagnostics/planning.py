@@ -170,7 +170,7 @@ class _Encoding:
         lines += self._time("cores", ask.cores, hours, "core hours")
         lines += self._gpu(milliseconds)
         if ask.kilobytes is None:
-            lines.append(self._missing("to be read", "TB", "pass --kilobytes, of an image in its store"))
+            lines.append(self._missing("to be read", "TB", "give kilobytes=…, the size of an image file"))
         else:
             total = ask.images * ask.kilobytes * 1e3
             formula = f"{ask.images:.3g} x {ask.kilobytes:g} kB"

@@ -42,12 +42,12 @@ def compact_gallery(
                 made.append(ShardEntry(number, ids[part], center, codes.scale, codes.residual, codes.reach))
             with gallery.database.transaction() as transaction:
                 transaction.execute("DELETE FROM shards")
-                transaction.execute("DELETE FROM embeddings WHERE deleted = 1")
-                transaction.execute("DELETE FROM metadata WHERE id NOT IN (SELECT id FROM embeddings)")
+                transaction.execute("DELETE FROM rows WHERE deleted = 1")
+                transaction.execute("DELETE FROM metadata WHERE id NOT IN (SELECT id FROM rows)")
                 for entry in made:
                     name_shard(transaction, entry)
                     bounds = (entry.number, int(entry.ids[0]), int(entry.ids[-1]))
-                    transaction.execute("UPDATE embeddings SET shard = ? WHERE id BETWEEN ? AND ?", bounds)
+                    transaction.execute("UPDATE rows SET shard = ? WHERE id BETWEEN ? AND ?", bounds)
         gallery.sweep()
     return len(ids) - len(positions)
 

@@ -32,22 +32,47 @@ def test_values_have_the_types_of_the_fields() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("degree=200", "'degree=200' sets nothing: did you mean degrees?"),
-        ("door=open", "sets nothing: the settings are degrees=180.0, minutes=None, fan=False, shelf=low, recipe."),
-        ("degrees=hot", "'degrees=hot' cannot be used: degrees is a number."),
-        ("degrees=nan", "degrees is a finite number"),
-        ("minutes=1.5", "minutes is a whole number"),
-        ("minutes", "minutes is given as KEY=VALUE"),
-        ("fan=maybe", "fan is true or false"),
-        ("shelf=middle", "shelf is one of low, high"),
+        ("degree=200", "'degree=200' is not a setting: did you mean degrees?"),
+        ("door=open", "is not a setting: the settings are degrees=180.0, minutes=None, fan=False, shelf=low, recipe."),
+        ("degrees=hot", "'degrees=hot' is not valid: degrees must be a number."),
+        ("degrees=nan", "degrees must be a finite number"),
+        ("minutes=1.5", "minutes must be a whole number"),
+        ("minutes", "minutes must be given a value, as KEY=VALUE"),
+        ("fan=maybe", "fan must be true or false"),
+        ("shelf=middle", "shelf must be one of low, high"),
         ("fan,fan", "fan is set twice"),
-        ("", "'' sets nothing"),
+        ("", "'' is not a setting"),
     ],
 )
 def test_what_is_wrong_is_said(value: str, message: str) -> None:
     with pytest.raises(click.BadParameter) as caught:
         SETTINGS.convert(value, None, None)
     assert message in caught.value.message
+
+
+@dataclass(frozen=True)
+class Recipe:
+    file: Path | None = None
+    where: str | None = None
+    rank: Literal["good", "bad"] | None = None
+    limit: int = 10
+
+
+RECIPE = Settings(Recipe, first="file")
+
+
+@pytest.mark.parametrize(
+    ("value", "settings"),
+    [
+        ("a.csv", {"file": Path("a.csv")}),
+        ("a.csv,limit=3", {"file": Path("a.csv"), "limit": 3}),
+        ("a,b.csv,rank=bad", {"file": Path("a,b.csv"), "rank": "bad"}),
+        ("where=lang in ('en', 'zh'),limit=3", {"where": "lang in ('en', 'zh')", "limit": 3}),
+        ("limit=3,where=a = 'x=y', b", {"limit": 3, "where": "a = 'x=y', b"}),
+    ],
+)
+def test_a_leading_value_and_commas_in_texts(value: str, settings: dict[str, Any]) -> None:
+    assert RECIPE.convert(value, None, None) == settings
 
 
 def test_an_option_may_be_given_several_times() -> None:

@@ -79,7 +79,7 @@ def test_missing_words_are_filled_and_strangers_are_not(cars: Path) -> None:
     assert len(new) - len(right) <= 5  # of 39 strangers in orange, to which red is nearest
     assert report["missing"] == report["filled"] + report["unsure"] + report["unfamiliar"] + report["other"]
     # Without the rule about strangers confidence lets more of them pass.
-    loose = json.loads(run(*command(cars, "--where", "kind = 'vehicle'", "--unfamiliar", 0, "--json")).stdout)[0]
+    loose = json.loads(run(*command(cars, "--where", "kind = 'vehicle'", "--confidence", "unfamiliar=0", "--json")).stdout)[0]
     assert loose["unfamiliar"] == 0
     wrong = [
         row for row in read(cars / "out.csv") if row["filled"] and not row["path"].startswith(f"image/{row['color']}")
@@ -93,10 +93,10 @@ def test_other_words_take_what_the_vocabulary_does_not_have(cars: Path) -> None:
         assert report["filled"] == len(filled)
         return sum("yellow" in path for path in filled)
 
-    without = strangers(json.loads(run(*command(cars, "--unfamiliar", 0, "--json")).stdout)[0])
+    without = strangers(json.loads(run(*command(cars, "--confidence", "unfamiliar=0", "--json")).stdout)[0])
     value = json.loads((cars / "vocabulary.json").read_text())
     (cars / "vocabulary.json").write_text(json.dumps(value | {"other": {"color": ["yellow"]}}))
-    report = json.loads(run(*command(cars, "--unfamiliar", 0, "--json")).stdout)[0]
+    report = json.loads(run(*command(cars, "--confidence", "unfamiliar=0", "--json")).stdout)[0]
     assert report["other"] >= 10
     assert strangers(report) < without
 
@@ -129,10 +129,10 @@ def test_a_precision_out_of_reach_fills_nothing(cars: Path) -> None:
     assert report["threshold"] is None
     assert report["filled"] == 0
     assert "no threshold reaches a precision of 0.95" in result.stderr
-    reachable = json.loads(run(*command(cars, "--precision", 0.4, "--json")).stdout)[0]
+    reachable = json.loads(run(*command(cars, "--confidence", "precision=0.4", "--json")).stdout)[0]
     assert reachable["filled"] > 30
     # Rows that are right calibrate to more.
-    right = json.loads(run(*command(cars, "--calibrate", "color = '' or caption <> 'x'", "--json")).stdout)[0]
+    right = json.loads(run(*command(cars, "--confidence", "calibrate=color = '' or caption <> 'x'", "--json")).stdout)[0]
     assert right["known"] == 30
     assert right["precision"] == 1.0
 
@@ -143,10 +143,10 @@ def test_a_precision_out_of_reach_fills_nothing(cars: Path) -> None:
         (("red Audi.,vehicle,red", "x,vehicle,crimson"), (), "color 'crimson' is not in the vocabulary"),
         (("path,caption", "path,caption"), ("--slot", "doors"), "the vocabulary has no slot 'doors'"),
         (("kind,color", "kind,colour"), (), "has no column 'color'"),
-        (("kind,color", "filled,color"), (), "is completed already"),
-        (("path,caption", "path,caption"), ("--template", "a {color} {door}"), "is no slot in braces"),
+        (("kind,color", "filled,color"), (), "is already completed"),
+        (("path,caption", "path,caption"), ("--template", "a {color} {door}"), "is not one of the slots"),
         (("path,caption", "path,caption"), ("--template", "a {type}"), "no template names {color}"),
-        (("image/", "elsewhere/"), (), "holds none of the"),
+        (("image/", "elsewhere/"), (), "has none of the"),
         (("image/gone", "image/red01"), (), "is fine: the same image may have several rows"),
         (
             ("image/gone.png,Truck,vehicle,", "image/red01.png,x,vehicle,blue"),
@@ -155,7 +155,7 @@ def test_a_precision_out_of_reach_fills_nothing(cars: Path) -> None:
         ),
         (
             ("path,caption", "path,caption"),
-            ("--calibrate", "path like '%red01%'"),
+            ("--confidence", "calibrate=path like '%red01%'"),
             "1 images have a color to calibrate",
         ),
     ],
@@ -173,7 +173,7 @@ def test_what_cannot_be_completed(cars: Path, change: tuple[str, str], options: 
 def test_only_csv_is_written(cars: Path) -> None:
     arguments = command(cars)
     arguments[3] = cars / "out.tsv"
-    assert "does not end in .csv" in run(*arguments, code=1).stderr
+    assert "must end in .csv" in run(*arguments, code=1).stderr
 
 
 @pytest.mark.parametrize(

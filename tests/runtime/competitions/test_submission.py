@@ -42,7 +42,7 @@ def write(path: Path, text: str) -> Path:
 def test_traffic_from_gallery_to_file(gallery: Path, tmp_path: Path) -> None:
     texts = write(tmp_path / "test.txt", "A red Sedan.\nthe blue Audi\n\n")
     out = tmp_path / "answer.json"
-    result = run("submit", gallery, texts, out, "--images", tmp_path / "image")
+    result = run("submit", gallery, texts, out, "--format", f"images={tmp_path / 'image'}")
     assert "2 texts" in result.stdout
     answer = json.loads(out.read_text())
     assert [entry["text"] for entry in answer["results"]] == ["A red Sedan.", "the blue Audi"]
@@ -51,7 +51,7 @@ def test_traffic_from_gallery_to_file(gallery: Path, tmp_path: Path) -> None:
         assert {name.split("-")[0] for name in entry["image_names"][:3]} == {colour}
     # The same from a result file that another command made.
     found = write(tmp_path / "found.json", run("query", gallery, "--texts", texts, "-k", 10, "--json").stdout)
-    run("submit", found, texts, tmp_path / "again.json", "--images", tmp_path / "image")
+    run("submit", found, texts, tmp_path / "again.json", "--format", f"images={tmp_path / 'image'}")
     assert (tmp_path / "again.json").read_bytes() == out.read_bytes()
     merged = write(tmp_path / "merged.json", run("merge", gallery, gallery, "--texts", texts).stdout)
     run("submit", merged, texts, tmp_path / "merged-answer.json")
@@ -73,13 +73,13 @@ def test_a_refused_answer_writes_nothing(gallery: Path, tmp_path: Path) -> None:
     texts, out = write(tmp_path / "test.txt", "red\nblue\n"), tmp_path / "answer.json"
     (tmp_path / "image/red-0.jpg").unlink()
     assert "the image red-0.jpg, which is not among the test images" in fails(
-        "submit", gallery, texts, out, "--images", tmp_path / "image"
+        "submit", gallery, texts, out, "--format", f"images={tmp_path / 'image'}"
     )
     assert "has 12 images, the scorer wants 20" in fails("submit", gallery, texts, out, "-k", 20)
     assert "text 1 of" in fails("submit", gallery, write(tmp_path / "b.txt", " \nred\n"), out)
-    assert "ends in neither" in fails("submit", gallery, texts, tmp_path / "answer.txt")
-    assert "--one-to-one is for .csv" in fails("submit", gallery, texts, out, "--one-to-one")
-    assert "name it, or write .json" in fails("submit", gallery, texts, tmp_path / "answer.csv")
+    assert "must end in .json" in fails("submit", gallery, texts, tmp_path / "answer.txt")
+    assert "--format one_to_one is for .csv" in fails("submit", gallery, texts, out, "--format", "one_to_one")
+    assert "pass --format sample=FILE" in fails("submit", gallery, texts, tmp_path / "answer.csv")
     found = write(tmp_path / "found.json", run("query", gallery, "red", "--json").stdout)
     assert "has no results for text 2 ('blue')" in fails("submit", found, texts, out)
     assert "is a result file: re-rank" in fails("submit", found, texts, out, "--rerank", "adapt=5")
@@ -90,7 +90,7 @@ def test_products_leave_out_the_training_images(gallery: Path, tmp_path: Path) -
     train = write(tmp_path / "train.csv", "caption\tpath\nred thing\tred-0.jpg\nblue thing\tblue-0.jpg\n")
     queries = write(tmp_path / "test_query.csv", 'caption\n"red, bright"\nblue\n红色\n')
     sample = write(tmp_path / "sample.csv", "\ufefftitle,path\r\nx,red-1.jpeg\r\n")
-    arguments = ("submit", gallery, queries, tmp_path / "submit.csv", "--sample", sample)
+    arguments = ("submit", gallery, queries, tmp_path / "submit.csv", "--format", f"sample={sample}")
     result = run(*arguments, "--leave-out", train, "--image-root", tmp_path / "image")
     assert "2 images of" in result.stderr
     lines = (tmp_path / "submit.csv").read_bytes().decode().split("\r\n")
@@ -110,17 +110,17 @@ def test_products_one_to_one(gallery: Path, tmp_path: Path) -> None:
     sample = write(tmp_path / "sample.csv", "path\nred-0\n")
     out = tmp_path / "submit.csv"
     for arguments in ((), ("--rerank", "hubness=nnn")):
-        run("submit", gallery, queries, out, "--sample", sample, "--one-to-one", *arguments)
+        run("submit", gallery, queries, out, "--format", f"sample={sample}", "--format", "one_to_one", *arguments)
         names = out.read_text().split()
         assert names[0] == "path"
         assert {name.split("-")[0] for name in names[1:4]} == {"red"}
         assert len(set(names)) == 5
     found = write(tmp_path / "found.json", run("query", gallery, "--texts", queries, "-k", 12, "--json").stdout)
-    arguments = ("submit", found, queries, tmp_path / "again.csv", "--sample", sample, "--names", "stem")
-    run(*arguments, "--one-to-one")
+    arguments = ("submit", found, queries, tmp_path / "again.csv", "--format", f"sample={sample}", "--format", "names=stem")
+    run(*arguments, "--format", "one_to_one")
     assert sorted((tmp_path / "again.csv").read_text().split()[1:4]) == ["red-0", "red-1", "red-2"]
     shorter = write(tmp_path / "short.json", run("query", gallery, "--texts", queries, "-k", 2, "--json").stdout)
-    assert "can have an image of its own" in fails("submit", shorter, *arguments[2:], "--one-to-one")
+    assert "can have an image of its own" in fails("submit", shorter, *arguments[2:], "--format", "one_to_one")
 
 
 def sample_of(folder: Path, text: str) -> Sample:
@@ -144,9 +144,9 @@ def test_how_the_sample_calls_images(tmp_path: Path) -> None:
         assert sample_of(tmp_path, f"path\n{text}\n").form(paths) == form
     with pytest.raises(ClipretError, match=r"calls an image '3.jpg'"):
         sample_of(tmp_path, "path\n1.jpg\n3.jpg\n").form(paths)
-    with pytest.raises(ClipretError, match="say how the answer shall name"):
+    with pytest.raises(ClipretError, match="say how the answer names"):
         sample_of(tmp_path, "path\n1.jpg\n2\n").form(paths)
-    with pytest.raises(ClipretError, match=r"a/1.jpg and b/1.png would both be called 1: use another --names"):
+    with pytest.raises(ClipretError, match=r"a/1.jpg and b/1.png would both be called 1: use another --format names=…"):
         named(["a/1.jpg", "b/1.png"], "stem")
 
 

@@ -26,8 +26,8 @@ def test_all_that_is_installed_works_here() -> None:
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["ok"]
-    assert [one["name"] for one in told["engines"]] == list(ENGINES)
-    for one in told["engines"]:
+    assert [one["name"] for one in told["backends"]] == list(ENGINES)
+    for one in told["backends"]:
         there = importlib.util.find_spec(one["name"]) is not None
         assert (one["state"] in ("works", "idle")) == there, one
         if not there:
@@ -65,7 +65,7 @@ def test_a_library_that_takes_its_process_with_it(broken_openvino: Path, monkeyp
     assert result.exit_code == 1
     told = json.loads(result.stdout)
     assert not told["ok"]
-    (found,) = [one for one in told["engines"] if one["name"] == "openvino"]
+    (found,) = [one for one in told["backends"] if one["name"] == "openvino"]
     assert found == {"name": "openvino", "state": "fails", "detail": "crashes (signal 6): no such symbol"}
     assert result.stderr == "clipret-search: openvino crashes (signal 6): no such symbol\n"
 
@@ -117,4 +117,4 @@ def test_what_is_missing_or_old_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "pip install 'clipret[gone]'   (for nosuch)" in result.stdout
     monkeypatch.setattr(doctor, "check_engines", lambda: [doctor.Finding("onnxruntime", "absent", "1")])
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted[:1])
-    assert "no engine is installed: run  pip install 'clipret[cpu]'" in run().stderr
+    assert "no backend is installed: run  pip install 'clipret[cpu]'" in run().stderr

@@ -334,7 +334,7 @@ def test_what_should_have_been_found_stands_with_its_rank(listed_gallery: Path, 
 def test_a_page_of_thousands_of_queries_stays_small(listed_gallery: Path, tmp_path: Path) -> None:
     lines = [f"red {number},red/0.jpg" if number % 2 else f"blue {number},red/1.jpeg" for number in range(3000)]
     (tmp_path / "q.csv").write_text("\n".join(["title,path", *lines]))
-    options = ["--image-root", tmp_path / "images", "--html", tmp_path / "p.html", "--html-queries", 11]
+    options = ["--image-root", tmp_path / "images", "--html", f"{tmp_path / 'p.html'},queries=11"]
     run("eval", listed_gallery, tmp_path / "q.csv", *options)
     page = Page.read(tmp_path / "p.html")
     asked = [section.text.split()[0] for section in page.all("section")]

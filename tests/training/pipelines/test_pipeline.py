@@ -185,7 +185,7 @@ def test_traffic_from_labels_to_answer(tmp_path: Path) -> None:
         "test": json.dumps([str(drawn / "test_images.csv"), "--image-root", str(drawn / "test_images")]),
         "queries": drawn / "test_queries.csv",
         "read": '["--val-share", "0.5"]',
-        "fit": '["--epochs", "1", "--threads", "1", "--batch-size", "32"]',
+        "fit": '["--epochs", "1", "--set", "threads=1", "--batch-size", "32"]',
         "precision": "0.1",
         "unfamiliar": "0",
         "rerank": '["--rerank", "adapt=5,hubness=nnn"]',
@@ -229,8 +229,8 @@ def test_products_from_lists_to_answer(colour_folder: Path, tmp_path: Path) -> N
         "test_queries": tmp_path / "test_query.csv",
         "sample": tmp_path / "sample.csv",
         "model": "clipret-small",
-        "fit": '["--epochs", "1", "--threads", "1", "--val-split", "0.3", "--batch-size", "4"]',
-        "once": '["--one-to-one"]',
+        "fit": '["--epochs", "1", "--set", "threads=1", "--set", "val_split=0.3", "--batch-size", "4"]',
+        "once": '["--format", "one_to_one"]',
     }
     given = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
     result = run("product", "--out", tmp_path / "work", *given)

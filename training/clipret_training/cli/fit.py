@@ -111,7 +111,7 @@ def fit(out: Path, recipe: str | None, assignments: tuple[str, ...], resume: boo
         if not equals:
             raise ClipretError(f"--set {assignment!r} is not NAME=VALUE: write for example --set patch_dropout=0.5")
         values[name] = parse_value(name, text)
-    if resume and recipe is None and values["data"] is None and (out / PARAMS).is_file():
+    if resume and recipe is None and values["data"] is None:
         changed: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         config = dataclasses.replace(FitConfig.read(out / PARAMS), **changed)
     else:
