@@ -24,7 +24,7 @@ endif
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.full  ## Draw images, train, export, index, evaluate, and write demo/results.html.
+demo: $(VENV)/.demo  ## Draw images, train, export, index, evaluate, and write demo/results.html.
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/demo.sh demo
 
 # A worker a core, four at most, and in each of them one thread: torch's would take turns on the same cores.
@@ -79,6 +79,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.full: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(call install,$(VENV),-e '$(EVERYTHING)')
+	touch $@
+
+# What the demo needs and nothing else; a venv with everything has it already.
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	test -e $(VENV)/.full || { $(call install,$(VENV),-e '.[cpu$(comma)train$(comma)export]'); }
 	touch $@
 
 # The wheel as a user gets it, in a venv that holds the runtime and pytest and nothing else.

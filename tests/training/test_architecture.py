@@ -24,7 +24,9 @@ def test_a_face_gives_what_it_names(package: str) -> None:
         _ = face.nothing
 
 
-@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"], ["models", "--recipe", "small"], ["soup", "--help"], ["run"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["fit", "--help"], ["models", "--recipe", "small"], ["soup", "--help"], ["run"]]
+)
 def test_what_is_only_printed_needs_no_torch(command: list[str]) -> None:
     code = f"""
 import sys

@@ -10,139 +10,35 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-from msgspec import Meta
 
-from clipret.bundle import Resize
 from clipret.errors import ClipretError
 from clipret.locations import is_remote
-from clipret_training.choices import TOWERS, Adapter, Augment, LossKind, Optimizer, Precision, Schedule, Tower
 from clipret_training.loss import LossConfig
 from clipret_training.models import SMALL, anchored, architecture
 from clipret_training.recipe import read_recipe
 from clipret_training.schema import (
-    MANY,
-    Count,
-    Degrees,
-    Factor,
-    Number,
-    PartialShare,
-    Positive,
-    PositiveShare,
-    Share,
-    Whole,
     check,
     check_fields,
-    describe,
     hints,
     takes_text,
 )
 from clipret_training.seeds import seed_of
+from clipret_training.settings import Settings
 from clipret_training.tuning import AdapterConfig, native_precision, open_device
 
-__all__ = ["FitConfig", "option_table", "parse_value"]
-
-# Ranges of one option each
-SplitShare = Annotated[float, Meta(gt=0, lt=1)]
-Enlargement = Annotated[float, Meta(ge=1, le=8)]
-Gigabytes = Annotated[float, Meta(ge=0, le=MANY)]
-Grey = Annotated[int, Meta(ge=0, le=255)]
-TokenCount = Annotated[int, Meta(ge=3, le=MANY)]
-PixelCount = Annotated[int, Meta(ge=8, le=MANY)]
-BatchSize = Annotated[int, Meta(ge=2, le=MANY)]
-Threads = Annotated[int, Meta(ge=1, le=1024)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+__all__ = ["FitConfig", "parse_value"]
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """Everything that decides a training. Raises ClipretError for a value of another type or out of its range."""
+class FitConfig(Settings):
+    """Everything that decides a training. Raises ClipretError for a value of another type or out of its range.
 
-    # What is learned from. Of `val` (a list of its own), `val_where` (an SQL expression over the rows of `val` or
-    # `data`) and `val_split` (a share of the images) the first that is given decides what is held out.
-    data: str  # a list, or webdataset's .tar files
-    model: str
-    image_root: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    group_column: str | None = None  # rows with the same value are each other's right answers
-    where: str | None = None
-    val: str | None = None
-    val_where: str | None = None
-    val_split: SplitShare = 0.1
-    validate_every: Count = 1  # epochs
-    # How the model sees images and texts where that is not to be its own way; part of the run and of its bundle.
-    resize: Resize | None = None  # longest: padded to a square with `fill`
-    fill: Grey | None = None
-    context_length: TokenCount | None = None  # tokens
-    # Augmentation
-    augment: Augment = "photo"
-    crop_size: PixelCount | None = None  # pixels a side that the image tower sees in training; None: the model's own
-    decode_scale: Enlargement = (
-        1.0  # images are kept that many times larger than the model's size, for crops to be sharp
-    )
-    crop_area: PositiveShare = 0.7  # the least share of an image that a crop keeps
-    jitter: Share = 0.3  # how far brightness, contrast and saturation may move from 1
-    repad: bool = False  # bars of padded images are made anew around each crop; worse when training from scratch
-    flip: Share | None = None  # share of the images that is mirrored; left out: half, and none without augmentation
-    rotation: Degrees | None = None  # degrees at most; left out: 3 for surveillance, else 0
-    random_ops: Whole = 0  # changes an image as in RandAugment, for images whose colours do not matter
-    magnitude: Share = 0.5  # how strong they are
-    captions: Count = 1  # captions of an image that take part in a step
-    # What is trained: everything, or adapters beside frozen weights, or what is not locked
-    adapter: Adapter = "none"
-    adapter_rank: Count = 16
-    adapter_alpha: Positive = 32.0
-    adapter_dropout: PartialShare = 0.0
-    adapter_targets: tuple[str, ...] = ("attention",)  # q, k, v, out, fc1, fc2, attention, mlp or the end of a name
-    adapter_towers: tuple[Tower, ...] = TOWERS
-    lock_image: bool = False
-    lock_text: bool = False
-    unlock_image: int = (
-        0  # groups at the end of a locked tower that are trained: 1 its projection, 2 its last block too
-    )
-    unlock_text: int = 0
-    # What is asked of the rows
-    loss: LossKind = "infonce"
-    label_smoothing: PartialShare = 0.0
-    drop_worst: PartialShare = 0.0  # share of the rows with the largest losses that a step passes over: noisy captions
-    soft_weight: Share = 0.5
-    soft_temperature: Positive = 0.1
-    negatives: bool = False  # each caption once more with one attribute swapped: a red car, a blue car
-    attributes: str | None = None  # a JSON file of more attributes, for negatives and for the loss "soft"
-    # Optimisation
-    epochs: Count = 5
-    batch_size: BatchSize = 64  # images that are compared with each other in a step, of all processes together
-    accumulate: Count = 1  # parts in which a batch goes through the towers; its loss is that of the whole batch
-    optimizer: Optimizer = "adamw"  # muon learns faster from scratch: the matrices inside the towers are its own
-    lr: Factor = 1e-5
-    schedule: Schedule = "cosine"
-    warmup: Share = 0.05  # share of all steps until `lr` is reached
-    weight_decay: Factor = 0.1
-    layer_decay: Number = 1.0  # what the learning rate is multiplied by from each group of layers to the one before
-    image_lr_scale: Number = 1.0
-    text_lr_scale: Number = 1.0
-    beta1: PartialShare = 0.9
-    beta2: PartialShare = 0.98  # as in CLIP
-    epsilon: Share = 1e-6
-    clip: Factor = 1.0  # largest norm of the gradient; 0: no limit
-    ema: PartialShare = 0.0  # decay of the weights' moving average, which is then measured and kept as best; 0: none
-    # How a step is computed
-    precision: Precision = "fp32"
-    checkpoint_gradients: bool = False  # less memory, a third more time: activations are computed twice
-    compile: bool = False
-    patch_dropout: PartialShare = 0.0  # share of the patches that a step leaves out (FLIP)
-    local_loss: bool = False  # each process compares its own rows with those of all; else each computes the whole loss
-    fsdp: bool = False  # weights, gradients and moments are spread over the processes
-    # The machine
-    device: str = "cpu"
-    threads: Threads = 1
-    cache_limit: Annotated[float, Meta(ge=0, le=1000000000.0)] = 4.0  # GiB of decoded images
-    save_every: Whole = 0  # steps; 0: after each epoch only
-    tensorboard: bool = True
-    seed: Seed = 0
+    Of `val` (an annotations file), `val_where` (an SQL expression over the rows of `val` or `data`) and `val_split` (a
+    share of the images) the first that is set decides what is held out.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -275,12 +171,3 @@ def _refuse_unknown(values: Mapping[str, Any], origin: str | None) -> None:
                 f"there is no option {name!r}{where}: "
                 + (f"did you mean {', '.join(near)}?" if near else "see  clipret-train fit --help")
             )
-
-
-def option_table() -> list[list[str]]:
-    """Name, type and default of every option."""
-    rows, kinds = [], hints(FitConfig)
-    for field in dataclasses.fields(FitConfig):
-        default = "" if field.default in (dataclasses.MISSING, None) else str(field.default)
-        rows.append([field.name, describe(kinds[field.name]), default])
-    return rows

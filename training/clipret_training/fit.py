@@ -203,7 +203,7 @@ def _last_state(
         name = changed[0]
         raise ClipretError(
             f"{folder.path} was begun with another {', '.join(changed)} ({name}: {old.get(name)!r}, now "
-            f"{new.get(name)!r}): continue with  clipret-train fit --resume --out {folder.path}  or train into a new folder"
+            f"{new.get(name)!r}): continue with  clipret-train fit --resume --out {folder.path}  or choose a new folder"
         )
     if world.writes:
         checkpoints.sweep()

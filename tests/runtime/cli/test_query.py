@@ -180,7 +180,7 @@ def test_remove_compact_info(gallery: Path, colour_folder: Path, tiny_bundle: Pa
     for unknown in ("²", "0", "9" * 30, ids["red/0.jpg"]):  # the last one is deleted already
         assert "holds no image" in fails("remove", gallery, unknown)
     expected = run("query", gallery, "blue", "-k", 12).stdout
-    assert "5 deleted rows dropped" in run("compact", gallery).stdout
+    assert "5 deleted embeddings dropped" in run("compact", gallery).stdout
     assert run("query", gallery, "blue", "-k", 12).stdout == expected
     assert json.loads(run("info", gallery, "--json").stdout)["deleted embeddings"] == 0
     shutil.copy(colour_folder / "grey/0.jpg", colour_folder / "twin.jpg")

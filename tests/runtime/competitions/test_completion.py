@@ -79,7 +79,9 @@ def test_missing_words_are_filled_and_strangers_are_not(cars: Path) -> None:
     assert len(new) - len(right) <= 5  # of 39 strangers in orange, to which red is nearest
     assert report["missing"] == report["filled"] + report["unsure"] + report["unfamiliar"] + report["other"]
     # Without the rule about strangers confidence lets more of them pass.
-    loose = json.loads(run(*command(cars, "--where", "kind = 'vehicle'", "--confidence", "unfamiliar=0", "--json")).stdout)[0]
+    loose = json.loads(
+        run(*command(cars, "--where", "kind = 'vehicle'", "--confidence", "unfamiliar=0", "--json")).stdout
+    )[0]
     assert loose["unfamiliar"] == 0
     wrong = [
         row for row in read(cars / "out.csv") if row["filled"] and not row["path"].startswith(f"image/{row['color']}")
@@ -132,7 +134,9 @@ def test_a_precision_out_of_reach_fills_nothing(cars: Path) -> None:
     reachable = json.loads(run(*command(cars, "--confidence", "precision=0.4", "--json")).stdout)[0]
     assert reachable["filled"] > 30
     # Rows that are right calibrate to more.
-    right = json.loads(run(*command(cars, "--confidence", "calibrate=color = '' or caption <> 'x'", "--json")).stdout)[0]
+    right = json.loads(run(*command(cars, "--confidence", "calibrate=color = '' or caption <> 'x'", "--json")).stdout)[
+        0
+    ]
     assert right["known"] == 30
     assert right["precision"] == 1.0
 

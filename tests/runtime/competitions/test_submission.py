@@ -82,7 +82,7 @@ def test_a_refused_answer_writes_nothing(gallery: Path, tmp_path: Path) -> None:
     assert "pass --format sample=FILE" in fails("submit", gallery, texts, tmp_path / "answer.csv")
     found = write(tmp_path / "found.json", run("query", gallery, "red", "--json").stdout)
     assert "has no results for text 2 ('blue')" in fails("submit", found, texts, out)
-    assert "is a result file: re-rank" in fails("submit", found, texts, out, "--rerank", "adapt=5")
+    assert "is a result file: give --rerank" in fails("submit", found, texts, out, "--rerank", "adapt=5")
     assert not out.exists()
 
 
@@ -116,7 +116,16 @@ def test_products_one_to_one(gallery: Path, tmp_path: Path) -> None:
         assert {name.split("-")[0] for name in names[1:4]} == {"red"}
         assert len(set(names)) == 5
     found = write(tmp_path / "found.json", run("query", gallery, "--texts", queries, "-k", 12, "--json").stdout)
-    arguments = ("submit", found, queries, tmp_path / "again.csv", "--format", f"sample={sample}", "--format", "names=stem")
+    arguments = (
+        "submit",
+        found,
+        queries,
+        tmp_path / "again.csv",
+        "--format",
+        f"sample={sample}",
+        "--format",
+        "names=stem",
+    )
     run(*arguments, "--format", "one_to_one")
     assert sorted((tmp_path / "again.csv").read_text().split()[1:4]) == ["red-0", "red-1", "red-2"]
     shorter = write(tmp_path / "short.json", run("query", gallery, "--texts", queries, "-k", 2, "--json").stdout)

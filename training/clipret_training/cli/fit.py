@@ -11,7 +11,7 @@ from clipret.cli.options import LOCATION, json_option
 from clipret.console import show_table
 from clipret.errors import ClipretError, require
 from clipret_training.filenames import PARAMS, SKIPPED
-from clipret_training.settings_help import SETTINGS
+from clipret_training.settings import HELP, Settings
 
 if TYPE_CHECKING:
     from clipret_training.config import FitConfig
@@ -51,7 +51,7 @@ class _FitCommand(click.Command):
         defaults = _defaults()
         with formatter.section("Settings for --set and recipes"):
             formatter.write_text("The value after the name is the default; recipes change some of them by model.")
-            for section, settings in SETTINGS.items():
+            for section, settings in HELP.items():
                 formatter.write_paragraph()
                 formatter.write_heading(section)
                 formatter.indent()
@@ -61,12 +61,8 @@ class _FitCommand(click.Command):
 
 
 def _defaults() -> dict[str, str]:
-    """ "=VALUE" for each setting that has a default; without torch, nothing."""
-    try:
-        from clipret_training.config import FitConfig
-    except (ImportError, ClipretError):
-        return {}
-    values = {field.name: field.default for field in dataclasses.fields(FitConfig)}
+    """ "=VALUE" for each setting that has a default."""
+    values = {field.name: field.default for field in dataclasses.fields(Settings)}
     return {name: f"={_shown(value)}" for name, value in values.items() if value not in (None, dataclasses.MISSING)}
 
 

@@ -1,8 +1,116 @@
-"""What each setting of a training does, for the help of clipret-train fit. Needs neither torch nor open_clip."""
+"""The settings of a training: their names, types, ranges and defaults, and what each does. Imports no torch."""
 
-__all__ = ["SETTINGS"]
+from dataclasses import dataclass
+from typing import Annotated
 
-SETTINGS: dict[str, dict[str, str]] = {
+from msgspec import Meta
+
+from clipret.bundle import Resize
+from clipret_training.choices import TOWERS, Adapter, Augment, LossKind, Optimizer, Precision, Schedule, Tower
+from clipret_training.schema import (
+    MANY,
+    Count,
+    Degrees,
+    Factor,
+    Number,
+    PartialShare,
+    Positive,
+    PositiveShare,
+    Share,
+    Whole,
+)
+
+__all__ = ["HELP", "Settings"]
+
+# Ranges of one option each
+SplitShare = Annotated[float, Meta(gt=0, lt=1)]
+Enlargement = Annotated[float, Meta(ge=1, le=8)]
+Gigabytes = Annotated[float, Meta(ge=0, le=MANY)]
+Grey = Annotated[int, Meta(ge=0, le=255)]
+TokenCount = Annotated[int, Meta(ge=3, le=MANY)]
+PixelCount = Annotated[int, Meta(ge=8, le=MANY)]
+BatchSize = Annotated[int, Meta(ge=2, le=MANY)]
+Threads = Annotated[int, Meta(ge=1, le=1024)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a training. HELP describes each of them."""
+
+    data: str
+    model: str
+    image_root: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    group_column: str | None = None
+    where: str | None = None
+    val: str | None = None
+    val_where: str | None = None
+    val_split: SplitShare = 0.1
+    validate_every: Count = 1
+    resize: Resize | None = None
+    fill: Grey | None = None
+    context_length: TokenCount | None = None
+    augment: Augment = "photo"
+    crop_size: PixelCount | None = None
+    decode_scale: Enlargement = 1.0
+    crop_area: PositiveShare = 0.7
+    jitter: Share = 0.3
+    repad: bool = False
+    flip: Share | None = None
+    rotation: Degrees | None = None
+    random_ops: Whole = 0
+    magnitude: Share = 0.5
+    captions: Count = 1
+    adapter: Adapter = "none"
+    adapter_rank: Count = 16
+    adapter_alpha: Positive = 32.0
+    adapter_dropout: PartialShare = 0.0
+    adapter_targets: tuple[str, ...] = ("attention",)
+    adapter_towers: tuple[Tower, ...] = TOWERS
+    lock_image: bool = False
+    lock_text: bool = False
+    unlock_image: int = 0
+    unlock_text: int = 0
+    loss: LossKind = "infonce"
+    label_smoothing: PartialShare = 0.0
+    drop_worst: PartialShare = 0.0
+    soft_weight: Share = 0.5
+    soft_temperature: Positive = 0.1
+    negatives: bool = False
+    attributes: str | None = None
+    epochs: Count = 5
+    batch_size: BatchSize = 64
+    accumulate: Count = 1
+    optimizer: Optimizer = "adamw"
+    lr: Factor = 1e-5
+    schedule: Schedule = "cosine"
+    warmup: Share = 0.05
+    weight_decay: Factor = 0.1
+    layer_decay: Number = 1.0
+    image_lr_scale: Number = 1.0
+    text_lr_scale: Number = 1.0
+    beta1: PartialShare = 0.9
+    beta2: PartialShare = 0.98
+    epsilon: Share = 1e-6
+    clip: Factor = 1.0
+    ema: PartialShare = 0.0
+    precision: Precision = "fp32"
+    checkpoint_gradients: bool = False
+    compile: bool = False
+    patch_dropout: PartialShare = 0.0
+    local_loss: bool = False
+    fsdp: bool = False
+    device: str = "cpu"
+    threads: Threads = 1
+    cache_limit: Gigabytes = 4.0
+    save_every: Whole = 0
+    tensorboard: bool = True
+    seed: Seed = 0
+
+
+HELP: dict[str, dict[str, str]] = {
     "Data": {
         "data": "an annotations file (CSV, TSV, JSON lines), or .tar files (webdataset)",
         "model": "what --model names",
@@ -45,7 +153,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "adapter_towers": "towers that get an adapter",
         "lock_image": "freeze the image tower",
         "lock_text": "freeze the text tower",
-        "unlock_image": "groups at the end of a frozen image tower to train: 1 the projection, 2 also the last block, …",
+        "unlock_image": "groups at the end of a frozen image tower to train: 1 projection, 2 also the last block, …",
         "unlock_text": "the same for the text tower",
     },
     "Loss": {
