@@ -188,6 +188,7 @@ def stages() -> Iterator[Callable[[str], None]]:
     with tqdm(disable=None, bar_format="{desc} [{elapsed}]", leave=False) as bar:
 
         def stage(what: str) -> None:
+            _log.info(what)
             bar.set_description_str(what)
             bar.refresh()
 

@@ -26,7 +26,7 @@ def test_csv_with_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_tabs_are_read_without_quoting(tmp_path: Path) -> None:
-    table = read_table(write(tmp_path, "t.txt", 'path\ttitle\na.jpg\t"Go" says the sign, twice\n'))
+    table = read_table(write(tmp_path, "t.txt", 'path\tcaption\na.jpg\t"Go" says the sign, twice\n'))
     assert table.rows == [{"path": "a.jpg", "caption": '"Go" says the sign, twice'}]
 
 

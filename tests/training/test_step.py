@@ -196,6 +196,7 @@ def test_lower_precisions_are_near(clip: Any, precision: Any, tolerance: float) 
             assert nn.functional.cosine_similarity(ours[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # of Python 3.13.0
 def test_a_compiled_step_is_the_same(clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as for inductor, whose code would take minutes to make."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

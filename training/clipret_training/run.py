@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from clipret_training.filenames import CHECKPOINTS, METRICS, PARAMS, SKIPPED
 from clipret_training.models import LoadedModel, describe
 
 __all__ = ["RunFolder", "claimed"]
+
+_log = logging.getLogger(__name__)
 
 _LOCK = "run.lock"
 _SECONDS = 2  # until the lock of another process is believed: torchrun starts a run again that it has just ended
@@ -79,6 +82,7 @@ class RunFolder:
         return FitConfig.read(file) if file.is_file() else None
 
     def log(self, line: str) -> None:
+        _log.info(line)
         if self._writes:
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")

@@ -1,5 +1,6 @@
 """Compaction: the live embeddings of a gallery into few large shards, the deleted ones forgotten."""
 
+import logging
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,6 +13,8 @@ from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.ranking.quantization import mean, quantize
 
 __all__ = ["compact_gallery"]
+
+_log = logging.getLogger(__name__)
 
 _ROWS = 65536  # 64 MiB a shard at 512 dimensions
 
@@ -49,6 +52,7 @@ def compact_gallery(
                     bounds = (entry.number, int(entry.ids[0]), int(entry.ids[-1]))
                     transaction.execute("UPDATE rows SET shard = ? WHERE id BETWEEN ? AND ?", bounds)
         gallery.sweep()
+    _log.info("compacted %s: %d embeddings, %d dropped", gallery.path, len(positions), len(ids) - len(positions))
     return len(ids) - len(positions)
 
 

@@ -11,6 +11,7 @@ What no transaction names never happened and is swept by the next writer.
 
 import contextlib
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from clipret.schema import Count, Hash, checked
 from clipret.sources.item import Value
 
 __all__ = ["FORMAT", "Gallery", "GalleryInfo", "ImageRecord", "Stored", "id_of", "stored_path"]
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 2
 _RETRIES = 5  # of a reader that compaction has taken the files away from
@@ -323,6 +326,7 @@ class Gallery:
                 inherit_metadata(transaction, {new: replaced[p.path][0] for new, p in places if p.path in replaced})
                 if metadata is not None:
                     write_metadata(transaction, ids.tolist(), metadata)
+        _log.debug("committed shard %d of %s: %d embeddings", number, self.path, len(ids))
 
     def _quantised(self, rows: npt.NDArray[np.float16]) -> QuantizedEmbeddings:
         """With the center and scale of the last shard, so that the search can scan the two as one, unless its center

@@ -1,6 +1,7 @@
 """Indexing: images from a source into a gallery, resumable at every commit, in memory that does not grow."""
 
 import contextlib
+import logging
 import os
 import sqlite3
 import threading
@@ -24,6 +25,8 @@ from clipret.sources.source import Source
 from clipret.tables import as_number
 
 __all__ = ["IndexReport", "Job", "Run", "index_images"]
+
+_log = logging.getLogger(__name__)
 
 _SHARD_ROWS = 8192  # a commit each: what an interrupted run loses at most
 _LOOKUP = 64  # images looked up in the database at a time; those of a Parquet file hold their bytes meanwhile
@@ -99,6 +102,7 @@ def index_images(
     at all could be read; what was committed by then is kept, and the next run goes on from there.
     """
     gallery.check(encoder.bundle)
+    _log.info("indexing %s into %s", source.root, gallery.path)
     began = time.perf_counter()
     with gallery.writing(), Run(gallery, source) as run:
         try:
@@ -110,6 +114,8 @@ def index_images(
             run.write_skipped()
         run.finish(prune)
     run.report.seconds = time.perf_counter() - began
+    counts = (run.report.added, run.report.changed, run.report.unchanged, run.report.removed, len(run.report.skipped))
+    _log.info("%d added, %d changed, %d unchanged, %d removed, %d skipped", *counts)
     return run.report
 
 
@@ -186,7 +192,7 @@ class Run:
         made = [(job, next(rows)) for job in batch.items]
         for job, reason in batch.skipped:
             if job.twin is None:
-                self.report.skipped.append((job.stored, reason))
+                self.skip(job.stored, reason)
             elif job.replaces is not None and job.twin == job.replaces[0]:  # touched: the record alone is new
                 self._updates[job.twin] = (_record(job), job.item.metadata)
                 self.changes += 1
@@ -243,6 +249,11 @@ class Run:
             ]
             report.removed = self.gallery.remove(vanished)
 
+    def skip(self, path: str, reason: str) -> None:
+        """Count an image that cannot be used; `write_skipped` lists it."""
+        _log.info("skipped %s: %s", printable(path), reason, extra={"path": path, "reason": reason})
+        self.report.skipped.append((path, reason))
+
     def write_skipped(self) -> None:
         """The report of what could not be read, also where the source breaks off."""
         if self.report.skipped:
@@ -262,7 +273,7 @@ class Run:
             item.path.encode()
             return True
         # The database and every report are UTF-8; Python reads the bytes of such names as lone surrogates.
-        self.report.skipped.append((item.path, "its name is not UTF-8: rename it"))
+        self.skip(item.path, "its name is not UTF-8: rename it")
         return False
 
     def leave(self, first: str, last: str) -> None:

@@ -1,6 +1,7 @@
 """Towers: one half of a CLIP model as an engine that maps a batch to unit embeddings."""
 
 import importlib.util
+import logging
 import queue
 import threading
 import warnings
@@ -29,6 +30,8 @@ from clipret.ort.cuda_graphs import BoundSession
 from clipret.ort.session import CUDA, gpu_number, open_session, providers
 
 __all__ = ["OnnxTower", "OpenVinoTower", "Tower", "open_tower", "pick_device"]
+
+_log = logging.getLogger(__name__)
 
 
 class Tower(Protocol):
@@ -98,8 +101,11 @@ def open_tower(bundle: Bundle, name: str, device: str = "cpu", config: EncoderCo
         raise ClipretError(f"{bundle.path} is bf16, which onnxruntime lacks on a CPU: use OpenVINO or export fp16")
     path, threads = bundle.file(f"{name}.onnx"), config.thread_count
     if backend == "openvino" or (backend == "auto" and gpu is None and _openvino_is_best(precision)):
-        return OpenVinoTower(path, threads, precision == "bf16")
-    return OnnxTower(path, device, threads, config.cuda_graphs)
+        tower: Tower = OpenVinoTower(path, threads, precision == "bf16")
+    else:
+        tower = OnnxTower(path, device, threads, config.cuda_graphs)
+    _log.debug("%s tower of %s on %s: %s, %s threads", name, bundle.path, device, type(tower).__name__, threads)
+    return tower
 
 
 def _openvino_is_best(precision: str) -> bool:
@@ -113,6 +119,7 @@ def _openvino_is_best(precision: str) -> bool:
 def _plan_tower(bundle: Bundle, name: str, gpu: int, versions: dict[TensorRTLibrary, str]) -> TensorRTTower:
     """The tower as a plan for the first of the libraries that one fits."""
     key, library = _fitting_plan(bundle, gpu, versions)
+    _log.debug("%s tower of %s on cuda:%d: %s engine %s", name, bundle.path, gpu, library, key)
     return TensorRTTower(bundle.file(f"engines/{key}/{name}.plan"), library, gpu)
 
 

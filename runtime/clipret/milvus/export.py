@@ -6,6 +6,7 @@ completed by the next one, whichever machine it runs on.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from clipret.ranking.embedding_shards import EmbeddingShards
 from clipret.sources.item import Value, scalar
 
 __all__ = ["MilvusReport", "export_to_milvus"]
+
+_log = logging.getLogger(__name__)
 
 
 _BLOCK = 1024  # entities a message: 8 MiB at 2048 dimensions, where servers take 64
@@ -90,6 +93,7 @@ def _export(
     if where is not None:
         live = live & np.isin(stored.ids, gallery.select(where))
     positions, rows = np.flatnonzero(live), EmbeddingShards(stored.shards)
+    _log.info("exporting %d embeddings of %s to %s", len(positions), gallery.path, address)
     ids, records = _held(collection)
     sent = 0
     for start in progress(range(0, len(positions), _BLOCK)):

@@ -5,6 +5,7 @@ warnings, which speak of nodes and not to a user, stay silent; and a provider th
 """
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from clipret.errors import ClipretError, one_line, require
 from clipret.hardware.cpu import int8_saturates
 
 __all__ = ["CUDA", "gpu_number", "has_device", "open_session", "providers"]
+
+_log = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
@@ -87,4 +90,5 @@ def open_session(
         raise ClipretError(f"{what} cannot be opened on {device}: {one_line(error)}; export the model again") from error
     if provider not in session.get_providers():
         raise ClipretError(f"onnxruntime could not start {provider} for {device}: see clipret[gpu]'s requirements")
+    _log.debug("onnxruntime session of %s on %s", "a graph" if isinstance(model, bytes) else model, provider)
     return session

@@ -1,5 +1,7 @@
 """Search over a gallery: embed texts and images, mix them where asked, rank all stored embeddings exactly."""
 
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from clipret.search.searchable import Searchable
 from clipret.search.snapshot import GallerySnapshot
 
 __all__ = ["Forms", "Hit", "Part", "Query", "Searcher"]
+
+_log = logging.getLogger(__name__)
 
 ImageInput = Path | bytes | Image.Image | npt.NDArray[np.uint8]
 Forms = Sequence[str] | Callable[[str], Sequence[str]]
@@ -148,7 +152,11 @@ class Searcher:
         min_score: float | None = None,
     ) -> list[list[Hit]]:
         """The same for queries that are embedded already, [Q,D]."""
-        return self._hits(*self.searched.rank(queries, k, self.searched.filter(where, exclude), min_score))
+        began = time.perf_counter()
+        scores, ids = self.searched.rank(queries, k, self.searched.filter(where, exclude), min_score)
+        milliseconds = 1000 * (time.perf_counter() - began)
+        _log.debug("ranked %d queries in %s, k = %d, in %.1f ms", len(queries), self.searched.name, k, milliseconds)
+        return self._hits(scores, ids)
 
     def hits(self, scores: Floats, positions: npt.NDArray[np.int64]) -> list[list[Hit]]:
         """What a ranking, [Q,K] each as `Ranker.rank` returns them, found."""

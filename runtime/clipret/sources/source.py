@@ -27,6 +27,7 @@ from clipret.tables import pick_column, read_table
 
 __all__ = ["Item", "Source", "Stream", "open_source", "read_stored"]
 
+
 _LISTS = frozenset({".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json"})
 _ARCHIVES = frozenset({*SUFFIXES, ".parquet"})
 

@@ -132,7 +132,7 @@ def test_eval_measures_re_ranking_and_prompts(gallery: Path, tmp_path: Path) -> 
     assert values["mAP@10"] == 1.0
     reference = write(tmp_path / "reference.txt", "grey\nblue\n")
     assert run(*plain, "--rerank", f"hubness=dual-softmax,reference={reference}").stdout
-    assert "reference= is for hubness" in run(*plain, "--rerank", f"reference={reference}", code=1).stderr
+    assert "reference= needs hubness" in run(*plain, "--rerank", f"reference={reference}", code=1).stderr
     assert "--html shows the plain ranking" in run(*plain, *steps, "--html", tmp_path / "p.html", code=1).stderr
 
 
@@ -146,7 +146,7 @@ def test_eval_measures_a_result_file(gallery: Path, tmp_path: Path) -> None:
     assert short["mAP"] < json.loads(run(*plain).stdout)["mAP"]
     one = write(tmp_path / "o.json", run("query", gallery, "blue", "--json").stdout)
     assert "has no results for 'red blue'" in run(*plain, "--results", one, code=1).stderr
-    assert "ranked already" in run(*plain, "--results", few, "--rerank", "adapt=3", code=1).stderr
+    assert "is a finished ranking" in run(*plain, "--results", few, "--rerank", "adapt=3", code=1).stderr
 
 
 def test_query_takes_prompts(gallery: Path, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_import_refuses_what_does_not_fit(new: Gallery, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\na\nb\nc\n")
     refused("has 2 rows, its list 3 paths", tmp_path / "x.npy", tmp_path / "list.csv")
     refused("name a list with --paths", tmp_path / "x.npy")
-    refused("has embeddings of 4 values, gallery .* of 8: import what the same model made", np.ones((1, 4)), ["a"])
+    refused("has rows of 4 values, gallery .* of 8: import what the same model made", np.ones((1, 4)), ["a"])
     refused(r"holds int8 \[2, 8\]: embeddings are floats \[N,D\]", np.ones((2, D), np.int8), ["a", "b"])
     refused(r"holds float64 \[0, 8\]", np.ones((0, D)), [])
     refused("of no known kind", tmp_path / "list.csv")

@@ -263,11 +263,11 @@ def test_a_full_disk_leaves_the_last_commit(images: Path, tiny_bundle: Path, tmp
     before = everything(tmp_path / "g")
     code = (
         "import resource, sys, numpy as np; from clipret import Gallery, ClipretError; "
-        "from clipret.gallery.gallery import Image; g = Gallery.open(sys.argv[1]); "
+        "from clipret.gallery.gallery import ImageRecord; g = Gallery.open(sys.argv[1]); "
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "with g.writing():\n"
-        "    g.append([Image(str(n), 1, 1, '') for n in range(400)], np.ones((400, 8), np.float16))"
+        "    g.append([ImageRecord(str(n), 1, 1, '') for n in range(400)], np.ones((400, 8), np.float16))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "g")], capture_output=True, text=True, check=False

@@ -239,9 +239,9 @@ def test_a_part_without_a_cluster(settings: Settings, shards: str) -> None:
     held[items[1].path] = (0, 0, items[1].read().digest)
     [block] = encode_part(settings.open(), Part(0, lambda: iter(items), held))
     assert [one.path for one in block.results] == [item.path for item in items]
-    assert (block.results[0].file, block.results[0].row) == (None, None)
-    assert (block.results[1].file is not None, block.results[1].row) == (True, None)
-    assert [one.row for one in block.results if one.row is not None] == list(range(34))
+    assert (block.results[0].file, block.results[0].position) == (None, None)
+    assert (block.results[1].file is not None, block.results[1].position) == (True, None)
+    assert [one.position for one in block.results if one.position is not None] == list(range(34))
     assert [one.path[-8:] for one in block.results if one.reason] == [f"{n:04d}.jpg" for n in (9, 19, 29, 39)]
     assert block.last
 

@@ -102,11 +102,11 @@ def test_a_graph_with_other_rows_is_never_used(tiny_bundle: Path) -> None:
     [expected] = session.real.run(None, {session.get_inputs()[0].name: batch})
 
     def spoil(run: Any) -> None:  # whatever lies in the output when a run begins
-        ctypes.memset(bound._rows.address, 0, bound._rows.size)
+        ctypes.memset(bound._embeddings.address, 0, bound._embeddings.size)
         run()
 
     bound._submit = spoil
-    with pytest.warns(BackendWarning, match="no CUDA graphs: its rows differ"):  # noqa: PT031
+    with pytest.warns(BackendWarning, match="no CUDA graphs: its embeddings differ"):  # noqa: PT031
         for _ in range(_OFTEN):
             rows = bound.run(batch)
     np.testing.assert_allclose(rows, expected, atol=1e-6)

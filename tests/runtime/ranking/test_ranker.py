@@ -210,7 +210,7 @@ def test_no_rows_and_no_queries() -> None:
     ("queries", "k", "message"),
     [
         (np.ones((1, 4)), 0, "k is 0"),
-        (np.ones((1, 5)), 1, r"shape \(1, 5\), the rows need \[Q,4\]"),
+        (np.ones((1, 5)), 1, r"shape \(1, 5\), the embeddings need \[Q,4\]"),
         (np.full((1, 4), np.nan), 1, "not finite"),
         (np.full((1, 4), 1000.0), 1, "beyond exact ranking"),
     ],
@@ -229,7 +229,7 @@ def test_rows_must_be_float16_of_one_width() -> None:
     with pytest.raises(ClipretError, match="float16 of one width"):
         Ranker([np.ones((1, 4), np.float16), np.ones((1, 5), np.float16)])
     rows = np.ones((1, 4), np.float16)
-    with pytest.raises(ClipretError, match="2 live flags for 1 rows"):
+    with pytest.raises(ClipretError, match="2 live flags for 1 embeddings"):
         Ranker(rows, np.array([True, True]))
     with pytest.raises(ClipretError, match="2 flags for 1 rows"):
         Ranker(rows).rank(np.ones((1, 4)), 1, among=np.array([True, True]))

@@ -175,7 +175,7 @@ def test_what_is_out_of_range_is_refused(rows: np.ndarray, queries: np.ndarray) 
     ):
         with pytest.raises(ClipretError, match=message):
             Rerank(**values)
-    with pytest.raises(ClipretError, match="the rows need"):
+    with pytest.raises(ClipretError, match="the embeddings need"):
         reranker(stored(rows), Rerank(hubness="nnn")).rank(queries[:, :3], 5)
     with pytest.raises(ClipretError, match="no queries to measure"):
         reranker(stored(rows), Rerank(hubness="nnn"), np.empty((0, 16))).rank(queries, 5)

@@ -200,7 +200,7 @@ def test_a_service_without_a_token_only_reads(serving: Callable[..., Any], liste
 CHANGES = """
 import sys
 from clipret import Gallery, compact_gallery
-from clipret.gallery.gallery import Image
+from clipret.gallery.gallery import ImageRecord
 from clipret.ranking.embedding_shards import EmbeddingShards
 import numpy as np
 gallery = Gallery.open(sys.argv[1])

@@ -159,7 +159,7 @@ def test_the_command_has_the_options_of_query(listed_gallery: Path, tmp_path: Pa
     assert "name fixed texts with --rerank reference=FILE" in refused("--rerank", "hubness=nnn")
     rules = str(tmp_path / "rules.toml")
     assert "either templates or one file" in refused("--prompts", "a {}", "--prompts", rules)
-    assert "is no file" in refused("--prompts", "a car")
+    assert "is neither a template" in refused("--prompts", "a car")
     of_query = {option for one in query.params for option in one.opts}
     of_serve = {option for one in serve_command.params for option in one.opts}
     assert {"--prompts", "--rerank", "--device", "--backend", "--encoder"} <= of_query & of_serve

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from clipret_training.models.small import SmallConfig
 from clipret_training.models.tokenizer import learn_tokenizer
 
 __all__ = ["SMALL", "LoadedModel", "anchored", "architecture", "describe", "load_model", "model_names"]
+
+_log = logging.getLogger(__name__)
 
 SMALL = "clipret-small"
 _FORMAT = 1
@@ -74,6 +77,7 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     Weights that `source` does not name are random, drawn with `seed`. `captions` are what a new clipret-small learns
     its vocabulary from. The model is in eval mode. Raises ClipretError.
     """
+    _log.info("loading the model %s", source)
     path = Path(source)
     if (path / ADAPTER_CONFIG).is_file():
         return merge_adapter(path, load_model(base_of(path), seed=seed))

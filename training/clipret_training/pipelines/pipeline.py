@@ -24,6 +24,7 @@ printed.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -46,6 +47,8 @@ from clipret_training.recipe import read_recipe
 from clipret_training.schema import check
 
 __all__ = ["Pipeline", "Step", "StepRecord", "run_pipeline"]
+
+_log = logging.getLogger(__name__)
 
 Value = str | tuple[str, ...]
 
@@ -185,12 +188,14 @@ def run_pipeline(
         before = records.get(step.name)
         if before is not None and before.done and before.digest == own:
             report(step.name, "kept")
+            _log.info("step %s is done already", step.name)
             continue
         if step.makes and not (step.keeps and before is not None and before.digest == own):
             _remove(Path(pipeline.filled(step.makes, out)), out)
         records[step.name] = StepRecord(own, done=False)
         _keep(out / "steps.json", records)
         report(step.name, "running")
+        _log.info("step %s: %s", step.name, " ".join(step.run))
         records[step.name] = _done(pipeline, step, words, own, out)
         _keep(out / "steps.json", records)
         report(step.name, "done")
