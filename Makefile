@@ -32,7 +32,7 @@ PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n aut
 
 test: test-lean test-export test-runtime test-training  ## Run all tests; the runtime's also from a wheel without torch.
 
-# Processes of their own: TensorRT's builder has crashed beside the libraries that the other rooms load.
+# Processes of their own: TensorRT's builder has crashed next to the libraries that the other rooms load.
 test-export: $(VENV)/.full
 	$(PYTEST) tests/export
 
@@ -68,7 +68,7 @@ types: $(VENV)/.full  ## Check types.
 bench: $(BENCH)/.peers  ## Ask every question of benchmarks/; goes on where it was cut off. QUESTIONS="--quick" for minutes.
 	$(BENCH)/bin/python benchmarks/suite.py bench-work $(QUESTIONS)
 
-bench-gpu: $(GPU)/.wheels  ## All that waits for an NVIDIA GPU, in eight minutes. GPU_PEERS="torch open_clip_torch" beside it.
+bench-gpu: $(GPU)/.wheels  ## All that waits for an NVIDIA GPU, in eight minutes. GPU_PEERS="torch open_clip_torch" next to it.
 	$(GPU)/bin/python benchmarks/bench_gpu.py bench-gpu-work $(QUESTIONS)
 
 clean:  ## Remove what make has made.

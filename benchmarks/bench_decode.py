@@ -1,4 +1,4 @@
-"""Decoding JPEGs to a tower's square: CPU time an image beside plain Pillow, and how far the pixels differ.
+"""Decoding JPEGs to a tower's square: CPU time an image compared with plain Pillow, and how far the pixels differ.
 
     python benchmarks/bench_decode.py [../shared/data/flickr8k] [--size 224] [--rounds 9]
 

@@ -1,4 +1,4 @@
-"""Encoding images and texts beside open_clip, sentence-transformers, rclip and a plain onnxruntime loop.
+"""Encoding images and texts compared with open_clip, sentence-transformers, rclip and a plain onnxruntime loop.
 
     python benchmarks/bench_encode.py work [--data ../shared/data/flickr8k] [--images 64] [--rounds 5] [--only ...]
 

@@ -4,7 +4,7 @@
 
 Weights are random, for none can be downloaded here; shapes, time and memory are those of the real ones. Each export is
 a process of its own: `clipret-export`, the check against torch included. The SigLIP model gets a small tokenizer
-made here, since its own lies on the hub; Chinese-CLIP's needs a vocabulary of 21,128 lines (--vocab). The floor beside
+made here, since its own lies on the hub; Chinese-CLIP's needs a vocabulary of 21,128 lines (--vocab). The floor next to
 each time is what any exporter must do: read or draw the weights, run torch once on the check's images and texts,
 and write the bytes.
 
@@ -56,7 +56,7 @@ def source_of(name: str, work: Path, vocab: Path) -> str:
 
 
 def chinese(name: str, folder: Path, vocab: Path) -> Path:
-    """A checkpoint in the layout of OFA-Sys, half as theirs are, with the vocabulary beside it."""
+    """A checkpoint in the layout of OFA-Sys, half as theirs are, with the vocabulary next to it."""
     import torch
 
     from clipret_training.models.chinese_clip import FAMILY, ChineseClip

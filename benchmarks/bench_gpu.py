@@ -4,7 +4,7 @@
 
 The runtime alone is needed, from wheels: onnxruntime-gpu, numpy, pillow, tokenizers, click, ftfy, tqdm. What else is
 installed takes part: torch (eager and compiled towers with open_clip, a product with topk for the ranking), faiss on
-the GPU, nvImageCodec, TensorRT, and onnx-ir for the fused graphs (fused.onnx, beside the tower). Towers are those
+the GPU, nvImageCodec, TensorRT, and onnx-ir for the fused graphs (fused.onnx, next to the tower). Towers are those
 of --bundle, in any precision, and of --skeleton, with random weights (see benchmarks/skeleton.py); default: skeletons
 of four sizes that are kept here. --device cpu asks the same with the CPU provider in sizes so small that the code is
 tried and nothing is learned: the reduced form that the tests run.
@@ -152,8 +152,8 @@ def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
 
 
 def towers(card: Card, bundle: Bundle) -> dict[str, Any]:
-    """Images a second of each way and batch, copies to and from the card included, and its rows beside float32's on
-    the CPU."""
+    """Images a second of each way and batch, copies to and from the card included, and its rows compared with float32's
+    on the CPU."""
     name, size = bundle.manifest.model, bundle.manifest.image.size
     gflop = 2 * machine.multiplications(*SHAPES[name]) / 1e9 if name in SHAPES else 0.0
     batches = (1, 3) if card.small else (1, 16, 64, 256) if name in ("ViT-B-32", "ViT-L-14") else (1, 16, 64)
@@ -294,7 +294,7 @@ def main() -> None:
     asker.ask(
         "ranking",
         "Ranking",
-        "One query and 1,024 on rows in device memory, as halves and as 8-bit codes; the results beside the CPU's.",
+        "One query and 1,024 on embeddings in device memory, float16 and quantized; the results against the CPU's.",
         lambda: ranking(card, *sizes),
     )
     folders = [(path, path) for path in arguments.bundle]

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_query.py --bundle demo/bundle --bundle work/ViT-B-32 [--rows 100000] [--pairs 15]
 
-Cold: CPU time of the whole process, on a gallery of random unit rows made under each bundle (the tests' tiny one
+Cold: CPU time of the whole process, on a gallery of random unit embeddings made under each bundle (the tests' tiny one
 unless --bundle names others). Its floor is the same Python importing the libraries that a query cannot do without;
 the two run in turn, A B A B. Warm, on one core: texts that were never asked before, one at a time and 256 at a
 time, through tokenizer, text tower and ranking, with the share of the tower; and texts that were.

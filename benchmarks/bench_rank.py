@@ -1,4 +1,4 @@
-"""Exact ranking on one core: CPU milliseconds a query beside faiss's flat index, and whether the order is right.
+"""Exact ranking on one core: CPU milliseconds a query compared with faiss's flat index, and whether the order is right.
 
     python benchmarks/bench_rank.py [--rows 1000000] [--dim 512] [--rounds 7]
 
@@ -33,7 +33,7 @@ from machine import keep
 from clipret import Ranker
 from clipret.ranking.quantization import QuantizedEmbeddings, mean, quantize
 from clipret.ranking.ranker import snap
-from clipret.ranking.scan import _CODE_ROWS, _query_session
+from clipret.ranking.scan import _BLOCK_SIZE, _query_session
 
 SHARD = 8192
 K = 10
@@ -56,24 +56,24 @@ def make_shards(folder: Path, kind: str, rows: int, dim: int) -> np.ndarray:
             values += common
         values[99::100] = values[: len(values[99::100])]  # duplicates
         shard = unit(values).astype(np.float16)
-        codes = quantize(shard, before.center if before else mean(shard), before.scale if before else 0.0)
-        before = codes
+        quantized = quantize(shard, before.center if before else mean(shard), before.scale if before else 0.0)
+        before = quantized
         np.save(folder / f"rows-{number:06d}.npy", shard)
-        np.save(folder / f"codes-{number:06d}.npy", codes.values)
-        limits = {"scale": codes.scale, "residual": codes.residual, "reach": codes.reach}
-        np.savez(folder / f"limits-{number:06d}.npz", center=codes.center, **limits)
+        np.save(folder / f"codes-{number:06d}.npy", quantized.values)
+        limits = {"scale": quantized.scale, "residual": quantized.residual, "reach": quantized.reach}
+        np.savez(folder / f"limits-{number:06d}.npz", center=quantized.center, **limits)
     queries = rng.standard_normal((1000, dim)).astype(np.float32)
     return snap(unit(queries + 0.3 * common if kind == "cone" else queries))
 
 
 def open_shards(folder: Path) -> tuple[list[np.ndarray], list[QuantizedEmbeddings]]:
     shards = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("rows-*.npy"))]
-    codes = []
+    quantized = []
     for values, file in zip(sorted(folder.glob("codes-*")), sorted(folder.glob("limits-*")), strict=True):
         limits = np.load(file)
         numbers = (float(limits[name]) for name in ("scale", "residual", "reach"))
-        codes.append(QuantizedEmbeddings(np.load(values, mmap_mode="r"), limits["center"], *numbers))
-    return shards, codes
+        quantized.append(QuantizedEmbeddings(np.load(values, mmap_mode="r"), limits["center"], *numbers))
+    return shards, quantized
 
 
 def milliseconds(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -121,15 +121,15 @@ def peers(shards: list[np.ndarray]) -> dict[str, Callable[[np.ndarray], Any]]:
     return found
 
 
-def limits(codes: list[QuantizedEmbeddings], dim: int) -> tuple[float, float]:
+def limits(quantized: list[QuantizedEmbeddings], dim: int) -> tuple[float, float]:
     """Bytes a second of a pass over memory, and 8-bit operations a second of a product in the cache."""
-    data = np.concatenate([one.values for one in codes[:64]]).reshape(-1).view(np.uint64)
+    data = np.concatenate([one.values for one in quantized[:64]]).reshape(-1).view(np.uint64)
     passes = milliseconds({"read": lambda: int(np.bitwise_or.reduce(data))}, 9)["read"]
     rng = np.random.default_rng(0)
     session = _query_session(rng.integers(-127, 128, (256, dim), dtype=np.int8), 1)
-    block = rng.integers(0, 256, (_CODE_ROWS, dim), dtype=np.uint8)
+    block = rng.integers(0, 256, (_BLOCK_SIZE, dim), dtype=np.uint8)
     products = milliseconds({"multiply": lambda: [session.run(None, {"rows": block}) for _ in range(20)]}, 9)
-    return data.nbytes / min(passes) * 1000, 20 * 2 * _CODE_ROWS * dim * 256 / min(products["multiply"]) * 1000
+    return data.nbytes / min(passes) * 1000, 20 * 2 * _BLOCK_SIZE * dim * 256 / min(products["multiply"]) * 1000
 
 
 def private_mib() -> float:
@@ -142,7 +142,7 @@ def inside(folder: Path, mode: str) -> None:
     """A process of its own: open the shards, search, print what it took as JSON."""
     queries = np.load(folder / "queries.npy")
     before = private_mib()
-    shards, codes = open_shards(folder)
+    shards, quantized = open_shards(folder)
     if mode == "faiss":
         import faiss
 
@@ -154,7 +154,7 @@ def inside(folder: Path, mode: str) -> None:
             return index.search(queries[:count].astype(np.float32), K)[1]
 
     else:
-        ranker = Ranker(shards, None, codes, threads=1, resident=mode == "resident")
+        ranker = Ranker(shards, None, quantized, threads=1, resident=mode == "resident")
 
         def search(count: int) -> Any:
             return ranker.rank(queries[:count], K)[1]
@@ -208,14 +208,14 @@ def compare(folder: Path, kind: str, rows: int, dim: int, rounds: int, exact: bo
     faiss.omp_set_num_threads(1)
     queries = make_shards(folder, kind, rows, dim)
     np.save(folder / "queries.npy", queries)
-    shards, codes = open_shards(folder)
+    shards, quantized = open_shards(folder)
     flat = faiss.IndexFlatIP(dim)
     for shard in shards:
         flat.add(shard.astype(np.float32))
     start = time.process_time()
-    resident = Ranker(shards, None, codes, threads=1, resident=True)
+    resident = Ranker(shards, None, quantized, threads=1, resident=True)
     result: dict[str, Any] = {"rows": rows, "pack_seconds": round(time.process_time() - start, 2)}
-    streamed = Ranker(shards, None, codes, threads=1)
+    streamed = Ranker(shards, None, quantized, threads=1)
     others = peers(shards) if rows <= PEER_ROWS else {}
     for batch in BATCHES:
         asked = queries[:batch]
@@ -233,7 +233,7 @@ def compare(folder: Path, kind: str, rows: int, dim: int, rounds: int, exact: bo
         medians = {name: round(statistics.median(values) / batch, 3) for name, values in times.items()}
         result[f"{batch} queries"] = {"ms_a_query": medians, "faiss_over_clipret": round(statistics.median(ratios), 2)}
         print(f"{kind} {rows:,} x {dim}, {batch} queries: {result[f'{batch} queries']}", file=sys.stderr)
-    bandwidth, speed = limits(codes, dim)
+    bandwidth, speed = limits(quantized, dim)
     result["limit_ms_a_query"] = {
         "1 query": round(rows * dim / bandwidth * 1000, 2),
         "256 queries": round(2 * rows * dim / speed * 1000, 3),

@@ -1,11 +1,11 @@
-"""Indexing on a Ray cluster of this machine beside indexing in one process.
+"""Indexing on a Ray cluster of this machine compared with indexing in one process.
 
     python benchmarks/bench_ray.py BUNDLE --data ../shared/data/flickr8k/images [--images 1024]
 
 Archives of the images are read by one process, and by 1, 2, 4 … actors of one thread each. What an image costs is
 the difference of a run on twice as many images and one on that many, so that starting actors is not counted (it is
-told beside); the actors, Ray's own processes and the one that writes the gallery are all in it. CPU time is that of the
-whole tree of processes; wall time says how it grows with workers, on a machine that does nothing else.
+reported too); the actors, Ray's own processes and the one that writes the gallery are all in it. CPU time is that of
+the whole tree of processes; wall time says how it grows with workers, on a machine that does nothing else.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
 GALLERY and QUERIES as for clipret-search eval. Steps are measured with their defaults, each by itself; the cost is
 CPU time on one core for all queries, the plain ranking first and again between the steps, so that a ratio compares
-neighbours. With --rows the cost alone is measured once more on so many random unit rows of 512 values and 64 queries.
-Hubness is measured with the queries themselves, which makes it transductive, and with half of the queries as
+neighbours. With --rows the cost alone is measured once more on so many random unit embeddings of 512 values and 64
+queries. Hubness is measured with the queries themselves, which makes it transductive, and with half of the queries as
 reference for the other half.
 """
 
@@ -38,8 +38,8 @@ STEPS = {
     "nnn, 1 neighbour": Rerank(hubness="nnn", neighbours=1),
     "dual softmax, 100": Rerank(hubness="dual-softmax"),
     "dual softmax, 20": Rerank(hubness="dual-softmax", temperature=20.0),
-    "reciprocal 100": Rerank(reciprocal=100),
-    "adapt 50, reciprocal 100": Rerank(adapt=50, reciprocal=100),
+    "reciprocal 100": Rerank(k_reciprocal=100),
+    "adapt 50, reciprocal 100": Rerank(adapt=50, k_reciprocal=100),
 }
 METRICS = [Metric.parse(name) for name in ("mAP@10", "mAP", "recall@1", "recall@10")]
 
@@ -95,7 +95,7 @@ def of_random_rows(count: int) -> dict[str, Any]:
     queries = rng.normal(size=(64, 512))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     stored = Stored(shards, np.arange(count), None, [quantize(shard, mean(shard)) for shard in shards])
-    ranker = Ranker(stored.shards, None, stored.codes, threads=1)
+    ranker = Ranker(stored.shards, None, stored.quantized, threads=1)
     costs = {"none": cost(ranker.rank, queries)}
     for name in ("adapt 50, half", "nnn", "dual softmax, 100", "reciprocal 100"):
         costs[name] = cost(Reranker(stored, ranker, STEPS[name]).rank, queries)

@@ -5,7 +5,7 @@
 CPU seconds on one core. Images: drawn JPEGs of 64 px in a .zip, no two alike, indexed by `clipret-search index` with
 the tests' tiny tower, so that what is measured is everything around the tower: reading, hashing, decoding, rows,
 codes, the database. A tower costs the same for each image and is measured by bench_towers. A query is one cold
-`clipret-search query` on that gallery. Rows: random unit rows around a common direction in files as a gallery has
+`clipret-search query` on that gallery. Rows: random unit embeddings around a common direction in files as a gallery has
 them, ranked in this process, one query and 64, with the codes read from their files and kept in memory.
 
 The slope is that of a straight line through the logarithms: 1 is a cost that stays the same for each image, less is a
@@ -105,12 +105,12 @@ def ranking(counts: Sequence[int], dim: int, rounds: int) -> list[dict[str, Any]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             queries = make_shards(folder, "cone", count, dim)
-            shards, codes = open_shards(folder)
+            shards, quantized = open_shards(folder)
             size = sum(file.stat().st_size for file in folder.iterdir())
             point: dict[str, Any] = {"rows": f"{count:,}", "bytes_a_row": round(size / count, 1)}
             for form in ("streamed", "resident"):
                 before, began = private_mib(), time.process_time()
-                ranker = Ranker(shards, None, codes, threads=1, resident=form == "resident")
+                ranker = Ranker(shards, None, quantized, threads=1, resident=form == "resident")
                 point[f"{form}_open_seconds"] = round(time.process_time() - began, 3)
                 for many in (1, MANY):
                     times = []

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_serve.py --bundle work/ViT-B-32 [--rows 100000] [--rounds 3] [--requests 20000]
 
-A gallery of random unit rows, every query a text that was never asked before, the server on one core and the clients on
-another. Three servers take turns, A B C, C B A: `clipret-search serve`, the same with --batch 1, and the plain server
-that one writes first: a FastAPI handler that encodes and ranks its one query with an open Searcher. Rates are medians
-over rounds, percentiles those of the latencies of all rounds together. Both are wall time, which others on the machine
-disturb (`load` says how many there were); what the server's CPU spent on a query is not disturbed.
-Then memory: the server remembers 16,384 texts, so it is first asked for more than those, 64 a request; what counts is
-its resident size after each quarter of --requests single searches that follow. Loopback only. Some eight minutes.
+A gallery of random unit embeddings, every query a text that was never asked before, the server on one core and the
+clients on another. Three servers take turns, A B C, C B A: `clipret-search serve`, the same with --batch 1, and the
+plain server that one writes first: a FastAPI handler that encodes and ranks its one query with an open Searcher. Rates
+are medians over rounds, percentiles those of the latencies of all rounds together. Both are wall time, which others on
+the machine disturb (`load` says how many there were); what the server's CPU spent on a query is not disturbed. Then
+memory: the server remembers 16,384 texts, so it is first asked for more than those, 64 a request; what counts is its
+resident size after each quarter of --requests single searches that follow. Loopback only. Some eight minutes.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def resident_mib(process: int) -> float:
 
 
 async def load(port: int, clients: int, asked: list[str]) -> tuple[float, list[float]]:
-    """Seconds for all of the texts, and the latency of each in milliseconds; every client asks anew when answered."""
+    """Seconds for all of the texts, and the latency of each in milliseconds; every client asks again when answered."""
     rest = iter(asked)
     times = list[float]()
 

@@ -1,4 +1,5 @@
-"""An image tower: engine x precision x batch, beside eager and compiled open_clip and a fixed batch of 1 in ONNX.
+"""An image tower: engine x precision x batch, compared with eager and compiled open_clip and a fixed batch of 1 in
+ONNX.
 
     python benchmarks/bench_towers.py work --data DATA [--precision fp32 fp16 bf16 int8] [--batch 1 8 32] [--rounds 9]
 
@@ -8,7 +9,7 @@ products of bfloat16 and int8 have a higher one, so that shares of the float32 p
 those that the tower computes (the last block for the pooled token only); open_clip computes 7 % more.
 
 "onnx batch 1" is the way of Chinese-CLIP's deployment: TorchScript export of the tower with a batch of 1, run image
-by image in onnxruntime. The parity of every engine is that of `clipret-export check`: the smallest cosine of the
+by image in onnxruntime. The parity of every backend is that of `clipret-export check`: the smallest cosine of the
 bundle's rows to torch's in float32, for images and texts.
 """
 

@@ -4,7 +4,7 @@
 
 For each seed other scenes are drawn and other weights: training images are clean and their captions name colour and
 brand or only the type; test images are a camera's and queries name all. `clipret-train run traffic` goes from the
-raw files to the answer, with images padded to a square with grey; a model each is trained beside it on images
+raw files to the answer, with images padded to a square with grey; a model each is also trained on images
 cropped in the centre and padded with zeros, and one goes on from the pipeline's first model, for WiSE-FT, which wants
 two models with a common start. Steps are added one to another from the top, but for the last ones, each by itself on
 the completed model. A brand is not to be seen in a drawing, so the truth is colour and type, or the attributes of a
@@ -38,7 +38,7 @@ ADAPT = ("--rerank", "adapt=50")
 ALONE = {
     "nearest-neighbour normalisation": ("--rerank", "hubness=nnn"),
     "dual softmax": ("--rerank", "hubness=dual-softmax,temperature=20"),
-    "k-reciprocal": ("--rerank", "reciprocal=100"),
+    "k-reciprocal": ("--rerank", "k_reciprocal=100"),
 }
 METRICS = ("mAP@10", "mAP", "recall@1")
 

@@ -1,11 +1,12 @@
-"""Speed and quality of training beside open_clip's own trainer, `open_clip_train.main`: same model, data and batch.
+"""Speed and quality of training compared with open_clip's own trainer, `open_clip_train.main`: same model, data and
+batch.
 
     pip install braceexpand webdataset pandas     # which open_clip's trainer wants and does not ask for
     python benchmarks/bench_train.py DATA WORK
 
-DATA is a folder with captions.tsv (path, split, lang, caption) and images/. The model is a vision transformer of 256 x 6
-at 96 px with a text tower of 256 x 4 and 32 tokens, the batch 128. CPU seconds of one thread, whole steps, loading the
-images included. The speed is that of processes that run in turn, each after an epoch to warm up. The quality is
+DATA is a folder with captions.tsv (path, split, lang, caption) and images/. The model is a vision transformer of 256 x
+6 at 96 px with a text tower of 256 x 4 and 32 tokens, the batch 128. CPU seconds of one thread, whole steps, loading
+the images included. The speed is that of processes that run in turn, each after an epoch to warm up. The quality is
 recall@10 of English captions on the 1,000 validation photographs of Flickr8k, from the same first weights in each of
 several seeds; a training in WORK is used again.
 """

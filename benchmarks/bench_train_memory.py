@@ -30,7 +30,7 @@ CONTEXT = 77
 
 @dataclass(frozen=True)
 class Tower:
-    """tokens: of one image or text. outside: parameters beside the blocks, in matrices of one or more dimensions."""
+    """tokens: of one image or text. outside: parameters outside the blocks, in matrices of one or more dimensions."""
 
     width: int
     layers: int

@@ -57,7 +57,7 @@ def direction(path: tuple[str, ...]) -> Better | None:
 
 
 def is_peer(path: tuple[str, ...]) -> bool:
-    """Whether a figure is that of something measured beside clipret: its change is not ours."""
+    """Whether a figure is that of a peer that is measured with clipret: its change is not ours."""
     return any(_PEERS.search(part) and not _HIGHER.search(part) and not _LOWER.search(part) for part in path)
 
 

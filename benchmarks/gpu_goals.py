@@ -1,4 +1,4 @@
-"""What bench_gpu's figures come to beside what was aimed at."""
+"""bench_gpu's figures compared with the goals."""
 
 from typing import Any
 

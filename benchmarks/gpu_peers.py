@@ -1,4 +1,5 @@
-"""What is measured beside clipret on a card, where it is installed: open_clip eager and compiled, torch's ranking."""
+"""Peers that are measured with clipret on a card, where it is installed: open_clip eager and compiled, torch's
+ranking."""
 
 import importlib.util
 import time

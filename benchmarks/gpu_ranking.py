@@ -1,4 +1,5 @@
-"""Ranking on a card, for bench_gpu: rates beside the card's limits and torch, and whether the results are the CPU's."""
+"""Ranking on a card, for bench_gpu: rates compared with the card's limits and torch, and whether the results are the
+CPU's."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ K = 10
 
 
 def shards_of(rows: int, dim: int) -> tuple[list[np.ndarray], list[QuantizedEmbeddings]]:
-    """Unit rows float16 in shards that all differ, and codes of one center and scale: a block that was drawn, its
+    """Unit embeddings float16 in shards that all differ, and codes of one center and scale: a block that was drawn, its
     components moved by one more place in each shard, which is as fast as memory."""
     base_rows = min(rows, 1 << 18)
     rng = np.random.default_rng(0)
@@ -23,19 +24,19 @@ def shards_of(rows: int, dim: int) -> tuple[list[np.ndarray], list[QuantizedEmbe
     base /= np.linalg.norm(base, axis=1, keepdims=True)
     half = base.astype(np.float16)
     center = np.zeros(dim, np.float32)
-    codes = quantize(half, center)
+    quantized = quantize(half, center)
     shards, coded = [], []
     for number, low in enumerate(range(0, rows, base_rows)):
         count = min(base_rows, rows - low)
         shards.append(np.roll(half, number, axis=1)[:count])
-        values = np.roll(codes.values, number, axis=1)[:count]
-        coded.append(QuantizedEmbeddings(values, center, codes.scale, codes.residual, codes.reach))
+        values = np.roll(quantized.values, number, axis=1)[:count]
+        coded.append(QuantizedEmbeddings(values, center, quantized.scale, quantized.residual, quantized.reach))
     return shards, coded
 
 
 def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
     """`card`: a bench_gpu.Card."""
-    shards, codes = shards_of(rows, dim)
+    shards, quantized = shards_of(rows, dim)
     rng = np.random.default_rng(1)
     many = 16 if card.small else 1024
     queries = rng.standard_normal((many, dim))
@@ -46,7 +47,7 @@ def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
             result[form] = {"failed": "no time left"}
             continue
         try:
-            result[form] = _form(card, form, shards, codes, queries)
+            result[form] = _form(card, form, shards, quantized, queries)
         except Exception as error:  # the other form has its turn
             result[form] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     if rate := result["codes"].get("scan 1 query", {}).get("gb_a_second"):
@@ -59,16 +60,16 @@ def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
 
 
 def _form(
-    card: Any, form: str, shards: list[np.ndarray], codes: list[QuantizedEmbeddings], queries: np.ndarray
+    card: Any, form: str, shards: list[np.ndarray], quantized: list[QuantizedEmbeddings], queries: np.ndarray
 ) -> dict[str, Any]:
     coded, (rows, dim) = form == "codes", (sum(map(len, shards)), shards[0].shape[1])
     began = time.perf_counter()
-    scan = DeviceScan(shards, card.device, codes=codes, coded=coded)
+    scan = DeviceScan(shards, card.device, quantized=quantized, coded=coded)
     found: dict[str, Any] = {
         "upload_seconds": round(time.perf_counter() - began, 2),
         "resident_share": round(sum(part.count for part in scan.parts if part.resident is not None) / rows, 3),
     }
-    ranker = Ranker(shards, None, codes, threads=8)
+    ranker = Ranker(shards, None, quantized, threads=8)
     ranker._device, ranker._length = scan, scan.longest
     size = rows * dim * (1 if coded else 2)
     for count in (1, len(queries)):
@@ -91,9 +92,9 @@ def _form(
         }  # type: ignore[misc]
     some = queries[:16]
     first = [shards[0]] if len(shards) == 1 else shards[:4]  # the CPU's turn takes seconds even so
-    cpu = Ranker(first, None, codes[: len(first)], threads=8)
-    ours = Ranker(first, None, codes[: len(first)], threads=8)
-    ours._device = DeviceScan(first, card.device, codes=codes[: len(first)], coded=coded)
+    cpu = Ranker(first, None, quantized[: len(first)], threads=8)
+    ours = Ranker(first, None, quantized[: len(first)], threads=8)
+    ours._device = DeviceScan(first, card.device, quantized=quantized[: len(first)], coded=coded)
     ours._length = ours._device.longest
     same = all(np.array_equal(a, b) for a, b in zip(ours.rank(some, K), cpu.rank(some, K), strict=True))
     return found | {"same as the CPU's": same, "rows compared": sum(map(len, first))}

@@ -86,8 +86,8 @@ QUESTIONS = (
     Question(
         "towers",
         "Towers: engine, precision, batch",
-        "ViT-B-32's image tower on one core, shares of the machine's float32 peak, beside open_clip eager and "
-        "compiled and ONNX with a batch of 1; the parity of every engine with torch. onnxruntime computes fp16 graphs "
+        "ViT-B-32's image tower on one core, shares of the machine's float32 peak, compared with open_clip eager and "
+        "compiled and ONNX with a batch of 1; the parity of every backend with torch. onnxruntime computes fp16 graphs "
         "in float32 on a CPU: that row shows the rounding of weights, not of half arithmetic, which the export checks "
         "in torch. OpenVINO computes bf16 and int8 natively where the processor has them.",
         8,
@@ -103,8 +103,8 @@ QUESTIONS = (
     Question(
         "encode",
         "End to end: a folder of JPEGs, texts, memory",
-        "From files to rows beside open_clip's loop, sentence-transformers and rclip, decoding included; texts; peak "
-        "memory of an indexing run.",
+        "From files to embeddings, decoding included, compared with open_clip's loop, sentence-transformers and rclip; "
+        "texts; peak memory of an indexing run.",
         5,
         lambda run: ["bench_encode.py", run.work, "--data", run.data],
         ("open_clip", "onnxscript"),
@@ -113,15 +113,15 @@ QUESTIONS = (
     Question(
         "decode",
         "Decoding JPEGs",
-        "JPEG bytes to a tower's square, beside Pillow, OpenCV and torchvision, and how far the pixels differ.",
+        "JPEG bytes to a tower's square, compared with Pillow, OpenCV and torchvision, and how far the pixels differ.",
         3,
         decode,
     ),
     Question(
         "rank",
         "Exact ranking, a million rows",
-        "One, 16 and 256 queries beside faiss's flat index, numpy and torch; the limit is a pass over memory, or the "
-        "processor's 8-bit products.",
+        "One, 16 and 256 queries compared with faiss's flat index, numpy and torch; the hardware limit is a pass over "
+        "memory, or the processor's 8-bit products.",
         8,
         lambda run: ["bench_rank.py", *pick(run, ["--rows", 50_000, "--rounds", 3], []), "--large", 0],
         ("faiss",),
@@ -148,7 +148,7 @@ QUESTIONS = (
     Question(
         "serve",
         "Latency of the service",
-        "1, 8 and 64 clients at a time beside the plain server that one writes first; memory of the process.",
+        "1, 8 and 64 clients at a time compared with the plain server that one writes first; memory of the process.",
         6,
         lambda run: [
             "bench_serve.py",
@@ -159,7 +159,7 @@ QUESTIONS = (
     Question(
         "train",
         "A training step",
-        "CPU seconds of a step beside open_clip's own trainer: the same model, data and batch.",
+        "CPU seconds of a step compared with open_clip's own trainer: the same model, data and batch.",
         8,
         lambda run: [
             "bench_train.py",
@@ -231,7 +231,7 @@ QUESTIONS = (
     Question(
         "flickr8k",
         "Quality on photographs",
-        "Training from scratch, export in four precisions, recall of each beside torch's.",
+        "Training from scratch, export in four precisions, recall of each compared with torch's.",
         40,
         lambda run: ["bench_flickr8k.py", run.data, run.work / "flickr8k"],
         ("torch",),

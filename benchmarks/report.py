@@ -1,6 +1,6 @@
 """The report of a result file: one HTML page that needs nothing else, and the same tables in Markdown.
 
-    python benchmarks/report.py RESULTS.json          # writes RESULTS.html and RESULTS.md beside it
+    python benchmarks/report.py RESULTS.json          # writes RESULTS.html and RESULTS.md next to it
 
 Every question with its command, its tables and plots; what failed; and what was not measured, with the reason.
 """
@@ -137,7 +137,7 @@ def _facts(content: dict[str, Any]) -> str:
 
 
 def write(results: Path) -> Path:
-    """The page and the Markdown beside a result file; returns the page's path."""
+    """The page and the Markdown next to a result file; returns the page's path."""
     content = json.loads(results.read_text(encoding="utf-8"))
     page = results.with_suffix(".html")
     page.write_text(html(content), encoding="utf-8")

@@ -17,19 +17,15 @@ LEFT_OUT = ("CHANGELOG.md", "docs/check_words.py", "benchmarks/results/", "bench
 
 WORDS = {
     r"[Pp]ictures?": "image",
-    r"\b[Tt]itles?\b|title_column": "caption (training), query (search)",
-    r"[Uu]nit rows?\b|[Ss]tored rows?\b|StoredRows|(image|text|query)_rows|\brows? of (the|its) (tower|images?|texts?|quer)": (
-        "embeddings"
-    ),
-    r"--engine\b|EngineWarning|EngineChoice|engine_seconds|\b(other|each|every|which|an?) engine\b(?! of TensorRT)": (
-        "backend; an engine is TensorRT's"
-    ),
+    r"[Ii]mage titles?\b|\btitles? of (an|the|its) image|title[_-]column": "caption (training), query (search)",
+    r"[Uu]nit rows?\b|[Ss]tored rows?\b|StoredRows|(image|text|query)_rows|\brows of the tower": "embeddings",
+    r"EngineWarning|EngineChoice|engine_seconds|\b(other|each|every|which) engine\b": "backend",
     r"\b[Pp]lans?\b(?=.*TensorRT)|TensorRT('s)? plans?": "TensorRT engine",
     r"\b[Cc]odes\b": "quantized embeddings",
-    r"\bDesks?\b|\bdesks?\b|\bManner\b|\bGuard\b|\bAsks?\b(?=\()|class Ask\b": "served gallery, search settings, request, middleware",
+    r"\b[Dd]esks?\b|\bManner\b|\bGuard\b|\bAsk\b(?=\()": "served gallery, search settings, request, middleware",
     r"\b[Gg]ate[sd]?\b": "parity check",
     r"\b[Mm]irror(s|ed|ing)?\b": "horizontal flip",
-    r"(?<!k-)(?<!k_)\breciprocal\b": "k-reciprocal",
+    r"(?<!k-)(?<!k_)\breciprocal\b(?! rank)": "k-reciprocal",
     r"\bthe limit is the\b": "bottleneck",
     r"\b[Bb]eside\b": "next to, with, in addition to",
     r"\b[Aa]new\b": "again",

@@ -1,4 +1,4 @@
-"""Fixtures for all rooms: the tiny bundle, coloured images, a store of objects, the real data where it lies beside
+"""Fixtures for all rooms: the tiny bundle, coloured images, a store of objects, the real data where it is next to
 the checkout."""
 
 import logging

@@ -312,13 +312,13 @@ def _engine_requests(
 def _show_plans(keys: list[str], told: dict[str, Any]) -> None:
     """The plans of a bundle, and why those that were just built could not be run."""
     if keys:
-        click.echo(f"\nTensorRT plans: {', '.join(keys)}")
+        click.echo(f"\nTensorRT engines: {', '.join(keys)}")
     for library, report in told.items():
         click.echo(f"{library}: {report if isinstance(report, str) else 'checked on this GPU'}")
 
 
 def _report_table(report: dict[str, Any]) -> str:
-    """A report of the gate as text."""
+    """A report of the parity check as text."""
     limits, towers = report["limits"], [report["image"], report["text"]]
 
     def row(what: str, name: str, form: str, limit: float | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""TensorRT plans in a bundle: built, run through the gate where a GPU fits them, added to the manifest."""
+"""TensorRT engines in a bundle: built, run through the parity check where a GPU fits them, added to the manifest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class EngineRequest:
 
 
 def check_engines(bundle: Bundle, expected: Reference, limits: Limits) -> dict[str, Any]:
-    """Run the gate on the plans that fit this machine: library -> report, or why they could not run here.
+    """Run the parity check on the plans that fit this machine: library -> report, or why they could not run here.
 
     Raises ClipretError when a plan that runs here differs from torch.
     """

@@ -1,7 +1,7 @@
 """onnxruntime's own fused operators where its optimiser misses them: for its CUDA provider, and its CPU provider.
 
-What the export writes is plain ONNX, which every engine reads. onnxruntime recognises neither the attention nor most of
-the residual additions in it, and in half precision not the GELU. On a GPU each of those is memory read and written
+What the export writes is plain ONNX, which every backend reads. onnxruntime recognises neither the attention nor most
+of the residual additions in it, and in half precision not the GELU. On a GPU each of those is memory read and written
 again. The fused operators are onnxruntime's contribution operators (docs/ContribOperators.md of its repository):
 `MultiHeadAttention`, whose CUDA kernel is flash attention where there is no mask, `SkipLayerNormalization`, `BiasGelu`.
 A graph with them runs in onnxruntime alone.

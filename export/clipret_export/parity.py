@@ -1,7 +1,7 @@
-"""The gate: a bundle, run by the code that searches, against what torch made of the same images and texts.
+"""The parity check: a bundle, run by the code that searches, against what torch made of the same images and texts.
 
-Nothing here needs torch. A bundle carries torch's embeddings for the built-in inputs (reference.npz), so that the check can
-be repeated on any machine and engine.
+Nothing here needs torch. A bundle carries torch's embeddings for the built-in inputs (reference.npz), so that the check
+can be repeated on any machine and engine.
 """
 
 import hashlib
@@ -48,12 +48,14 @@ _NORM = 1e-3  # in any precision: the normalisation itself is always float32
 class Limits:
     """What a tower may lose against torch in float32.
 
-    cosine: the smallest allowed of any embedding. relative: the largest allowed error of a built-in embedding as a share of how far
-    it lies from the mean of all embeddings: an untrained tower maps everything to nearly the same embedding, and then a cosine
-    alone proves little; None where there is no such limit. rounding: the length of an error that the precision itself
-    explains, to which `relative` does not apply (embeddings of an untrained MobileCLIP-S1 lie within 0.001 of each other).
-    batch: the largest allowed difference of any component of an embedding between batch sizes. recall_points: the largest
-    allowed difference of recall@1, in percentage points.
+    cosine: the smallest allowed of any embedding. relative: the largest allowed error of a built-in embedding as a
+        share of how far
+    it lies from the mean of all embeddings: an untrained tower maps everything to nearly the same embedding, and then a
+    cosine alone proves little; None where there is no such limit. rounding: the length of an error that the precision
+    itself explains, to which `relative` does not apply (embeddings of an untrained MobileCLIP-S1 lie within 0.001 of
+    each other).
+    batch: the largest allowed difference of any component of an embedding between batch sizes. recall_points: the
+    largest allowed difference of recall@1, in percentage points.
     """
 
     cosine: float
@@ -157,10 +159,11 @@ def parity_check(
     engine: BackendChoice = "auto",
     largest: int = 12,
 ) -> Report:
-    """Run both towers as a search would, at batch 1, 5 and `largest` (at least 12), and compare with torch's embeddings.
+    """Run both towers as a search would, at batch 1, 5 and `largest` (at least 12), and compare with torch's
+    embeddings.
 
-    A wrong embedding is no exception: `report.problems` is empty where the bundle may be used. Raises ClipretError when an
-    engine cannot be opened, or cannot run a batch at all.
+    A wrong embedding is no exception: `report.problems` is empty where the bundle may be used. Raises ClipretError when
+    an engine cannot be opened, or cannot run a batch at all.
     """
     batches = (1, 5, max(12, largest))
     repeat = -(-batches[-1] // len(expected.image))
@@ -213,9 +216,10 @@ def parity_check(
 def check_bundle(
     bundle: Bundle, limits: Limits, *, data: Sample | None = None, device: str = "cpu", engine: BackendChoice = "auto"
 ) -> Report:
-    """Repeat the gate on this machine, with the embeddings and the recall of torch that the bundle carries.
+    """Repeat the parity check on this machine, with the embeddings and the recall of torch that the bundle carries.
 
-    `data`: the images and captions that the export was checked with. Raises ClipretError for others, and as `parity_check`.
+    `data`: the images and captions that the export was checked with. Raises ClipretError for others, and as
+    `parity_check`.
     """
     largest = max((size for plan in bundle.manifest.engines.values() for size in plan.batch), default=0)
     report = parity_check(
@@ -254,7 +258,7 @@ def _judge_recall(report: Report) -> None:
         return
     lost = 100 * (report.recall_torch["recall_at_1"] - report.recall["recall_at_1"])
     if abs(lost) > report.limits.recall_points + 1e-9:
-        # The tower that lost more is the one to mend.
+        # The tower that lost more is the one to fix.
         tower = "image" if report.image.mean_cosine < report.text.mean_cosine else "text"
         told = f"recall@1 differs by {lost:+.2f} points, limit {report.limits.recall_points}"
         report.problems.setdefault(tower, []).append(told)

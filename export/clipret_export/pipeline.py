@@ -66,10 +66,11 @@ def export_bundle(
 ) -> Bundle:
     """Export `source` (see `load_model`) to the bundle folder `out`.
 
-    `verify_data`: images, with captions for a recall, that the towers are checked with beside the built-in ones.
-    `calibration_data`: what int8 takes its ranges from; half of `verify_data` unless given, which then is not checked
-    with. `plans`: TensorRT plans to build, which are checked as well where a GPU here can run them. `fused`: the towers
-    in onnxruntime's own operators (see `clipret_export.fusion`), which no other engine reads; fp32 and fp16 only.
+    `verify_data`: images, with captions for a recall, that the towers are checked with in addition to the built-in
+    ones. `calibration_data`: what int8 takes its ranges from; half of `verify_data` unless given, which then is not
+    checked with. `plans`: TensorRT engines to build, which are checked as well where a GPU here can run them. `fused`:
+    the towers in onnxruntime's own operators (see `clipret_export.fusion`), which no other backend reads; fp32 and fp16
+    only.
 
     Raises ClipretError when the source cannot be loaded, `out` is not empty (unless `overwrite`), the disk is too
     full, int8 has nothing to calibrate with, or a tower disagrees with torch even with its worst layers in float32;
@@ -80,7 +81,7 @@ def export_bundle(
         request.check(precision)
     if fused and (plans or precision not in ("fp32", "fp16")):
         raise ClipretError(
-            "fused operators are onnxruntime's own and for fp32 and fp16: no TensorRT plans, bf16 or int8 beside them"
+            "fused operators are onnxruntime's own and for fp32 and fp16: not for TensorRT engines, bf16 or int8"
         )
     checked = verify_data.read() if verify_data is not None else None
     calibration = calibration_data.read() if calibration_data is not None else None

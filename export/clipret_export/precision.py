@@ -52,8 +52,8 @@ class _CastEmbedding(_Cast, nn.Embedding):
 class _Int8(nn.Module):
     """A layer of int8 weights, one scale a channel, whose input has one fixed scale and zero point: static QDQ.
 
-    The scale of the input is a constant of the graph, so that no embedding depends on what else is in its batch, as it does
-    where the scale is taken from the batch (dynamic quantisation). Exports only; it does not run in torch.
+    The scale of the input is a constant of the graph, so that no embedding depends on what else is in its batch, as it
+    does where the scale is taken from the batch (dynamic quantisation). Exports only; it does not run in torch.
     """
 
     int8_original_dtype = torch.float32

@@ -1,4 +1,4 @@
-"""TensorRT plans for a bundle: TensorRT 10 and 11, and TensorRT for RTX, through one path.
+"""TensorRT engines for a bundle: TensorRT 10 and 11, and TensorRT for RTX, through one path.
 
 The networks are strongly typed: every layer computes in the type that its ONNX node has, so fp16, bf16 and int8
 graphs keep what the export's check has approved. A plan runs on the version that built it, see

@@ -21,7 +21,7 @@ __all__ = ["ImageTower", "PlainAttention", "TextTower", "rewrite"]
 
 
 class ImageTower(nn.Module):
-    """uint8 [B,S,S,3] -> float32 [B,D], unit rows. Mean, std and channel order are inside."""
+    """uint8 [B,S,S,3] -> float32 [B,D], unit embeddings. Mean, std and channel order are inside."""
 
     scale: Tensor
     shift: Tensor
@@ -42,7 +42,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """int64 [B,L] -> float32 [B,D], unit rows, for any L that the model's TextSpec allows."""
+    """int64 [B,L] -> float32 [B,D], unit embeddings, for any L that the model's TextSpec allows."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()

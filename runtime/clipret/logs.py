@@ -6,11 +6,11 @@ import sys
 import time
 from typing import Literal
 
-__all__ = ["LEVELS", "Format", "configure", "is_json", "reset"]
+__all__ = ["LEVELS", "Format", "configure", "is_configured", "is_json", "reset"]
 
 Format = Literal["text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
-_PACKAGES = ("clipret", "clipret_export", "clipret_training")
+_PACKAGES = ("clipret", "clipret_export", "clipret_training", "uvicorn")  # uvicorn logs the faults of a service
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -73,6 +73,11 @@ def reset() -> None:
             logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
         logger.propagate = True
+
+
+def is_configured() -> bool:
+    """Whether `configure` was called."""
+    return any(isinstance(handler, _StderrHandler) for handler in logging.getLogger(_PACKAGES[0]).handlers)
 
 
 def is_json() -> bool:

@@ -32,7 +32,7 @@ def write_model(folder: Path, stream: float = 1.0) -> str:
     torch.manual_seed(3)
     model = open_clip.model.CLIP(**CONFIG["model_cfg"])
     model.visual.ln_pre.weight.data *= stream
-    for block in model.visual.transformer.resblocks:  # so that what the blocks add is not lost beside it
+    for block in model.visual.transformer.resblocks:  # so that what the blocks add is not lost next to it
         block.attn.out_proj.weight.data *= stream
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return str(folder)

@@ -1,4 +1,4 @@
-"""TensorRT plans in a bundle, built by the real builder of TensorRT for RTX, which needs no GPU."""
+"""TensorRT engines in a bundle, built by the real builder of TensorRT for RTX, which needs no GPU."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def test_an_export_with_plans(model: str, tmp_path: Path) -> None:
     bundle = Bundle.open(tmp_path / "bundle")
     keys = [f"rtx-{trt.__version__}-{arch}" for arch in ("sm_89", "sm_120")]
     assert list(bundle.manifest.engines) == keys
-    assert f"TensorRT plans: {', '.join(keys)}" in result.stdout
+    assert f"TensorRT engines: {', '.join(keys)}" in result.stdout
     assert "tensorrt_rtx: not run" in result.stdout
     for key in keys:
         assert bundle.manifest.engines[key].batch == [1, 8]

@@ -1,4 +1,4 @@
-"""Real exports of small models: a ViT in open_clip's own format, and what the gate lets through."""
+"""Real exports of small models: a ViT in open_clip's own format, and what the parity check lets through."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the gate lets through and what it refuses: every fault here is one that real exporters ship."""
+"""What the parity check lets through and what it refuses: every fault here is one that real exporters ship."""
 
 import json
 import shutil

@@ -174,7 +174,7 @@ def test_what_the_hook_misses_torchs_half_finds(
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_the_expected_cost_is_the_real_one(model: str, kind: str, precision: Precision) -> None:
-    """What one pass with gates predicts for all layers together is what converting them costs, within a factor 2."""
+    """What one pass with checks predicts for all layers together is what converting them costs, within a factor 2."""
     tower, batches = tower_of(model, kind)
     with torch.inference_mode():
         exact = torch.cat([tower(batch) for batch in batches]).double()

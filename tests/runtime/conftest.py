@@ -47,7 +47,7 @@ class Client:
     server: Any
     thread: threading.Thread
 
-    def ask(
+    def request(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None, timeout: float = 60
     ) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -68,10 +68,10 @@ class Client:
             return answer
 
     def get(self, path: str, **parameters: Any) -> Reply:
-        return self.ask("GET", path + ("?" + urlencode(parameters, doseq=True) if parameters else ""))
+        return self.request("GET", path + ("?" + urlencode(parameters, doseq=True) if parameters else ""))
 
     def post(self, path: str, value: Any) -> Reply:
-        return self.ask("POST", path, json.dumps(value), {"Content-Type": "application/json"})
+        return self.request("POST", path, json.dumps(value), {"Content-Type": "application/json"})
 
     def upload(self, path: str, images: list[bytes], fields: Mapping[str, str] | None = None, **headers: str) -> Reply:
         named = (fields or {}).items()
@@ -79,7 +79,7 @@ class Client:
         head = b'Content-Disposition: form-data; name="image"; filename="x.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
         parts += [head + image for image in images]
         body = b"".join(b"--limit\r\n" + part + b"\r\n" for part in parts) + b"--limit--\r\n"
-        return self.ask("POST", path, body, {"Content-Type": "multipart/form-data; boundary=limit", **headers})
+        return self.request("POST", path, body, {"Content-Type": "multipart/form-data; boundary=limit", **headers})
 
 
 @pytest.fixture

@@ -58,3 +58,30 @@ def test_levels(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     assert skipped["path"] == "new.png"
     assert not logging.getLogger("clipret").isEnabledFor(logging.INFO)  # the command's end undoes it
     assert os.environ.get("CLIPRET_DEBUG") is None
+
+
+def test_a_fault_of_the_service_as_json(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    run = CliRunner().invoke(main, ["index", str(tiny_bundle), str(colour_folder), str(tmp_path / "g")])
+    assert run.exit_code == 0
+    code = (
+        "import sys, threading, urllib.request, urllib.error, os, signal\n"
+        "from clipret.cli import main\nfrom clipret.server.snapshot import ServedSnapshot\n"
+        "def broken(*_): raise RuntimeError('broken on purpose')\nServedSnapshot.records = broken\n"
+        "import clipret.cli.serve as serve_module, clipret.server.run as run\n"
+        "def ask(address):\n"
+        "    try: urllib.request.urlopen(address + 'search?q=red')\n"
+        "    except urllib.error.HTTPError as error: print(error.code, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "serve = run.serve\n"
+        "def served(service, host, port, started):\n"
+        "    serve(service, host, port, lambda address: threading.Timer(1, ask, [address]).start())\n"
+        "run.serve = served\n"
+        "main(['serve', sys.argv[1], '--port', '0', '-v', '--log-format', 'json'])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "g")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    entries = [json.loads(line) for line in result.stderr.splitlines()]
+    assert "500" in result.stdout, result.stderr
+    assert any("broken on purpose" in entry.get("traceback", "") for entry in entries)
+    assert [entry["status"] for entry in entries if entry["logger"] == "clipret.access"] == [500]

@@ -102,7 +102,11 @@ def test_numbers_are_those_of_sqlite(text: str) -> None:
         ("t.jsonl", '{"a": 1}\n[2]\n', "line 2 is not a JSON object"),
         ("t.jsonl", "{'a': 1}\n", "line 1 is not JSON"),
         ("t.jsonl", "[" * 100000, "line 1 is not JSON"),
-        ("t.csv", 'path,caption\na,b\nc,"not closed\nd,e\nf,g\n', "line 3: unexpected end of data: mend the quotation"),
+        (
+            "t.csv",
+            'path,caption\na,b\nc,"not closed\nd,e\nf,g\n',
+            "line 3: unexpected end of data: correct the quotation",
+        ),
     ],
 )
 def test_broken_tables_say_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

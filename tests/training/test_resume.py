@@ -146,7 +146,7 @@ def test_a_kill_between_any_two_renames_leaves_a_whole_checkpoint(
 
 
 def test_one_process_trains_a_run_at_a_time(toy: Path, tmp_path: Path) -> None:
-    """Neither beside one that has written nothing yet, nor beside one with a checkpoint; a kill ends the lock."""
+    """Neither next to one that has written nothing yet, nor next to one with a checkpoint; a kill ends the lock."""
     run = tmp_path / "run"
     (tmp_path / "params.toml").write_text(tomli_w.dumps(config(toy, epochs=40).to_dict()))
     message = f"run {run} is being trained by another process: wait for it, or choose another folder"

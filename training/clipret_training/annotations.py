@@ -120,7 +120,7 @@ def _read_archives(config: FitConfig, place: Path | str, where: str | None) -> A
     for item, row in zip(items, rows, strict=True):
         text = row[caption].strip()
         if not text:
-            raise ClipretError(f"{item.path} in {path} has no {caption}: put a .txt or .json file with it beside it")
+            raise ClipretError(f"{item.path} in {path} has no {caption}: add a .txt or .json file with the same name")
         of_image.append((captions.setdefault(text, len(captions)),))
     paths = tuple(source.root / item.path for item in items)
     pairs = PairSet(paths, tuple(captions), tuple(of_image))

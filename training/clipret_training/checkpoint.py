@@ -31,8 +31,8 @@ __all__ = ["Checkpoints", "Position", "read_state"]
 
 @dataclass
 class Position:
-    """Where a training is; what a checkpoint says beside weights and optimiser. Random numbers need nothing: each
-    step's are decided by the seed and the step."""
+    """Where a training is; what a checkpoint stores in addition to weights and optimizer. Random numbers need nothing:
+    each step's are decided by the seed and the step."""
 
     epoch: int = 1
     step: int = 0
@@ -97,7 +97,7 @@ class Checkpoints:
                 metadata = opened.metadata() or {}
             metadata = json.loads(metadata.get("checkpoint", "null")) or metadata  # older ones had a key for each
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise ClipretError(f"checkpoint {self.last} cannot be read: {error}; start the run anew") from None
+            raise ClipretError(f"checkpoint {self.last} cannot be read: {error}; start the run again") from None
         file = self._state_file(metadata.get("step", "none"))
         if metadata.get("identity") != self.identity or not file.is_file():
             missing = f" ({file.name} is missing)" if metadata.get("identity") == self.identity else ""
@@ -124,7 +124,7 @@ class Checkpoints:
         save_file(on_cpu, path, metadata={"checkpoint": json.dumps({"step": step, "identity": self.identity})})
 
     def _write_aside(self, path: Path, write: Callable[[Path], object]) -> Path:
-        """A temporary file beside `path`, whole and on the disk."""
+        """A temporary file next to `path`, complete and on the disk."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         write(temporary)
         with temporary.open("rb") as file:
@@ -153,5 +153,5 @@ def read_state(file: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile's, pickle's and torch's errors have no common base
         reason = one_line(error)
-        raise ClipretError(f"{file} cannot be read: {reason}; start the run anew in a new folder") from None
+        raise ClipretError(f"{file} cannot be read: {reason}; start the run again in a new folder") from None
     return state

@@ -68,11 +68,11 @@ class LossConfig:
 class LossBatch:
     """What one process knows of a batch; all tensors on one device.
 
-    image_embeddings: float32 [B,D] and text_embeddings: float32 [T,D], unit length. image_keys: int64 [B,K] and text_keys: int64
-    [T,L], any numbers from 0 that say which rows belong together (`positive_mask`), padded with -1; every image must
-    share a key with a text and every text with an image. image_attributes: [B,A] and text_attributes: [T,A], 0 or 1,
-    for `soft`. negative_embeddings: float32 [N,D], texts that are no positive of any image, with negative_keys: int64
-    [N,L] so that an image is not pushed from a text that happens to be one of its own.
+    image_embeddings: float32 [B,D] and text_embeddings: float32 [T,D], unit length. image_keys: int64 [B,K] and
+    text_keys: int64 [T,L], any numbers from 0 that say which rows belong together (`positive_mask`), padded with -1;
+    every image must share a key with a text and every text with an image. image_attributes: [B,A] and text_attributes:
+    [T,A], 0 or 1, for `soft`. negative_embeddings: float32 [N,D], texts that are no positive of any image, with
+    negative_keys: int64 [N,L] so that an image is not pushed from a text that happens to be one of its own.
     """
 
     image_embeddings: Tensor
@@ -148,7 +148,8 @@ def contrastive_loss(
     distribution over its images (the "outside" form of Khosla et al., Supervised Contrastive Learning, 2020). With
     one caption an image and all captions different it is CLIP's loss exactly.
 
-    image_embeddings: float32 [B,D] and text_embeddings: float32 [T,D], unit length. logit_scale: scalar, already exponentiated.
+    image_embeddings: float32 [B,D] and text_embeddings: float32 [T,D], unit length. logit_scale: scalar, already
+        exponentiated.
     positives: bool [B,T], at least one in every row and in every column. Returns a scalar.
     """
     logits = logit_scale * image_embeddings @ text_embeddings.T  # [B,T]

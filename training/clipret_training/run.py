@@ -157,7 +157,7 @@ def _locked(file: Path) -> sqlite3.Connection | None:
         before = file.stat().st_ino
         lock = sqlite3.connect(file, timeout=_SECONDS)
         try:
-            lock.execute("PRAGMA journal_mode = OFF")  # else a second file lies beside it
+            lock.execute("PRAGMA journal_mode = OFF")  # else sqlite writes a second file
             lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):

@@ -32,9 +32,9 @@ class GradientStep:
     """Adds the gradients of a batch to the parameters of `model`, times `scale` where a loss is scaled.
 
     With `parts` > 1 the towers never see more than that share of a batch at once: their embeddings are computed without
-    gradients first, the loss gives each embedding its gradient, and then each part is computed again to pass it on. The loss
-    is that of the whole batch, and so are the gradients (Gao et al., Scaling Deep Contrastive Learning Batch Size under
-    Memory Limited Setup, 2021; open_clip's --accum-freq). Costs a second forward pass. Only batch normalisation
+    gradients first, the loss gives each embedding its gradient, and then each part is computed again to pass it on. The
+    loss is that of the whole batch, and so are the gradients (Gao et al., Scaling Deep Contrastive Learning Batch Size
+    under Memory Limited Setup, 2021; open_clip's --accum-freq). Costs a second forward pass. Only batch normalisation
     sees the difference: its statistics are those of a part.
     """
 

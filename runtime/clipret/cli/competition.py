@@ -245,7 +245,7 @@ def _search(
     embeddings = searcher.embed(queries)
     reranker = open_reranker(searcher, rerank, reference)
     if one_to_one:
-        if rerank.hubness != "none" or rerank.reciprocal or rerank.adapt:
+        if rerank.hubness != "none" or rerank.k_reciprocal or rerank.adapt:
             scores, positions = assign(
                 lambda which, n: _part(reranker.rank(embeddings, n, among=among), which), len(queries)
             )

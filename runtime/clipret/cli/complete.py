@@ -75,7 +75,7 @@ class Confidence:
     "--confidence",
     type=Settings(Confidence),
     multiple=True,
-    help="precision=0.95: what the filled-in words must reach; unfamiliar=0.1: the share of the known images that would "
+    help="precision=0.95: what filled-in words must reach; unfamiliar=0.1: the share of the known images that would "
     "be refused as unlike the others of their word; calibrate=SQL: rows to calibrate on, best those that no training "
     "has seen.",
 )

@@ -60,7 +60,7 @@ def rerank_options(function: F) -> F:
         "--rerank",
         type=Settings(Rerank, files=("reference",)),
         multiple=True,
-        help="Re-ranking: adapt=50 (query adaptation), reciprocal=100 (k-reciprocal), hubness=nnn or dual-softmax, "
+        help="Re-ranking: adapt=50 (query adaptation), k_reciprocal=100 (k-reciprocal), hubness=nnn or dual-softmax, "
         "alone or together. hubness looks at the other queries, or at the texts of reference=FILE. See docs/query.md.",
     )
     return option(call)  # type: ignore[return-value]

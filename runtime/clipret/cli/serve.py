@@ -87,7 +87,7 @@ def serve_command(
     images.
 
     --prompts and --rerank apply to every search, with the results of  clipret-search query.  Queries arrive one at a
-    time: adapt and reciprocal look at the one query, and hubness needs a reference.
+    time: adapt and k_reciprocal look at the one query, and hubness needs a reference.
     """
     require("fastapi", "serve")
     require("uvicorn", "serve")
@@ -96,7 +96,7 @@ def serve_command(
     from clipret.server.snapshot import SearchSettings
 
     texts = () if reference is None else tuple(read_texts(reference))
-    manner = SearchSettings(prompts.forms, rerank, texts)
+    settings = SearchSettings(prompts.forms, rerank, texts)
     if bundles and len(bundles) != len(galleries):
         raise click.UsageError(
             f"{len(bundles)} --bundle for {len(galleries)} galleries: give one for each, in their order"
@@ -111,8 +111,8 @@ def serve_command(
     known = None if host in ("0.0.0.0", "::") and not hosts else {*_LOCAL, host, *hosts}
     chosen = ServeLimits(**merged(limits, "--limit"))
     bounds = replace(Limits(), body=chosen.max_upload * MIB, seconds=chosen.timeout, batch=chosen.batch)
-    with open_service(places, limits=bounds, token=_token(token_file), hosts=known, manner=manner) as it:
-        serve(it, host, port, lambda address: click.echo(f"serving {', '.join(it.desks)} at {address}"))
+    with open_service(places, limits=bounds, token=_token(token_file), hosts=known, settings=settings) as it:
+        serve(it, host, port, lambda address: click.echo(f"serving {', '.join(it.galleries)} at {address}"))
 
 
 def _token(file: Path | None) -> str | None:

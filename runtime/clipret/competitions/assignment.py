@@ -1,7 +1,7 @@
 """One image for each query, no image twice, such that the sum of the scores is as large as can be.
 
-scipy assigns, among the first images of each query only: the matrix of all scores would not fit beside a large
-gallery. Prices of the queries (the dual of the assignment) prove the result optimal over all images, or name the
+scipy assigns, among the first images of each query only: the matrix of all scores would not fit into memory with a
+large gallery. Prices of the queries (the dual of the assignment) prove the result optimal over all images, or name the
 queries whose lists are too short; those are then lengthened.
 """
 

@@ -11,7 +11,7 @@ wrongly, hence three reasons to refuse, set by the images whose attribute is kno
                 no further from its nearest word than a dark blue one; but it is unlike all blue cars. Of real cars in
                 two colours that no caption named, 41 % were filled with this rule and 67 % by confidence alone,
                 where either filled 93 % of the others
-    other       a word beside the vocabulary (silver) fits better; for models that know such words
+    other       a word outside the vocabulary (silver) fits better; for models that know such words
 
 An image's embedding is its row in the gallery, so nothing is encoded but texts.
 """
@@ -46,7 +46,7 @@ _SCORES = 1 << 22  # similarities at a time: 32 MiB
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """The words of each attribute ("slot"), and words beside them that an image may show and no caption names."""
+    """The words of each attribute ("slot"), and further words that an image may show and no caption names."""
 
     slots: dict[str, tuple[_Word, ...]]
     other: dict[str, tuple[_Word, ...]] = {}
@@ -128,7 +128,7 @@ def complete_slot(
 
     `positions` int64 [P]: each image's row. `values` [P]: what is known of each, by slot, "" or absent where it is
     not. `templates`: with slots in braces, such as "a photo of a {color} {brand} {type}"; what an image does not
-    have is left out, and the embeddings of all that name the slot are averaged as unit rows. `precision`: the
+    have is left out, and the embeddings of all that name the slot are averaged as unit embeddings. `precision`: the
     share of right words that is asked for. `unfamiliar`: the share of the known images of a word that would
     be refused as unfamiliar; 0 refuses none. `among` bool [P]: the images to fill. `calibrate` bool [P]: the
     known ones to calibrate on, best those that the model was not trained on; default: all.

@@ -158,7 +158,7 @@ def _check_sample(sample: Sample, texts: Sequence[str]) -> None:
         for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
             if row[sample.caption].strip() != text.strip():
                 raise ClipretError(
-                    f"query {number} is {text!r}, in {sample.table.path} {row[sample.caption]!r}: give them in its order"
+                    f"query {number} is {text!r}, in {sample.table.path} {row[sample.caption]!r}: keep its order"
                 )
     if len(rows) > len(texts):
         raise ClipretError(f"{sample.table.path} has {len(rows)} rows for {len(texts)} queries: give all of them")

@@ -255,7 +255,7 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
     rows = distinct.astype(np.float16)[rng.integers(0, len(distinct), count)]
     shards = np.split(rows, [count // 7, count // 2])
     center = mean(shards[0])
-    codes = [quantize(shard, center) for shard in shards]
+    quantized = [quantize(shard, center) for shard in shards]
     live = rng.random(count) > 0.1
     few = rng.random(count) < 0.05
     queries = snap(np.concatenate([rng.standard_normal((20, 64)) / 8, rows[rng.integers(0, count, 28)]]))
@@ -278,18 +278,18 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
         return ranked
 
     def on_device(device: str) -> int:
-        return compare(Ranker(shards, live, codes, device=device), 48)
+        return compare(Ranker(shards, live, quantized, device=device), 48)
 
     plain = Ranker(shards, live)
     forms["float32, streamed"] = lambda: compare(plain, 48)
     forms["a few rows, all in float64"] = lambda: compare(plain, 48, few)
     if importlib.util.find_spec("onnxruntime"):
-        forms["8-bit codes, streamed, a query at a time"] = lambda: compare(Ranker(shards, live, codes), 1)
-        forms["8-bit codes, streamed, 48 queries"] = lambda: compare(Ranker(shards, live, codes), 48)
+        forms["8-bit codes, streamed, a query at a time"] = lambda: compare(Ranker(shards, live, quantized), 1)
+        forms["8-bit codes, streamed, 48 queries"] = lambda: compare(Ranker(shards, live, quantized), 48)
         forms["8-bit codes, resident, a query at a time"] = lambda: compare(
-            Ranker(shards, live, codes, resident=True), 1
+            Ranker(shards, live, quantized, resident=True), 1
         )
-        forms["8-bit codes, resident, 16 queries"] = lambda: compare(Ranker(shards, live, codes, resident=True), 16)
+        forms["8-bit codes, resident, 16 queries"] = lambda: compare(Ranker(shards, live, quantized, resident=True), 16)
     for gpu in range(gpu_count()):
         if has_device(device := f"cuda:{gpu}"):
             forms[f"half precision on {device}"] = partial(on_device, device)

@@ -34,7 +34,7 @@ _PLACES = 1 << 22  # ranks held at a time: of 41 queries over 100,000 images, 32
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Each distinct text with the stored paths of all images that some row names beside it."""
+    """Each distinct text with the stored paths of all its images."""
 
     relevant: dict[str, list[str]]
     missing: int  # images of the list that the gallery does not hold

@@ -178,9 +178,9 @@ def _attribute(column: str, asked: Sequence[Mapping[str, str]], found: Sequence[
 
 
 def _more_found(pairs: Counter[tuple[str, str]], wanted: Sequence[str]) -> list[str]:
-    """The columns of a matrix beside those of what was wanted."""
-    beside = {first for _, first in pairs} - set(wanted)
-    return [*([OTHERS] if beside - {NOTHING} else []), *([NOTHING] if NOTHING in beside else [])]
+    """The columns of a matrix in addition to those of what was wanted."""
+    others = {first for _, first in pairs} - set(wanted)
+    return [*([OTHERS] if others - {NOTHING} else []), *([NOTHING] if NOTHING in others else [])]
 
 
 def write_report(

@@ -22,11 +22,11 @@ _ROWS = 65536  # 64 MiB a shard at 512 dimensions
 def compact_gallery(
     gallery: Gallery, progress: Callable[[Iterable[int]], Iterable[int]] = lambda starts: starts
 ) -> int:
-    """Write the live embeddings anew, with codes around their own mean, and drop the deleted ones; return how many.
+    """Write the live embeddings again, with codes around their own mean, and drop the deleted ones; return how many.
 
     Ids and order stay, so that every search finds the same. Searches that are open go on with what they hold; one
     that finds an image deleted since has to be opened again. Takes room for the embeddings a second time while it runs.
-    Raises ClipretError beside another writer, or when the disk refuses; nothing is then changed.
+    Raises ClipretError if there is another writer or the disk refuses; nothing is changed then.
     """
     with gallery.writing():
         entries, deleted, shards, _ = gallery.consistent(lambda _: None)
@@ -38,11 +38,11 @@ def compact_gallery(
             for start in progress(range(0, len(positions), _ROWS)):
                 part = positions[start : start + _ROWS]
                 stored = embeddings.take(part)
-                codes = quantize(stored, center, scale)
-                scale = codes.scale
+                quantized = quantize(stored, center, scale)
+                scale = quantized.scale
                 number = first + len(made)
-                write_shard(gallery.path, number, stored, codes)
-                made.append(ShardEntry(number, ids[part], center, codes.scale, codes.residual, codes.reach))
+                write_shard(gallery.path, number, stored, quantized)
+                made.append(ShardEntry(number, ids[part], center, quantized.scale, quantized.residual, quantized.reach))
             with gallery.database.transaction() as transaction:
                 transaction.execute("DELETE FROM shards")
                 transaction.execute("DELETE FROM rows WHERE deleted = 1")

@@ -25,7 +25,7 @@ Rows = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Rows that others made, with the image of each. `blocks` reads them anew: rows [b,D] as they are, and b records,
+    """Rows that others made, with the image of each. `blocks` reads them again: rows [b,D] as they are, and b records,
     whose `image_column` is the path. `fingerprint` is that of the bundle, where the file tells."""
 
     name: str
@@ -77,8 +77,8 @@ def open_embeddings(
 def _load(source: Path) -> tuple[Rows, Path | list[str] | None]:
     """The rows of an .npy (memory-mapped) or .npz, and the paths that come with them."""
     if source.suffix.lower() == ".npy":
-        beside = list_beside(source)
-        return np.lib.format.open_memmap(source, mode="r"), beside if beside.is_file() else None
+        listed = list_beside(source)
+        return np.lib.format.open_memmap(source, mode="r"), listed if listed.is_file() else None
     with source.open("rb") as file, np.load(file, allow_pickle=False) as content:
         arrays: list[npt.NDArray[Any]] = [content[name] for name in content.files]
     rows = [array for array in arrays if array.ndim == 2 and array.dtype.kind == "f"]
@@ -177,7 +177,9 @@ def _vectors(column: Any, dimension: int, where: str) -> Rows:
     """Lists of floats as rows [b,D]; a list that is missing becomes not-a-number."""
     lengths = set(column.drop_null().value_lengths().to_pylist()) - {dimension}
     if lengths:
-        raise ClipretError(f"{where}: an embedding of {lengths.pop()} values, the first has {dimension}: mend the file")
+        raise ClipretError(
+            f"{where}: an embedding of {lengths.pop()} values, the first has {dimension}: correct the file"
+        )
     values = column.flatten().to_numpy(zero_copy_only=False)
     rows = np.full((len(column), dimension), np.nan, values.dtype)
     rows[column.is_valid().to_numpy(zero_copy_only=False)] = values.reshape(-1, dimension)

@@ -1,4 +1,4 @@
-"""The gallery: the folder of stored rows, readable with numpy and sqlite3 alone.
+"""The gallery: the folder of stored embeddings, readable with numpy and sqlite3 alone.
 
     gallery.json        format version, bundle fingerprint, dimension, where images and bundle lie
     rows-000017.npy     immutable shard, float16 [n,D]: the truth that results are exact against
@@ -65,7 +65,7 @@ class Stored:
     shards: list[npt.NDArray[np.float16]]
     ids: Ids
     live: npt.NDArray[np.bool_] | None
-    codes: list[QuantizedEmbeddings]
+    quantized: list[QuantizedEmbeddings]
 
 
 class Gallery:
@@ -118,7 +118,7 @@ class Gallery:
                 f"{folder} is no gallery (no gallery.json): make one with clipret-search index"
             ) from None
         except OSError as error:
-            raise ClipretError(f"{file} cannot be read: {error.strerror}; mend its permissions") from None
+            raise ClipretError(f"{file} cannot be read: {error.strerror}; fix its permissions") from None
         except (ValueError, TypeError, KeyError) as error:
             raise ClipretError(f"{file} is damaged ({error}): restore it or index again") from None
         return cls(folder, info)
@@ -165,8 +165,8 @@ class Gallery:
 
         Raises ClipretError for a shard that is missing or of another shape than the database says.
         """
-        entries, deleted, shards, codes = self.consistent(lambda entry: open_quantized(self.path, entry))
-        return Stored(shards, *ids_and_live(entries, deleted), codes)
+        entries, deleted, shards, quantized = self.consistent(lambda entry: open_quantized(self.path, entry))
+        return Stored(shards, *ids_and_live(entries, deleted), quantized)
 
     def consistent(
         self, more: Callable[[ShardEntry], T]
@@ -249,10 +249,11 @@ class Gallery:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the one writer, after sweeping what an interrupted one left. Raises ClipretError beside another."""
+        """Become the only writer, after removing what an interrupted one left. Raises ClipretError if there is
+        another writer."""
         files = [file for file in (self.path, self.path / "gallery.db") if file.exists()]
         if not all(os.access(file, os.W_OK) for file in files):
-            raise ClipretError(f"{self.path} cannot be written: mend its permissions, or work on a copy")
+            raise ClipretError(f"{self.path} cannot be written: fix its permissions, or work on a copy")
         try:
             # sqlite's own lock, on a database of nothing: the same on every system, and it ends with its process.
             with contextlib.closing(sqlite3.connect(self.path / "gallery.lock", timeout=0)) as lock:
@@ -264,14 +265,14 @@ class Gallery:
                 raise ClipretError(
                     f"another process is writing to {self.path}: wait for it to end, then try again"
                 ) from None
-            raise ClipretError(f"{self.path} cannot be written: {error}; mend its permissions") from None
+            raise ClipretError(f"{self.path} cannot be written: {error}; fix its permissions") from None
 
     def sweep(self) -> None:
         """Remove files that no transaction names. Only inside `writing()`."""
         try:
             sweep(self.path, {number for (number,) in self.database.query("SELECT number FROM shards")})
         except OSError as error:
-            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; mend its permissions") from None
+            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; fix its permissions") from None
 
     @contextlib.contextmanager
     def refusable(self) -> Iterator[None]:
@@ -304,13 +305,13 @@ class Gallery:
         if not np.isfinite(stored).all():
             raise ClipretError("an embedding is not finite: the image tower overflowed; export the model again")
         number, first = self.database.next_shard(), self.database.next_id()
-        codes = self._quantised(stored)
+        quantized = self._quantize(stored)
         replaced = self.database.by_path([image.path for image in images])
         ids = np.arange(first, first + len(stored), dtype=np.int64)
         with self.refusable():
-            write_shard(self.path, number, stored, codes)
+            write_shard(self.path, number, stored, quantized)
             with self.database.transaction() as transaction:
-                entry = ShardEntry(number, ids, codes.center, codes.scale, codes.residual, codes.reach)
+                entry = ShardEntry(number, ids, quantized.center, quantized.scale, quantized.residual, quantized.reach)
                 name_shard(transaction, entry)
                 transaction.executemany(
                     "UPDATE rows SET deleted = 1 WHERE path = ? AND deleted = 0", ((p.path,) for p in images)
@@ -328,7 +329,7 @@ class Gallery:
                     write_metadata(transaction, ids.tolist(), metadata)
         _log.debug("committed shard %d of %s: %d embeddings", number, self.path, len(ids))
 
-    def _quantised(self, rows: npt.NDArray[np.float16]) -> QuantizedEmbeddings:
+    def _quantize(self, rows: npt.NDArray[np.float16]) -> QuantizedEmbeddings:
         """With the center and scale of the last shard, so that the search can scan the two as one, unless its center
         comes from far fewer rows than these are."""
         last = self.database.query("SELECT center, scale FROM shards ORDER BY number DESC LIMIT 1")

@@ -22,12 +22,12 @@ __all__ = ["ids_and_live", "open_quantized", "open_rows", "sweep", "write_shard"
 _OURS = re.compile(r"(rows|codes)-\d{6,}\.npy|((rows|codes)|\..+)\.[0-9a-f]{8}\.tmp")
 
 
-def write_shard(folder: Path, number: int, embeddings: npt.NDArray[np.float16], codes: QuantizedEmbeddings) -> None:
+def write_shard(folder: Path, number: int, embeddings: npt.NDArray[np.float16], quantized: QuantizedEmbeddings) -> None:
     """Write embeddings-NUMBER.npy and codes-NUMBER.npy; a shard of this number that no database names is replaced.
 
     Raises OSError as the disk does, with nothing left behind under a temporary name.
     """
-    for kind, array in (("rows", embeddings), ("codes", codes.values)):
+    for kind, array in (("rows", embeddings), ("codes", quantized.values)):
         temporary = folder / f"{kind}.{secrets.token_hex(4)}.tmp"
         try:
             with temporary.open("wb") as file:
@@ -50,7 +50,7 @@ def open_rows(folder: Path, entry: ShardEntry) -> npt.NDArray[np.float16]:
 
 def open_quantized(folder: Path, entry: ShardEntry) -> QuantizedEmbeddings:
     """The codes of a shard, memory-mapped. Raises as `open_rows` does."""
-    advice = f"make the codes anew with  clipret-search compact {folder}"
+    advice = f"make the codes again with  clipret-search compact {folder}"
     values = _open(folder / _name("codes", entry.number), np.uint8, entry, advice)
     return QuantizedEmbeddings(values, entry.center, entry.scale, entry.residual, entry.reach)
 
@@ -72,7 +72,8 @@ def _open(file: Path, dtype: type[np.generic], entry: ShardEntry, advice: str) -
 def ids_and_live(
     entries: Sequence[ShardEntry], deleted: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_] | None]:
-    """The id of each embedding through all shards, int64 [N] ascending, and whether it is live, bool [N]; None for all."""
+    """The id of each embedding through all shards, int64 [N] ascending, and whether it is live, bool [N]; None for
+    all."""
     ids = np.concatenate([np.empty(0, np.int64), *(entry.ids for entry in entries)])
     if not len(deleted):
         return ids, None

@@ -49,7 +49,7 @@ def export_gallery(
     `kind` follows from the target's suffix where it is not given:
 
     - .parquet: columns id, path, size, mtime_ns, hash, the metadata, and embedding (float32 lists of length D).
-    - .npy: float16 [N,D], and beside it TARGET.jsonl, whose line n says what row n is: the same columns.
+    - .npy: float16 [N,D], and TARGET.jsonl, whose line n describes row n with the same columns.
     - .faiss, .index: an exact inner product index under the gallery's ids (IndexIDMap2 over IndexFlatIP), and
       TARGET.jsonl. It takes 4 N D bytes of memory, here and wherever it is loaded.
 
@@ -293,7 +293,9 @@ def _unit(block: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.float16]
 
 def _is_unit(lengths: npt.NDArray[np.float64], dimension: int) -> npt.NDArray[np.bool_]:
     """Whether rows are of unit length but for the rounding of the length and of each value to float16."""
-    rounding = 2**-11 + math.sqrt(dimension) * 2**-25  # of a unit row: 2^-11 of a value, 2^-25 of a subnormal one
+    rounding = (
+        2**-11 + math.sqrt(dimension) * 2**-25
+    )  # of an embedding of unit length: 2^-11 of a value, 2^-25 of a subnormal one
     return np.abs(lengths - 1) <= 2 * rounding
 
 

@@ -1,4 +1,5 @@
-"""What one process of a cluster does when images are indexed by many: a part of the source in, blocks of embeddings out.
+"""What one process of a cluster does when images are indexed by many: a part of the source in, blocks of embeddings
+out.
 
 The encoder is that of a single machine; a part is read, decoded, embedded and skipped as the same items are there.
 """
@@ -76,7 +77,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Block:
-    """Results of a part, in its order; `number` counts its blocks, `last` is set in the last. `embeddings` float16 [n,D].
+    """Results of a part, in its order; `number` counts its blocks, `last` is set in the last. `embeddings` float16
+    [n,D].
 
     `error`: why the part ends before its end; `fatal`: why no part can be done. Seconds as in `EncodeStats`.
     """

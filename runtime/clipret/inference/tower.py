@@ -109,8 +109,8 @@ def open_tower(bundle: Bundle, name: str, device: str = "cpu", config: EncoderCo
 
 
 def _openvino_is_best(precision: str) -> bool:
-    """On a CPU. Of int8 graphs it makes the same embeddings as onnxruntime to within a rounding, two to three times faster
-    where the processor multiplies tiles (AMX); it has no exact kernels for processors that overflow."""
+    """On a CPU. Of int8 graphs it makes the same embeddings as onnxruntime to within a rounding, two to three times
+    faster where the processor multiplies tiles (AMX); it has no exact kernels for processors that overflow."""
     if precision == "int8":
         return importlib.util.find_spec("openvino") is not None and not int8_saturates()
     return precision == "bf16"
@@ -211,6 +211,7 @@ class OpenVinoTower:
 
     def run(self, batch: npt.NDArray[Any]) -> Embeddings:
         with self._lock:
-            # The input is read where it lies. The output is copied: the request writes its next embeddings to the same place.
+            # The input is read where it lies. The output is copied: the request writes its next embeddings to the same
+            # place.
             embeddings: Embeddings = self._request.infer([batch], share_inputs=True, share_outputs=False)[0]
         return embeddings

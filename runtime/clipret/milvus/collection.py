@@ -122,7 +122,7 @@ class Collection:
             said = f"has format {found['format']}" if "format" in found else "was not made by clipret"
             raise ClipretError(f"{self.address} {said}: name another collection behind #")
         with self.told():
-            self.client.load_collection(self.address.name)  # a server, or a file, that was opened anew has it on disk
+            self.client.load_collection(self.address.name)  # a server, or a file, that was opened again has it on disk
         found["columns"] = json.loads(found["columns"])
         found["dim"] = int(found["dim"])
         return found
@@ -237,4 +237,4 @@ def _advice(address: Address, said: str) -> str:
         return "another process may have the file open, and it has room for one; or it is no database of Milvus Lite"
     if "connect" in low or "unavailable" in low or "deadline" in low:
         return "check that the server runs and that the address is right"
-    return "what was exported before is kept; mend that, then run the same command again"
+    return "what was exported before is kept; correct that, then run the same command again"

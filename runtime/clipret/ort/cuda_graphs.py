@@ -3,7 +3,8 @@
 A CUDA graph is a recording of every kernel of a run, its shapes and addresses included; replayed, it costs one launch
 instead of hundreds. It is only right for the very shape and the very addresses, hence: a lane's input and output
 lie where they lay; a shape gets a graph of its own number once it has come several times; every other shape runs
-with the number -1, which onnxruntime never records. The first embeddings of a graph are compared with those of a plain run.
+with the number -1, which onnxruntime never records. The first embeddings of a graph are compared with those of a plain
+run.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Embeddings that may still be among the best of a query: what the first stage of the exact search hands to the second."""
+"""Embeddings that may still be among the best of a query: the result of the first stage of the exact search."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ def place(query: Ids, count: int) -> Ids:
 
 
 def kth_value(block: Block, mask: Mask | None, k: int) -> Floats | None:
-    """The k-th largest value of each query among the block's embeddings that `mask` allows, or None where there are fewer."""
+    """The k-th largest value of each query among the block's embeddings in `mask`, or None if there are fewer."""
     values = block.values.T if block.by_row else block.values
     if mask is not None:
         values = values[:, mask]

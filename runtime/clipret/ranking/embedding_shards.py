@@ -1,4 +1,4 @@
-"""Stored embeddings by their positions, and their scores against queries: in float32, quickly, or in float64, exactly."""
+"""Stored embeddings by position, and their scores against queries: fast in float32 or exact in float64."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from clipret.ort.session import open_session
 __all__ = ["EmbeddingShards", "widened"]
 
 
-_PAIRS = 256  # embeddings multiplied at a time: with their queries 2 MiB of float64 at 512 dimensions, which stay in the cache
+_PAIRS = 256  # embeddings multiplied at a time: 2 MiB of float64 with their queries at D = 512 stay in the cache
 
 
 class EmbeddingShards:
@@ -26,7 +26,7 @@ class EmbeddingShards:
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
     def take(self, positions: Ids) -> StoredEmbeddings:
-        """The embeddings float16 [P,D] at ascending positions."""
+        """The embeddings, float16 [P,D], at ascending positions."""
         embeddings = np.empty((len(positions), self.shards[0].shape[1]), dtype=np.float16)
         if not len(positions):
             return embeddings
@@ -39,7 +39,7 @@ class EmbeddingShards:
         return embeddings
 
     def scores(self, positions: Ids, query: Ids, grid: Floats) -> Floats:
-        """Float64 products of the embeddings and the queries beside them, positions [P] and query [P] into grid [Q,D]."""
+        """Float64 products of pairs: the embeddings at `positions` [P] with the rows `query` [P] of `grid` [Q,D]."""
         return self._scores(positions, query, grid)
 
     def estimates(self, positions: Ids, query: Ids, grid: Floats) -> Floats:
@@ -57,7 +57,7 @@ class EmbeddingShards:
 
 
 def widened(embeddings: StoredEmbeddings) -> npt.NDArray[np.float32]:
-    """Float16 embeddings [n,D] as float32. onnxruntime, where there is one, is ten times faster at it than numpy."""
+    """Float16 embeddings [n,D] as float32. onnxruntime, if installed, does it ten times faster than numpy."""
     if not importlib.util.find_spec("onnxruntime"):
         return embeddings.astype(np.float32)
     wide: npt.NDArray[np.float32] = _cast().run(None, {"rows": embeddings})[0]

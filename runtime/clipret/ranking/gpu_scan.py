@@ -1,8 +1,8 @@
 """The first stage of the exact search on a GPU: products with all embeddings and their best k, block by block.
 
-Two forms, one result. Embeddings as they are, in half precision, or their 8-bit codes: half the memory, and integers that
-are exact, so that only what the codes lose is uncertain. A block stays in the device's memory where it has room and is
-sent anew for each call where it has not. What comes back is approximate, but the bound of its error is known, and
+Two forms, one result. Embeddings as they are, in half precision, or their quantized: half the memory, and exact
+integer products, so only the quantization error is uncertain. A block stays in the device's memory if it fits and is
+sent again for each call if not. What comes back is approximate, but the bound of its error is known, and
 with it whether an embedding that was not listed could matter.
 
 The best k of millions of scores in two steps: the scores are read once for the largest of each _CHUNK, the k
@@ -38,13 +38,13 @@ _NEVER = -(1 << 30)  # added to the integer score of an embedding that may not b
 
 @dataclass(frozen=True)
 class _Part:
-    """Embeddings `start` to `start + count`: halves, or codes under the limits `codes`. `resident` is their OrtValue on the
-    device, None where it had no room."""
+    """Embeddings `start` to `start + count`, as float16 or quantized. `resident` is their OrtValue on the device, None
+    if they did not fit."""
 
     start: int
     count: int
     shards: Sequence[npt.NDArray[Any]]
-    codes: QuantizedEmbeddings | None
+    quantized: QuantizedEmbeddings | None
     resident: Any = None
 
     @property
@@ -55,7 +55,7 @@ class _Part:
         """As the product wants them, with embeddings of nothing up to whole chunks: float16 [n,D], or int8 [D,n]."""
         width = self.shards[0].shape[1]
         shape = (self.chunks * _CHUNK, width)
-        if self.codes is None:
+        if self.quantized is None:
             embeddings = np.zeros(shape, np.float16)
             np.concatenate(self.shards, out=embeddings[: self.count])
             return embeddings
@@ -68,11 +68,18 @@ class _Part:
 
 
 class DeviceScan:
-    """Embeddings float16 [n,D] of shards on a device of onnxruntime ("cuda", "cuda:N"; "cpu" runs the same graph slowly).
+    """The first stage on a device of onnxruntime.
 
-    `codes`: those of each shard. `coded`: whether to hold them instead of the embeddings, default where the device has no
-    room for the embeddings. `block_rows`: multiplied at a time; `resident_rows`: at most so many stay on the device, default
-    all that it takes. Raises ClipretError where onnxruntime has no such device.
+    Args:
+        shards: Embeddings, float16 [n,D] each.
+        device: "cuda" or "cuda:N"; "cpu" runs the same graph, slowly.
+        quantized: The quantized embeddings of each shard.
+        coded: Keep the quantized embeddings on the device instead of the float16 ones. Default: if those do not fit.
+        block_rows: Embeddings multiplied at a time.
+        resident_rows: The most embeddings that stay on the device. Default: all that fit.
+
+    Raises:
+        ClipretError: onnxruntime has no such device.
     """
 
     def __init__(
@@ -80,7 +87,7 @@ class DeviceScan:
         shards: Sequence[StoredEmbeddings],
         device: str,
         *,
-        codes: Sequence[QuantizedEmbeddings] | None = None,
+        quantized: Sequence[QuantizedEmbeddings] | None = None,
         coded: bool | None = None,
         block_rows: int = _BLOCK_ROWS,
         resident_rows: int | None = None,
@@ -93,11 +100,11 @@ class DeviceScan:
         kind = "cpu" if gpu is None else "cuda"
         self._kind, self._number = kind, gpu or 0
         if coded is None:
-            coded = codes is not None and kind == "cuda" and not self._has_room(shards)
-        self.coded = coded and codes is not None
+            coded = quantized is not None and kind == "cuda" and not self._has_room(shards)
+        self.coded = coded and quantized is not None
         self.longest = max((_longest(shard) for shard in shards), default=0.0)
         block_rows = min(block_rows, (_INDEXES - 1) // (shards[0].shape[1] if shards else 1) // _CHUNK * _CHUNK)
-        groups = _grouped(shards, codes if self.coded else None, block_rows)
+        groups = _grouped(shards, quantized if self.coded else None, block_rows)
         self.parts: list[_Part] = []
         left = sum(map(len, shards)) if resident_rows is None else resident_rows
         start = 0
@@ -112,12 +119,12 @@ class DeviceScan:
             self._make_room()
 
     def width(self, k: int) -> int:
-        """How many embeddings of a part to list, so that most often none beyond them can be among the k best: codes are
+        """How many embeddings of a part to list, so that usually no other can be among the k best: quantized ones are
         coarser than halves."""
         return 2 * k + 128 if self.coded else min(2 * k, k + 64)
 
     def _has_room(self, shards: Sequence[StoredEmbeddings]) -> bool:
-        """Whether the embeddings, and what a product takes beside them, fit into what is free on the device."""
+        """Whether the embeddings and the memory of a product fit into the free memory of the device."""
         return sum(shard.nbytes for shard in shards) + 6 * _SCORES < free_memory(self._number)
 
     def _uploaded(self, array: npt.NDArray[Any]) -> Any:
@@ -136,8 +143,8 @@ class DeviceScan:
 
     @cached_property
     def _sessions(self) -> dict[bool, Any]:
-        """Whether embeddings are left out ->  queries [Q,D], embeddings, starts int64 [Q,1], k and c int64 [1] (, bias [n])
-        -> values [Q,k], places [Q,k] within the c chosen chunks, chunks [Q,c] counted through all queries."""
+        """Whether embeddings are left out ->  queries [Q,D], embeddings, starts int64 [Q,1], k and c int64 [1] (, bias
+        [n]) -> values [Q,k], places [Q,k] within the c chosen chunks, chunks [Q,c] counted through all queries."""
         dtype, score = ("int8", "int32") if self.coded else ("float16", "float16")
         embeddings: tuple[int | str, ...] = ("D", "n") if self.coded else ("n", "D")
         sessions = {}
@@ -192,11 +199,11 @@ class DeviceScan:
     def _top(self, part: _Part, grid: Floats, k: int, allowed: Mask | None, first: int) -> tuple[Pool, Floats]:
         """The same of queries that come `first` among all."""
         queries: npt.NDArray[Any]
-        if part.codes is None:
+        if part.quantized is None:
             queries, base, unit, error = self._halves(grid)
         else:
             coded = QuantizedQueries.of(grid)
-            queries, (base, unit, error) = coded.values, coded.scales(grid, part.codes)
+            queries, (base, unit, error) = coded.values, coded.scales(grid, part.quantized)
         whole = k >= part.count
         k = part.chunks * _CHUNK if whole else k
         c = min(k, part.chunks)
@@ -253,14 +260,14 @@ class DeviceScan:
 
 
 def _grouped(
-    shards: Sequence[StoredEmbeddings], codes: Sequence[QuantizedEmbeddings] | None, embeddings: int
+    shards: Sequence[StoredEmbeddings], quantized: Sequence[QuantizedEmbeddings] | None, embeddings: int
 ) -> list[tuple[list[npt.NDArray[Any]], QuantizedEmbeddings | None]]:
-    """The shards cut and put together into blocks of about `embeddings` embeddings, in their order; of codes only such as share
-    a center and a scale, with the limits that hold for all of a block."""
+    """The shards in order, cut and joined into blocks of about `embeddings` embeddings. Quantized shards are joined
+    only if they share center and scale; a block has the bounds of all its shards."""
     groups = list[tuple[list[npt.NDArray[Any]], QuantizedEmbeddings | None]]()
     held = 0
     for number, shard in enumerate(shards):
-        own = None if codes is None else codes[number]
+        own = None if quantized is None else quantized[number]
         for low in range(0, len(shard), embeddings):
             piece = (shard if own is None else own.values)[low : low + embeddings]
             if not groups or held + len(piece) > embeddings or not _alike(groups[-1][1], own):

@@ -1,8 +1,8 @@
-"""8-bit codes of embeddings: what the first stage of the exact search reads, with proven limits of what they lose.
+"""8-bit quantization of embeddings for the first stage of the exact search, with proven error bounds.
 
-An embedding x is stored as unsigned bytes u with  x = center + scale * (u - 128) + e. Embeddings of a CLIP tower share most of their
-direction; without the common part, `center`, the same bytes resolve the rest about four times finer. The search
-never trusts the codes further than `residual` (the longest e) and `reach` (the longest scale * (u - 128)) allow.
+An embedding x is stored as unsigned bytes u with  x = center + scale * (u - 128) + e. Embeddings of a CLIP tower share
+most of their direction; without this common part, `center`, the bytes resolve the rest about four times finer. The
+search's error bounds follow from `residual` (the longest e) and `reach` (the longest scale * (u - 128)).
 """
 
 import math
@@ -16,16 +16,20 @@ from clipret.arrays import StoredEmbeddings
 
 __all__ = ["ZERO", "QuantizedEmbeddings", "mean", "quantize"]
 
-ZERO = 128  # the byte that stands for nothing
+ZERO = 128  # the byte for 0
 _BLOCK = 1024  # embeddings a block: 2 MiB of float32 at 512 dimensions
 
 
 @dataclass(frozen=True)
 class QuantizedEmbeddings:
-    """`values` uint8 [n,D] of n embeddings, relative to `center` float32 [D].
+    """The quantized embeddings of a shard.
 
-    `scale`: what one step of a byte is worth. `residual`, `reach`: upper limits, over the embeddings, of the Euclidean
-    lengths of  embedding - center - scale * (values - 128)  and of  scale * (values - 128).
+    Attributes:
+        values: uint8 [n,D].
+        center: float32 [D], subtracted before quantization.
+        scale: The value of one step.
+        residual: Upper bound of the Euclidean length of  embedding - center - scale * (values - 128).
+        reach: Upper bound of the Euclidean length of  scale * (values - 128).
     """
 
     values: npt.NDArray[np.uint8]
@@ -36,7 +40,7 @@ class QuantizedEmbeddings:
 
 
 def mean(embeddings: StoredEmbeddings) -> npt.NDArray[np.float32]:
-    """The mean of embeddings float16 [n,D], n >= 1; float32 [D]."""
+    """The mean, float32 [D], of embeddings float16 [n,D] with n >= 1."""
     total = np.zeros(embeddings.shape[1])
     for block in _blocks(embeddings):
         total += block.sum(axis=0, dtype=np.float64)
@@ -44,13 +48,16 @@ def mean(embeddings: StoredEmbeddings) -> npt.NDArray[np.float32]:
 
 
 def quantize(embeddings: StoredEmbeddings, center: npt.NDArray[np.float32], scale: float = 0.0) -> QuantizedEmbeddings:
-    """Quantized embeddings of finite embeddings float16 [n,D], n >= 1. Any center is right; one near the embeddings' mean resolves them best.
+    """Quantize embeddings.
 
-    `scale`: that of the shard before, which is kept where it is wide enough and less than half again too wide:
-    neighbouring shards of one center and one scale are scanned as one.
+    Args:
+        embeddings: Finite float16 [n,D], n >= 1.
+        center: float32 [D]. Any value is correct; the mean of the embeddings gives the finest resolution.
+        scale: The scale of the previous shard. It is kept if it is at most 1.5 times what is needed: neighbouring
+            shards with the same center and scale are scanned as one.
     """
     widest = max(float(np.abs(block - center).max()) for block in _blocks(embeddings))
-    least = widest / 127 * (1 + 1e-6)  # not one step more than 127 after float32's rounding
+    least = widest / 127 * (1 + 1e-6)  # at most 127 steps after rounding to float32
     if not least <= scale < 1.5 * least:
         scale = 1.1 * least if least else 1.0
     values = np.empty(embeddings.shape, np.uint8)
@@ -64,7 +71,7 @@ def quantize(embeddings: StoredEmbeddings, center: npt.NDArray[np.float32], scal
         residual = max(residual, _longest(block - center - steps))
         largest = max(largest, float(np.abs(block).max()))
         start += len(block)
-    # The lengths above are float32 arithmetic; every component is wrong by a few units in the last place at most.
+    # The lengths above are float32 arithmetic: each component has an error of a few units in the last place at most.
     slack = (
         8 * float(np.finfo(np.float32).eps) * math.sqrt(embeddings.shape[1]) * (largest + float(np.abs(center).max()))
     )

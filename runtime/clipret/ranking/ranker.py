@@ -1,12 +1,11 @@
 """Exact ranking of stored embeddings against queries.
 
-A score here is a number, not an approximation of one. Embeddings are float16, hence multiples of 2^-24. A query is snapped
-to multiples of 2^-24 as well (a change of at most 3e-8 a component), so every product is a multiple of 2^-48, and
-a sum of products stays below 2^5 as long as the two norms multiply to less than 32: it fits into the 53 bits of a
-float64 without any rounding. Whatever the order of summation, the machine or the library, float64 gives
-the same score, equal embeddings tie exactly, and "the same ids in the same order everywhere" is arithmetic, not luck.
+Scores are exact. Embeddings are float16, hence multiples of 2^-24. Queries are rounded to multiples of 2^-24 too, which
+changes a component by at most 3e-8. Every product is then a multiple of 2^-48, and a sum of products stays below 2^5 as
+long as the product of the two norms is below 32, so it fits into the 53 bits of a float64 without rounding. The score
+does not depend on the order of summation, the machine or the library, and equal embeddings tie exactly.
 
-Speed comes from a first stage (`ranking.scan`) that is cheap, approximate, and wrong by a proven bound at most: only
+Speed comes from a first stage (`ranking.scan`) that computes approximate scores with a proven error bound. Only
 embeddings that could still be among the first k are scored in float64.
 """
 
@@ -31,36 +30,49 @@ __all__ = ["Ranker", "snap"]
 
 _GRID = 2.0**24
 _QUERIES = 256  # queries at a time
-_FEW = 32  # up to so many queries the packed codes are faster than those of the files
-_DIRECT = 2048  # up to so many embeddings all are scored in float64: a first stage would cost more than it saves
-_BLOCK = 4096  # embeddings that are made float64 at a time: 16 MiB at 512 dimensions
-_SCORES = 1 << 22  # scores or candidates of one call held at a time, at least one query's: 32 MiB
-_POOL = (
-    1 << 21
-)  # candidates that may wait for their exact score: 64 MiB; more only where very many embeddings are equal
+_FEW = 32  # queries up to which packed quantized embeddings are faster than those of the files
+_DIRECT = 2048  # embeddings up to which a first stage costs more than it saves
+_BLOCK = 4096  # embeddings converted to float64 at a time: 16 MiB at 512 dimensions
+_SCORES = 1 << 22  # scores or candidates held at a time, at least those of one query: 32 MiB
+# Candidates that may wait for their exact score: 64 MiB; more only when very many embeddings are equal.
+_POOL = 1 << 21
 
 
 def snap(queries: npt.ArrayLike) -> Floats:
-    """Queries [Q,D] rounded to multiples of 2^-24, in float64: the grid on which scores are exact."""
+    """Queries [Q,D] rounded to multiples of 2^-24, as float64: the grid on which scores are exact."""
     return np.rint(np.asarray(queries, dtype=np.float64) * _GRID) / _GRID
 
 
 class Ranker:
-    """Ranks embeddings, in memory or memory-mapped, by their inner product with a query; for unit embeddings, by cosine.
+    """Exact top-k search by inner product, which for embeddings of unit length is the cosine similarity.
 
-    `shards`: float16 [n,D] each. An embedding's position counts through the shards in their order; equal scores
-    are ordered by position. `live`: bool [N], False for embeddings that are never to be found (deleted ones). `codes`: those
-    of each shard, in the same order; with them and onnxruntime the first stage reads a byte a component, without them
-    it is numpy's float32. `threads`: of the first stage, default all processors. `resident`: keep a copy of the codes
-    in memory, N x D bytes, which makes a single query three times faster and takes some seconds a million embeddings here.
-    `device`: "cuda" or "cuda:N" does the first stage of large galleries on that GPU; the results are the same.
+    Args:
+        shards: Embeddings, float16 [n,D], in memory or memory-mapped; one array or several. An embedding's position
+            counts through all shards in order. Equal scores are ordered by position.
+        live: Bool [N], False for embeddings that are never returned, such as deleted ones. Default: all are live.
+        quantized: The quantized embeddings of each shard. With them and onnxruntime the first stage reads one byte per
+            component; without them it computes in float32 with numpy. The results are the same.
+        threads: Threads of the first stage. Default: all processors.
+        resident: Keep a copy of the quantized embeddings in memory, N x D bytes. Single queries become about three
+            times faster; making the copy takes some seconds per million embeddings.
+        device: "cuda" or "cuda:N" runs the first stage on that GPU, for large galleries. The results are the same.
+
+    Raises:
+        ClipretError: The shards are not float16 of one width, or `live` or `quantized` do not match them.
+
+    Example:
+        >>> import numpy as np
+        >>> ranker = Ranker(np.eye(3, dtype=np.float16))
+        >>> scores, positions = ranker.rank([[0.0, 1.0, 0.5]], k=2)
+        >>> scores.tolist(), positions.tolist()
+        ([[1.0, 0.5]], [[1, 2]])
     """
 
     def __init__(
         self,
         shards: StoredEmbeddings | Sequence[StoredEmbeddings],
         live: Mask | None = None,
-        codes: Sequence[QuantizedEmbeddings] | None = None,
+        quantized: Sequence[QuantizedEmbeddings] | None = None,
         *,
         threads: int | None = None,
         resident: bool = False,
@@ -75,19 +87,23 @@ class Ranker:
         self.count = sum(len(shard) for shard in self.shards)
         if live is not None and len(live) != self.count:
             raise ClipretError(f"{len(live)} live flags for {self.count} embeddings: give one for each")
-        if codes is not None and [one.values.shape for one in codes] != [shard.shape for shard in self.shards]:
-            raise ClipretError("the codes are not those of the shards: give one Codes for each, of its shape")
+        if quantized is not None and [one.values.shape for one in quantized] != [shard.shape for shard in self.shards]:
+            raise ClipretError(
+                "quantized embeddings do not match the shards: give one array of the same shape for each"
+            )
         self.live = live
         self._embeddings = EmbeddingShards(self.shards)
         self._floats = FloatScan(self.shards)
         self._many: Scan = self._floats
-        if codes is not None and importlib.util.find_spec("onnxruntime"):
-            self._many = QuantizedScan(codes, threads or cpu_count())
-        packed = resident and isinstance(self._many, QuantizedScan) and codes is not None
-        self._few: Scan = PackedScan(codes, threads or cpu_count()) if packed and codes is not None else self._many
-        self._device = None if device == "cpu" else DeviceScan(self.shards, device, codes=codes)
-        # Of the longest embedding, where the first stage is coarser than float32; None where it is not.
-        self._length = None if codes is None else max(map(longest, codes), default=0.0)
+        if quantized is not None and importlib.util.find_spec("onnxruntime"):
+            self._many = QuantizedScan(quantized, threads or cpu_count())
+        packed = resident and isinstance(self._many, QuantizedScan) and quantized is not None
+        self._few: Scan = (
+            PackedScan(quantized, threads or cpu_count()) if packed and quantized is not None else self._many
+        )
+        self._device = None if device == "cpu" else DeviceScan(self.shards, device, quantized=quantized)
+        # Length of the longest embedding if the first stage is coarser than float32, else None.
+        self._length = None if quantized is None else max(map(longest, quantized), default=0.0)
         if self._device is not None:
             self._length = self._device.longest
 
@@ -96,10 +112,18 @@ class Ranker:
     ) -> tuple[Floats, Ids]:
         """The k best embeddings of each query, best first, ties by position.
 
-        `queries` [Q,D]. `among`: bool [N], the embeddings that may be found; `min_score`: the least score that counts.
-        Returns scores float64 [Q,K] and positions int64 [Q,K], K = min(k, embeddings that may be found); where fewer reach
-        `min_score` the rest of a query's line is filled with -inf and -1.
-        Raises ClipretError for k < 1, another width than the embeddings', or a value that is not finite.
+        Args:
+            queries: Float [Q,D].
+            k: Results per query.
+            among: Bool [N], the embeddings that may be returned. Default: all live ones.
+            min_score: The lowest score that is returned.
+
+        Returns:
+            Scores, float64 [Q,K], and positions, int64 [Q,K], with K = min(k, embeddings that may be returned). If
+            fewer reach `min_score`, the rest of a row is -inf and -1.
+
+        Raises:
+            ClipretError: k < 1, a wrong number of dimensions, or a value that is not finite.
         """
         if k < 1:
             raise ClipretError(f"k is {k}: ask for at least one result")
@@ -112,7 +136,7 @@ class Ranker:
         scores, positions = np.empty((len(grid), k)), np.empty((len(grid), k), dtype=np.int64)
         least = -np.inf if min_score is None else float(min_score)
         staged = self._best if self._device is None else self._best_by_device
-        # A few embeddings among very many are gathered; every embedding is otherwise passed by, allowed or not.
+        # A few allowed embeddings are gathered; otherwise the scan passes over all embeddings.
         direct = found <= max(_DIRECT, self.count // 64)
         step = max(1, min(_QUERIES, _SCORES // (found if direct else 4 * k))) if k else 1
         for start in range(0, len(grid) if k else 0, step):
@@ -122,9 +146,17 @@ class Ranker:
         return scores, positions
 
     def first_ranks(self, queries: npt.ArrayLike, relevant: Sequence[Sequence[int]]) -> Ids:
-        """The rank, from 1, at which each query finds the first of its relevant embeddings; int64 [Q].
+        """The rank of each query's first relevant embedding.
 
-        `relevant[q]` are positions, at least one of them live. The whole order counts, not only its head.
+        Args:
+            queries: Float [Q,D].
+            relevant: For each query the positions of the relevant embeddings, at least one of them live.
+
+        Returns:
+            Ranks from 1, int64 [Q], in the ranking of all embeddings.
+
+        Raises:
+            ClipretError: As `rank`, and for a query without a relevant embedding.
         """
         grid = self._checked(queries)
         if len(relevant) != len(grid):

@@ -1,9 +1,9 @@
 """The first stage of the exact search: approximate scores of all embeddings, block by block, with proven error bounds.
 
-Three ways, one result. `FloatScan` multiplies the embeddings themselves in float32 with numpy. `QuantizedScan` multiplies the
-8-bit codes in onnxruntime, straight from the mapped files: as fast as it gets from some thirty queries a call on.
-`PackedScan` keeps the codes in memory in the order in which the product reads them: a single query then costs one
-pass over them at the speed of the memory.
+Three methods with the same results. `FloatScan` multiplies the embeddings in float32 with numpy. `QuantizedScan`
+multiplies the quantized embeddings in onnxruntime, directly from the mapped files: the fastest from about thirty
+queries per call. `PackedScan` keeps the quantized embeddings in memory in the order in which the product reads them: a
+single query then costs one pass over them at the speed of the memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,16 +34,18 @@ __all__ = [
 ]
 
 
-_FLOAT_ROWS = 16384  # embeddings a block in float32: 32 MiB at 512 dimensions
-_CODE_ROWS = 1024  # with 256 queries the products take 1 MiB, which stays in the second-level cache
-_PACKED_ROWS = 65536  # few queries come this way, so it is the count of calls that costs
+_FLOAT_ROWS = 16384  # embeddings of a block in float32: 32 MiB at 512 dimensions
+_BLOCK_SIZE = 1024  # with 256 queries the products take 1 MiB, which stays in the second-level cache
+_PACKED_ROWS = 65536  # with few queries the number of calls decides the time
 
 
 @dataclass(frozen=True)
 class Block:
-    """Embeddings `start` to `start + count`: score = base + unit * value, wrong by `error` at most (each float64 [Q]).
+    """Approximate scores of the embeddings `start` to `start + count`.
 
-    `values`: int32 or float32, [n,Q] if `by_row`, else [Q,n].
+    Attributes:
+        values: int32 or float32, [n,Q] if `by_row`, else [Q,n].
+        base, unit, error: float64 [Q]; score = base + unit * value, with an error of at most `error`.
     """
 
     start: int
@@ -56,7 +58,7 @@ class Block:
 
 
 class Scan(Protocol):
-    """Something that scores all embeddings for queries float64 [Q,D]."""
+    """A method that scores all embeddings for queries, float64 [Q,D]."""
 
     def blocks(self, grid: Floats) -> Iterator[Block]: ...
 
@@ -97,8 +99,8 @@ def check_lengths(longest: float, norms: Floats) -> None:
     """Raise ClipretError unless every product of an embedding's and a query's length is below 32 (also for NaN)."""
     if not longest * norms.max(initial=0.0) < 32:
         raise ClipretError(
-            f"embeddings of length {longest:.3g} and queries of length {norms.max():.3g} are beyond exact ranking (their "
-            "product must be below 32): normalise them"
+            f"embeddings of length {longest:.3g} and queries of length {norms.max():.3g} are too long for exact "
+            "ranking (the product of the lengths must be below 32): normalise them"
         )
 
 
@@ -119,70 +121,70 @@ class QuantizedQueries:
         rest = np.linalg.norm(grid - values * step[:, None], axis=1)
         return cls(values.astype(np.int8), step, rest, np.linalg.norm(grid, axis=1))
 
-    def scales(self, grid: Floats, codes: QuantizedEmbeddings) -> tuple[Floats, Floats, Floats]:
-        """`base`, `unit` and `error` of the blocks of `codes`."""
-        check_lengths(longest(codes), self.norms)
-        base = grid @ codes.center.astype(np.float64)
-        # embedding = center + coded + e, query = step * values + f, hence with Cauchy and Schwarz
-        # |query.embedding - query.center - step * values.coded| <= |query| |e| + |f| |coded|
-        error = self.norms * codes.residual + self.rest * codes.reach
-        error += 1e-10 * (1 + np.abs(base))  # float64 arithmetic on the way, here and in the ranker
-        return base, codes.scale * self.step, error
+    def scales(self, grid: Floats, quantized: QuantizedEmbeddings) -> tuple[Floats, Floats, Floats]:
+        """`base`, `unit` and `error` of the blocks of `quantized`."""
+        check_lengths(longest(quantized), self.norms)
+        base = grid @ quantized.center.astype(np.float64)
+        # embedding = center + q + e, query = step * values + f, hence by the Cauchy-Schwarz inequality
+        # |query.embedding - query.center - step * values.q| <= |query| |e| + |f| |q|
+        error = self.norms * quantized.residual + self.rest * quantized.reach
+        error += 1e-10 * (1 + np.abs(base))  # rounding of the float64 arithmetic here and in the ranker
+        return base, quantized.scale * self.step, error
 
 
 def _limit() -> int:
-    """The largest code of a query: x86 processors without VNNI add two products in 16 bits, which must not overflow."""
+    """The largest quantized value of a query: processors without VNNI add two products in 16 bits without overflow."""
     return 63 if int8_saturates() else 127
 
 
 class QuantizedScan:
-    """Products of the 8-bit codes as they lie in their files; `threads` of the engine."""
+    """Products with the quantized embeddings as they are in their files."""
 
-    def __init__(self, codes: Sequence[QuantizedEmbeddings], threads: int) -> None:
-        self._codes = codes
+    def __init__(self, quantized: Sequence[QuantizedEmbeddings], threads: int) -> None:
+        self._quantized = quantized
         self._threads = threads
 
     def blocks(self, grid: Floats) -> Iterator[Block]:
         queries = QuantizedQueries.of(grid)
         session = _query_session(queries.values, self._threads)
         start = 0
-        for codes in self._codes:
-            scales = queries.scales(grid, codes)
-            for low in range(0, len(codes.values), _CODE_ROWS):
-                values = session.run(None, {"rows": codes.values[low : low + _CODE_ROWS]})[0]
+        for quantized in self._quantized:
+            scales = queries.scales(grid, quantized)
+            for low in range(0, len(quantized.values), _BLOCK_SIZE):
+                values = session.run(None, {"rows": quantized.values[low : low + _BLOCK_SIZE]})[0]
                 yield Block(start + low, len(values), values, True, *scales)
-            start += len(codes.values)
+            start += len(quantized.values)
 
 
 class PackedScan:
-    """Products of codes that the engine holds in its own layout: a copy of the codes in memory, made here."""
+    """Products with a copy of the quantized embeddings in memory, in onnxruntime's own layout."""
 
-    def __init__(self, codes: Sequence[QuantizedEmbeddings], threads: int) -> None:
-        self._groups = [(start, _limits(group), _packed_session(group, threads)) for start, group in _groups(codes)]
+    def __init__(self, quantized: Sequence[QuantizedEmbeddings], threads: int) -> None:
+        self._groups = [(start, _limits(group), _packed_session(group, threads)) for start, group in _groups(quantized)]
 
     def blocks(self, grid: Floats) -> Iterator[Block]:
         queries = QuantizedQueries.of(grid)
         shifted = (queries.values.astype(np.int16) + _limit()).astype(np.uint8)
-        for start, codes, packed in self._groups:
+        for start, quantized, packed in self._groups:
             values = packed.run(None, {"queries": shifted})[0]
-            yield Block(start, values.shape[1], values, False, *queries.scales(grid, codes))
+            yield Block(start, values.shape[1], values, False, *queries.scales(grid, quantized))
 
 
 def _limits(group: Sequence[QuantizedEmbeddings]) -> QuantizedEmbeddings:
-    """What holds for every shard of a group; the values are left behind."""
+    """Bounds that hold for every shard of a group, without the values."""
     residual, reach = max(one.residual for one in group), max(one.reach for one in group)
     return replace(group[0], values=np.empty((0, 0), np.uint8), residual=residual, reach=reach)
 
 
-def longest(codes: QuantizedEmbeddings) -> float:
-    """An upper limit of the embeddings' lengths."""
-    return float(np.linalg.norm(codes.center.astype(np.float64))) + codes.reach + codes.residual
+def longest(quantized: QuantizedEmbeddings) -> float:
+    """An upper bound of the embeddings' lengths."""
+    return float(np.linalg.norm(quantized.center.astype(np.float64))) + quantized.reach + quantized.residual
 
 
-def _groups(codes: Sequence[QuantizedEmbeddings]) -> Iterator[tuple[int, list[QuantizedEmbeddings]]]:
-    """Neighbouring shards of the same center and scale, up to _PACKED_ROWS embeddings together, with their first embedding."""
+def _groups(quantized: Sequence[QuantizedEmbeddings]) -> Iterator[tuple[int, list[QuantizedEmbeddings]]]:
+    """Neighbouring shards with the same center and scale, up to _PACKED_ROWS embeddings, with their first position."""
     start, group = 0, list[QuantizedEmbeddings]()
-    for one in codes:
+    for one in quantized:
         embeddings = sum(len(member.values) for member in group)
         if group and not (
             embeddings + len(one.values) <= _PACKED_ROWS
@@ -197,8 +199,8 @@ def _groups(codes: Sequence[QuantizedEmbeddings]) -> Iterator[tuple[int, list[Qu
 
 
 def _query_session(queries: npt.NDArray[np.int8], threads: int) -> Any:
-    """embeddings uint8 [n,D] -> values int32 [n,Q]. Made in under a millisecond; with the queries [Q,D] as its constant it
-    has them in the product's own order once, not once a block."""
+    """embeddings uint8 [n,D] -> values int32 [n,Q]. Opens in under a millisecond; with the queries as a constant of the
+    graph, onnxruntime reorders them once instead of once per block."""
     Q, D = queries.shape
     return open_session(
         model(
@@ -212,10 +214,10 @@ def _query_session(queries: npt.NDArray[np.int8], threads: int) -> Any:
     )
 
 
-def _packed_session(codes: Sequence[QuantizedEmbeddings], threads: int) -> Any:
+def _packed_session(quantized: Sequence[QuantizedEmbeddings], threads: int) -> Any:
     """queries uint8 [Q,D], larger by _limit() -> values int32 [Q,n]."""
-    # A signed second factor is what onnxruntime is fast with. It folds the transposition when the session is made.
-    embeddings = (np.concatenate([one.values for one in codes]) ^ np.uint8(ZERO)).view(np.int8)
+    # onnxruntime is fast with a signed second factor. It folds the transposition when the session is opened.
+    embeddings = (np.concatenate([one.values for one in quantized]) ^ np.uint8(ZERO)).view(np.int8)
     return open_session(
         model(
             [

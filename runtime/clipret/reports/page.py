@@ -48,7 +48,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """One query and the images it found, best first. `note` stands beside the query; `missed`: images that should
+    """One query and the images it found, best first. `note` is shown next to the query; `missed`: images that should
     have been among them."""
 
     query: str
@@ -142,7 +142,7 @@ def _tile(path: Path, *, folder: Path) -> _Tile:
     except ImageError as error:
         return _Tile(trouble=str(error))
     return _Tile(
-        # Panoramas and pillars get bars beside them rather than a row of their own.
+        # Panoramas and pillars get bars at their sides instead of a row of their own.
         ratio=min(max(image.width / image.height, 0.6), 2.2),
         source="data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode(),
         size=image.size,

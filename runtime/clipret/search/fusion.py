@@ -139,8 +139,8 @@ class _Fusion:
 
     @cached_property
     def moments(self) -> list[tuple[Floats, Floats]]:
-        """Of each gallery the mean [D] and the covariance [D,D] of the embeddings that count: a query's similarities have the
-        mean q·m and the variance q·C·q."""
+        """Of each gallery the mean [D] and the covariance [D,D] of the embeddings that count: a query's similarities
+        have the mean q·m and the variance q·C·q."""
         found = []
         for embeddings, positions in zip(self.embeddings, self.images.positions, strict=True):
             D = embeddings.shards[0].shape[1]

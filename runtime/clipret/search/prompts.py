@@ -14,7 +14,7 @@ text that none fits stays as it is:
     templates = ["a pedestrian: {}"]
 
 `match` in place of `words` is a regular expression that is looked for in the text; neither minds capital letters. The
-embeddings of several templates are averaged as unit rows (see clipret.search.searcher.Searcher).
+embeddings of several templates are averaged as unit embeddings (see clipret.search.searcher.Searcher).
 """
 
 import itertools
@@ -126,7 +126,7 @@ def _compiled(path: Path, rule: _Rule) -> PromptRule:
         try:
             fits = re.compile(rule.match, re.IGNORECASE)
         except re.error as error:
-            raise ClipretError(f"{where}: match is no regular expression ({error}): mend it") from None
+            raise ClipretError(f"{where}: match is no regular expression ({error}): correct it") from None
     for template in rule.templates:
         if "{}" not in template:
             raise ClipretError(f"{where}: template {template!r} has no {{}}: put one where the text belongs")

@@ -1,17 +1,17 @@
-"""Re-ranking: second thoughts about an exact ranking, each of them optional and off by default.
+"""Re-ranking of an exact ranking. All steps are optional and off by default.
 
-Three steps, taken in this order where they are asked for:
+Three steps, in this order:
 
-    adapt       each query moves towards what its own first images have in common
-    hubness     images that are near to every text ("hubs") lose some of their score
-    reciprocal  the first images are ordered anew by the neighbours that they share
+    adapt         moves each query towards the common component of its own first images
+    hubness       lowers the scores of images that are close to every query ("hubs")
+    k_reciprocal  reorders the first images by the neighbours that they share
 
-What a step looks at beside the query and one image is said with it. A step that looks at the gallery gives another
-answer in another gallery; one that is *transductive over the queries* gives a query another answer beside other
-queries, which may be against the rules of a competition and cannot be had where queries come one at a time. With
-fixed reference queries, such as the captions of the training data, hubness is not transductive.
+Each step documents which other images and queries it looks at. A step that looks at the gallery depends on the other
+images in it. A step that is *transductive over the queries* depends on the other queries: the rules of a competition
+may forbid that, and a service that gets its queries one at a time cannot do it. With fixed reference queries, such as
+the captions of the training data, hubness is not transductive.
 
-Only numpy, and no more memory than `_SCORES` scores at a time, whatever the number of embeddings and queries.
+Uses numpy only, and at most `_SCORES` scores of memory, whatever the number of embeddings and queries.
 """
 
 import math
@@ -40,20 +40,24 @@ _ROWS = 8192  # embeddings widened at a time: 32 MiB at 512 dimensions
 
 @dataclass(frozen=True)
 class Rerank:
-    """Which steps are taken, and how. The defaults take none: an exact ranking by cosine.
+    """The settings of re-ranking. The defaults do nothing: an exact ranking by cosine similarity.
 
-    adapt: so many first images adapt each query, 50 is usual; 0 for none. adapt_weight: see `adapted`. Looks at the
-    gallery, not at other queries.
+    Attributes:
+        adapt: Number of first images that adapt each query; 50 is usual, 0 turns the step off. Looks at the gallery,
+            not at other queries.
+        adapt_weight: See `adapted`.
+        hubness: "nnn" is nearest neighbor normalization (Chowdhury et al., Nearest Neighbor Normalization Improves
+            Multimodal Retrieval, 2024): an image's score is reduced by `strength` times the mean of its `neighbours`
+            best scores over the reference queries. "dual-softmax" (Cheng et al., Improving Video-Text Retrieval by
+            Multi-Stream Corpus Alignment and Dual Softmax Loss, 2021): a score is multiplied by the softmax, over the
+            reference queries, of the image's scores times `temperature`; negative scores are kept. Both are
+            transductive over the queries if the reference queries are the queries themselves.
+        k_reciprocal: Number of first images to reorder (see `k_reciprocal_order`); 100 is usual, 0 turns the step off.
+            Looks at the gallery, not at other queries.
+        k1, k2, share: Parameters of `k_reciprocal_order`, by default those of Zhong et al.
 
-    hubness "nnn": nearest neighbour normalisation (Chowdhury et al., Nearest Neighbor Normalization Improves Multimodal
-    Retrieval, 2024): an image's score loses `strength` times the mean of its `neighbours` best scores over the
-    reference queries. "dual-softmax" (Cheng et al., Improving Video-Text Retrieval by Multi-Stream Corpus Alignment
-    and Dual Softmax Loss, 2021): a score is multiplied by the softmax, over the reference queries, of the image's
-    scores times `temperature`; a score below zero stays as it is. Both are transductive over the queries
-    where the reference queries are the queries themselves.
-
-    reciprocal: so many first images are ordered anew (see `k_reciprocal_order`), 100 is usual; 0 for none. k1, k2,
-    share: its parameters, as Zhong et al. set them. Looks at the gallery, not at other queries.
+    Raises:
+        ClipretError: A value is out of range.
     """
 
     adapt: int = 0
@@ -62,16 +66,16 @@ class Rerank:
     neighbours: int = 16
     strength: float = 0.75
     temperature: float = 100.0
-    reciprocal: int = 0
+    k_reciprocal: int = 0
     k1: int = 20
     k2: int = 6
     share: float = 0.3
 
     def __post_init__(self) -> None:
-        ranges = {"adapt": 0, "neighbours": 1, "strength": 0, "temperature": 0, "reciprocal": 0, "k1": 1, "k2": 1}
+        ranges = {"adapt": 0, "neighbours": 1, "strength": 0, "temperature": 0, "k_reciprocal": 0, "k1": 1, "k2": 1}
         for name, least in ranges.items():
             if not least <= getattr(self, name) < math.inf:
-                raise ClipretError(f"{name} is {getattr(self, name)}: use a number from {least} on")
+                raise ClipretError(f"{name} is {getattr(self, name)}: use a number of at least {least}")
         for name in ("adapt_weight", "share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ClipretError(f"{name} is {getattr(self, name)}: use a number from 0 to 1")
@@ -80,16 +84,20 @@ class Rerank:
 
     @property
     def steps(self) -> list[str]:
-        """The steps that are taken, as they are named in reports; empty for a plain ranking."""
+        """The active steps by the names of reports; empty for a plain ranking."""
         names = [f"adapt {self.adapt}"] if self.adapt else []
         names += [self.hubness] if self.hubness != "none" else []
-        return names + ([f"reciprocal {self.reciprocal}"] if self.reciprocal else [])
+        return names + ([f"k-reciprocal {self.k_reciprocal}"] if self.k_reciprocal else [])
 
 
 class Reranker:
-    """Ranks as `Ranker` does, with the steps of `how` taken.
+    """Ranks like `Ranker`, with the steps of `how`.
 
-    `reference` [R,D]: queries that hubness is measured with, once; without them those that are ranked, all together.
+    Args:
+        stored: The gallery's embeddings.
+        ranker: Of the same embeddings.
+        how: The steps.
+        reference: Float [R,D], queries to measure hubness with. Default: the queries of each call, all together.
     """
 
     def __init__(self, stored: Stored, ranker: Ranker, how: Rerank, reference: npt.ArrayLike | None = None) -> None:
@@ -100,26 +108,35 @@ class Reranker:
         self._hub = None if reference is None or how.hubness == "none" else self._measured(snap(reference))
 
     def rank(self, queries: npt.ArrayLike, k: int, *, among: Mask | None = None) -> tuple[Floats, Ids]:
-        """The k best embeddings of each query, best first, ties by position: scores float64 [Q,K] and positions int64 [Q,K].
+        """The k best embeddings of each query, best first, ties by position.
 
-        `among`: bool [N], the embeddings that may be found. A score is what the last step made of it: a cosine, a cosine less
-        an image's hubness, or 1 less the distance of `k_reciprocal_order`. Raises ClipretError as `Ranker.rank` does.
+        Args:
+            queries: Float [Q,D].
+            k: Results per query.
+            among: Bool [N], the embeddings that may be returned. Default: all live ones.
+
+        Returns:
+            Scores, float64 [Q,K], and positions, int64 [Q,K]. A score is that of the last step: a cosine, a cosine
+            minus the image's hubness, or 1 minus the distance of `k_reciprocal_order`.
+
+        Raises:
+            ClipretError: As `Ranker.rank`.
         """
         how = self.how
         embeddings = snap(queries)
         if how.adapt and len(embeddings):
             scores, positions = self._ranker.rank(embeddings, how.adapt, among=among)
             embeddings = snap([self._adapt(*line) for line in zip(embeddings, scores, positions, strict=True)])
-        depth = max(k, how.reciprocal)
+        depth = max(k, how.k_reciprocal)
         if how.hubness == "none":
             scores, positions = self._ranker.rank(embeddings, depth, among=among)
         else:
             self._ranker.rank(embeddings[:1], 1)  # refuses what is no query, in the ranker's words
             scores, positions = self._scan(embeddings, depth, self._adjustment(embeddings), among)
-        if how.reciprocal:
+        if how.k_reciprocal:
             for query in range(len(embeddings)):
                 found = positions[query] >= 0
-                head = np.flatnonzero(found)[: how.reciprocal]
+                head = np.flatnonzero(found)[: how.k_reciprocal]
                 if len(head):
                     order, better = self._reorder(scores[query, head], positions[query, head])
                     positions[query, head], scores[query, head] = positions[query, head][order], better
@@ -230,15 +247,23 @@ def adapted(query: Floats, embeddings: Floats, scores: Floats, weight: float) ->
 
 
 def k_reciprocal_order(scores: Floats, embeddings: Floats, *, k1: int = 20, k2: int = 6, share: float = 0.3) -> Floats:
-    """The distance, 0 to 1, of a query to each of its first n images by the neighbours they share; float64 [n].
+    """The distance of a query to each of its first n images by their shared neighbours.
 
-    `scores` [n]: falling, of the query and each image; `embeddings` [n,D]: the images' unit embeddings. After Zhong et al.,
-    Re-ranking Person Re-identification with k-reciprocal Encoding, 2017, computed within the n images: each is
-    described by those that are among its k1 nearest and have it among theirs, widened by what their own k1/2 nearest
-    agree on and averaged over its k2 nearest; the distance is (1 - share) times Jaccard's distance of the descriptions
-    plus share times the original one. There a query is an image too. A text is never among an image's neighbours,
-    since all images are nearer to it than any text; so the text's own neighbours are its k1 first images,
-    reciprocal or not, and its original distance is its score from the best (0) to the worst (1) of the n.
+    After Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, 2017, computed within the n
+    images. An image is encoded by its k-reciprocal neighbours: the images among its k1 nearest that have it among
+    theirs, expanded by neighbours on which their own k1/2 nearest agree, and averaged over its k2 nearest. The distance
+    is (1 - share) times the Jaccard distance of the encodings plus share times the original distance. In the paper a
+    query is an image. A text is never among an image's neighbours, because other images are always closer; so a text's
+    neighbours are its k1 first images, k-reciprocal or not, and its original distance is its score, scaled from the
+    best (0) to the worst (1) of the n.
+
+    Args:
+        scores: Descending scores [n] of the query and each image.
+        embeddings: The images' embeddings of unit length [n,D].
+        k1, k2, share: See above.
+
+    Returns:
+        Distances from 0 to 1, float64 [n].
     """
     n = len(scores)
     near = embeddings @ embeddings.T

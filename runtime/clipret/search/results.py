@@ -97,9 +97,9 @@ def read_results(path: Path) -> dict[str, RankedPaths]:
         where = f"{path}: the query {query!r}"
         if len(set(found.paths)) < len(found.paths):
             double = next(name for name in found.paths if found.paths.count(name) > 1)
-            raise ClipretError(f"{where} lists {double} twice: mend the file")
+            raise ClipretError(f"{where} lists {double} twice: correct the file")
         if found.scores is not None and not _falls(found.scores):
-            raise ClipretError(f"{where} has scores that rise or are no numbers: mend the file")
+            raise ClipretError(f"{where} has scores that rise or are no numbers: correct the file")
         if results.setdefault(query, found) != found:
             raise ClipretError(f"{where} is there twice with different images: remove one")
     if not results:

@@ -56,7 +56,8 @@ class Query:
 
 @dataclass(frozen=True)
 class Hit:
-    """One image found: rank from 1, its id and path in the gallery, the cosine of the stored embedding and the query."""
+    """One image found: rank from 1, its id and path in the gallery, the cosine of the stored embedding and the
+    query."""
 
     rank: int
     id: int
@@ -196,7 +197,8 @@ class Searcher:
         return id_of(name, self.searched.root, self.searched.ids_of, self.searched.name)
 
     def embed(self, queries: Sequence[str | Query]) -> Floats:
-        """Unit embeddings float64 [Q,D]. Raises ClipretError as `search` does, and where the parts of a query cancel out."""
+        """Unit embeddings float64 [Q,D]. Raises ClipretError as `search` does, and where the parts of a query cancel
+        out."""
         asked = [Query((Part(query),)) if isinstance(query, str) else query for query in queries]
         parts = [part for query in asked for part in query.parts]
         texts = self._embed_texts([part.content for part in parts if isinstance(part.content, str)])

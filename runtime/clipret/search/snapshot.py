@@ -68,7 +68,7 @@ class GallerySnapshot:
         return Ranker(
             stored.shards,
             stored.live,
-            stored.codes,
+            stored.quantized,
             threads=self._encoder.config.thread_count,
             resident=self._resident and device == "cpu",
             device=device,

@@ -19,7 +19,7 @@ from fastapi.security import HTTPBearer
 from clipret.images.walk import ImageError
 from clipret.server.limits import DeniedError, Limits, NotFoundError, ReadOnlyError, RequestError
 from clipret.server.metrics import CONTENT_TYPE, Metrics
-from clipret.server.middleware import Guard
+from clipret.server.middleware import ServiceMiddleware
 from clipret.server.openapi import FAILURES, WRITE_FAILURES, handle_failures
 from clipret.server.requests import JSON, JsonRoute, UploadRoute, Uploads, checked
 from clipret.server.schemas import (
@@ -53,7 +53,7 @@ GalleryName = Annotated[str | None, Query(description="Which gallery; default: t
 class Service:
     """What the application needs: galleries by name, the first being the default, and what they share."""
 
-    desks: Mapping[str, ServedGallery]
+    galleries: Mapping[str, ServedGallery]
     threads: Threads
     limits: Limits
     metrics: Metrics
@@ -65,26 +65,26 @@ class Service:
     def __post_init__(self) -> None:
         self.thumbnails = Thumbnails(self.limits.thumbnails)
         self.uploads = Uploads(self.limits)
-        self.metrics.follow(self.desks.values())
+        self.metrics.follow(self.galleries.values())
 
-    def desk(self, name: str | None) -> ServedGallery:
+    def served(self, name: str | None) -> ServedGallery:
         if name is None:
-            return next(iter(self.desks.values()))
-        if name not in self.desks:
+            return next(iter(self.galleries.values()))
+        if name not in self.galleries:
             raise NotFoundError("there is no gallery of that name: GET /galleries lists them")
-        return self.desks[name]
+        return self.galleries[name]
 
 
-def create_app(service: Service) -> Guard:
+def create_app(service: Service) -> ServiceMiddleware:
     """The application, behind its guard."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        for desk in service.desks.values():
-            await desk.start()
+        for served in service.galleries.values():
+            await served.start()
         yield
-        for desk in service.desks.values():
-            await desk.stop()
+        for served in service.galleries.values():
+            await served.stop()
 
     app = FastAPI(
         title="clipret",
@@ -107,19 +107,19 @@ def create_app(service: Service) -> Guard:
     _add_writing(app, service)
     _add_facts(app, service)
     _add_page(app)
-    return Guard(app, service.limits, service.metrics, service.hosts)
+    return ServiceMiddleware(app, service.limits, service.metrics, service.hosts)
 
 
 def _add_search(app: FastAPI, service: Service) -> None:
     limits = service.limits
 
-    async def answered(desk: ServedGallery, request: SearchRequest, pixels: Sequence[Any]) -> JSONResponse:
+    async def answered(served: ServedGallery, request: SearchRequest, pixels: Sequence[Any]) -> JSONResponse:
         began = time.perf_counter()
         queries = checked(request, pixels, limits)
-        answer = await desk.search(
+        answer = await served.search(
             queries, request.k, where=request.where, exclude=request.exclude, min_score=request.min_score
         )
-        return JSONResponse(_shown(desk, answer, time.perf_counter() - began))
+        return JSONResponse(_shown(served, answer, time.perf_counter() - began))
 
     @app.get("/search", response_model=SearchResponse, summary="Search by text, or for images like one")
     async def search(
@@ -144,16 +144,16 @@ def _add_search(app: FastAPI, service: Service) -> None:
         request = SearchRequest.model_validate(
             {"queries": queries, "k": k, "where": where, "exclude": exclude, "min_score": min_score}
         )
-        return await answered(service.desk(gallery), request, [])
+        return await answered(service.served(gallery), request, [])
 
-    async def search_by_json(asked: SearchRequest) -> Response:
-        return await answered(service.desk(asked.gallery), asked, [])
+    async def search_by_json(search: SearchRequest) -> Response:
+        return await answered(service.served(search.gallery), search, [])
 
     async def search_by_form(form: Annotated[SearchForm, File()]) -> Response:
         """JSON, or multipart with uploads that the JSON in its field `search` refers to."""
-        asked = form.request
-        desk = service.desk(asked.gallery)
-        return await answered(desk, asked, await service.uploads.each(form.image, desk.pixels))
+        search = form.request
+        served = service.served(search.gallery)
+        return await answered(served, search, await service.uploads.each(form.image, served.pixels))
 
     # The document has one of the two, and leads to a SearchRequest by its form as well.
     also_json = {"content": {JSON: {"schema": {"$ref": f"#/components/schemas/{SearchRequest.__name__}"}}}}
@@ -167,9 +167,9 @@ def _add_search(app: FastAPI, service: Service) -> None:
     )
 
 
-def _shown(desk: ServedGallery, answer: Answer, seconds: float) -> dict[str, Any]:
+def _shown(served: ServedGallery, answer: Answer, seconds: float) -> dict[str, Any]:
     """A SearchResponse. Addresses are relative, so that the service also works below a prefix of a proxy."""
-    own = f"?gallery={quote(desk.name, safe='')}"
+    own = f"?gallery={quote(served.name, safe='')}"
     results = []
     for hits in answer.results:
         shown = []
@@ -181,15 +181,20 @@ def _shown(desk: ServedGallery, answer: Answer, seconds: float) -> dict[str, Any
                     "rank": hit.rank,
                     "id": hit.id,
                     "score": hit.score,
-                    "path": desk.shown_path(hit.image),
+                    "path": served.shown_path(hit.image),
                     "metadata": hit.metadata,
                     "image": f"images/{address}",
                     "thumbnail": f"thumbnails/{address}",
                 }
             )
         results.append({"hits": shown})
-    state = answer.state
-    facts = {"gallery": desk.name, "state": state.number, "images": state.count, "seconds": round(seconds, 6)}
+    snapshot = answer.snapshot
+    facts = {
+        "gallery": served.name,
+        "snapshot": snapshot.number,
+        "images": snapshot.count,
+        "seconds": round(seconds, 6),
+    }
     return {**facts, "results": results}
 
 
@@ -200,20 +205,17 @@ Side = Annotated[int, Query(ge=16, le=SIDES[-1], description="Longest side in pi
 
 def _add_images(app: FastAPI, service: Service) -> None:
 
-    async def sent(request: Request, desk: ServedGallery, id: int, v: str | None, side: int) -> Response:
-        root, image = await desk.record(id)
+    async def sent(request: Request, served: ServedGallery, id: int, v: str | None, side: int) -> Response:
+        root, image = await served.record(id)
         tag = f'"{image.hash[:24] or f"{image.size}-{image.mtime_ns}"}-{side}"'
         keep = "private, max-age=31536000, immutable" if v and image.hash.startswith(v) else "no-cache"
         headers = {"ETag": tag, "Cache-Control": keep}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         work: Callable[[], tuple[bytes, str]]
-        if side:
-            work = lambda: (service.thumbnails.get(root, image, side), KIND)  # noqa: E731
-        else:
-            work = lambda: original(root, image)  # noqa: E731
+        work = (lambda: (service.thumbnails.get(root, image, side), KIND)) if side else lambda: original(root, image)
         try:
-            content, kind = await desk.in_images(work)
+            content, kind = await served.in_images(work)
         except ImageError as error:
             raise NotFoundError(f"image {id} cannot be shown: {error}") from None
         return Response(content, media_type=kind, headers=headers)
@@ -222,13 +224,13 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
     @app.get("/images/{id}", response_class=Response, responses={200: images}, summary="An image's own file")
     async def image(request: Request, id: Number, gallery: GalleryName = None, v: Version = None) -> Response:
-        return await sent(request, service.desk(gallery), id, v, 0)
+        return await sent(request, service.served(gallery), id, v, 0)
 
     @app.get("/thumbnails/{id}", response_class=Response, responses={200: images}, summary="An image made small")
     async def thumbnail(
         request: Request, id: Number, gallery: GalleryName = None, v: Version = None, side: Side = 320
     ) -> Response:
-        return await sent(request, service.desk(gallery), id, v, next(one for one in SIDES if one >= side))
+        return await sent(request, service.served(gallery), id, v, next(one for one in SIDES if one >= side))
 
 
 _bearer = HTTPBearer(auto_error=False, description="The token that the service was started with.")
@@ -255,10 +257,10 @@ def _add_writing(app: FastAPI, service: Service) -> None:
 
     async def add(name: str, form: Annotated[AddForm, File()]) -> Response:
         """All images of the request or none; those whose bytes the gallery got this way before stay as they are."""
-        desk = service.desk(name)
-        added = await desk.add(await service.uploads.each(form.image, desk.read), form.columns)
+        served = service.served(name)
+        added = await served.add(await service.uploads.each(form.image, served.read), form.columns)
         images = [{"id": number, "new": new} for number, new in added]
-        return JSONResponse({"images": images, "state": desk.state.number})
+        return JSONResponse({"images": images, "snapshot": served.snapshot.number})
 
     app.router.add_api_route(
         "/galleries/{name}/add",
@@ -273,7 +275,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
     @app.delete("/galleries/{name}/images/{id}", response_model=Health, summary="Delete an image", **guarded)
     async def remove(name: str, id: Annotated[Id, InPath()]) -> Response:
         """Nothing finds it any more. Its file stays where it was indexed from, and goes where it was added here."""
-        await service.desk(name).remove(id)
+        await service.served(name).remove(id)
         return JSONResponse({"status": "deleted"})
 
 
@@ -282,22 +284,22 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def galleries() -> list[dict[str, Any]]:
         return [
             {
-                "name": desk.name,
-                "images": desk.state.count,
-                "state": desk.state.number,
-                "model": desk.encoder.bundle.manifest.model,
-                "columns": desk.state.filterable,
-                "rerank": desk.manner.rerank.steps,
+                "name": served.name,
+                "images": served.snapshot.count,
+                "snapshot": served.snapshot.number,
+                "model": served.encoder.bundle.manifest.model,
+                "columns": served.snapshot.filterable,
+                "rerank": served.settings.rerank.steps,
                 "writable": service.token is not None,
-                "reload_failing": desk.trouble is not None,
+                "reload_failing": served.trouble is not None,
             }
-            for desk in service.desks.values()
+            for served in service.galleries.values()
         ]
 
     @app.get("/galleries/{name}/choices", summary="Columns with few values, for filters")
     async def choices(name: str) -> dict[str, list[Choice]]:
-        desk = service.desk(name)
-        found = await desk.choices()
+        served = service.served(name)
+        found = await served.choices()
         return {column: [Choice(value=value, images=count) for value, count in rows] for column, rows in found.items()}
 
     @app.get("/healthz", response_model=Health, summary="Whether the process answers")
@@ -306,8 +308,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", response_model=Health, summary="Whether searches are answered")
     async def readyz() -> dict[str, str]:
-        for desk in service.desks.values():  # a search through the engine, the ranker and the queue
-            await desk.search([[("ready", 1.0)]], 1)
+        for served in service.galleries.values():  # a search through the engine, the ranker and the queue
+            await served.search([[("ready", 1.0)]], 1)
         return {"status": "ready"}
 
     @app.get(

@@ -48,9 +48,9 @@ class Metrics:
         """Count a batch of `size` searches of a gallery that the engine was given at once."""
         self._sizes(gallery).observe(size)
 
-    def follow(self, desks: Collection["ServedGallery"]) -> None:
+    def follow(self, galleries: Collection["ServedGallery"]) -> None:
         """Read these galleries' own figures at every look at the metrics. To be called once."""
-        self._registry.register(_Galleries(desks))
+        self._registry.register(_Galleries(galleries))
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format, whose type is CONTENT_TYPE."""
@@ -69,27 +69,32 @@ class _Registry(CollectorRegistry):
 class _Galleries(Collector):
     """What only the present moment knows of each gallery."""
 
-    def __init__(self, desks: Collection["ServedGallery"]) -> None:
-        self._desks = desks
+    def __init__(self, galleries: Collection["ServedGallery"]) -> None:
+        self._desks = galleries
 
     def collect(self) -> Iterator[Metric]:
         for kind, name, about, value in _GALLERY:
             metric = kind(name, about, labels=["gallery"])
-            for desk in self._desks:
-                metric.add_metric([desk.name], value(desk))
+            for served in self._desks:
+                metric.add_metric([served.name], value(served))
             yield metric
 
 
 _GALLERY: tuple[
     tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[["ServedGallery"], float]], ...
 ] = (
-    (GaugeMetricFamily, "clipret_waiting", "Searches that wait for the engine.", lambda desk: len(desk.batcher)),
-    (GaugeMetricFamily, "clipret_images", "Live images of a gallery.", lambda desk: desk.state.count),
-    (CounterMetricFamily, "clipret_reloads_total", "States of a gallery that were loaded.", lambda desk: desk.reloads),
+    (GaugeMetricFamily, "clipret_waiting", "Searches waiting for the model.", lambda served: len(served.batcher)),
+    (GaugeMetricFamily, "clipret_images", "Live images of a gallery.", lambda served: served.snapshot.count),
+    (
+        CounterMetricFamily,
+        "clipret_reloads_total",
+        "Snapshots of a gallery loaded.",
+        lambda served: served.reloads,
+    ),
     (
         GaugeMetricFamily,
         "clipret_reload_failing",
         "1 while a gallery's last change could not be loaded.",
-        lambda desk: desk.trouble is not None,
+        lambda served: served.trouble is not None,
     ),
 )

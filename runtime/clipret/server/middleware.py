@@ -1,9 +1,10 @@
-"""Around the application: limits on bytes and time, the host's name, safe headers, and the count of it all.
+"""Middleware: limits on bytes and time, the check of the host name, safe headers, metrics and the access log.
 
-Starlette's own middlewares for bytes and hosts answer in plain text and with other statuses; one for time it lacks.
+Starlette's own middlewares for hosts and sizes answer in plain text and with other statuses; it has none for time.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection
 
@@ -15,11 +16,13 @@ from clipret.server.metrics import Metrics
 from clipret.server.openapi import refusal
 from clipret.server.requests import JSON, kind_of
 
-__all__ = ["Guard"]
+__all__ = ["ServiceMiddleware"]
 
-# As they are sent: to put them in by starlette's MutableHeaders costs every request some microseconds.
+_access = logging.getLogger("clipret.access")
+
+# In the form in which they are sent: starlette's MutableHeaders would cost some microseconds per request.
 _HEADERS = [
-    # Nothing but this service's own files runs, is shown or is asked; blob: are images that a person drags in.
+    # Only the service's own files are loaded and run; blob: is for images that a user drags in.
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -32,9 +35,16 @@ _HEADERS = [
 ]
 
 
-class Guard:
-    """`hosts`: names under which the service may be asked, None for any. A page elsewhere whose name is made to point
-    here (DNS rebinding) would otherwise read the gallery through its visitor's browser."""
+class ServiceMiddleware:
+    """Limits on requests, safe headers, metrics and the access log.
+
+    Args:
+        app: The application.
+        limits: Bytes and seconds of a request.
+        metrics: Counts every response.
+        hosts: Host names that requests may use, None for any. Without the check, a page on another site could read the
+            gallery through its visitor's browser (DNS rebinding).
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, hosts: Collection[str] | None) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
@@ -44,14 +54,15 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        began, status, sent = time.perf_counter(), 0, 0
         headers = Headers(scope=scope)
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
+            sent += len(message.get("body", b""))
             await send(message)
 
         async def refuse(error: RequestError) -> None:
@@ -85,7 +96,23 @@ class Guard:
         finally:
             # Where a client was slower than the limit the answer stays unfinished, and uvicorn closes its connection.
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.request(route, status or 499, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.metrics.request(route, status or 499, seconds)
+            if _access.isEnabledFor(logging.INFO):
+                _log_access(scope, status or 499, sent, seconds)
+
+
+def _log_access(scope: Scope, status: int, sent: int, seconds: float) -> None:
+    """One line per request, without the query string: it may hold what somebody looked for."""
+    facts = {
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "bytes": sent,
+        "milliseconds": round(1000 * seconds, 2),
+        "client": (scope.get("client") or ("-", 0))[0],
+    }
+    _access.info("%(method)s %(path)s %(status)d, %(bytes)d bytes, %(milliseconds).2f ms", facts, extra=facts)
 
 
 def _host(value: str) -> str:

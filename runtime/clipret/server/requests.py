@@ -2,7 +2,7 @@
 
 FastAPI reads a body before it asks any dependency, has no bound on how many forms lie on the disk at once, and decodes
 JSON with Python's parser, which gives up on deep nesting and long numbers with errors of its own. The bound on a
-body's bytes is the Guard's.
+body's bytes is the middleware's.
 """
 
 import asyncio

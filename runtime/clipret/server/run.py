@@ -14,6 +14,7 @@ from clipret.errors import ClipretError
 from clipret.gallery.gallery import Gallery
 from clipret.hardware.cpu import cpu_count
 from clipret.inference.encoder import Encoder
+from clipret.logs import is_configured
 from clipret.milvus.collection import Address
 from clipret.server.app import Service, create_app
 from clipret.server.limits import Limits
@@ -35,13 +36,20 @@ def open_service(
     limits: Limits | None = None,
     token: str | None = None,
     hosts: Collection[str] | None = None,
-    manner: SearchSettings | None = None,
+    settings: SearchSettings | None = None,
 ) -> Iterator[Service]:
-    """Galleries ready to be searched, each with the encoder of its bundle. Raises ClipretError.
+    """Open galleries and start the threads of a service.
 
-    A gallery goes by the name of its folder, or of the collection that milvus+URI names; with a number where two are
-    called the same. `token`: what changes to galleries need, None where there shall be none; `hosts`: see `Guard`;
-    `manner`: of every search.
+    Args:
+        galleries: Each with the encoder of its bundle. A gallery's name is that of its folder, or of the collection of
+            milvus+URI, with a number if two have the same name.
+        limits: Limits of requests and of the service.
+        token: The token for changes to galleries; None turns them off.
+        hosts: See `ServiceMiddleware`.
+        settings: The settings of every search.
+
+    Raises:
+        ClipretError: A gallery or its model cannot be opened.
     """
     limits = limits or Limits()
     metrics = Metrics()
@@ -52,19 +60,19 @@ def open_service(
 
         decoders = max(2, cpu_count())
         threads = Threads(pool(1, "engine"), pool(decoders, "images"), pool(4, "filters"), pool(1, "files"))
-        desks = dict[str, ServedGallery]()
+        opened = dict[str, ServedGallery]()
         for path, encoder in galleries:
             folder = path if isinstance(path, str) else Gallery.open(path).path
             called = Address.parse(folder).name if isinstance(folder, str) else folder.name
             names = (called if number == 1 else f"{called}-{number}" for number in range(1, 1 << 30))
-            name = next(name for name in names if name not in desks)
+            name = next(name for name in names if name not in opened)
 
             def note(size: int, name: str = name) -> None:
                 metrics.batch(name, size)
 
-            desks[name] = ServedGallery(name, folder, encoder, limits, threads, manner or SearchSettings(), note)
-            desks[name].load()
-        yield Service(desks, threads, limits, metrics, token, hosts)
+            opened[name] = ServedGallery(name, folder, encoder, limits, threads, settings or SearchSettings(), note)
+            opened[name].load()
+        yield Service(opened, threads, limits, metrics, token, hosts)
 
 
 def serve(service: Service, host: str, port: int, started: Callable[[str], None]) -> None:
@@ -89,7 +97,8 @@ def make_server(service: Service) -> uvicorn.Server:
         http=protocol(service.limits),
         ws="none",
         lifespan="on",
-        log_level="warning",
+        # Once the commands' logging is configured, it has uvicorn's messages too; else uvicorn writes faults to stderr.
+        **({"log_config": None} if is_configured() else {"log_level": "warning"}),
         access_log=False,
         server_header=False,
         proxy_headers=False,

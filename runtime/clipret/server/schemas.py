@@ -63,7 +63,7 @@ class QueryRequest(_Strict):
 
 
 class SearchRequest(_Strict):
-    """One search: several queries are answered from the same state of the gallery."""
+    """One search: several queries are answered from the same snapshot of the gallery."""
 
     queries: Annotated[list[str | QueryRequest], Field(min_length=1, max_length=64)]
     k: Annotated[int, Field(ge=1)] = 20
@@ -135,10 +135,10 @@ class QueryResult(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """`state` counts what was loaded of the gallery: all results are of the same one."""
+    """`snapshot` numbers the loaded versions of the gallery: all results are of the same one."""
 
     gallery: str
-    state: int
+    snapshot: int
     images: int
     seconds: float
     results: list[QueryResult]
@@ -149,7 +149,7 @@ class GalleryFacts(BaseModel):
 
     name: str
     images: int
-    state: int
+    snapshot: int
     model: str
     columns: list[str]
     rerank: list[str]
@@ -169,7 +169,7 @@ class Added(BaseModel):
 
 class AddResponse(BaseModel):
     images: list[Added]
-    state: int
+    snapshot: int
 
 
 class Health(BaseModel):

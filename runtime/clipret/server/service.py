@@ -1,4 +1,4 @@
-"""One gallery being served: its present state, searches in micro-batches, additions and removals."""
+"""A served gallery: its current snapshot, searches in micro-batches, additions and removals."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from clipret.server.writing import add_images, remove_image
 from clipret.sources.item import Value, image_file
 from clipret.tables import OWN_COLUMNS
 
-__all__ = ["Answer", "Content", "FoundImage", "RankRequest", "ServedGallery", "Threads"]
+__all__ = ["Answer", "Content", "RankRequest", "RankedImage", "ServedGallery", "Threads"]
 
 T = TypeVar("T")
 Content = str | int | npt.NDArray[np.uint8]
@@ -67,7 +67,7 @@ class Snapshot:
 class RankRequest:
     """A search of one snapshot; `allowed` is its filter. Each query is a weighted sum of its parts, as a `Query` is."""
 
-    state: Snapshot
+    snapshot: Snapshot
     queries: tuple[tuple[tuple[Content, float], ...], ...]
     k: int
     where: str | None = None
@@ -78,11 +78,11 @@ class RankRequest:
     @property
     def group(self) -> tuple[object, ...]:
         """Asks of one group are ranked together; those for many images do not slow those for few."""
-        return (self.state.number, self.where, self.exclude, self.min_score, (self.k - 1).bit_length())
+        return (self.snapshot.number, self.where, self.exclude, self.min_score, (self.k - 1).bit_length())
 
 
 @dataclass(frozen=True)
-class FoundImage:
+class RankedImage:
     """One image found, as `clipret.search.searcher.Hit`, with what the same state knows of it."""
 
     rank: int
@@ -96,15 +96,15 @@ class FoundImage:
 class Answer:
     """What each query of an ask found."""
 
-    state: Snapshot
-    results: list[list[FoundImage]]
+    snapshot: Snapshot
+    results: list[list[RankedImage]]
 
 
 @dataclass
 class ServedGallery:
     """A gallery under its `name`. Everything but `load` and what it hands to threads runs in the event loop.
 
-    The state may be replaced at any await; whoever answers a request reads `state` once.
+    The snapshot may be replaced at any await: the code that answers a request reads `snapshot` once.
     """
 
     name: str
@@ -112,17 +112,17 @@ class ServedGallery:
     encoder: Encoder
     limits: Limits
     threads: Threads
-    manner: SearchSettings = field(default_factory=SearchSettings)
+    settings: SearchSettings = field(default_factory=SearchSettings)
     note: Callable[[int], None] = lambda _: None
     reloads: int = 0
     trouble: str | None = None
     _watch: Watch = field(init=False)
-    _state: Snapshot | None = None
+    _snapshot: Snapshot | None = None
     _reference: Floats | None = None
 
     def __post_init__(self) -> None:
         self._watch = CollectionWatch(self.path) if isinstance(self.path, str) else GalleryWatch(self.path)
-        self._embedder = Searcher(open_searchable(self.path), self.encoder, templates=self.manner.templates)
+        self._embedder = Searcher(open_searchable(self.path), self.encoder, templates=self.settings.templates)
         self._refreshing = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
         self.batcher = Batcher[RankRequest, Answer](
@@ -131,19 +131,19 @@ class ServedGallery:
             most=self.limits.batch,
             gather=self.limits.gather,
             waiting=self.limits.waiting,
-            size=lambda ask: sum(map(len, ask.queries)),
+            size=lambda request: sum(map(len, request.queries)),
             note=self.note,
         )
 
     @property
-    def state(self) -> Snapshot:
-        assert self._state is not None  # `load` comes first
-        return self._state
+    def snapshot(self) -> Snapshot:
+        assert self._snapshot is not None  # `load` comes first
+        return self._snapshot
 
     def load(self) -> None:
         """Read the gallery and open the towers, before anybody asks. Raises ClipretError."""
-        if self.manner.reference:
-            self._reference = self._embedder.embed(list(dict.fromkeys(self.manner.reference)))
+        if self.settings.reference:
+            self._reference = self._embedder.embed(list(dict.fromkeys(self.settings.reference)))
         self._renew()
         self.encoder.encode_texts(["an image"])
         size = self.encoder.bundle.manifest.image.size
@@ -183,14 +183,14 @@ class ServedGallery:
             return
         try:
             searched = self._searched()
-            self._state = Snapshot(self.reloads + 1, searched, searched.count())
+            self._snapshot = Snapshot(self.reloads + 1, searched, searched.count())
         except BaseException:
             self._watch.close()  # what was not read is still news
             raise
         self.reloads += 1
 
     def _searched(self) -> Searchable:
-        rerank = self.manner.rerank
+        rerank = self.settings.rerank
         if isinstance(self.path, Path):
             return ServedSnapshot(self.path, self.encoder, rerank, self._reference, self.limits.where_seconds)
         if rerank.steps:
@@ -210,20 +210,20 @@ class ServedGallery:
 
         Raises RequestError.
         """
-        if min_score is not None and self.manner.rerank.steps:
+        if min_score is not None and self.settings.rerank.steps:
             raise RequestError("min_score is a cosine, which this service re-ranks: leave it out")
-        state, allowed = self.state, None
+        snapshot, allowed = self.snapshot, None
         if where is not None or exclude:
             try:
-                allowed = await self._in(self.threads.filters, lambda: state.searched.filter(where, exclude))
+                allowed = await self._in(self.threads.filters, lambda: snapshot.searched.filter(where, exclude))
             except ClipretError as error:
                 raise RequestError(str(error).removeprefix("--")) from None
-        asked = tuple(tuple(query) for query in queries)
-        return await self.batcher.submit(RankRequest(state, asked, k, where, allowed, frozenset(exclude), min_score))
+        parts = tuple(tuple(query) for query in queries)
+        return await self.batcher.submit(RankRequest(snapshot, parts, k, where, allowed, frozenset(exclude), min_score))
 
     async def record(self, number: int) -> tuple[Path, ImageRecord]:
         """What the path of an image is relative to, and its record. Raises NotFoundError."""
-        searched = self.state.searched
+        searched = self.snapshot.searched
         found = await self._in(self.threads.filters, lambda: searched.records([number]))
         if number not in found:
             raise NotFoundError(f"there is no image {number}")
@@ -242,7 +242,7 @@ class ServedGallery:
 
     async def choices(self) -> dict[str, list[tuple[Value, int]]]:
         """`ServedSnapshot.choices` of the present one; Milvus does not count values."""
-        searched = self.state.searched
+        searched = self.snapshot.searched
         if not isinstance(searched, ServedSnapshot):
             return {}
         return await self._in(self.threads.filters, lambda: searched.choices)
@@ -253,30 +253,30 @@ class ServedGallery:
         below = isinstance(self.path, Path) and file.is_relative_to(self.path)
         return file.relative_to(self.path).as_posix() if below else image.path
 
-    def answer(self, asks: list[RankRequest]) -> list[Answer | Exception]:
+    def answer(self, requests: list[RankRequest]) -> list[Answer | Exception]:
         """Embed everything at once, rank what belongs together at once. In the engine's thread."""
-        known = self._embedded([part for ask in asks for query in ask.queries for part, _ in query])
+        known = self._embedded([part for request in requests for query in request.queries for part, _ in query])
         results: list[Answer | Exception] = []
         groups = dict[tuple[object, ...], list[tuple[int, Floats]]]()
-        for at, ask in enumerate(asks):
+        for at, request in enumerate(requests):
             try:
-                rows = np.array([_sum(ask.state.searched, query, known) for query in ask.queries])
+                rows = np.array([_sum(request.snapshot.searched, query, known) for query in request.queries])
             except RequestError as error:
                 results.append(error)
             else:
-                results.append(Answer(ask.state, []))
-                groups.setdefault(ask.group, []).append((at, rows))
+                results.append(Answer(request.snapshot, []))
+                groups.setdefault(request.group, []).append((at, rows))
         for group in groups.values():
-            self._rank(group, asks, results)
+            self._rank(group, requests, results)
         return results
 
     def _rank(
-        self, group: list[tuple[int, Floats]], asks: list[RankRequest], results: list[Answer | Exception]
+        self, group: list[tuple[int, Floats]], requests: list[RankRequest], results: list[Answer | Exception]
     ) -> None:
-        first = asks[group[0][0]]
-        searched = first.state.searched
+        first = requests[group[0][0]]
+        searched = first.snapshot.searched
         together = np.concatenate([rows for _, rows in group])
-        most = max(asks[at].k for at, _ in group)
+        most = max(requests[at].k for at, _ in group)
         try:
             scores, ids = searched.rank(together, most, first.allowed, first.min_score)
             found = np.unique(ids[ids >= 0]).tolist()
@@ -287,17 +287,17 @@ class ServedGallery:
             return
         lines = zip(ids.tolist(), scores.tolist(), strict=True)
         for at, rows in group:
-            lists = list[list[FoundImage]]()
+            lists = list[list[RankedImage]]()
             for line, line_scores in (next(lines) for _ in rows):
                 # What was deleted between the ranking and this, as may be in Milvus, is no result.
                 best = [(one, score) for one, score in zip(line, line_scores, strict=True) if one in records]
                 lists.append(
                     [
-                        FoundImage(rank, one, score, records[one], metadata.get(one, {}))
-                        for rank, (one, score) in enumerate(best[: asks[at].k], 1)
+                        RankedImage(rank, one, score, records[one], metadata.get(one, {}))
+                        for rank, (one, score) in enumerate(best[: requests[at].k], 1)
                     ]
                 )
-            results[at] = Answer(first.state, lists)
+            results[at] = Answer(first.snapshot, lists)
 
     def _embedded(self, parts: Sequence[Content]) -> dict[str | int, Floats]:
         """The row of each text by itself, and of each image's pixels by their id()."""

@@ -3,7 +3,7 @@
 Shards are immutable files, and what is mapped stays readable after compaction has removed its name. What can change
 under a reader is the database, so each state has a copy of it: rows, paths, metadata and filters of an answer all come
 from the same commit, whatever happens to the gallery meanwhile. (A read transaction held open would do the same and
-lock every writer out: the gallery's journal is sqlite's oldest, which needs no files beside the database.)
+lock every writer out: the gallery's journal is sqlite's oldest, which needs no files next to the database.)
 """
 
 import contextlib

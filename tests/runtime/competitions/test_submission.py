@@ -61,7 +61,7 @@ def test_traffic_from_gallery_to_file(gallery: Path, tmp_path: Path) -> None:
 def test_traffic_with_prompts_and_re_ranking(gallery: Path, tmp_path: Path) -> None:
     texts = write(tmp_path / "test.txt", "a crimson car\nblue\n")
     prompts = write(tmp_path / "p.toml", '[[rule]]\nname = "c"\nwords = ["crimson"]\ntemplates = ["red {}"]\n')
-    steps = ("--rerank", "adapt=3,hubness=nnn,reciprocal=8")
+    steps = ("--rerank", "adapt=3,hubness=nnn,k_reciprocal=8")
     run("submit", gallery, texts, tmp_path / "a.json", "--prompts", prompts, *steps)
     names = json.loads((tmp_path / "a.json").read_text())["results"][0]["image_names"]
     assert {name.split("-")[0] for name in names[:3]} == {"red"}

@@ -81,7 +81,7 @@ def test_a_library_that_hangs_or_lies(broken_openvino: Path, monkeypatch: pytest
 
 
 class Wrong:
-    """A tower of unit rows that have nothing to do with its images."""
+    """A tower of unit embeddings that have nothing to do with its images."""
 
     name, lanes = "wrong", 1
 

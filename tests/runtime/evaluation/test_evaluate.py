@@ -126,7 +126,7 @@ def test_eval_measures_re_ranking_and_prompts(gallery: Path, tmp_path: Path) -> 
     plain = ("eval", gallery, queries, "--equal", "colour", "--json")
     assert json.loads(run(*plain).stdout)["recall_at_1"] == 1.0
     assert json.loads(run(*plain, "--prompts", prompts).stdout)["recall_at_1"] < 1.0
-    steps = ("--rerank", "adapt=3,hubness=nnn", "--rerank", "neighbours=1,reciprocal=6")
+    steps = ("--rerank", "adapt=3,hubness=nnn", "--rerank", "neighbours=1,k_reciprocal=6")
     values = json.loads(run(*plain, *steps).stdout)
     assert list(values)[:5] == ["queries", "recall@1", "recall@5", "recall@10", "mAP@10"]
     assert values["mAP@10"] == 1.0

@@ -1,4 +1,4 @@
-"""The page of an evaluation: every number on it against a brute force over the stored rows."""
+"""The page of an evaluation: every number on it against a brute force over the stored embeddings."""
 
 from pathlib import Path
 

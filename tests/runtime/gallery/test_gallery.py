@@ -179,16 +179,16 @@ def fill(gallery: Gallery, counts: list[int]) -> np.ndarray:
 def test_codes_belong_to_their_rows(gallery: Gallery) -> None:
     rows = fill(gallery, [3, 40, 2, 1])
     stored = gallery.read()
-    assert [len(codes.values) for codes in stored.codes] == [3, 40, 2, 1]
+    assert [len(quantized.values) for quantized in stored.quantized] == [3, 40, 2, 1]
     start = 0
-    for codes in stored.codes:
-        again = codes.center + np.float32(codes.scale) * (codes.values.astype(np.float32) - 128)
+    for quantized in stored.quantized:
+        again = quantized.center + np.float32(quantized.scale) * (quantized.values.astype(np.float32) - 128)
         lost = np.linalg.norm(rows[start : start + len(again)].astype(np.float32) - again, axis=1)
-        assert lost.max() <= codes.residual
-        assert codes.residual < 0.05
+        assert lost.max() <= quantized.residual
+        assert quantized.residual < 0.05
         start += len(again)
     # The second shard has many more rows than the first, so the center is its own; the later ones keep it.
-    centers = [codes.center.tobytes() for codes in stored.codes]
+    centers = [quantized.center.tobytes() for quantized in stored.quantized]
     assert centers[0] != centers[1] == centers[2] == centers[3]
 
 

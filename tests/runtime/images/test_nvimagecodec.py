@@ -1,4 +1,4 @@
-"""nvImageCodec in the place of Pillow's JPEG decoder, with its CPU backend: the same library, calls and gate."""
+"""nvImageCodec in the place of Pillow's JPEG decoder, with its CPU backend: the same library, calls and check."""
 
 import io
 from pathlib import Path

@@ -289,7 +289,9 @@ def test_a_reader_sees_one_state_while_another_process_writes(images: Path, tiny
             while not stop.is_set():
                 with Gallery.open(tmp_path / "g") as gallery:
                     stored = gallery.read()
-                    assert len(stored.ids) == sum(map(len, stored.shards)) == sum(len(c.values) for c in stored.codes)
+                    assert (
+                        len(stored.ids) == sum(map(len, stored.shards)) == sum(len(c.values) for c in stored.quantized)
+                    )
                     live = len(stored.ids) if stored.live is None else int(stored.live.sum())
                     assert live in (190, 191)
         except BaseException as error:

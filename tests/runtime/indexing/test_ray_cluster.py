@@ -129,8 +129,8 @@ def test_the_gallery_is_that_of_one_process(
     assert again.skipped == report.skipped
 
 
-def gated(items: Callable[[], Iterator[Item]], name: str, folder: Path) -> Iterator[Item]:
-    """The items of an archive, of which the first ten come at once and the others when the gate is open."""
+def checked(items: Callable[[], Iterator[Item]], name: str, folder: Path) -> Iterator[Item]:
+    """The items of an archive, of which the first ten come at once and the others when the parity check is open."""
     for number, item in enumerate(items()):
         if number == 10:
             (folder / f"{name}-{os.getpid()}").touch()
@@ -149,28 +149,28 @@ def test_a_killed_worker_costs_no_image(cluster: Pool, settings: Settings, shard
     """Every process that is in the middle of an archive is killed there."""
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    source, gate = open_source(shards), tmp_path / "gate"
-    gate.mkdir()
-    streams = [replace(one, items=partial(gated, one.items, Path(one.first).name, gate)) for one in source.streams]
+    source, check = open_source(shards), tmp_path / "check"
+    check.mkdir()
+    streams = [replace(one, items=partial(checked, one.items, Path(one.first).name, check)) for one in source.streams]
     gallery = Gallery.create(tmp_path / "gallery", Bundle.open(settings.bundle), source.root)
 
     def kill() -> list[int]:
         """Not from within the run, which an archive may keep from going on: an actor takes its parts in any order."""
-        wait_for(lambda: any(gate.iterdir()))
-        killed = [int(file.name.rpartition("-")[2]) for file in gate.iterdir()]
+        wait_for(lambda: any(check.iterdir()))
+        killed = [int(file.name.rpartition("-")[2]) for file in check.iterdir()]
         for process in killed:
             os.kill(process, signal.SIGKILL)
-        (gate / "open").touch()
+        (check / "open").touch()
         return killed
 
-    with ThreadPoolExecutor(1) as beside:
-        killing = beside.submit(kill)
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill)
         report = index_on_cluster(gallery, cluster, replace(source, streams=tuple(streams)))
         killed = killing.result()
     assert report.added == 216
     assert_same(gallery, alone(tmp_path / "alone", settings, source))
-    first = next(file.name for file in gate.iterdir() if file.name.endswith(f"-{killed[0]}"))
-    again = [file.name for file in gate.glob(f"{first.rpartition('-')[0]}-*")]
+    first = next(file.name for file in check.iterdir() if file.name.endswith(f"-{killed[0]}"))
+    again = [file.name for file in check.glob(f"{first.rpartition('-')[0]}-*")]
     assert len(again) > 1  # its archive was read again, by another process
 
 

@@ -303,7 +303,7 @@ def test_by_command(gallery: Gallery, tmp_path: Path) -> None:
     for words, reason in (
         (("eval", collection, queries, "--equal", "camera"), "use the gallery"),
         (("eval", folder, queries, "--against", "exact"), "name the collection as milvus"),
-        (("query", collection, "red", "--rerank", "reciprocal=20"), "use the gallery"),
+        (("query", collection, "red", "--rerank", "k_reciprocal=20"), "use the gallery"),
         (("query", collection, "red", "--where", "lower(camera) = 'x'"), "it has no function lower"),
         (("query", f"milvus+{target}#nothing", "red"), "does not exist: clipret-search export --to milvus makes it"),
         (("query", f"milvus+{tmp_path}/none.db", "red"), "does not exist"),

@@ -87,9 +87,11 @@ def make(way: str, rows: np.ndarray, cuts: Sequence[int], live: np.ndarray | Non
     if way.startswith(("float", "all")):
         return Ranker(shards, live)
     if way.startswith("device"):  # the GPU's graph and logic on the CPU, one block resident and the others sent
-        codes = coded(shards) if "codes" in way else None
-        made = Ranker(shards, live, codes)
-        made._device = DeviceScan(shards, "cpu", codes=codes, coded=bool(codes), block_rows=16, resident_rows=30)
+        quantized = coded(shards) if "codes" in way else None
+        made = Ranker(shards, live, quantized)
+        made._device = DeviceScan(
+            shards, "cpu", quantized=quantized, coded=bool(quantized), block_rows=16, resident_rows=30
+        )
         made._length = made._device.longest
         return made
     return Ranker(shards, live, coded(shards), threads=1, resident=way.startswith("packed"))
@@ -136,13 +138,15 @@ def test_filters_and_least_scores(ways: str) -> None:
 def test_codes_lose_no_more_than_they_say(case: Case, offset: float) -> None:
     rows = case[0]
     for center in (mean(rows), mean(rows) + np.float32(offset)):
-        codes = quantize(rows, center)
-        coded_part = (codes.values.astype(np.float64) - 128) * codes.scale
+        quantized = quantize(rows, center)
+        coded_part = (quantized.values.astype(np.float64) - 128) * quantized.scale
         lost = rows.astype(np.float64) - center.astype(np.float64) - coded_part
         # Below 1e-20 float32 squares are no normal numbers any more; the ranker allows for 1e-10.
-        assert np.linalg.norm(lost, axis=1).max() <= codes.residual + 1e-20
-        assert np.linalg.norm(coded_part, axis=1).max() <= codes.reach + 1e-20
-        assert codes.residual <= codes.scale / 2 * np.sqrt(rows.shape[1]) * 1.001 + 1e-5 * np.sqrt(rows.shape[1])
+        assert np.linalg.norm(lost, axis=1).max() <= quantized.residual + 1e-20
+        assert np.linalg.norm(coded_part, axis=1).max() <= quantized.reach + 1e-20
+        assert quantized.residual <= quantized.scale / 2 * np.sqrt(rows.shape[1]) * 1.001 + 1e-5 * np.sqrt(
+            rows.shape[1]
+        )
 
 
 def test_no_two_products_overflow_16_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +172,7 @@ def test_a_larger_gallery_with_duplicates(cone: bool) -> None:
     shards = np.split(rows, [9000, 18000, 18010, 30000])
     _, expected = brute_force(rows, queries, np.ones(len(rows), bool))
     for resident in (False, True):
-        made = Ranker(shards, codes=coded(shards), resident=resident)
+        made = Ranker(shards, quantized=coded(shards), resident=resident)
         for k, count in ((10, 40), (10, 3), (3000, 5)):
             np.testing.assert_array_equal(made.rank(queries[:count], k)[1], expected[:count, :k])
 
@@ -234,7 +238,7 @@ def test_rows_must_be_float16_of_one_width() -> None:
     with pytest.raises(ClipretError, match="2 flags for 1 rows"):
         Ranker(rows).rank(np.ones((1, 4)), 1, among=np.array([True, True]))
     with pytest.raises(ClipretError, match="codes are not those"):
-        Ranker(rows, codes=[])
+        Ranker(rows, quantized=[])
 
 
 def test_the_device_lists_more_where_its_own_order_is_too_coarse() -> None:
@@ -242,7 +246,7 @@ def test_the_device_lists_more_where_its_own_order_is_too_coarse() -> None:
     rng = np.random.default_rng(0)
     rows = np.repeat(unit(rng.normal(size=(1, 32))), 600, axis=0).astype(np.float16)
     queries = snap(unit(rows[:1].astype(np.float64)))
-    queries[0, 7] = 2.0**-20  # beside it a row's last bit moves the score by less than float32 shows
+    queries[0, 7] = 2.0**-20  # next to it a row's last bit moves the score by less than float32 shows
     rows[-1, 7] = np.nextafter(rows[-1, 7], np.float16(1))
     made = Ranker(rows)
     scan = DeviceScan(made.shards, "cpu", block_rows=250)
@@ -264,11 +268,11 @@ def test_a_device_finds_what_the_cpu_finds(form: str) -> None:
     shards = np.split(rows, [7_000, 15_000])
     center = mean(shards[0])
     scale = quantize(rows, center).scale
-    codes = [quantize(shard, center, scale) for shard in shards]
+    quantized = [quantize(shard, center, scale) for shard in shards]
     queries, live = unit(rng.normal(size=(40, 48))), rng.random(len(rows)) < 0.9
-    made = Ranker(shards, live, codes, threads=1)
+    made = Ranker(shards, live, quantized, threads=1)
     expected = made.rank(queries, 10)
-    made._device = DeviceScan(shards, "cpu", codes=codes, coded=form == "codes")
+    made._device = DeviceScan(shards, "cpu", quantized=quantized, coded=form == "codes")
     assert len(made._device.parts) == 1
     for got, wanted in zip(made.rank(queries, 10), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
@@ -276,7 +280,7 @@ def test_a_device_finds_what_the_cpu_finds(form: str) -> None:
 
 def test_codes_go_to_a_device_that_has_no_room_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = [np.zeros((10, 8), np.float16)]
-    made = DeviceScan(shards, "cpu", codes=coded(shards))
+    made = DeviceScan(shards, "cpu", quantized=coded(shards))
     assert not made.coded  # on the CPU this form is for tests alone
     for free, room in ((6 * device._SCORES, False), (6 * device._SCORES + 1000, True)):
         monkeypatch.setattr(device, "free_memory", lambda _, free=free: free)

@@ -34,7 +34,7 @@ def test_the_first_rule_that_fits_applies(prompts: Prompts) -> None:
         "image taken by traffic surveillance cameras, orange suv",
         "orange suv",
     ]
-    assert prompts.forms("a woman beside a suvenir") == ["pedestrian: a woman beside a suvenir"]
+    assert prompts.forms("a woman next to a suvenir") == ["pedestrian: a woman next to a suvenir"]
     assert prompts.forms("一辆红色轿车")[1] == "一辆红色轿车"
     assert prompts.forms("a business") == ["a business"]  # "bus" is no word of it
     assert prompts.rule("the human") is None

@@ -20,7 +20,7 @@ def stored(rows: np.ndarray, live: np.ndarray | None = None) -> Stored:
 
 
 def reranker(held: Stored, how: Rerank, reference: np.ndarray | None = None) -> Reranker:
-    return Reranker(held, Ranker(held.shards, held.live, held.codes), how, reference)
+    return Reranker(held, Ranker(held.shards, held.live, held.quantized), how, reference)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_no_step_is_the_exact_ranking(rows: np.ndarray, queries: np.ndarray) -> 
     for own, other in zip(reranker(held, Rerank()).rank(queries, 9), expected, strict=True):
         np.testing.assert_array_equal(own, other)
     assert Rerank().steps == []
-    assert Rerank(adapt=50, hubness="nnn", reciprocal=100).steps == ["adapt 50", "nnn", "reciprocal 100"]
+    assert Rerank(adapt=50, hubness="nnn", k_reciprocal=100).steps == ["adapt 50", "nnn", "k-reciprocal 100"]
 
 
 def test_nnn_takes_the_mean_of_the_nearest_queries_off(rows: np.ndarray, queries: np.ndarray) -> None:
@@ -97,7 +97,7 @@ def test_equal_rows_keep_their_order_and_blocks_change_nothing(
 
 def test_only_allowed_rows_are_found(rows: np.ndarray, queries: np.ndarray) -> None:
     among = np.arange(300) < 12
-    for how in (Rerank(adapt=5), Rerank(hubness="nnn"), Rerank(reciprocal=30), Rerank(hubness="dual-softmax")):
+    for how in (Rerank(adapt=5), Rerank(hubness="nnn"), Rerank(k_reciprocal=30), Rerank(hubness="dual-softmax")):
         scores, found = reranker(stored(rows), how).rank(queries, 30, among=among)
         assert found.shape == scores.shape == (7, 12)
         assert np.array_equal(np.sort(found, axis=1), np.tile(np.arange(12), (7, 1)))

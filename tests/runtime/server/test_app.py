@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -75,7 +76,9 @@ def test_metadata_and_addresses_come_with_an_image(serving: Callable[..., Any], 
     small = client.get("/" + hit["thumbnail"] + "&side=160")
     with Image.open(io.BytesIO(small.body)) as image:
         assert (image.format, image.size) == ("JPEG", (40, 34))
-    again = client.ask("GET", "/" + hit["thumbnail"] + "&side=160", headers={"If-None-Match": small.headers["etag"]})
+    again = client.request(
+        "GET", "/" + hit["thumbnail"] + "&side=160", headers={"If-None-Match": small.headers["etag"]}
+    )
     assert (again.status, again.body) == (304, b"")
 
 
@@ -85,9 +88,9 @@ def test_uploads_are_queries(serving: Callable[..., Any], searcher: Searcher, co
     uploads = [file.read_bytes() for file in files]
     images = [Query((Part(file),)) for file in files]
     assert hits(client.upload("/search", uploads)) == expected(searcher, images, 20)
-    asked = {"queries": [{"parts": [{"image": 1}, {"text": "red", "weight": -1}, {"image": 0}]}], "k": 4}
+    parts = {"queries": [{"parts": [{"image": 1}, {"text": "red", "weight": -1}, {"image": 0}]}], "k": 4}
     mixed = Query((Part(files[1]), Part("red", -1), Part(files[0])))
-    assert hits(client.upload("/search", uploads, {"search": json.dumps(asked)})) == expected(searcher, [mixed], 4)
+    assert hits(client.upload("/search", uploads, {"search": json.dumps(parts)})) == expected(searcher, [mixed], 4)
 
 
 def test_more_like_an_image_of_the_gallery(serving: Callable[..., Any], searcher: Searcher) -> None:
@@ -106,12 +109,12 @@ def test_searches_at_the_same_time_are_one_batch(serving: Callable[..., Any], se
     wanted = {text: expected(searcher, [text], 6) for text in TEXTS}
     held = threading.Barrier(16)
 
-    def ask(text: str) -> bool:
+    def request(text: str) -> bool:
         held.wait()
         return all(hits(client.get("/search", q=text, k=6)) == wanted[text] for _ in range(8))
 
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(ask, TEXTS))
+        assert all(pool.map(request, TEXTS))
     samples = metrics(client)
     count = samples['clipret_batch_size_count{gallery="gallery"}']
     assert samples['clipret_batch_size_sum{gallery="gallery"}'] == 128
@@ -163,14 +166,14 @@ def test_images_are_added_and_deleted_with_the_token(
     again = client.upload("/galleries/gallery/add", [new], {"metadata": '{"number": 9}'}, **TOKEN)
     assert again.json["images"] == [{"id": 13, "new": False}]
     assert client.get("/search", q="red", where="number = 9").json["results"][0]["hits"][0]["id"] == 13
-    assert client.ask("DELETE", "/galleries/gallery/images/13").status == 401
-    assert client.ask("DELETE", "/galleries/gallery/images/13", headers=TOKEN).status == 200
-    assert client.ask("DELETE", "/galleries/gallery/images/13", headers=TOKEN).status == 404
+    assert client.request("DELETE", "/galleries/gallery/images/13").status == 401
+    assert client.request("DELETE", "/galleries/gallery/images/13", headers=TOKEN).status == 200
+    assert client.request("DELETE", "/galleries/gallery/images/13", headers=TOKEN).status == 404
     assert client.get("/images/13").status == 404
     assert client.get("/search", q="red", where="number = 9").json["results"] == [{"hits": []}]
     assert not list((listed_gallery / "added").iterdir())
     number = client.get("/search", q="blue", k=1).json["results"][0]["hits"][0]["id"]
-    assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=TOKEN).status == 200
+    assert client.request("DELETE", f"/galleries/gallery/images/{number}", headers=TOKEN).status == 200
     assert len(list((colour_folder / "blue").iterdir())) == 3  # an indexed image's file is not ours
 
 
@@ -191,7 +194,7 @@ def test_half_an_addition_is_none(serving: Callable[..., Any], listed_gallery: P
 def test_a_service_without_a_token_only_reads(serving: Callable[..., Any], listed_gallery: Path) -> None:
     client = serving(listed_gallery)
     assert client.upload("/galleries/gallery/add", [b"x"], Authorization="Bearer ").status == 403
-    assert client.ask("DELETE", "/galleries/gallery/images/1", headers=TOKEN).status == 403
+    assert client.request("DELETE", "/galleries/gallery/images/1", headers=TOKEN).status == 403
     assert client.get("/galleries").json[0]["writable"] is False
 
 
@@ -227,7 +230,7 @@ def test_a_gallery_that_changes_while_64_clients_search(serving: Callable[..., A
     generations = 40
     answered = set[int]()
 
-    def ask(number: int) -> list[tuple[int, int]]:
+    def request(number: int) -> list[tuple[int, int]]:
         seen = []
         where = {"where": "id > 0 and path <> 'x'"} if number % 4 == 0 else {}
         while not ended.is_set() or not seen:
@@ -239,12 +242,12 @@ def test_a_gallery_that_changes_while_64_clients_search(serving: Callable[..., A
             assert len(paths) == len(found) == reply.json["images"]
             assert len(found) == 12 or (len(found) == 11 and "red/0.jpg" not in paths)
             assert max(hit["id"] for hit in found) - min(hit["id"] for hit in found) < 12
-            seen.append((generation or 0, reply.json["state"]))
+            seen.append((generation or 0, reply.json["snapshot"]))
             answered.add(generation or 0)
         return seen
 
     with ThreadPoolExecutor(64) as pool:
-        answers = [pool.submit(ask, number) for number in range(64)]
+        answers = [pool.submit(request, number) for number in range(64)]
         try:
             command = [sys.executable, "-c", CHANGES, str(listed_gallery), str(generations)]
             own = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -276,7 +279,7 @@ def test_additions_and_deletions_while_64_clients_search(
     files = [(colour_folder / colour / "0.jpg").read_bytes() for colour in ("red", "green", "blue")]
     ended = threading.Event()
 
-    def ask(number: int) -> list[int]:
+    def request(number: int) -> list[int]:
         seen = []
         while not ended.is_set() or not seen:
             reply = client.get("/search", q=TEXTS[number % 16], k=200)
@@ -288,11 +291,11 @@ def test_additions_and_deletions_while_64_clients_search(
             assert 12 - indexed <= len(groups)  # one of the first is deleted after each addition
             assert set(groups.values()) <= {3}
             assert sorted(groups) == list(range(len(groups)))
-            seen.append(reply.json["state"])
+            seen.append(reply.json["snapshot"])
         return seen
 
     with ThreadPoolExecutor(64) as pool:
-        answers = [pool.submit(ask, number) for number in range(64)]
+        answers = [pool.submit(request, number) for number in range(64)]
         try:
             for number in range(8):
                 new = [content + bytes([number]) for content in files]  # what comes after a JPEG's end is no image
@@ -318,7 +321,7 @@ def test_additions_and_deletions_while_64_clients_search(
                     ]
                     result = CliRunner().invoke(main, command)
                     assert result.exit_code == 0, result.output
-                gone = client.ask("DELETE", f"/galleries/gallery/images/{number + 1}", headers=TOKEN)
+                gone = client.request("DELETE", f"/galleries/gallery/images/{number + 1}", headers=TOKEN)
                 assert gone.status == 200, gone.body
         finally:
             ended.set()
@@ -389,3 +392,19 @@ def test_the_examples_of_the_guide(serving: Callable[..., Any], listed_gallery: 
         value = json.loads(result.stdout)
         assert "error" not in value
         assert all(one["hits"] for one in value.get("results", [])), command
+
+
+def test_the_access_log(serving: Callable[..., Any], listed_gallery: Path, caplog: pytest.LogCaptureFixture) -> None:
+    client = serving(listed_gallery, token="secret")
+    client.get("/search", q="red")
+    assert not caplog.records
+    with caplog.at_level(logging.INFO, logger="clipret.access"):
+        client.get("/search", q="who is that")
+        client.get("/nowhere")
+        while len(caplog.records) < 2:  # a line is written once the answer is sent
+            time.sleep(0.01)
+    first, second = (record for record in caplog.records if record.name == "clipret.access")
+    assert (vars(first)["method"], vars(first)["path"], vars(first)["status"]) == ("GET", "/search", 200)
+    assert vars(first)["bytes"] > 100
+    assert vars(second)["status"] == 404
+    assert "who" not in first.getMessage()

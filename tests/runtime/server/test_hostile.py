@@ -27,7 +27,7 @@ SECRET = b"nobody outside may read this"
 
 @pytest.fixture
 def client(client: Any, listed_gallery: Path) -> Any:
-    """A service with a secret beside its gallery."""
+    """A service with a secret next to its gallery."""
     (listed_gallery.parent / "secret.txt").write_bytes(SECRET)
     (listed_gallery.parent / "images" / "secret.txt").write_bytes(SECRET)
     return client
@@ -77,16 +77,16 @@ def test_no_name_or_method_leads_outside_either(client: Any, listed_gallery: Pat
         "gallery/..",
     ):
         for method, path in (("POST", f"/galleries/{name}/add"), ("DELETE", f"/galleries/{name}/images/1")):
-            reply = client.ask(method, path, b"", {**token, "Content-Type": "multipart/form-data; boundary=x"})
+            reply = client.request(method, path, b"", {**token, "Content-Type": "multipart/form-data; boundary=x"})
             assert reply.status in (400, 404, 405, 415, 422), (path, reply)
     for number in ("1%2f..%2f2", "../1", "1;2", "0x1", "%31%00", "-1", "1e3"):
-        assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=token).status in (404, 405, 422)
+        assert client.request("DELETE", f"/galleries/gallery/images/{number}", headers=token).status in (404, 405, 422)
     before = {file for file in listed_gallery.parent.rglob("*") if file.is_file()}
     image = (colour_folder / "red/0.jpg").read_bytes() + b"another"
     for name in ("../../evil.jpg", "/tmp/evil.jpg", "..\\\\evil.jpg", "gallery.db", "a\0b.jpg", ".."):
         part = f'--x\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'.encode()
         head = {**token, "Content-Type": "multipart/form-data; boundary=x"}
-        reply = client.ask("POST", "/galleries/gallery/add", part + image + b"\r\n--x--\r\n", head)
+        reply = client.request("POST", "/galleries/gallery/add", part + image + b"\r\n--x--\r\n", head)
         assert reply.status in (200, 400), (name, reply)
         if reply.status == 200:
             new = {file for file in listed_gallery.parent.rglob("*") if file.is_file()} - before
@@ -94,7 +94,7 @@ def test_no_name_or_method_leads_outside_either(client: Any, listed_gallery: Pat
             assert added.parent == listed_gallery / "added"
             assert re.fullmatch(r"[0-9a-f]{32}\.jpg", added.name)
             number = reply.json["images"][0]["id"]
-            assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=token).status == 200
+            assert client.request("DELETE", f"/galleries/gallery/images/{number}", headers=token).status == 200
             assert not added.exists()
 
 
@@ -150,7 +150,7 @@ def test_long_texts(client: Any, form: str) -> None:
         reply = client.post("/search", {"queries": [long]})
     else:
         head = {"q": "red", form: long}
-        reply = client.ask("GET", "/search?" + "&".join(f"{name}={_quoted(value)}" for name, value in head.items()))
+        reply = client.request("GET", "/search?" + "&".join(f"{name}={_quoted(value)}" for name, value in head.items()))
     assert reply.status in (422, 400)  # a line of 90,000 bytes is more than the server's parser takes
     reply = client.get("/search", **{"q": "red", **({form: "x" * 10_000} if form != "body" else {"q": "x" * 10_000})})
     assert reply.status == 422
@@ -169,10 +169,10 @@ def test_strange_characters(client: Any) -> None:
                 assert reply.status == 200 or "is blank" in reply.error
             assert client.get("/search", q="red", where=f"colour = '{text}'").status in (200, 422)
     for bad in ("%ff%fe", "%ed%a0%80", "%", "%zz", "%00"):
-        assert client.ask("GET", f"/search?q={bad}").status in (200, 422)
+        assert client.request("GET", f"/search?q={bad}").status in (200, 422)
     for value in ('"\\ud800"', '"\\udc00x"', '"\\u0000"'):
         body = '{"queries": [' + value + "]}"
-        reply = client.ask("POST", "/search", body, {"Content-Type": "application/json"})
+        reply = client.request("POST", "/search", body, {"Content-Type": "application/json"})
         assert reply.status in (200, 422)
 
 
@@ -268,7 +268,7 @@ def test_bodies_that_are_not_what_they_say(client: Any) -> None:
         for kind in kinds:
             for body in bodies:
                 headers = {"Content-Type": kind, "Authorization": "Bearer secret"}
-                reply = client.ask("POST", path, body, headers)
+                reply = client.request("POST", path, body, headers)
                 assert reply.status in (400, 413, 415, 422), (path, kind, body[:80], reply)
                 assert reply.error
 
@@ -302,7 +302,7 @@ def test_bodies_that_are_not_what_they_say(client: Any) -> None:
     ],
 )
 def test_requests_that_cannot_be_answered(client: Any, body: str) -> None:
-    reply = client.ask("POST", "/search", body, {"Content-Type": "application/json"})
+    reply = client.request("POST", "/search", body, {"Content-Type": "application/json"})
     assert reply.status in (404, 422)
     assert reply.error
 
@@ -316,13 +316,13 @@ def test_a_bad_query_does_not_touch_those_it_is_answered_with(client: Any) -> No
 def test_names_that_are_not_this_machine_s(client: Any) -> None:
     # As `serve` sets it; the fixture's services go by any name.
     from clipret.server.metrics import Metrics
-    from clipret.server.middleware import Guard
+    from clipret.server.middleware import ServiceMiddleware
 
     app = client.server.config.app
-    app.hosts = Guard(app.app, SMALL, Metrics(), ["localhost", "127.0.0.1", "[::1]"]).hosts
+    app.hosts = ServiceMiddleware(app.app, SMALL, Metrics(), ["localhost", "127.0.0.1", "[::1]"]).hosts
     for name, status in (("localhost:1", 200), ("[::1]:80", 200), ("LOCALHOST", 200), ("evil.example", 421), ("", 421)):
-        assert client.ask("GET", "/healthz", headers={"Host": name}).status == status
-    assert client.ask("GET", "/search?q=red", headers={"Host": "evil.example:8000"}).status == 421
+        assert client.request("GET", "/healthz", headers={"Host": name}).status == status
+    assert client.request("GET", "/search?q=red", headers={"Host": "evil.example:8000"}).status == 421
 
 
 def test_a_fault_is_told_to_the_log_alone(

@@ -61,10 +61,10 @@ def line(hit: Any) -> tuple[Any, ...]:
     [
         ("", Rerank()),
         ("adapt=5,adapt_weight=0.4", Rerank(adapt=5, adapt_weight=0.4)),
-        ("reciprocal=7", Rerank(reciprocal=7)),
+        ("k_reciprocal=7", Rerank(k_reciprocal=7)),
         ("hubness=nnn,neighbours=2", Rerank(hubness="nnn", neighbours=2)),
         ("hubness=dual-softmax,temperature=20", Rerank(hubness="dual-softmax", temperature=20)),
-        ("adapt=3,hubness=nnn,reciprocal=6", Rerank(adapt=3, hubness="nnn", reciprocal=6)),
+        ("adapt=3,hubness=nnn,k_reciprocal=6", Rerank(adapt=3, hubness="nnn", k_reciprocal=6)),
     ],
 )
 @pytest.mark.parametrize("ruled", [False, True])
@@ -80,7 +80,7 @@ def test_a_service_finds_what_query_finds(
         (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
         given += ["--rerank", f"reference={tmp_path / 'reference.txt'}"]
         reference = REFERENCE
-    client = serving(listed_gallery, manner=SearchSettings(prompts.forms, rerank, reference))
+    client = serving(listed_gallery, settings=SearchSettings(prompts.forms, rerank, reference))
     wanted = queried(listed_gallery, *given)
     assert served(client.get("/search", q=TEXTS, k=9)) == wanted
     # No text's answer depends on those it is asked with.
@@ -102,8 +102,8 @@ def test_a_service_finds_what_query_finds(
 def test_the_steps_hold_for_images_and_for_a_gallery_that_changed(
     serving: Callable[..., Any], listed_gallery: Path, colour_folder: Path
 ) -> None:
-    options = ["--rerank", "adapt=4,reciprocal=8"]
-    client = serving(listed_gallery, token="secret", manner=SearchSettings(rerank=Rerank(adapt=4, reciprocal=8)))
+    options = ["--rerank", "adapt=4,k_reciprocal=8"]
+    client = serving(listed_gallery, token="secret", settings=SearchSettings(rerank=Rerank(adapt=4, k_reciprocal=8)))
     file = colour_folder / "blue" / "1.jpeg"
     reply = client.upload(
         "/search", [file.read_bytes()], {"search": '{"queries": [{"parts": [{"image": 0}]}], "k": 9}'}
@@ -112,7 +112,7 @@ def test_the_steps_hold_for_images_and_for_a_gallery_that_changed(
     before = queried(listed_gallery, *options)
     head = {"Authorization": "Bearer secret"}
     for number in (2, 5):
-        assert client.ask("DELETE", f"/galleries/gallery/images/{number}", headers=head).status == 200
+        assert client.request("DELETE", f"/galleries/gallery/images/{number}", headers=head).status == 200
     after = queried(listed_gallery, *options)
     assert after != before
     assert served(client.get("/search", q=TEXTS, k=9)) == after
@@ -124,7 +124,7 @@ def test_hubness_of_a_gallery_that_changed_is_measured_anew(
     (tmp_path / "reference.txt").write_text("\n".join(REFERENCE))
     options = ["--rerank", f"hubness=nnn,reference={tmp_path / 'reference.txt'}"]
     client = serving(
-        listed_gallery, token="secret", manner=SearchSettings(rerank=Rerank(hubness="nnn"), reference=REFERENCE)
+        listed_gallery, token="secret", settings=SearchSettings(rerank=Rerank(hubness="nnn"), reference=REFERENCE)
     )
     image = (tmp_path / "images" / "green" / "2.png").read_bytes() + b" "
     added = client.upload("/galleries/gallery/add", [image], Authorization="Bearer secret")
@@ -138,8 +138,8 @@ def test_hubness_of_a_gallery_that_changed_is_measured_anew(
 def test_every_step_answers_on_an_empty_gallery(serving: Callable[..., Any], tiny_bundle: Path, tmp_path: Path) -> None:
     with Gallery.create(tmp_path / "empty", Bundle.open(tiny_bundle), tmp_path):
         pass
-    every = Rerank(adapt=5, hubness="dual-softmax", reciprocal=5)
-    client = serving(tmp_path / "empty", manner=SearchSettings(rerank=every, reference=("red",)))
+    every = Rerank(adapt=5, hubness="dual-softmax", k_reciprocal=5)
+    client = serving(tmp_path / "empty", settings=SearchSettings(rerank=every, reference=("red",)))
     assert served(client.get("/search", q=["red", "blue"])) == [[], []]
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture
 def bucket(upload: Callable[[str, Path], None], colour_folder: Path, tmp_path: Path) -> str:
-    """images/, shards/{0..1}.tar with the colour beside each image, rows.parquet with the images themselves."""
+    """images/, shards/{0..1}.tar with the colour of each image, rows.parquet with the images themselves."""
     files = sorted(file for file in colour_folder.rglob("*.*"))
     here = tmp_path / "bucket"
     (here / "shards").mkdir(parents=True)
@@ -67,8 +67,8 @@ def test_what_a_store_holds_is_what_a_disk_holds(name: str, bucket: str, tiny_bu
     ids = remote.read().ids
     assert remote.metadata(ids) == local.metadata(ids)
     # An image is found again by its name, as the page and the service look for it.
-    for path, beside in zip(list(found)[:2], expected, strict=False):
-        content = read_stored(Path(local.info.root), beside).content
+    for path, stored in zip(list(found)[:2], expected, strict=False):
+        content = read_stored(Path(local.info.root), stored).content
         assert read_stored(Path(remote.info.root), path).content == content
         there = remote.file(path)
         assert read_stored(there.parent, there.name).content == content

@@ -84,7 +84,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     odd = os.fsdecode(b"\xff\xe4.png")
     (tmp_path / odd).write_bytes(image(1))
     make_tar(tmp_path / "t.tar", [(odd, image(2))], tarfile.GNU_FORMAT)
-    with pytest.warns(UserWarning, match=r"holds archives beside its images \(1\): they are left out"):
+    with pytest.warns(UserWarning, match=r"holds archives and images \(1\): they are left out"):
         source = open_source(tmp_path)
     assert [item.read().content for item in source] == [image(1)]
     check(open_source(tmp_path / "t.tar"), {f"t.tar/{odd}": image(2)})

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two archives of twelve images, with a caption beside each."""
+    """Two archives of twelve images, with a caption each."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     for number in range(2):

@@ -39,7 +39,7 @@ TEXTS = ["一辆红色的轿车", "狗在草地上。", "reds, abc 车"]
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as save_pretrained writes it, with what the published ones have beside it."""
+    """A folder as save_pretrained writes it, with what the published ones have with it."""
     folder = tmp_path_factory.mktemp("hub") / "model"
     torch.manual_seed(2)
     text = {"vocab_size": len(WORDS), "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -1,4 +1,5 @@
-"""Pipelines: what is done, what is kept, what is done anew; and the two that clipret has, from raw files to answers."""
+"""Pipelines: what is done, what is kept, what is done again; and the two that clipret has, from raw files to
+answers."""
 
 import csv
 import json

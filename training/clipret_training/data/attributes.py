@@ -1,4 +1,5 @@
-"""What the attributes that captions name do in a step: swapped they make hard negatives, shared they make soft labels."""
+"""What the attributes that captions name do in a step: swapped they make hard negatives, shared they make soft
+labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,9 @@ class Attributes:
     def negatives(
         self, images: Sequence[int], captions: Tensor, owners: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Each caption with one attribute swapped, where it has one: token ids int64 [N,L]. And their keys, int64 [N,1]:
-        the number of the caption that such a text happens to be, or -1. `captions` and `owners` as `Texts.sample` has them.
+        """Each caption with one attribute swapped, where it has one: token ids int64 [N,L]. And their keys, int64
+        [N,1]: the number of the caption that such a text happens to be, or -1. `captions` and `owners` as
+        `Texts.sample` has them.
         """
         made: dict[str, None] = {}
         for caption, owner in zip(captions.tolist(), owners.tolist(), strict=True):

@@ -31,10 +31,10 @@ class Augmenter:
     rotation: the largest angle in degrees; None: 3 for `surveillance`, else 0. random_ops: changes an image as in
     RandAugment (Cubuk et al., 2020), drawn with a strength of up to `magnitude`, 0 to 1; they are for images whose
     colours do not matter. fill: the value of the bars, for images that were padded to a square. These are taken out
-    first and what is cropped is padded anew, as the image of that crop would have been: otherwise a crop would
+    first and what is cropped is padded again, as the image of that crop would have been: otherwise a crop would
     show bars of a width that no image has in use. Training from scratch with strong crops is better off without:
     recall@10 on Flickr8k after 20 epochs of clipret-small (an `area` of 0.35) is 16.9 % with bars as they come, 15.5 %
-    padded anew.
+    padded again.
     """
 
     kind: Augment
@@ -130,9 +130,9 @@ def _content(pixels: Tensor, fill: int | None) -> _Box:
         sides.append((before, torch.minimum(behind, before + 1)))
     (top, bottom), (left, right) = sides
     above = (top + bottom > left + right) & (top + bottom < S)
-    beside = ~(top + bottom > left + right) & (left + right < S)
+    sideways = ~(top + bottom > left + right) & (left + right < S)
     top, bottom, left, right = (
-        (bar * used).float().cpu() for bar, used in ((top, above), (bottom, above), (left, beside), (right, beside))
+        (bar * used).float().cpu() for bar, used in ((top, above), (bottom, above), (left, sideways), (right, sideways))
     )
     return _Box(left, top, S - left - right, S - top - bottom)
 

@@ -106,8 +106,8 @@ class Texts:
         return torch.cat(drawn), torch.tensor(owners)
 
     def keys(self, images: Sequence[int], captions: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [B,K] and [T,L], as `clipret_training.loss.LossBatch` has them: an image's keys are all its captions and
-        its groups, a caption's are itself and the groups of the image that it was drawn for."""
+        """int64 [B,K] and [T,L], as `clipret_training.loss.LossBatch` has them: an image's keys are all its captions
+        and its groups, a caption's are itself and the groups of the image that it was drawn for."""
         groups = [self._groups[image] for image in images]
         of_images = [torch.cat([self.of_image[p], mine]) for p, mine in zip(images, groups, strict=True)]
         width = max(len(mine) for mine in groups)

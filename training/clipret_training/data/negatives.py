@@ -75,8 +75,8 @@ class AttributeSwap:
     def read(cls, more: Path | None = None) -> Self:
         """The built-in vocabulary, English and Chinese, and what the JSON file `more` adds to it.
 
-        It looks as negatives.json beside this file: {"groups": {NAME: [[WORD, SYNONYM, …], …]}, "keep": [WORD, …]}.
-        An entry with a word that its group has already adds synonyms; other entries and groups are new. Raises
+        It has the form of negatives.json next to this file: {"groups": {NAME: [[WORD, SYNONYM, …], …]}, "keep": [WORD,
+        …]}. An entry with a word that its group has already adds synonyms; other entries and groups are new. Raises
         ClipretError for a file that cannot be read or looks otherwise, and for a word in two groups.
         """
         text = (resources.files("clipret_training.data") / _VOCABULARY).read_bytes()

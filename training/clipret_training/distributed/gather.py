@@ -17,7 +17,8 @@ Shapes = list[tuple[int, int]]  # embeddings and width, of each process
 def exchange_shapes(
     tensors: Mapping[str, Tensor | None], group: dist.ProcessGroup | None, *, like: Tensor
 ) -> dict[str, Shapes]:
-    """The shapes [embeddings, width] of these tensors on every process, by name, in one message on the device of `like`.
+    """The shapes [embeddings, width] of these tensors on every process, by name, in one message on the device of
+    `like`.
 
     Raises ClipretError on every process when one has a tensor that another lacks.
     """
@@ -39,10 +40,11 @@ def exchange_shapes(
 def gather_embeddings(
     embeddings: Tensor, shapes: Shapes, group: dist.ProcessGroup | None, fill: float | None = None
 ) -> Tensor:
-    """[embeddings,width] of this process -> the embeddings of all processes, in their order; gradients flow back to each.
+    """[embeddings,width] of this process -> the embeddings of all processes, in their order; gradients flow back to
+    each.
 
-    `shapes`: of every process; numbers of embeddings may differ, and with `fill` so may widths. Raises ClipretError on every
-    process when widths differ and there is no `fill`.
+    `shapes`: of every process; numbers of embeddings may differ, and with `fill` so may widths. Raises ClipretError on
+    every process when widths differ and there is no `fill`.
     """
     widths = [width for _, width in shapes]
     if fill is None and len(set(widths)) > 1:

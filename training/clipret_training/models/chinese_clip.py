@@ -117,7 +117,7 @@ def hub_folder(repo: str) -> Path | None:
 def load_chinese_clip(path: Path, source: str) -> LoadedModel:
     """A Chinese-CLIP model from a ChineseCLIPModel folder or a lone file of weights in either layout (clip_cn_*.pt).
 
-    The vocabulary is vocab.txt beside the weights, else that of an installed cn_clip, else the hub's.
+    The vocabulary is vocab.txt next to the weights, else that of an installed cn_clip, else the hub's.
     Raises ClipretError for files that are missing, broken, hold code or do not fit each other.
     """
     folder = path if path.is_dir() else path.parent
@@ -301,9 +301,9 @@ def _vocabulary(folder: Path | None, size: int) -> list[str]:
             file = Path(hf_hub_download(_HUB, "vocab.txt"))
         except Exception:  # the hub's errors have no common base
             advice = (
-                "install cn_clip, or name a checkpoint with vocab.txt beside it"
+                "install cn_clip, or name a checkpoint with vocab.txt next to it"
                 if folder is None
-                else "put Chinese RoBERTa's, 21,128 lines, beside the weights"
+                else "put Chinese RoBERTa's, 21,128 lines, next to the weights"
             )
             where = "" if folder is None else f"in {folder} "
             raise ValueError(f"there is no vocab.txt {where}and none to be had from {_HUB}: {advice}") from None
@@ -311,7 +311,7 @@ def _vocabulary(folder: Path | None, size: int) -> list[str]:
     if len(vocabulary) != size:
         raise ValueError(
             f"its vocabulary {file} has {len(vocabulary)} entries and its table {size}: "
-            "put the model's own vocab.txt beside the weights"
+            "put the model's own vocab.txt next to the weights"
         )
     return vocabulary
 

@@ -71,7 +71,7 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
       of its tags or a checkpoint file (.safetensors, or .pt loaded as weights only);
     - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json;
     - a folder (or hf-hub:ORG/REPO) of Hugging Face's ChineseCLIPModel, or a clip_cn_*.pt of OFA-Sys, with a vocab.txt
-      beside it; chinese-clip-SIZE[:FILE], SIZE being rn50, vit-b-16, vit-l-14, vit-l-14-336 or vit-h-14;
+      next to it; chinese-clip-SIZE[:FILE], SIZE being rn50, vit-b-16, vit-l-14, vit-l-14-336 or vit-h-14;
     - a folder with a LoRA adapter in PEFT's layout, which names the model that it is merged into.
 
     Weights that `source` does not name are random, drawn with `seed`. `captions` are what a new clipret-small learns
@@ -140,7 +140,7 @@ def _is_chinese_checkpoint(path: Path) -> bool:
 
 
 def describe(loaded: LoadedModel) -> dict[str, str]:
-    """The files, by name, that a run folder needs beside its checkpoints."""
+    """The files, by name, that a run folder needs in addition to its checkpoints."""
     description: dict[str, Any] = {
         "format": _FORMAT,
         "name": loaded.name,

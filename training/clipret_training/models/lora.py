@@ -36,10 +36,10 @@ def base_of(folder: Path) -> str:
                 f"its {ADAPTER_CONFIG} does not say what model it belongs to: write it there as base_model_name_or_path"
             )
     scheme, colon, place = base.rpartition(":")  # local-dir:FOLDER and MODEL:FILE too
-    beside = folder / place
-    if place and beside.resolve() == folder.resolve():
+    local = folder / place
+    if place and local.resolve() == folder.resolve():
         raise ClipretError(f"adapter {folder} names itself as its base: put it into a folder of its own")
-    return f"{scheme}{colon}{beside}" if place and beside.exists() else base
+    return f"{scheme}{colon}{local}" if place and local.exists() else base
 
 
 def merge_adapter(folder: Path, base: LoadedModel) -> LoadedModel:

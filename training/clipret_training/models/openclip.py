@@ -108,8 +108,8 @@ def _readable_text_cfg(name: str, config: dict[str, Any]) -> Iterator[dict[str, 
             (Path(folder) / "config.json").write_text(json.dumps(config[_TEXT_MODEL]), encoding="utf-8")
             yield {**text_cfg, "hf_model_name": folder, "hf_model_pretrained": False}
     else:
-        beside = Path(name.removeprefix("local-dir:")) / place
-        found = str(beside) if name.startswith("local-dir:") and beside.is_dir() else place
+        local = Path(name.removeprefix("local-dir:")) / place
+        found = str(local) if name.startswith("local-dir:") and local.is_dir() else place
         yield {**text_cfg, "hf_model_name": found, "hf_model_pretrained": False}
 
 

@@ -16,7 +16,7 @@ from clipret.bundle import ImageSpec, TextSpec
 
 __all__ = ["IMAGE", "MEAN", "STD", "TEXT", "SmallClip", "SmallConfig"]
 
-# The whole image: traffic is wide and people are tall. The bars beside it have about CLIP's mean brightness.
+# The whole image: traffic is wide and people are tall. The bars at its sides have about CLIP's mean brightness.
 IMAGE = ImageSpec(size=80, resize="longest", fill=116)
 TEXT = TextSpec(context_length=64, clean="lower", pad_to="longest", pad_id=0)
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, the means and deviations of photographs from the web
@@ -56,7 +56,7 @@ class SmallClip(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the last normalisation starts at zero, so the block starts as one."""
+    """Two 3x3 convolutions with a shortcut; the last normalisation starts at zero, so the block starts as one."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()

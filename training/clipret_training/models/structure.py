@@ -12,7 +12,7 @@ def tower_of(name: str) -> Tower | None:
     """The tower of a parameter or module; None for the logit scale and bias and for what no embedding needs.
 
     Everything under `visual` is the image tower; open_clip.CLIP and Chinese-CLIP keep the parts of the text tower
-    beside it, under many names.
+    next to it, under many names.
     """
     if name == "visual" or name.startswith("visual."):
         return "image"

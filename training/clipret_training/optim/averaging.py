@@ -102,7 +102,7 @@ def interpolate(original: State, tuned: State, alpha: float) -> dict[str, Tensor
 
 def uniform_soup(names: Sequence[str], load: Callable[[str], State]) -> Soup:
     """The mean of all (Wortsman et al., Model soups, 2022). `load` gives a name's weights; one is in memory at a time,
-    beside the soup. Raises ClipretError for weights of different models."""
+    next to the soup. Raises ClipretError for weights of different models."""
     weights = dict(load(names[0]))
     for count, name in enumerate(names[1:], start=1):
         more = load(name)

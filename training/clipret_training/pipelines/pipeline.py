@@ -7,7 +7,7 @@
     [[step]]
     name = "train"
     run = ["clipret-train", "fit", "{out}/data/captions.csv", "--out", "{out}/run", "{fit}", "--resume"]
-    makes = "{out}/run"                       # removed before the step is done anew
+    makes = "{out}/run"                       # removed before the step is done again
     keeps = true                              # but left as it is where the step was interrupted: it goes on by itself
 
     [[step]]
@@ -212,7 +212,7 @@ def _done(pipeline: Pipeline, step: Step, words: Sequence[str], digest: str, out
     (out / "logs" / f"{step.name}.txt").write_bytes(ended.stdout)
     if ended.returncode:
         raise ClipretError(
-            f"step {step.name!r} ended with status {ended.returncode}: {' '.join(words)}; mend it and run the "
+            f"step {step.name!r} ended with status {ended.returncode}: {' '.join(words)}; correct it and run the "
             "pipeline again, the steps before it are kept"
         )
     if step.into:
@@ -252,7 +252,7 @@ def _records(file: Path) -> dict[str, StepRecord]:
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, StepRecord])
     except ValueError:  # msgspec's errors are
-        raise ClipretError(f"{file} is damaged: remove it and run again, every step is then done anew") from None
+        raise ClipretError(f"{file} is damaged: remove it and run again, every step is then done again") from None
 
 
 def _keep(file: Path, records: Mapping[str, StepRecord]) -> None:

@@ -1,4 +1,4 @@
-"""Drawn scenes as the files of the traffic retrieval challenge, with the truth beside them.
+"""Drawn scenes as the files of the traffic retrieval challenge, with the truth.
 
 Its gap is kept: training labels name colour and brand or only the type, test texts name all three; and its two domains:
 training images are clean, test images are what a camera on a pole sees. A brand is not to be seen in a drawing,

@@ -41,7 +41,7 @@ export function layOut(list) {
   const narrow = width < 520;
   const height = narrow ? 128 : Math.max(170, Math.min(300, width / 6));
   const items = [...list.children];
-  // Panoramas and pillars get bars beside them rather than a row of their own.
+  // Panoramas and pillars get bars at their sides instead of a row of their own.
   const ratios = items.map((item) => Math.min(2.4, Math.max(0.6, Number(item.dataset.ratio) || 1.33)));
   rows(ratios, width, height).forEach(([across, down], at) => {
     items[at].style.width = `${Math.floor(across * 10) / 10}px`;

@@ -17,7 +17,7 @@ export function prepare(chosen) {
   $("similar").onclick = () => leave(1);
   $("without").onclick = () => leave(-0.5);
   $("viewer").addEventListener("click", (event) => {
-    if (event.target === $("viewer")) $("viewer").close(); // beside it
+    if (event.target === $("viewer")) $("viewer").close(); // outside the image
   });
   $("viewer").addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
