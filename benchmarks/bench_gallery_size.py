@@ -1,4 +1,4 @@
-"""Bytes of a gallery an image: rows, codes and database, for `clipret-search plan`.
+"""Bytes of a gallery an image: embeddings, quantized embeddings and database, for `clipret-search plan`.
 
     python benchmarks/bench_gallery_size.py [--images 100000] [--dim 512]
 

@@ -5,7 +5,7 @@
 Rows are float16 and unit: spread evenly ("isotropic") or around a common direction, as the rows of a CLIP tower are
 ("cone"); one row in a hundred is a copy of another. They lie in files of 8,192 and are memory-mapped, as in a gallery.
 The variants take turns, A B A B; the first round is not counted. The limits: one query cannot be faster than one
-pass over the codes in memory, 256 cannot be faster than the machine's 8-bit products; both are measured here.
+pass over the quantized, in memory, 256 cannot be faster than the machine's 8-bit products; both are measured here.
 
 Also: the order of 1,000 queries against float64 sums over all rows, the private memory of each way of searching,
 and a gallery four times the size of the memory that the process may use (a memory cgroup, where one can be made).
@@ -46,7 +46,7 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 
 def make_shards(folder: Path, kind: str, rows: int, dim: int) -> np.ndarray:
-    """Write the shards with their codes; float32 queries [1000,D] come back."""
+    """Write the shards with their quantized embeddings; float32 queries [1000,D] come back."""
     rng = np.random.default_rng(0)
     common = rng.standard_normal(dim).astype(np.float32) * 2
     before: QuantizedEmbeddings | None = None

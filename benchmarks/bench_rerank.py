@@ -38,8 +38,8 @@ STEPS = {
     "nnn, 1 neighbour": Rerank(hubness="nnn", neighbours=1),
     "dual softmax, 100": Rerank(hubness="dual-softmax"),
     "dual softmax, 20": Rerank(hubness="dual-softmax", temperature=20.0),
-    "reciprocal 100": Rerank(k_reciprocal=100),
-    "adapt 50, reciprocal 100": Rerank(adapt=50, k_reciprocal=100),
+    "k-reciprocal 100": Rerank(k_reciprocal=100),
+    "adapt 50, k-reciprocal 100": Rerank(adapt=50, k_reciprocal=100),
 }
 METRICS = [Metric.parse(name) for name in ("mAP@10", "mAP", "recall@1", "recall@10")]
 
@@ -97,7 +97,7 @@ def of_random_rows(count: int) -> dict[str, Any]:
     stored = Stored(shards, np.arange(count), None, [quantize(shard, mean(shard)) for shard in shards])
     ranker = Ranker(stored.shards, None, stored.quantized, threads=1)
     costs = {"none": cost(ranker.rank, queries)}
-    for name in ("adapt 50, half", "nnn", "dual softmax, 100", "reciprocal 100"):
+    for name in ("adapt 50, half", "nnn", "dual softmax, 100", "k-reciprocal 100"):
         costs[name] = cost(Reranker(stored, ranker, STEPS[name]).rank, queries)
     return {"rows": count, "cpu_ms_a_query": {name: round(1000 * one / 64, 2) for name, one in costs.items()}}
 

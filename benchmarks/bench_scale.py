@@ -4,9 +4,10 @@
 
 CPU seconds on one core. Images: drawn JPEGs of 64 px in a .zip, no two alike, indexed by `clipret-search index` with
 the tests' tiny tower, so that what is measured is everything around the tower: reading, hashing, decoding, rows,
-codes, the database. A tower costs the same for each image and is measured by bench_towers. A query is one cold
-`clipret-search query` on that gallery. Rows: random unit embeddings around a common direction in files as a gallery has
-them, ranked in this process, one query and 64, with the codes read from their files and kept in memory.
+quantized embeddings, the database. A tower costs the same for each image and is measured by bench_towers. A query is
+one cold `clipret-search query` on that gallery. Rows: random unit embeddings around a common direction in files as a
+gallery has them, ranked in this process, one query and 64, with the quantized embeddings read from their files and kept
+in memory.
 
 The slope is that of a straight line through the logarithms: 1 is a cost that stays the same for each image, less is a
 fixed part that is shared by more of them, more is a cost that grows faster than the gallery.
@@ -178,12 +179,12 @@ def main() -> None:
         "cold_query_cpu_seconds": "a cold query",
     }
     queries = {
-        "streamed_ms_a_query_1": "one, codes from files",
-        "resident_ms_a_query_1": "one, codes in memory",
+        "streamed_ms_a_query_1": "one, quantized, from files",
+        "resident_ms_a_query_1": "one, quantized, in memory",
         f"streamed_ms_a_query_{MANY}": f"{MANY} at a time, from files",
         f"resident_ms_a_query_{MANY}": f"{MANY} at a time, in memory",
     }
-    memory = {"streamed_mib": "codes from files", "resident_mib": "codes in memory"}
+    memory = {"streamed_mib": "quantized, from files", "resident_mib": "quantized, in memory"}
     result = {
         "dim": arguments.dim,
         "clock": "CPU time, one core",

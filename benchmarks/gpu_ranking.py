@@ -16,8 +16,8 @@ K = 10
 
 
 def shards_of(rows: int, dim: int) -> tuple[list[np.ndarray], list[QuantizedEmbeddings]]:
-    """Unit embeddings float16 in shards that all differ, and codes of one center and scale: a block that was drawn, its
-    components moved by one more place in each shard, which is as fast as memory."""
+    """Unit embeddings float16 in shards that all differ, and quantized ones of one center and scale: a block that was
+    drawn, its components moved by one more place in each shard, which is as fast as memory."""
     base_rows = min(rows, 1 << 18)
     rng = np.random.default_rng(0)
     base = rng.standard_normal((base_rows, dim), dtype=np.float32)
@@ -52,7 +52,7 @@ def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
             result[form] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     if rate := result["codes"].get("scan 1 query", {}).get("gb_a_second"):
         milliseconds = 100e6 * dim / rate / 1e6
-        result["100 million rows as codes, computed"] = {"gib": round(100e6 * dim / 2**30, 1), "scan_ms": milliseconds}
+        result["100 million rows quantized, computed"] = {"gib": round(100e6 * dim / 2**30, 1), "scan_ms": milliseconds}
     if not card.small:
         result["torch"] = gpu_peers.ranking(card.device, shards, queries, K, card.flops, card.bytes_a_second, _median)
         result["faiss"] = gpu_peers.faiss_ranking(shards, queries, K, _median)

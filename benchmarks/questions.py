@@ -206,7 +206,7 @@ QUESTIONS = (
     Question(
         "gallery_size",
         "Size of a gallery",
-        "Bytes an image of rows, codes and database.",
+        "Bytes per image: embeddings, quantized embeddings, database.",
         1,
         lambda run: ["bench_gallery_size.py", *pick(run, ["--images", 20_000], [])],
     ),

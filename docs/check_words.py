@@ -32,7 +32,17 @@ WORDS = {
     r"\b[Mm]end(s|ed|ing)?\b": "fix, correct, repair",
 }
 # Path (a prefix) and what may stand in its lines.
-ALLOWED: tuple[tuple[str, str], ...] = ()
+ALLOWED: tuple[tuple[str, str], ...] = (
+    # The names of files, tables and keys on disk stay.
+    ("runtime/clipret/gallery/", r"codes-|\"codes\"|rows\|codes|mirrored"),
+    ("runtime/clipret/indexing/", r"mirrored"),
+    ("tests/runtime/gallery/", r"codes-"),
+    ("tests/runtime/server/test_hostile.py", r"rows\|codes"),
+    ("benchmarks/", r"codes-|\"codes\""),
+    ("docs/gallery.md", r"codes-|mirrored"),
+    ("tests/", r"exit_codes|returncodes|codes = |codes\)|codes:"),
+    ("training/clipret_training/synthetic/", r"mirrors"),  # of a car
+)
 
 
 def lines_at_fault(path: Path) -> list[str]:

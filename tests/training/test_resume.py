@@ -96,7 +96,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(undisturbed: Path, tmp
     """Five kills of one run, after random steps and a random time more: in a step, in a save, between its renames."""
     rng = random.Random(0)
     run = tmp_path / "run"
-    codes = []
+    statuses = []
     for target in sorted(rng.sample(range(1, STEPS), 5)):
         process, connection = start(undisturbed / "params.toml", run)
         for step in told(connection):
@@ -105,8 +105,8 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(undisturbed: Path, tmp
                 process.kill()
                 break
         process.join()
-        codes.append(process.exitcode)
-    assert codes == [-signal.SIGKILL] * 5
+        statuses.append(process.exitcode)
+    assert statuses == [-signal.SIGKILL] * 5
     result = fit(FitConfig.read(undisturbed / "params.toml"), run, resume=True)
     assert_same_weights(run, undisturbed)
     assert [line["epoch"] for line in _lines(run)] == [1, 2, 3, 4]

@@ -284,12 +284,12 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
     forms["float32, streamed"] = lambda: compare(plain, 48)
     forms["a few rows, all in float64"] = lambda: compare(plain, 48, few)
     if importlib.util.find_spec("onnxruntime"):
-        forms["8-bit codes, streamed, a query at a time"] = lambda: compare(Ranker(shards, live, quantized), 1)
-        forms["8-bit codes, streamed, 48 queries"] = lambda: compare(Ranker(shards, live, quantized), 48)
-        forms["8-bit codes, resident, a query at a time"] = lambda: compare(
+        forms["quantized, streamed, a query at a time"] = lambda: compare(Ranker(shards, live, quantized), 1)
+        forms["quantized, streamed, 48 queries"] = lambda: compare(Ranker(shards, live, quantized), 48)
+        forms["quantized, resident, a query at a time"] = lambda: compare(
             Ranker(shards, live, quantized, resident=True), 1
         )
-        forms["8-bit codes, resident, 16 queries"] = lambda: compare(Ranker(shards, live, quantized, resident=True), 16)
+        forms["quantized, resident, 16 queries"] = lambda: compare(Ranker(shards, live, quantized, resident=True), 16)
     for gpu in range(gpu_count()):
         if has_device(device := f"cuda:{gpu}"):
             forms[f"half precision on {device}"] = partial(on_device, device)

@@ -232,7 +232,7 @@ def _storage(ask: Workload, model: Model, rates: Rates) -> list[Line]:
     many = f"{ask.images:.3g}"
     each: list[tuple[str, float, str, Origin]] = [
         ("rows, float16", 2 * dim, f"{many} x 2 x {dim}", "computed"),
-        ("codes, 8 bits", dim, f"{many} x {dim}", "computed"),
+        ("quantized, int8", dim, f"{many} x {dim}", "computed"),
         ("database", database, f"{many} x {database:g}: {rates.gallery.measured_on}, no metadata", "measured"),
     ]
     lines = [Line(part, name, ask.images * size / 1e9, "GB", formula, origin) for name, size, formula, origin in each]
@@ -263,7 +263,7 @@ def _searching(ask: Workload, model: Model, rates: Rates) -> list[Line]:
     lines.append(Line(part, "exact ranking", query, "core ms/query", formula, "computed"))
     formula = f"{ask.qps:g} x {query:.4g} ms"
     lines.append(Line(part, "cores for exact ranking", ask.qps * query / 1000, "cores", formula, "computed"))
-    lines.append(Line(part, "memory, exact", ask.images * dim / 1e9, "GB", f"codes: {many} x {dim}", "computed"))
+    lines.append(Line(part, "memory, exact", ask.images * dim / 1e9, "GB", f"quantized: {many} x {dim}", "computed"))
     for name, size, formula in (
         ("memory, Milvus FLAT or IVF_FLAT", 4 * dim, f"{many} x 4 x {dim}"),
         ("memory, Milvus IVF_SQ8", dim, f"{many} x {dim}"),

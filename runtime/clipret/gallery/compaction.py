@@ -22,7 +22,7 @@ _ROWS = 65536  # 64 MiB a shard at 512 dimensions
 def compact_gallery(
     gallery: Gallery, progress: Callable[[Iterable[int]], Iterable[int]] = lambda starts: starts
 ) -> int:
-    """Write the live embeddings again, with codes around their own mean, and drop the deleted ones; return how many.
+    """Write the live embeddings again, quantized around their own mean, and drop the deleted ones; return how many.
 
     Ids and order stay, so that every search finds the same. Searches that are open go on with what they hold; one
     that finds an image deleted since has to be opened again. Takes room for the embeddings a second time while it runs.

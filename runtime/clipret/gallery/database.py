@@ -25,7 +25,7 @@ _SCHEMA = """
 CREATE TABLE shards (
     number INTEGER PRIMARY KEY AUTOINCREMENT,  -- rows-NUMBER.npy and codes-NUMBER.npy; never used again
     ids BLOB NOT NULL,              -- int64, little-endian: the id of each row, ascending through all shards
-    center BLOB NOT NULL,           -- float32 [D], little-endian; this and the rest are those of the codes
+    center BLOB NOT NULL,           -- float32 [D], little-endian; this and the rest belong to the quantized embeddings
     scale REAL NOT NULL,
     residual REAL NOT NULL,
     reach REAL NOT NULL
@@ -59,7 +59,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as the database names it: its rows' ids int64 [n], and what belongs to its codes."""
+    """A shard's entry in the database: its ids, int64 [n], and the parameters of its quantization."""
 
     number: int
     ids: Ids

@@ -1,8 +1,8 @@
-"""The gallery: the folder of stored embeddings, readable with numpy and sqlite3 alone.
+"""The gallery: a folder of stored embeddings, readable with numpy and sqlite3 alone.
 
     gallery.json        format version, bundle fingerprint, dimension, where images and bundle lie
     rows-000017.npy     immutable shard, float16 [n,D]: the truth that results are exact against
-    codes-000017.npy    uint8 [n,D], made from the rows: what the first stage of the exact search reads
+    codes-000017.npy    uint8 [n,D], quantized embeddings: what the first stage of the exact search reads
     gallery.db          sqlite: shards, a row for each image, metadata (the schema is in clipret.gallery.database)
 
 A shard is written under a temporary name, synced and renamed; the sqlite transaction that names it is the commit.
@@ -60,7 +60,7 @@ class GalleryInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @dataclass(frozen=True)
 class Stored:
     """What a gallery holds: shards float16 [n,D]; through all of them in order, each row's id (int64 [N],
-    ascending) and whether it is live (bool [N]; None when all are); the codes of each shard."""
+    ascending) and whether it is live (bool [N]; None when all are); the quantized embeddings of each shard."""
 
     shards: list[npt.NDArray[np.float16]]
     ids: Ids

@@ -23,7 +23,7 @@ _OURS = re.compile(r"(rows|codes)-\d{6,}\.npy|((rows|codes)|\..+)\.[0-9a-f]{8}\.
 
 
 def write_shard(folder: Path, number: int, embeddings: npt.NDArray[np.float16], quantized: QuantizedEmbeddings) -> None:
-    """Write embeddings-NUMBER.npy and codes-NUMBER.npy; a shard of this number that no database names is replaced.
+    """Write rows-NUMBER.npy and codes-NUMBER.npy; a shard with this number that no database lists is replaced.
 
     Raises OSError as the disk does, with nothing left behind under a temporary name.
     """
@@ -49,8 +49,8 @@ def open_rows(folder: Path, entry: ShardEntry) -> npt.NDArray[np.float16]:
 
 
 def open_quantized(folder: Path, entry: ShardEntry) -> QuantizedEmbeddings:
-    """The codes of a shard, memory-mapped. Raises as `open_rows` does."""
-    advice = f"make the codes again with  clipret-search compact {folder}"
+    """The quantized embeddings of a shard, memory-mapped. Raises as `open_rows` does."""
+    advice = f"restore it with  clipret-search compact {folder}"
     values = _open(folder / _name("codes", entry.number), np.uint8, entry, advice)
     return QuantizedEmbeddings(values, entry.center, entry.scale, entry.residual, entry.reach)
 

@@ -35,7 +35,7 @@ def test_all_that_is_installed_works_here() -> None:
             assert one["detail"] == f"pip install 'clipret[{extra}]'"
     assert {one["state"] for one in told["ranking"]} == {"works"}
     forms = " ".join(one["name"] for one in told["ranking"])
-    for form in ("float32, streamed", "a few rows", "codes, streamed", "codes, resident", "a query at a time"):
+    for form in ("float32, streamed", "a few rows", "quantized, streamed", "quantized, resident", "a query at a time"):
         assert form in forms
     assert told["machine"]["usable_cores"] >= 1
     assert told["machine"]["disk_free"] > 0
@@ -100,7 +100,7 @@ def test_a_ranking_that_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipret.ranking.scan.QuantizedQueries, "scales", careless)
     found = {one.name: one for one in doctor.check_exactness(20000)}
     assert found["float32, streamed"].state == "works"
-    wrong = found["8-bit codes, streamed, 48 queries"]
+    wrong = found["quantized, streamed, 48 queries"]
     assert wrong.state == "fails"
     assert "wrong from rank" in wrong.detail
 

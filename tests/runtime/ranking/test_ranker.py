@@ -31,7 +31,7 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 
 def coded(shards: Sequence[np.ndarray]) -> list[QuantizedEmbeddings]:
-    """As the gallery codes them: the center of the first shard for all."""
+    """As the gallery quantizes them: the center of the first shard for all."""
     filled = [shard for shard in shards if len(shard)]
     return [quantize(shard, mean(filled[0])) for shard in filled]
 
@@ -58,8 +58,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 # To pretend that there is no VNNI is right on every processor; to pretend that there is lets 16-bit sums overflow.
-WAYS = ["float", "codes without VNNI", "packed without VNNI", "device", "device codes", "all rows"]
-WITH_VNNI = [pytest.param(way, marks=pytest.mark.needs_vnni) for way in ("codes", "packed")]
+WAYS = ["float", "quantized without VNNI", "packed without VNNI", "device", "device quantized", "all rows"]
+WITH_VNNI = [pytest.param(way, marks=pytest.mark.needs_vnni) for way in ("quantized", "packed")]
 
 
 @pytest.fixture(params=[*WAYS, *WITH_VNNI])
@@ -73,7 +73,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(ranker, "_SCORES", 200)
     monkeypatch.setattr(ranker, "_POOL", 40)
     monkeypatch.setattr(scan, "_FLOAT_ROWS", 16)
-    monkeypatch.setattr(scan, "_CODE_ROWS", 16)
+    monkeypatch.setattr(scan, "_BLOCK_SIZE", 16)
     monkeypatch.setattr(scan, "_PACKED_ROWS", 16)
     monkeypatch.setattr(device, "_CHUNK", 4)
     monkeypatch.setattr(device, "_SCORES", 24)
@@ -87,7 +87,7 @@ def make(way: str, rows: np.ndarray, cuts: Sequence[int], live: np.ndarray | Non
     if way.startswith(("float", "all")):
         return Ranker(shards, live)
     if way.startswith("device"):  # the GPU's graph and logic on the CPU, one block resident and the others sent
-        quantized = coded(shards) if "codes" in way else None
+        quantized = coded(shards) if "quantized" in way else None
         made = Ranker(shards, live, quantized)
         made._device = DeviceScan(
             shards, "cpu", quantized=quantized, coded=bool(quantized), block_rows=16, resident_rows=30
@@ -135,7 +135,7 @@ def test_filters_and_least_scores(ways: str) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(cases(), st.floats(-1, 1))
-def test_codes_lose_no_more_than_they_say(case: Case, offset: float) -> None:
+def test_quantization_loses_no_more_than_it_says(case: Case, offset: float) -> None:
     rows = case[0]
     for center in (mean(rows), mean(rows) + np.float32(offset)):
         quantized = quantize(rows, center)
@@ -150,7 +150,7 @@ def test_codes_lose_no_more_than_they_say(case: Case, offset: float) -> None:
 
 
 def test_no_two_products_overflow_16_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products that such processors add in pairs: bytes of rows by query codes, shifted queries by row codes."""
+    """The products that such processors add in pairs: bytes of embeddings by quantized queries, shifted queries by quantized embeddings."""
     monkeypatch.setattr(scan, "int8_saturates", lambda: True)
     queries = scan.QuantizedQueries.of(snap(unit(np.random.default_rng(0).normal(size=(50, 64)))))
     largest = int(np.abs(queries.values.astype(int)).max())
@@ -216,7 +216,7 @@ def test_no_rows_and_no_queries() -> None:
         (np.ones((1, 4)), 0, "k is 0"),
         (np.ones((1, 5)), 1, r"shape \(1, 5\), the embeddings need \[Q,4\]"),
         (np.full((1, 4), np.nan), 1, "not finite"),
-        (np.full((1, 4), 1000.0), 1, "beyond exact ranking"),
+        (np.full((1, 4), 1000.0), 1, "too long for exact ranking"),
     ],
 )
 def test_bad_requests(queries: np.ndarray, k: int, message: str) -> None:
@@ -225,7 +225,7 @@ def test_bad_requests(queries: np.ndarray, k: int, message: str) -> None:
 
 
 def test_long_queries_are_refused_in_every_way(ways: str) -> None:
-    with pytest.raises(ClipretError, match="beyond exact ranking"):
+    with pytest.raises(ClipretError, match="too long for exact ranking"):
         make(ways, np.ones((3, 4), np.float16), [], None).rank(np.full((1, 4), 1000.0), 1)
 
 
@@ -235,9 +235,9 @@ def test_rows_must_be_float16_of_one_width() -> None:
     rows = np.ones((1, 4), np.float16)
     with pytest.raises(ClipretError, match="2 live flags for 1 embeddings"):
         Ranker(rows, np.array([True, True]))
-    with pytest.raises(ClipretError, match="2 flags for 1 rows"):
+    with pytest.raises(ClipretError, match="2 flags for 1 embeddings"):
         Ranker(rows).rank(np.ones((1, 4)), 1, among=np.array([True, True]))
-    with pytest.raises(ClipretError, match="codes are not those"):
+    with pytest.raises(ClipretError, match="quantized embeddings do not match"):
         Ranker(rows, quantized=[])
 
 
@@ -259,7 +259,7 @@ def test_the_device_lists_more_where_its_own_order_is_too_coarse() -> None:
     np.testing.assert_array_equal(scores, expected_scores[:, :3])
 
 
-@pytest.mark.parametrize("form", ["rows", "codes"])
+@pytest.mark.parametrize("form", ["embeddings", "quantized"])
 def test_a_device_finds_what_the_cpu_finds(form: str) -> None:
     """Chunks, blocks and limits at their real sizes."""
     rng = np.random.default_rng(1)
@@ -272,13 +272,13 @@ def test_a_device_finds_what_the_cpu_finds(form: str) -> None:
     queries, live = unit(rng.normal(size=(40, 48))), rng.random(len(rows)) < 0.9
     made = Ranker(shards, live, quantized, threads=1)
     expected = made.rank(queries, 10)
-    made._device = DeviceScan(shards, "cpu", quantized=quantized, coded=form == "codes")
+    made._device = DeviceScan(shards, "cpu", quantized=quantized, coded=form == "quantized")
     assert len(made._device.parts) == 1
     for got, wanted in zip(made.rank(queries, 10), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_codes_go_to_a_device_that_has_no_room_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_embeddings_go_to_a_device_without_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = [np.zeros((10, 8), np.float16)]
     made = DeviceScan(shards, "cpu", quantized=coded(shards))
     assert not made.coded  # on the CPU this form is for tests alone

@@ -177,7 +177,7 @@ def test_crops_keep_channels_and_differ_between_images() -> None:
     x = Augmenter("photo", 10, 0.5, 0.0)(left_red, generator())
     assert float(x[:, 1:].max()) < 1e-6  # red stays red
     red_on_the_left = x[:, 0, :, :3].mean(dim=(1, 2)) > x[:, 0, :, -3:].mean(dim=(1, 2))
-    assert 10 < int(red_on_the_left.sum()) < 54  # half of them are mirrored
+    assert 10 < int(red_on_the_left.sum()) < 54  # half of them are flipped
     assert len({round(float(v), 4) for v in x.mean(dim=(1, 2, 3))}) > 32
 
 

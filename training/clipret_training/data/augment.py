@@ -27,7 +27,7 @@ class Augmenter:
     `surveillance` adds what cameras on poles add: low resolution, little light, sensor noise, JPEG's blocks, each to
     half of the images.
 
-    flip: the share of images that is mirrored, 0 for none and 1 for all; None: none with `none`, else half.
+    flip: the share of images that is flipped horizontally, 0 for none and 1 for all; None: none with `none`, else half.
     rotation: the largest angle in degrees; None: 3 for `surveillance`, else 0. random_ops: changes an image as in
     RandAugment (Cubuk et al., 2020), drawn with a strength of up to `magnitude`, 0 to 1; they are for images whose
     colours do not matter. fill: the value of the bars, for images that were padded to a square. These are taken out
@@ -60,13 +60,13 @@ class Augmenter:
         else:
             image = self._crop(_content(pixels, self.fill), generator)
             place = _square(B, self.size) if self.fill is None else _centred(image, self.size)
-        mirror = _uniform(B, 0, 1, generator) < flip
+        flipped = _uniform(B, 0, 1, generator) < flip
         x = pixels.float().div_(255)  # [B,S,S,3]
         if self.kind == "none" and self.size == S:
-            x = torch.where(mirror.to(x.device)[:, None, None, None], x.flip(2), x) if flip else x
+            x = torch.where(flipped.to(x.device)[:, None, None, None], x.flip(2), x) if flip else x
             x = x.permute(0, 3, 1, 2)
         else:
-            x = _resize(x, image, place, self.size, mirror)  # [B,3,size,size]
+            x = _resize(x, image, place, self.size, flipped)  # [B,3,size,size]
         if rotation:
             degrees = _uniform(B, -rotation, rotation, generator)
             x = pixel_ops.rotate(x, degrees, place.width / self.size, place.height / self.size)
@@ -137,17 +137,17 @@ def _content(pixels: Tensor, fill: int | None) -> _Box:
     return _Box(left, top, S - left - right, S - top - bottom)
 
 
-def _resize(x: Tensor, image: _Box, place: _Box, size: int, mirror: Tensor) -> Tensor:
+def _resize(x: Tensor, image: _Box, place: _Box, size: int, flipped: Tensor) -> Tensor:
     """[B,S,S,3] -> [B,3,size,size] with what is in `image` at `place`; around it, its edge goes on.
 
-    Crop, mirror and resize with antialiasing are two matrix products, one for each axis.
+    Crop, flipped and resize with antialiasing are two matrix products, one for each axis.
     """
     B, S = x.shape[:2]
     rows = _interpolation(image.top, image.height, place.top, place.height, S, size)  # [B,size,S]
-    # A mirrored image is at its place when what is mirrored lies on the other side.
-    left = torch.where(mirror, size - place.left - place.width, place.left)
+    # A flipped image is at its place when what is flipped lies on the other side.
+    left = torch.where(flipped, size - place.left - place.width, place.left)
     columns = _interpolation(image.left, image.width, left, place.width, S, size)
-    columns = torch.where(mirror[:, None, None], columns.flip(1), columns)
+    columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
     x = torch.bmm(rows.to(x.device), x.reshape(B, S, S * 3)).reshape(B, size, S, 3)
     x = x.permute(0, 2, 1, 3).reshape(B, S, size * 3)
     x = torch.bmm(columns.to(x.device), x).reshape(B, size, size, 3)  # [B,columns,rows,3]
