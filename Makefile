@@ -18,7 +18,7 @@ else
 install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2)
 endif
 
-.PHONY: demo test test-export test-runtime test-training test-lean test-avx2 lint types bench bench-gpu clean help
+.PHONY: demo quick test test-export test-runtime test-training test-lean test-avx2 lint types bench bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -31,6 +31,10 @@ demo: $(VENV)/.demo  ## Draw images, train, export, index, evaluate, and write d
 PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: test-lean test-export test-runtime test-training  ## Run all tests; the runtime's also from a wheel without torch.
+
+# Those whose module is not marked slow.
+quick: $(VENV)/.full  ## Run the quick tests, in under a minute.
+	$(PYTEST) -m 'not slow' tests
 
 # Processes of their own: TensorRT's builder has crashed next to the libraries that the other rooms load.
 test-export: $(VENV)/.full
@@ -56,10 +60,11 @@ test-avx2: export FAISS_OPT_LEVEL = AVX2
 test-avx2: export CLIPRET_CPU = avx2
 test-avx2: test-export test-runtime test-training  ## Run the tests with the kernels of AVX2 processors.
 
-lint: $(VENV)/.full  ## Check style, and that imports go one way.
+lint: $(VENV)/.full  ## Check style, the direction of imports, and the glossary.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/check_words.py
 
 types: $(VENV)/.full  ## Check types.
 	$(BIN)/mypy

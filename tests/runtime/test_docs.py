@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -109,7 +110,9 @@ def test_the_code_of_the_format_pages_reads_what_clipret_reads() -> None:
 
 def keys(cls: type, prefix: str = "") -> Iterator[str]:
     """The dotted names of the JSON that a dataclass becomes."""
-    for name, hint in typing.get_type_hints(cls).items():
+    names = {field.name: field.encode_name for field in msgspec.structs.fields(cls)}
+    for field, hint in typing.get_type_hints(cls).items():
+        name = names[field]
         if hint in (ImageSpec, TextSpec):
             yield from keys(hint, f"{prefix}{name}.")
         else:
