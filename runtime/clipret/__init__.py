@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipret._faces import lazy_face
 
-# Before anything imports onnxruntime, which otherwise writes a device id into the home folder and reports to its maker.
+# Set before onnxruntime is imported: it would otherwise write a device id to the home folder and send telemetry.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

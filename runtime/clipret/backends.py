@@ -1,4 +1,4 @@
-"""The backends: what may run the towers of a bundle, by the names of their Python modules."""
+"""The backends that can run the towers of a bundle, by the names of their Python modules."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -7,12 +7,12 @@ __all__ = ["BACKENDS", "TENSORRT_LIBRARIES", "Backend", "BackendChoice", "Tensor
 Backend = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
 BackendChoice = Literal["auto", Backend]
 TensorRTLibrary = Literal["tensorrt", "tensorrt_rtx"]
-"""Those that build TensorRT engines and run them."""
+"""The libraries that build and run TensorRT engines."""
 
 
 class _Facts(NamedTuple):
     label: str
-    extra: str  # of this package, which installs it
+    extra: str  # the extra of this package that installs the backend
 
 
 BACKENDS: dict[Backend, _Facts] = {

@@ -4,11 +4,11 @@
     image.onnx (.data)  uint8 [B,S,S,3] -> float32 [B,D], unit norm
     text.onnx  (.data)  int64 [B,L]     -> float32 [B,D], unit norm
     tokenizer.json      Hugging Face `tokenizers` file
-    engines/KEY/        optional TensorRT plans, image.plan and text.plan; see `Engine`
-    verify.json         the report of the export's own check against torch
-    reference.npz       what torch made of the check's inputs, so that any machine can repeat it
+    engines/KEY/        optional TensorRT engines, image.plan and text.plan; see `Engine`
+    verify.json         the report of the parity check against torch
+    reference.npz       torch's outputs for the inputs of the parity check, so that any machine can repeat it
 
-Everything that the runtime needs is in it and nothing is looked up anywhere else.
+A bundle is complete: the runtime reads nothing else.
 """
 
 import hashlib
@@ -45,25 +45,34 @@ Resize = Literal["shortest", "longest", "squash"]
 
 
 class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How an image becomes uint8 [size,size,3]. What is arithmetic (mean, std) is in the graph instead.
+    """How an image becomes uint8 [size,size,3]. Normalization (mean, std) is part of the graph.
 
-    resize: `shortest` scales the short side to `size` and crops the centre, `longest` scales the long side
-    and pads to a square with `fill`, `squash` ignores the aspect ratio.
+    Attributes:
+        size: Side of the square in pixels.
+        resize: `shortest` scales the short side to `size` and crops the centre, `longest` scales the long side and pads
+            to a square with `fill`, `squash` ignores the aspect ratio.
+        interpolation: Filter of the resizing.
+        fill: Grey level of the padding, 0 to 255.
+        exif: Rotate the image as its EXIF tag says; the reference preprocessings do not.
     """
 
     size: Count
     resize: Resize = "shortest"
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     fill: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
-    exif: bool = False  # turn the image as its EXIF tag says; the reference preprocessings do not
+    exif: bool = False
 
 
 class TextSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a caption becomes int64 [L], L <= context_length.
+    """How a text becomes token ids int64 [L], L <= context_length.
 
-    clean: how `text.clean` prepares it; `clip` is the cleaning of CLIP's own tokenizer, `none` leaves it to the
-    tokenizer's file. pad_to: `longest` of the batch where the tower's embedding does not depend on
-    padding, else `context`.
+    Attributes:
+        context_length: Maximum number of tokens.
+        clean: How `inference.tokenizer.clean` prepares the text; `clip` is the cleaning of CLIP's own tokenizer, `none`
+            leaves it to the tokenizer file.
+        pad_to: `longest` pads to the longest text of the batch, for towers whose embeddings do not depend on padding;
+            `context` pads to `context_length`.
+        pad_id: Token id of the padding.
     """
 
     context_length: Count
@@ -73,27 +82,45 @@ class TextSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Size in bytes and sha256 (hex) of one file of the bundle."""
+    """Size in bytes and sha256 (hex) of a file of the bundle."""
 
     bytes: Annotated[int, msgspec.Meta(ge=0)]
     sha256: Hash
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a folder `engines/KEY` was built by and for: a plan runs with this library and version and on this
-    architecture only. `batch`: the batch sizes it was tuned for, ascending; it takes any up to the last."""
+    """The TensorRT engines in a folder `engines/KEY`, which run with one library version and GPU architecture only.
+
+    Attributes:
+        library: The library that built the engines.
+        version: Its exact version.
+        arch: GPU architecture, such as `sm_89`; `sm_80+` also covers later ones.
+        batch: The batch sizes that the engines were tuned for, ascending. They take any size up to the last.
+    """
 
     library: TensorRTLibrary
     version: str
-    arch: Annotated[str, msgspec.Meta(pattern=r"^sm_\d+\+?$")]  # of the GPU, as sm_89; with + for later ones too
+    arch: Annotated[str, msgspec.Meta(pattern=r"^sm_\d+\+?$")]
     batch: Annotated[list[Count], msgspec.Meta(min_length=1)]
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """bundle.json. `source` and `source_sha256` say which checkpoint the towers come from.
+    """The content of bundle.json.
 
-    precision: of the matrix products. `float32_layers`: layers that the export kept in float32 because they
-    overflowed or cost too much accuracy, by their names in the torch model, `image.` or `text.` before them.
+    Attributes:
+        format: Version of the format.
+        model: Name of the model.
+        source: The checkpoint that the towers come from.
+        source_sha256: Its digest.
+        precision: Precision of the matrix products.
+        embedding_dim: D of the embeddings.
+        logit_scale: The model's factor from cosine similarities to logits.
+        image: The image preprocessing.
+        text: The text preprocessing.
+        files: The files of the bundle by their relative paths.
+        float32_layers: Layers that the export kept in float32 because they overflowed or cost too much accuracy, by
+            their names in the torch model with the prefix `image.` or `text.`.
+        engines: TensorRT engines by their folder's name.
     """
 
     format: int
@@ -110,10 +137,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engines: dict[str, Engine] = {}
 
     def to_json(self) -> str:
+        """Serialize the manifest."""
         return json.dumps(msgspec.to_builtins(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
+        """Parse a manifest.
+
+        Raises:
+            ValueError: The text is not JSON, has another format version, or does not match the schema.
+        """
         value = json.loads(text)
         if not isinstance(value, dict) or not isinstance(value.get("format"), int):
             raise ValueError("it has no format version")
@@ -123,11 +156,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _decisive(name: str) -> bool:
+    """Whether a file of the bundle decides the embeddings."""
     return name not in ("verify.json", "reference.npz") and not name.startswith("engines/")
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and sha256 of a file, read in one pass."""
+    """Compute the size and sha256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(path.stat().st_size, digest)
@@ -136,8 +170,17 @@ def file_entry(path: Path) -> FileEntry:
 class Bundle:
     """An opened bundle folder.
 
-    Attributes: `path` (absolute), `manifest`. A file is checked against its sha256 when it is first asked for with
-    `file()`, so a query never pays for hashing the image tower and no engine ever runs on changed bytes.
+    A file is checked against its sha256 when `file` first returns it: a query does not hash the image tower, and no
+    backend runs changed bytes.
+
+    Attributes:
+        path: Absolute path of the folder.
+        manifest: The content of bundle.json.
+
+    Example:
+        >>> bundle = Bundle.open("bundle/")  # doctest: +SKIP
+        >>> bundle.manifest.embedding_dim  # doctest: +SKIP
+        512
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -147,14 +190,18 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Read the manifest. Raises ClipretError when `path` is no bundle or is one of another format."""
+        """Open a bundle and read its manifest.
+
+        Raises:
+            ClipretError: `path` is not a bundle, or has another format version.
+        """
         folder = Path(path).absolute()
         file = folder / "bundle.json"
         try:
             manifest = Manifest.from_json(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ClipretError(
-                f"{folder} is not a bundle: it has no bundle.json; make one with clipret-export"
+                f"{folder} is not a bundle (no bundle.json): create one with clipret-export"
             ) from None
         except (ValueError, UnicodeDecodeError) as error:
             raise ClipretError(f"{file} cannot be used: {error}; export the model again") from None
@@ -162,11 +209,11 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """Hash over everything that decides an embedding (hex, 64 digits).
+        """Hash of everything that decides an embedding (hex, 64 digits).
 
-        Two bundles with the same fingerprint give the same rows for the same images and texts, so a gallery
-        accepts either; the report, the path and the name of the source do not count. Neither do TensorRT plans: they
-        are built from the same graphs, as every other engine's kernels are, and may be added later.
+        Two bundles with the same fingerprint give the same embeddings for the same images and texts, so a gallery
+        accepts either. The report, the path and the name of the source do not count. Neither do TensorRT engines: they
+        are built from the same graphs and may be added later.
         """
         manifest = self.manifest
         decisive = {
@@ -177,12 +224,16 @@ class Bundle:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def file(self, name: str) -> Path:
-        """Path of a file of the bundle, after its bytes (and its `.data` file's) were compared with the manifest.
+        """Return the path of a file after checking its bytes, and those of its `.data` file, against the manifest.
 
-        Raises ClipretError when the file is missing, not in the manifest, or changed.
+        Args:
+            name: Path relative to the bundle, as in the manifest.
+
+        Raises:
+            ClipretError: The file is missing, is not in the manifest, or has changed.
         """
         if name not in self.manifest.files:
-            raise ClipretError(f"bundle {self.path} holds no {name}: export the model again")
+            raise ClipretError(f"bundle {self.path} has no {name}: export the model again")
         for part in (name, name + ".data"):
             if part in self.manifest.files and part not in self._checked:
                 self._check(part)
@@ -196,17 +247,26 @@ class Bundle:
             # The size first: it costs nothing and catches most broken copies.
             if (size := path.stat().st_size) != expected.bytes:
                 raise ClipretError(f"{path} has {size} bytes, the manifest says {expected.bytes}: {advice}")
-            found = file_entry(path).sha256
+            sha256 = file_entry(path).sha256
         except OSError as error:
             raise ClipretError(f"{path} cannot be read ({error.strerror}): {advice}") from None
-        if found != expected.sha256:
+        if sha256 != expected.sha256:
             raise ClipretError(
-                f"{path} has changed since the export (sha256 {found[:12]}…, not {expected.sha256[:12]}…): {advice}"
+                f"{path} has changed since the export (sha256 {sha256[:12]}…, not {expected.sha256[:12]}…): {advice}"
             )
 
 
 def check_bundle(bundle: Bundle, fingerprint: str, owner: str) -> None:
-    """Raise ClipretError unless a bundle gives the embeddings that `owner` holds, which have this fingerprint."""
+    """Check that a bundle gives the embeddings of a gallery or collection.
+
+    Args:
+        bundle: The bundle.
+        fingerprint: Fingerprint of the bundle that the embeddings were made with.
+        owner: What the embeddings belong to, for the message.
+
+    Raises:
+        ClipretError: The fingerprints differ.
+    """
     if bundle.fingerprint != fingerprint:
         raise ClipretError(
             f"{owner} was made with another bundle (fingerprint {fingerprint[:12]}…, "
@@ -214,21 +274,25 @@ def check_bundle(bundle: Bundle, fingerprint: str, owner: str) -> None:
         )
 
 
-def find_bundle(given: str | Path | None, places: Sequence[Path], fingerprint: str, owner: str) -> Bundle:
-    """The bundle of embeddings: the one that is given, else the first that is there.
+def find_bundle(path: str | Path | None, candidates: Sequence[Path], fingerprint: str, owner: str) -> Bundle:
+    """Open the bundle that embeddings were made with.
 
     Args:
-        given: Its folder, where somebody says it.
-        places: Where it may lie; the last is where it was when the embeddings were made.
-        fingerprint: That of the embeddings.
-        owner: What holds them, for messages.
+        path: Its folder, if the caller knows it.
+        candidates: Folders to look at otherwise, of which the first bundle is used; the last one is where the bundle
+            was when the embeddings were made.
+        fingerprint: Fingerprint of that bundle.
+        owner: What the embeddings belong to, for messages.
 
     Raises:
-        ClipretError: There is none, or it has another fingerprint.
+        ClipretError: No bundle is found, or it has another fingerprint.
     """
-    folders = [Path(given)] if given is not None else [one for one in places if (one / "bundle.json").is_file()]
+    if path is not None:
+        folders = [Path(path)]
+    else:
+        folders = [folder.resolve() for folder in candidates if (folder / "bundle.json").is_file()]
     if not folders:
-        raise ClipretError(f"the bundle of {owner} is not at {places[-1]} any more: name it with --bundle")
-    bundle = Bundle.open(folders[0] if given is not None else folders[0].resolve())
+        raise ClipretError(f"the bundle of {owner} is no longer at {candidates[-1]}: name it with --bundle")
+    bundle = Bundle.open(folders[0])
     check_bundle(bundle, fingerprint, owner)
     return bundle

@@ -1,4 +1,4 @@
-"""What the three commands share: errors as one line, progress bars, small tables."""
+"""Shared by the three commands: errors in one line, progress bars, small tables."""
 
 import importlib
 import logging
@@ -23,11 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 class Group(click.Group):
-    """A command with subcommands. A ClipretError becomes one line on stderr and exit status 1, a warning one line;
-    usage errors stay click's, with status 2; Ctrl-C is one line and status 130, as of a process that SIGINT ends.
+    """A command with subcommands.
 
-    Colours go to terminals alone, and not where NO_COLOR is set. -v, --log-level and --log-format are options of the
-    group and of each of its commands. CLIPRET_DEBUG=1 in the environment shows the traceback of an error.
+    A ClipretError is printed as one line on stderr and exits with status 1; a warning is one line. Usage errors are
+    click's, with status 2. Ctrl-C is one line and status 130, as for a process that SIGINT ends.
+
+    Output is coloured only on terminals, and not if NO_COLOR is set. -v, --log-level and --log-format are options of
+    the group and of each of its commands. CLIPRET_DEBUG=1 in the environment shows the traceback of an error.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,18 +52,18 @@ class Group(click.Group):
 
         with warnings.catch_warnings():
             warnings.showwarning = show  # type: ignore[assignment]
-            # Pillow warns of oddities of single images; those that matter are errors (see clipret.images.decode).
+            # Pillow warns about oddities of single images; those that matter are errors (see clipret.images.decode).
             warnings.filterwarnings("ignore", module=r"PIL\.")
             try:
                 return super().main(*args, **kwargs)
             except ClipretError as error:
                 self._report(error, str(error), colour)
             except MemoryError as error:
-                message = f"there is not enough memory ({error}): make the batch smaller, or use a larger machine"
+                message = f"out of memory ({error}): use a smaller batch size or a larger machine"
                 self._report(error, message, colour)
-            except OSError as error:  # above all of the results on stdout: the library's own are ClipretErrors
-                place = error.filename or "the output or the working folder"
-                message = f"{place} cannot be used ({error.strerror or error}): free space, or choose another place"
+            except OSError as error:  # mostly from writing results to stdout: the library raises ClipretError
+                path = error.filename or "the output or the working folder"
+                message = f"{path} cannot be used ({error.strerror or error}): free space, or choose another path"
                 self._report(error, message, colour)
             finally:
                 logs.reset()
@@ -85,7 +87,7 @@ class Group(click.Group):
 
 
 def _add_logging(command: click.Command, *, hidden: bool = True) -> click.Command:
-    """Adds -v, --log-level and --log-format, once; `hidden` leaves them out of the help text."""
+    """Add -v, --log-level and --log-format to a command once; `hidden` leaves them out of the help text."""
 
     def level(context: click.Context, _option: click.Parameter, value: int | str | None) -> None:
         if value:
@@ -106,7 +108,7 @@ def _add_logging(command: click.Command, *, hidden: bool = True) -> click.Comman
                 expose_value=False,
                 callback=level,
                 hidden=hidden,
-                help="Log what is done to stderr; -vv in detail. Also behind a command, as the next two.",
+                help="Log progress to stderr; -vv for details. This and the next two also work after a command.",
             ),
             click.Option(
                 ["--log-level"],
@@ -129,10 +131,10 @@ def _add_logging(command: click.Command, *, hidden: bool = True) -> click.Comman
 
 
 class LazyGroup(Group):
-    """A command whose subcommands are imported when they are called for, and all of them for --help.
+    """A command whose subcommands are imported when they are used; --help imports them all.
 
     Args:
-        lazy: The sections of the help text; in each, "module:attribute" of every subcommand by its name.
+        lazy: For each section of the help text, the "module:attribute" of every subcommand by its name.
     """
 
     def __init__(self, *args: Any, lazy: Mapping[str, Mapping[str, str]], **kwargs: Any) -> None:
@@ -145,9 +147,9 @@ class LazyGroup(Group):
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         width = formatter.width - 6 - max(map(len, self._lazy))
-        for title, names in self._sections.items():
+        for section, names in self._sections.items():
             commands = [(name, self.get_command(context, name)) for name in names]
-            with formatter.section(title):
+            with formatter.section(section):
                 formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in commands if command])
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
@@ -159,7 +161,7 @@ class LazyGroup(Group):
 
 
 class DefaultGroup(Group):
-    """A command whose subcommand named `default` may be left out: `clipret-export SOURCE BUNDLE`."""
+    """A command with a default subcommand, whose name may be left out: `clipret-export SOURCE BUNDLE`."""
 
     default = "export"
 
@@ -173,8 +175,15 @@ class DefaultGroup(Group):
 
 
 def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", unit: str = "it") -> Iterable[T]:
-    """`items` behind a progress bar on stderr, which stays silent when stderr is no terminal."""
-    from tqdm import tqdm  # not at the top: a query shows no bar and should not pay for it
+    """Iterate with a progress bar on stderr; there is none if stderr is not a terminal.
+
+    Args:
+        items: What to iterate over.
+        total: Number of items, if known.
+        desc: Label of the bar.
+        unit: What is counted.
+    """
+    from tqdm import tqdm  # imported late: a query shows no bar
 
     bar: Iterable[T] = tqdm(items, total=total, desc=desc, unit=unit, disable=None, dynamic_ncols=True, leave=False)
     return bar
@@ -182,7 +191,7 @@ def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", un
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """Inside the block, stage("loading") shows on stderr what is being done and since when, if stderr is a terminal."""
+    """Yield a function that shows the current stage and its elapsed time on stderr, if that is a terminal."""
     from tqdm import tqdm
 
     with tqdm(disable=None, bar_format="{desc} [{elapsed}]", leave=False) as bar:
@@ -196,7 +205,14 @@ def stages() -> Iterator[Callable[[str], None]]:
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned text, numbers to the right; wide (Chinese) characters count as two columns."""
+    """Format rows as aligned text; numbers are right-aligned, wide (Chinese) characters count as two columns.
+
+    Example:
+        >>> print(show_table(("name", "n"), [("a", "7"), ("b", "12")]))
+        name   n
+        a      7
+        b     12
+    """
     table = [list(header), *map(list, rows)]
     widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
     numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(header))]
@@ -211,7 +227,7 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def headed(text: str) -> str:
-    """`text` with its first line in bold, for click.echo, which leaves that out where it writes to no terminal."""
+    """Make the first line bold, for click.echo, which strips the style if it does not write to a terminal."""
     head, end, rest = text.partition("\n")
     return f"{click.style(head, bold=True)}{end}{rest}"
 

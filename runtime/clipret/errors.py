@@ -1,4 +1,4 @@
-"""The exception and the warning of the library, texts in one line, and the sentence for a missing optional package."""
+"""The library's exception and warning, one-line texts, and the message for a missing optional package."""
 
 import importlib
 from types import ModuleType
@@ -7,40 +7,60 @@ __all__ = ["BackendWarning", "ClipretError", "one_line", "printable", "require"]
 
 
 class ClipretError(Exception):
-    """Something that the user can put right.
+    """An error that the user can fix.
 
-    The message says what is wrong, names the value, and says what to do next, in one line:
-    commands print it as it is and exit with status 1.
+    The message is one line. It says what is wrong, gives the value, and says what to do next. Commands print it
+    unchanged and exit with status 1.
     """
 
 
 class BackendWarning(UserWarning):
-    """Something slower runs than was hoped for: an engine that does not fit this machine, CUDA graphs that fail."""
+    """A slower backend or mode runs instead of the preferred one.
+
+    Examples are a TensorRT engine that does not fit this machine, and CUDA graphs that fail.
+    """
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """What an exception of another library says, in one line of at most `most` characters; its type where it says
-    nothing."""
+def one_line(error: BaseException, max_length: int = 300) -> str:
+    """Shorten the message of another library's exception to one line.
+
+    Args:
+        error: The exception.
+        max_length: Maximum number of characters.
+
+    Returns:
+        The message, or the name of the exception's type if the message is empty.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """`text` in one line that any terminal and any UTF-8 file can take: control characters, line ends and the bytes of
-    file names that are not UTF-8 become escapes."""
+    r"""Make a text safe for a terminal and a UTF-8 file, in one line.
+
+    Control characters, line breaks and the non-UTF-8 bytes of file names become escapes.
+
+    Example:
+        >>> printable("a\nb")
+        'a\\nb'
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise a ClipretError with the pip command that installs it.
+    """Import an optional package where it is used, so that `import clipret` stays fast.
 
-    Heavy and optional packages are imported where they are used, through this function, so that
-    `import clipret` stays light and a missing extra costs one sentence rather than a traceback.
+    Args:
+        module: The module to import.
+        extra: The extra of clipret that installs it.
+
+    Raises:
+        ClipretError: The package is not installed. The message has the pip command.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # the package is there, one of its own dependencies is not
+            raise  # the package is installed, one of its dependencies is not
         raise ClipretError(f"{package} is not installed: run  pip install 'clipret[{extra}]'") from None

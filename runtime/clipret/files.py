@@ -1,10 +1,11 @@
-"""Files and folders that are whole or absent: written under a temporary name, synced, renamed."""
+"""Atomic writes of files and folders: written under a temporary name, synced, renamed."""
 
 import contextlib
 import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,19 @@ except ImportError:  # Windows
 
 __all__ = ["new_folder", "sync_folder", "write_file"]
 
-_YOUNG = 60  # seconds
+_MIN_AGE = 60  # seconds
+_SYNC_MODE = "r+b" if sys.platform == "win32" else "rb"  # Windows syncs only files that are open for writing
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file so that `path` holds either its old content or all of the new one, even after a power cut.
+    """Write a file atomically: even after a power cut, `path` has either its old or its new content.
 
-    Raises ClipretError when the folder is missing or the disk refuses; the old file is then untouched.
+    Args:
+        path: The file.
+        content: Its content; a string is written as UTF-8.
+
+    Raises:
+        ClipretError: The folder is missing or cannot be written. The old file is then unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     if not path.name or path.is_dir():
@@ -38,14 +45,14 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another place or free it") from None
-    finally:  # after Ctrl-C too
+        raise ClipretError(f"{path} cannot be written: {error.strerror}; free space or choose another path") from None
+    finally:  # also after Ctrl-C
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable; a no-op where a folder cannot be opened for that (Windows)."""
+    """Make renames inside `folder` durable. Does nothing where folders cannot be opened (Windows)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except (OSError, AttributeError):
@@ -58,11 +65,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path` that takes its place when the block ends well.
+    """Create a folder atomically: yield an empty temporary folder that becomes `path` when the block succeeds.
 
-    After an exception, Ctrl-C included, the temporary folder is gone and `path` is as it was. What a killed process
-    left is mended by the next one for the same path. An existing folder that is not empty is refused unless
-    `overwrite`, which deletes whatever it holds. Raises ClipretError.
+    After an exception or Ctrl-C the temporary folder is deleted and `path` is unchanged. The temporary folders of a
+    killed process are cleaned up by the next call for the same path.
+
+    Args:
+        path: The folder to create.
+        overwrite: Replace an existing folder that is not empty, with everything in it.
+
+    Raises:
+        ClipretError: `path` is a file, is not empty, or cannot be written.
     """
     path = Path(os.path.realpath(path))  # the folder that a link points to, not the link
     _sweep(path)
@@ -74,34 +87,36 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise ClipretError(f"{temporary.parent} cannot be written: {error.strerror}; choose another place") from None
-    held = [_hold(temporary)]
+        raise ClipretError(f"{temporary.parent} cannot be written: {error.strerror}; choose another path") from None
+    locks = [_lock(temporary)]
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                with file.open("rb") as handle:
+                with file.open(_SYNC_MODE) as handle:
                     os.fsync(handle.fileno())
-        # A folder cannot replace a folder that is not empty, so the old one steps aside first.
-        aside = temporary.with_suffix(".old")
+        # A rename cannot replace a folder that is not empty, so the old folder is renamed first.
+        old = temporary.with_suffix(".old")
         if path.exists():
-            held.append(_hold(path))
-            path.rename(aside)
+            locks.append(_lock(path))
+            path.rename(old)
         temporary.rename(path)
         sync_folder(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise ClipretError(f"{path} cannot be written: {error}; choose another place or free space") from None
+        raise ClipretError(f"{path} cannot be written: {error}; free space or choose another path") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        for lock in held:
+        for lock in locks:
             if lock is not None:
                 os.close(lock)
 
 
-def _hold(folder: Path) -> int | None:
-    """The lock of a folder, as a handle that keeps it until it is closed or its process has ended; None where another
-    process holds it, or the system has no such locks (Windows)."""
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the returned handle is closed or the process ends.
+
+    Returns None if another process has the lock, or the system has no such locks (Windows).
+    """
     if fcntl is None:
         return None
     try:
@@ -117,12 +132,12 @@ def _hold(folder: Path) -> int | None:
 
 
 def _sweep(path: Path) -> None:
-    """Delete the temporary folders of killed processes beside `path`; an old `path` that stepped aside comes back."""
+    """Delete the temporary folders that killed processes left next to `path`, and restore an old `path` from them."""
     pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.(tmp|old)")
     with contextlib.suppress(OSError):
         for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
-            # One that was made in this moment is not held yet.
-            if time.time() - left.stat().st_ctime < _YOUNG or (handle := _hold(left)) is None:
+            # A folder that was created just now may not be locked yet.
+            if time.time() - left.stat().st_ctime < _MIN_AGE or (handle := _lock(left)) is None:
                 continue
             if left.suffix == ".old" and not path.exists():
                 left.rename(path)

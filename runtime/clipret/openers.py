@@ -1,4 +1,4 @@
-"""Opens what is searched, by its place: the folder of a gallery, or a collection in Milvus."""
+"""Open what a search runs on: a gallery folder or a Milvus collection."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,16 @@ __all__ = ["open_searchable"]
 
 
 def open_searchable(place: Path | str) -> "Gallery | MilvusCollection":
-    """A gallery by its folder, or the collection that milvus+URI names. Raises ClipretError."""
+    """Open a gallery or a Milvus collection.
+
+    Args:
+        place: The folder of a gallery, or milvus+URI.
+
+    Raises:
+        ClipretError: It cannot be opened.
+    """
     if isinstance(place, Path):
         return Gallery.open(place)
-    from clipret.milvus.search import open_milvus  # few searches need it
+    from clipret.milvus.search import open_milvus  # imported late: few searches need it
 
     return open_milvus(place)

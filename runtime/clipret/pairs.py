@@ -1,4 +1,4 @@
-"""Lists of images and captions, many to many: training learns from them, the check of an export measures with them."""
+"""Images and their captions, many to many, for training and for the parity check of an export."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,22 @@ __all__ = ["PairSet", "read_pairs"]
 
 @dataclass(frozen=True)
 class PairSet:
-    """Images and captions, many to many: `of_image[i]` are the positions in `captions` that belong to `paths[i]`.
+    """Images and captions, many to many.
 
-    Every image is named once and every caption text is kept once, so that rows with the same image or the same
-    caption are each other's positives by construction.
+    Each image path and each caption text occurs once. Rows of an annotations file that share an image or a caption are
+    therefore positives of each other.
+
+    Attributes:
+        paths: The image files.
+        captions: The caption texts.
+        of_image: For `paths[i]`, the positions of its captions in `captions`.
+
+    Example:
+        >>> pairs = PairSet((Path("a.jpg"), Path("b.jpg")), ("a car", "a red car"), ((0, 1), (0,)))
+        >>> pairs.of_caption()
+        [[0, 1], [0]]
+        >>> pairs.subset([1]).captions
+        ('a car',)
     """
 
     paths: tuple[Path, ...]
@@ -23,19 +35,19 @@ class PairSet:
     of_image: tuple[tuple[int, ...], ...]
 
     def subset(self, keep: Sequence[int]) -> "PairSet":
-        """The images at these positions, with only their own captions."""
-        new: dict[int, int] = {}
+        """Select images by position, with their captions only."""
+        new_position: dict[int, int] = {}
         for image in keep:
             for caption in self.of_image[image]:
-                new.setdefault(caption, len(new))
+                new_position.setdefault(caption, len(new_position))
         return PairSet(
             tuple(self.paths[image] for image in keep),
-            tuple(self.captions[caption] for caption in new),
-            tuple(tuple(new[caption] for caption in self.of_image[image]) for image in keep),
+            tuple(self.captions[caption] for caption in new_position),
+            tuple(tuple(new_position[caption] for caption in self.of_image[image]) for image in keep),
         )
 
     def of_caption(self) -> list[list[int]]:
-        """For each caption the positions of its images."""
+        """For each caption, the positions of its images."""
         images: list[list[int]] = [[] for _ in self.captions]
         for image, captions in enumerate(self.of_image):
             for caption in captions:
@@ -51,10 +63,17 @@ def read_pairs(
     caption_column: str | None = None,
     where: str | None = None,
 ) -> PairSet:
-    """Read a CSV, TSV or JSONL list with one image and one caption a row.
+    """Read an annotations file (CSV, TSV or JSONL) with one image and one caption per row.
 
-    Images are relative to `image_root`, by default the list's folder; columns are detected when not named.
-    Raises ClipretError as `read_table` and `pick_column` do, and for an empty image or caption.
+    Args:
+        path: The annotations file.
+        image_root: What image paths are relative to; default: the folder of the annotations file.
+        image_column: Column of image paths; default: detected by its name.
+        caption_column: Column of captions; default: detected by its name.
+        where: SQL expression that selects rows, see `read_table`.
+
+    Raises:
+        ClipretError: As `read_table` and `pick_column`, and for an empty image or caption.
     """
     table = read_table(path, where)
     image, caption = pick_column(table, image_column, "image"), pick_column(table, caption_column, "caption")

@@ -1,6 +1,7 @@
-"""What a file must hold, by msgspec: types and ranges are declared once, and what is wrong is one line.
+"""Validate parsed files with msgspec: types and ranges are declared once, and an error is one line.
 
-msgspec names the place and what is allowed. The line adds the value, the choices of a Literal and the keys of objects.
+msgspec reports the field and what is allowed there. The line adds the value, the choices of a Literal and the keys of
+objects.
 """
 
 import re
@@ -17,39 +18,46 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Amount = Annotated[float, msgspec.Meta(gt=0)]
 Filled = Annotated[str, msgspec.Meta(pattern=r"\S")]
 Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-"""Of sha256, in hex."""
+"""A sha256 digest in hex."""
 
 
 def checked(value: object, schema: type[T]) -> T:
-    """Parsed JSON or TOML as what a schema says.
+    """Convert parsed JSON or TOML to the type that a schema declares.
 
     Args:
-        value: Dicts, lists, texts and numbers.
-        schema: A `msgspec.Struct`, or a container of some.
+        value: Dicts, lists, strings and numbers.
+        schema: A `msgspec.Struct`, or a container of structs.
 
     Raises:
-        ValueError: It is something else. The text is one line with the field, its value and what is allowed.
+        ValueError: The value does not match. The message is one line with the field, its value and what is allowed.
+
+    Example:
+        >>> checked(0, Count)
+        Traceback (most recent call last):
+        ValueError: it is 0: expected int >= 1
     """
     try:
         return msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
-        said, _, path = str(error).replace("`", "").partition(" - at $")
-        where, found, hint = _walk(path, value, schema)
-        if said.startswith("Object "):  # a field that is missing or unknown: the value would say nothing
-            raise ValueError(f"{where or 'it'}: {said.removeprefix('Object ')}") from None
+        expected, _, path = str(error).replace("`", "").partition(" - at $")
+        where, bad_value, hint = _walk(path, value, schema)
+        if expected.startswith("Object "):  # a missing or unknown field: the value would not help
+            raise ValueError(f"{where or 'it'}: {expected.removeprefix('Object ')}") from None
         if get_origin(hint) is Literal:
-            said = f"expected one of {', '.join(map(str, get_args(hint)))}"
-        raise ValueError(f"{where or 'it'} is {reprlib.repr(found)}: {said[0].lower()}{said[1:]}") from None
+            expected = f"expected one of {', '.join(map(str, get_args(hint)))}"
+        raise ValueError(
+            f"{where or 'it'} is {reprlib.repr(bad_value)}: {expected[0].lower()}{expected[1:]}"
+        ) from None
 
 
 def _walk(path: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
-    """The place that msgspec means, the value there, and what it should be."""
+    """Resolve msgspec's path to the field's name, the value there, and its declared type."""
     where = ""
     for step in re.findall(r"\.\w+|\[\d+\]|\[\.\.\.\]", path):
         hint = _plain(hint)
-        if step == "[...]":  # an entry of an object, whose key msgspec does not tell
+        if step == "[...]":  # an entry of an object, whose key msgspec does not report
             hint = get_args(hint)[1]
-            key = next(key for key, one in value.items() if not _fits(one, hint))
+            key = next(key for key, entry in value.items() if not _fits(entry, hint))
             where, value = f"{where}.{key}", value[key]
         elif step.startswith("["):
             hint, value, where = get_args(hint)[0], value[int(step[1:-1])], where + step
@@ -60,7 +68,7 @@ def _walk(path: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
 
 
 def _plain(hint: Any) -> Any:
-    """A type without its ranges, and without the None that it may be."""
+    """Strip the ranges and an optional None from a type."""
     if get_origin(hint) is Annotated:
         return _plain(get_args(hint)[0])
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]

@@ -1,4 +1,4 @@
-"""Lists of images and captions: CSV, TSV and JSON lines, with columns named or detected."""
+"""Annotations files: CSV, TSV and JSON lines, with columns named or detected."""
 
 import contextlib
 import csv
@@ -16,7 +16,7 @@ from clipret.errors import ClipretError
 __all__ = ["OWN_COLUMNS", "Table", "as_number", "check_quotes", "pick_column", "quoted", "read_table", "reading_only"]
 
 OWN_COLUMNS = {"id": int, "path": str, "size": int, "mtime_ns": int, "hash": str}
-"""What a gallery knows of each image by itself, with types; columns of metadata have other names."""
+"""The columns that a gallery has for every image, with their types; metadata columns have other names."""
 
 _NAMES = {
     "image": ("path", "filepath", "file_path", "image", "image_path", "filename", "file_name", "file", "img"),
@@ -29,7 +29,13 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.
 
 @dataclass(frozen=True)
 class Table:
-    """A table in memory. Every value is a string; what JSON calls null is the empty string."""
+    """A table in memory.
+
+    Attributes:
+        path: The file.
+        columns: Names of the columns.
+        rows: The rows as dicts by column. Every value is a string; JSON's null is the empty string.
+    """
 
     path: Path
     columns: tuple[str, ...]
@@ -37,21 +43,25 @@ class Table:
 
 
 def read_table(path: str | Path, where: str | None = None) -> Table:
-    """Read a .csv, .tsv, .txt or .jsonl file, UTF-8, with a header.
+    """Read a .csv, .tsv, .txt or .jsonl file in UTF-8; all but JSONL need a header.
 
-    The separator is the one of comma, tab, semicolon and bar that the header holds most of. Tab-separated files are
-    read without quoting, since captions hold quotation marks; the others by the usual CSV rules. `where` is an SQL
-    expression over the columns, such as  split = 'val' and lang = 'en';  values that look like numbers
-    compare as numbers.
+    The separator is the comma, tab, semicolon or vertical bar, whichever is most frequent in the header. Tab-separated
+    files are read without quoting, since captions contain quotation marks; the others by the usual CSV rules.
 
-    Raises ClipretError: missing file, not UTF-8, a row whose number of fields differs from the header's
-    (with its line number), a bad expression, no rows.
+    Args:
+        path: The file.
+        where: SQL expression over the columns, such as `split = 'val' and lang = 'en'`. Values that look like numbers
+            compare as numbers.
+
+    Raises:
+        ClipretError: The file is missing or not UTF-8, a row has another number of fields than the header (the message
+            has its line number), the expression is invalid, or no rows are left.
     """
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+        raise ClipretError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
     except UnicodeDecodeError as error:
         raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from None
     reader = _read_jsonl if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else _read_separated
@@ -60,23 +70,29 @@ def read_table(path: str | Path, where: str | None = None) -> Table:
         rows = _filter(path, columns, rows, where)
     if not rows:
         reason = f"no row with {where}" if where is not None else "no rows"
-        raise ClipretError(f"{path} holds {reason}: nothing to do")
+        raise ClipretError(f"{path} has {reason}: check the file{' and --where' if where is not None else ''}")
     return Table(path, columns, rows)
 
 
-def pick_column(table: Table, given: str | None, kind: Literal["image", "caption"]) -> str:
-    """The column that holds the images' paths or their captions: `given`, or the first usual name.
+def pick_column(table: Table, column: str | None, kind: Literal["image", "caption"]) -> str:
+    """Find the column of image paths or captions.
 
-    Raises ClipretError that lists the columns there are.
+    Args:
+        table: The table.
+        column: Name of the column, in any case; None: the first column with one of the usual names.
+        kind: What the column holds.
+
+    Raises:
+        ClipretError: There is no such column. The message lists the columns of the table.
     """
-    by_name = {column.lower(): column for column in reversed(table.columns)}
-    wanted = (given,) if given is not None else _NAMES[kind]
-    for name in wanted:
+    by_name = {name.lower(): name for name in reversed(table.columns)}
+    names = (column,) if column is not None else _NAMES[kind]
+    for name in names:
         if name in table.columns:
             return name
         if name.lower() in by_name:
             return by_name[name.lower()]
-    looked_for = given if given is not None else f"{kind} column (looked for {', '.join(_NAMES[kind])})"
+    looked_for = column if column is not None else f"{kind} column (looked for {', '.join(_NAMES[kind])})"
     raise ClipretError(
         f"{table.path} has no {looked_for}: its columns are {', '.join(table.columns)}; "
         f"name one with --column {kind}=NAME (in clipret-train fit, --set {kind}_column=NAME)"
@@ -85,32 +101,32 @@ def pick_column(table: Table, given: str | None, kind: Literal["image", "caption
 
 def _read_separated(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, str]]]:
     header, _, _ = text.partition("\n")
-    # Of a single column the header says nothing: a .csv is then what its name says.
+    # The header of a single column has no separator: the file name decides then.
     separator = max(",\t;|" if path.suffix.lower() == ".csv" else "\t,;|", key=header.count)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    # Not strict, a quotation mark that is not closed would take all to the end of the file into one field.
+    # Without strict, an unclosed quotation mark would read the rest of the file into one field.
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     rows: list[dict[str, str]] = []
-    began = 1
+    first_line = 1  # of the current row, which may span lines
     try:
         columns = tuple(name.strip() for name in next(lines, []))
         if not any(columns):
             raise ClipretError(f"{path} is empty: it needs a header line and rows")
         if len(set(columns)) != len(columns):
-            raise ClipretError(f"{path} names a column twice in its header: {', '.join(columns)}")
-        began = lines.line_num + 1
+            raise ClipretError(f"{path} has a column twice in its header ({', '.join(columns)}): rename one")
+        first_line = lines.line_num + 1
         for values in lines:
-            began = lines.line_num + 1
+            first_line = lines.line_num + 1
             if not values:
-                continue  # a blank line, as many editors leave at the end
+                continue  # a blank line, which many editors leave at the end
             if len(values) != len(columns):
                 raise ClipretError(
-                    f"{path} line {lines.line_num} has {len(values)} fields, its header {len(columns)}: mend or quote "
-                    "that line"
+                    f"{path} line {lines.line_num} has {len(values)} fields, its header {len(columns)}: correct or "
+                    "quote that line"
                 )
             rows.append(dict(zip(columns, values, strict=True)))
     except csv.Error as error:
-        raise ClipretError(f"{path} line {began}: {error}: mend the quotation marks there") from None
+        raise ClipretError(f"{path} line {first_line}: {error}: correct the quotation marks there") from None
     return columns, rows
 
 
@@ -121,10 +137,12 @@ def _read_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, 
             continue
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits, and of deep nesting
-            raise ClipretError(f"{path} line {number} is not JSON: {getattr(error, 'msg', error)}") from None
+        except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits and deep nesting
+            raise ClipretError(
+                f"{path} line {number} is not JSON ({getattr(error, 'msg', error)}): correct that line"
+            ) from None
         if not isinstance(value, dict):
-            raise ClipretError(f"{path} line {number} is not a JSON object: write one object a line")
+            raise ClipretError(f"{path} line {number} is not a JSON object: write one object per line")
         objects.append(value)
     columns = tuple(dict.fromkeys(key for value in objects for key in value))
     return columns, [{column: _as_text(value.get(column)) for column in columns} for value in objects]
@@ -137,8 +155,8 @@ def _as_text(value: object) -> str:
 
 
 def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], where: str) -> list[dict[str, str]]:
-    """Rows for which the SQL expression is true, by sqlite itself: one grammar here and in a gallery's filters."""
-    # NUMERIC affinity turns what looks like a number into one and leaves the rest text.
+    """Select the rows for which an SQL expression is true, by sqlite, so that the grammar is that of gallery filters."""
+    # NUMERIC affinity converts values that look like numbers and leaves the others text.
     names = [quoted(column) for column in columns]
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         check_quotes(where, columns)
@@ -149,16 +167,21 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
             )
             database.commit()
             with reading_only(database, selects=1):
-                chosen = [row[0] for row in database.execute(f"SELECT rowid FROM t WHERE ({where}\n) ORDER BY rowid")]
+                numbers = [row[0] for row in database.execute(f"SELECT rowid FROM t WHERE ({where}\n) ORDER BY rowid")]
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ClipretError(
                 f"--where {where!r} cannot be used on {path}: {error}; its columns are {', '.join(columns)}"
             ) from None
-    return [rows[number - 1] for number in chosen]
+    return [rows[number - 1] for number in numbers]
 
 
 def as_number(value: str | int | float | None) -> str | int | float | None:
-    """What sqlite makes of a value in a NUMERIC column: a text that is written as a number is that number."""
+    """Convert a value as sqlite does in a NUMERIC column: a string that looks like a number becomes one.
+
+    Example:
+        >>> as_number("7.0"), as_number("7.5"), as_number("7 cars")
+        (7, 7.5, '7 cars')
+    """
     if not isinstance(value, str) or not _NUMBER.fullmatch(value):
         return value
     if _INTEGER.fullmatch(value) and len(value) < 100 and -(1 << 63) <= int(value) < 1 << 63:
@@ -168,40 +191,56 @@ def as_number(value: str | int | float | None) -> str | int | float | None:
 
 
 def quoted(name: str) -> str:
-    """A column's name as SQL takes it, whatever is in it."""
+    """Quote a column name for SQL.
+
+    Example:
+        >>> quoted("day of week")
+        '"day of week"'
+    """
     return '"' + name.replace('"', '""') + '"'
 
 
 def check_quotes(where: str, columns: Sequence[str]) -> None:
-    """Raise ClipretError for a double-quoted name that is no column: sqlite would silently take it for a text."""
-    known = {column.lower() for column in columns}
+    """Check the double-quoted names of an SQL expression: sqlite would silently read an unknown one as a string.
+
+    Args:
+        where: The expression.
+        columns: Names of the columns.
+
+    Raises:
+        ClipretError: A double-quoted name is not a column.
+    """
+    names = {column.lower() for column in columns}
     for name in re.findall(r'"((?:[^"]|"")*)"', re.sub(r"'(?:[^']|'')*'", "", where)):
-        if name.replace('""', '"').lower() not in known:
+        if name.replace('""', '"').lower() not in names:
             raise ClipretError(
-                f'--where {where!r} names a column "{name}" that is none of {", ".join(columns)}: put texts in single '
+                f'--where {where!r} names a column "{name}" that is none of {", ".join(columns)}: put strings in single '
                 "quotes"
             )
 
 
 @contextlib.contextmanager
 def reading_only(database: sqlite3.Connection, selects: int) -> Iterator[None]:
-    """Inside the block the database answers one SELECT and nothing else: it runs an expression that a stranger wrote.
+    """Restrict a database to SELECT inside the block, to run an untrusted expression.
 
-    The statement holds `selects` of them; another one is the stranger's, who could read what is deleted.
+    Args:
+        database: The database.
+        selects: Number of SELECTs in the trusted statement. One more comes from the expression, which could read
+            deleted images with it, and is denied.
     """
     allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-    found = 0
+    count = 0
 
-    def answer(action: int, _: str | None, name: str | None, *__: str | None) -> int:
-        nonlocal found
-        found += action == sqlite3.SQLITE_SELECT
-        if found > selects:
+    def authorize(action: int, _: str | None, name: str | None, *__: str | None) -> int:
+        nonlocal count
+        count += action == sqlite3.SQLITE_SELECT
+        if count > selects:
             return sqlite3.SQLITE_DENY
-        # printf('%.*c', 2000000000, 'x') runs for minutes, and nothing can interrupt a function.
+        # printf('%.*c', 2000000000, 'x') runs for minutes, and a function cannot be interrupted.
         endless = action == sqlite3.SQLITE_FUNCTION and name in ("printf", "format")
         return sqlite3.SQLITE_OK if action in allowed and not endless else sqlite3.SQLITE_DENY
 
-    database.set_authorizer(answer)
+    database.set_authorizer(authorize)
     try:
         yield
     finally:

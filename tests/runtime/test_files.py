@@ -79,10 +79,10 @@ def test_what_killed_processes_left_is_swept(tmp_path: Path, monkeypatch: pytest
         (tmp_path / ".out.0123abcd.old").mkdir()
         (tmp_path / ".out.0123abcd.old/a").write_text("old")
         (tmp_path / ".other.0123abcd.tmp").mkdir()
-        monkeypatch.setattr("clipret.files._YOUNG", 0)
+        monkeypatch.setattr("clipret.files._MIN_AGE", 0)
         with pytest.raises(ClipretError, match="not empty"), new_folder(tmp_path / "out"):
             pass
-        # The old folder is back, which its process could not do any more; one that is being written stays.
+        # The old folder is restored, which its killed process could not do; the folder that is being written stays.
         assert sorted(file.name for file in tmp_path.iterdir()) == sorted([left.name, ".other.0123abcd.tmp", "out"])
         writer.kill()
     with new_folder(tmp_path / "out", overwrite=True) as folder:

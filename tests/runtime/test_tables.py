@@ -58,7 +58,7 @@ def test_where_compares_numbers_as_numbers(tmp_path: Path) -> None:
     [
         ("language = 'en'", "no such column: language.*its columns are path, lang, caption, hour"),
         ("hour <", "cannot be used"),
-        ("hour < 0", "holds no row with hour < 0"),
+        ("hour < 0", "has no row with hour < 0"),
         ("1) UNION SELECT load_extension('x'", "cannot be used"),
         ("exists(SELECT * FROM sqlite_master)", "cannot be used"),
     ],
@@ -95,9 +95,9 @@ def test_numbers_are_those_of_sqlite(text: str) -> None:
     ("name", "content", "message"),
     [
         ("t.csv", "path,caption\na,b,c\n", "line 2 has 3 fields, its header 2"),
-        ("t.csv", "path,path\na,b\n", "names a column twice"),
+        ("t.csv", "path,path\na,b\n", "has a column twice"),
         ("t.csv", "", "is empty"),
-        ("t.csv", "path,caption\n", "holds no rows"),
+        ("t.csv", "path,caption\n", "has no rows"),
         ("t.csv", b"path,caption\n\xff,b\n", "not UTF-8"),
         ("t.jsonl", '{"a": 1}\n[2]\n', "line 2 is not a JSON object"),
         ("t.jsonl", "{'a': 1}\n", "line 1 is not JSON"),

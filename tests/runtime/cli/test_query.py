@@ -268,7 +268,7 @@ def test_results_that_cannot_be_written(gallery: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == (
         "clipret-search: the output or the working folder cannot be used (No space left on device): free space, or "
-        "choose another place\n"
+        "choose another path\n"
     )
 
 

@@ -310,7 +310,7 @@ def test_a_root_is_found_again_by_any_of_its_names(tiny_bundle: Path, tmp_path: 
 def test_a_double_quoted_name_is_no_text(gallery: Gallery) -> None:
     fill(gallery, [4])
     assert len(gallery.select("\"camera\" = 'A0' and path <> 'a \"b\" c'")) == 2
-    with pytest.raises(ClipretError, match=r"none of id, path, .*put texts in single quotes"):
+    with pytest.raises(ClipretError, match=r"none of id, path, .*put strings in single quotes"):
         gallery.select("\"camrea\" <> 'A0'")
 
 
