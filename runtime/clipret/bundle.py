@@ -200,9 +200,7 @@ class Bundle:
         try:
             manifest = Manifest.from_json(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
-            raise ClipretError(
-                f"{folder} is not a bundle (no bundle.json): create one with clipret-export"
-            ) from None
+            raise ClipretError(f"{folder} is not a bundle (no bundle.json): create one with clipret-export") from None
         except (ValueError, UnicodeDecodeError) as error:
             raise ClipretError(f"{file} cannot be used: {error}; export the model again") from None
         return cls(folder, manifest)

@@ -45,9 +45,7 @@ def checked(value: object, schema: type[T]) -> T:
             raise ValueError(f"{where or 'it'}: {expected.removeprefix('Object ')}") from None
         if get_origin(hint) is Literal:
             expected = f"expected one of {', '.join(map(str, get_args(hint)))}"
-        raise ValueError(
-            f"{where or 'it'} is {reprlib.repr(bad_value)}: {expected[0].lower()}{expected[1:]}"
-        ) from None
+        raise ValueError(f"{where or 'it'} is {reprlib.repr(bad_value)}: {expected[0].lower()}{expected[1:]}") from None
 
 
 def _walk(path: str, value: Any, hint: Any) -> tuple[str, Any, Any]:

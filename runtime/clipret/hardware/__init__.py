@@ -1,4 +1,4 @@
-"""What this machine can do: processors and GPUs."""
+"""The processors and GPUs of this machine."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""onnxruntime, opened in one way."""
+"""Sessions of onnxruntime."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""ONNX models of a few nodes as bytes: onnxruntime's operators without the onnx package, which the runtime lacks.
+"""Serialize small ONNX models, to use onnxruntime's operators without the onnx package.
 
-The format is a protocol buffer; numbers of fields and types are those of onnx.proto3 in the ONNX specification.
+The format is a protocol buffer. Field and type numbers are those of onnx.proto3 in the ONNX specification.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,13 @@ _IR_VERSION, _OPSET = 10, 21
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output; a dimension is its size or its name."""
+    """An input or output of a graph.
+
+    Attributes:
+        name: Its name.
+        dtype: Name of the numpy dtype.
+        shape: Each dimension as a size, or as a name if it varies.
+    """
 
     name: str
     dtype: str
@@ -26,7 +32,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Node:
-    """An operator of the standard domain with integer attributes."""
+    """An operator of the standard domain with integer attributes.
+
+    Attributes:
+        operator: Its type, such as "MatMul".
+        inputs: Names of its inputs.
+        outputs: Names of its outputs.
+        attributes: Integers or sequences of integers by name.
+    """
 
     operator: str
     inputs: Sequence[str]
@@ -40,7 +53,19 @@ def model(
     outputs: Sequence[Value],
     constants: Mapping[str, npt.NDArray[np.generic]] | None = None,
 ) -> bytes:
-    """A ModelProto. The nodes stand in the order in which they run."""
+    """Serialize a ModelProto.
+
+    Args:
+        nodes: The operators, in the order in which they run.
+        inputs: Inputs of the graph.
+        outputs: Outputs of the graph.
+        constants: Initializers by name.
+
+    Example:
+        >>> value = [Value(name, "float32", ("N",)) for name in "ab"]
+        >>> len(model([Node("Neg", ["a"], ["b"])], value[:1], value[1:]))
+        66
+    """
     graph = b"".join(
         [
             *(_bytes(1, _node(node)) for node in nodes),
@@ -67,7 +92,7 @@ def _node(node: Node) -> bytes:
 def _attribute(name: str, value: int | Sequence[int]) -> bytes:
     if isinstance(value, int):
         return _bytes(1, name.encode()) + _number(3, value) + _number(20, 2)
-    return _bytes(1, name.encode()) + b"".join(_number(8, one) for one in value) + _number(20, 7)
+    return _bytes(1, name.encode()) + b"".join(_number(8, integer) for integer in value) + _number(20, 7)
 
 
 def _tensor(name: str, array: npt.NDArray[np.generic]) -> bytes:
@@ -82,7 +107,7 @@ def _value(value: Value) -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value & (1 << 64) - 1)  # negative numbers as ten bytes, as the format has it
+    return _varint(field << 3) + _varint(value & (1 << 64) - 1)  # the format stores negative numbers as ten bytes
 
 
 def _bytes(field: int, content: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""onnxruntime, opened in one way: every session of the runtime is made here.
+"""Open onnxruntime sessions; all sessions of the runtime are created here.
 
-Threads do not spin between two runs, since they would take the cores away from the decode threads; onnxruntime's own
-warnings, which speak of nodes and not to a user, stay silent; and a provider that fell back to the CPU is an error.
+Threads do not spin between runs, because that would take cores away from the decode threads. onnxruntime's warnings,
+which are about nodes and not for users, are silenced. A provider that falls back to the CPU is an error.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ _CPU = "CPUExecutionProvider"
 
 
 def gpu_number(device: str) -> int | None:
-    """N of "cuda:N", None for the CPU. Raises ClipretError for any other device."""
+    """Parse a device: N of "cuda:N", 0 for "cuda", None for "cpu". Raises ClipretError for any other device."""
     kind, _, number = device.partition(":")
     if device == "cpu":
         return None
@@ -32,7 +32,7 @@ def gpu_number(device: str) -> int | None:
 
 
 def providers() -> list[str]:
-    """The execution providers of the onnxruntime that is installed, if any is."""
+    """The execution providers of the installed onnxruntime; empty if it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return []
     available: list[str] = require("onnxruntime", "cpu").get_available_providers()
@@ -40,7 +40,7 @@ def providers() -> list[str]:
 
 
 def has_device(device: str) -> bool:
-    """Whether onnxruntime is there and can use the GPU `device` ("cuda", "cuda:N"); False for the CPU."""
+    """Whether onnxruntime is installed and supports the GPU `device` ("cuda", "cuda:N"); False for the CPU."""
     return device.startswith("cuda") and CUDA in providers()
 
 
@@ -52,25 +52,25 @@ def open_session(
     provider_options: Mapping[str, str] | None = None,
     exact_int8: bool = True,
 ) -> Any:
-    """An InferenceSession on exactly the device that was asked for.
+    """Open an onnxruntime.InferenceSession on exactly the requested device.
 
     Args:
-        model: A ModelProto, or the path of one.
+        model: A serialized ModelProto, or the path of one.
         device: "cpu", "cuda" or "cuda:N".
-        threads: Of one operator on a CPU; default what onnxruntime takes.
+        threads: Threads per operator on a CPU; default: onnxruntime's.
         provider_options: Further options of the execution provider.
-        exact_int8: On processors that add int8 products up in 16 bits, take the kernel that does not overflow, which
-            is several times slower. A caller whose factors cannot overflow leaves it out.
+        exact_int8: On processors that sum int8 products in 16 bits, use the kernel that does not overflow, which is
+            several times slower. Callers whose products cannot overflow turn it off.
 
     Raises:
-        ClipretError: onnxruntime is missing, lacks the device, or cannot open the model.
+        ClipretError: onnxruntime is not installed, does not support the device, or cannot open the model.
     """
     gpu = gpu_number(device)
     ort = require("onnxruntime", "cpu" if gpu is None else "gpu")
     provider, settings = (_CPU, {}) if gpu is None else (CUDA, {"device_id": str(gpu)})
     if provider not in (available := ort.get_available_providers()):
         raise ClipretError(
-            f"device {device} needs onnxruntime's {provider}, this one has {', '.join(available)}: "
+            f"device {device} needs onnxruntime's {provider}, but the installed one has {', '.join(available)}: "
             "use --device cpu or  pip install 'clipret[gpu]'"
         )
     options = ort.SessionOptions()
@@ -85,7 +85,7 @@ def open_session(
         session = ort.InferenceSession(
             content, options, providers=[(provider, settings | dict(provider_options or {}))]
         )
-    except Exception as error:  # onnxruntime raises a dozen types of its own, all unexported
+    except Exception as error:  # onnxruntime raises a dozen types of its own and exports none
         what = "a graph of clipret" if isinstance(model, bytes) else model
         raise ClipretError(f"{what} cannot be opened on {device}: {one_line(error)}; export the model again") from error
     if provider not in session.get_providers():

@@ -1,4 +1,4 @@
-"""Sessions with fixed addresses, staged copies and recorded graphs: the logic of a GPU, on the CPU provider."""
+"""Sessions with fixed addresses, staged copies and recorded graphs: the logic for GPUs, on the CPU provider."""
 
 import ctypes
 import threading
@@ -13,7 +13,7 @@ import pytest
 from clipret.errors import BackendWarning
 from clipret.hardware import cuda
 from clipret.inference.tower import OnnxTower
-from clipret.ort.cuda_graphs import _MOST, _OFTEN, BoundSession
+from clipret.ort.cuda_graphs import _MAX_GRAPHS, _MIN_OCCURRENCES, BoundSession
 
 
 def opened(path: Path) -> Any:
@@ -25,16 +25,16 @@ def images(count: int, session: Any, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def test_rows_are_those_of_a_plain_run_in_any_batch(tiny_bundle: Path) -> None:
+def test_embeddings_are_those_of_a_plain_run_in_any_batch(tiny_bundle: Path) -> None:
     session = opened(tiny_bundle / "image.onnx")
     bound = BoundSession(session, "cpu", 0)
     for size in (1, 3, 2, 7, 7, 1):  # growing and shrinking
         batch = images(size, session, size)
         [expected] = session.run(None, {session.get_inputs()[0].name: batch})
-        rows = bound.run(batch)
-        np.testing.assert_allclose(rows, expected, atol=1e-6)
+        embeddings = bound.run(batch)
+        np.testing.assert_allclose(embeddings, expected, atol=1e-6)
         bound.run(images(size, session, 99))
-        np.testing.assert_allclose(rows, expected, atol=1e-6)  # they are the caller's own, not the buffer
+        np.testing.assert_allclose(embeddings, expected, atol=1e-6)  # they belong to the caller and are not the buffer
     assert not bound.recorded
 
 
@@ -48,8 +48,8 @@ def test_texts_of_several_lengths(tiny_bundle: Path) -> None:
 
 
 class Session:
-    """A real session that notes the graph number of each run; with `lose` a replay writes nothing, as a graph that was
-    recorded for other addresses would."""
+    """A real session that records the graph number of each run. With `lose` a replay writes nothing, like a graph
+    that was recorded for other addresses."""
 
     def __init__(self, path: Path, lose: bool = False) -> None:
         self.real, self.lose = opened(path), lose
@@ -68,54 +68,54 @@ def test_only_a_shape_that_comes_often_goes_through_a_graph(tiny_bundle: Path) -
     session = Session(tiny_bundle / "image.onnx")
     bound = BoundSession(session, "cpu", 0, graphs=True)
     large, small = images(5, session), images(2, session)
-    for _ in range(_OFTEN):
+    for _ in range(_MIN_OCCURRENCES):
         bound.run(large)
     bound.run(small)
     assert set(bound.recorded) == {large.shape}
     number = bound.recorded[large.shape]
-    assert session.numbers == [-1] * _OFTEN + [number, number] + [-1]
+    assert session.numbers == [-1] * _MIN_OCCURRENCES + [number, number] + [-1]
     bound.run(large)
     assert session.numbers[-1] == number
-    # A larger batch moves the buffers: the graph knows the old addresses and is given up.
+    # A larger batch moves the buffers: the graph has the old addresses and is dropped.
     bound.run(images(6, session))
     assert not bound.recorded
     assert session.numbers[-1] == -1
-    for size in range(1, 2 * _MOST):
-        for _ in range(_OFTEN + 1):
+    for size in range(1, 2 * _MAX_GRAPHS):
+        for _ in range(_MIN_OCCURRENCES + 1):
             bound.run(images(min(size, 6), session))
-    assert len(bound.recorded) <= _MOST
+    assert len(bound.recorded) <= _MAX_GRAPHS
 
 
 def test_two_lanes_share_no_graph(tiny_bundle: Path) -> None:
     session = Session(tiny_bundle / "image.onnx")
     one, two = (BoundSession(session, "cpu", 0, graphs=True) for _ in range(2))
-    for _ in range(_OFTEN):
+    for _ in range(_MIN_OCCURRENCES):
         one.run(images(2, session))
         two.run(images(2, session))
     assert set(one.recorded.values()).isdisjoint(two.recorded.values())
 
 
-def test_a_graph_with_other_rows_is_never_used(tiny_bundle: Path) -> None:
+def test_a_graph_with_other_embeddings_is_never_used(tiny_bundle: Path) -> None:
     session = Session(tiny_bundle / "image.onnx", lose=True)
     bound = BoundSession(session, "cpu", 0, graphs=True)
     batch = images(3, session)
     [expected] = session.real.run(None, {session.get_inputs()[0].name: batch})
 
-    def spoil(run: Any) -> None:  # whatever lies in the output when a run begins
+    def spoil(run: Any) -> None:  # clear the output before a run
         ctypes.memset(bound._embeddings.address, 0, bound._embeddings.size)
         run()
 
     bound._submit = spoil
     with pytest.warns(BackendWarning, match="no CUDA graphs: its embeddings differ"):  # noqa: PT031
-        for _ in range(_OFTEN):
-            rows = bound.run(batch)
-    np.testing.assert_allclose(rows, expected, atol=1e-6)
+        for _ in range(_MIN_OCCURRENCES):
+            embeddings = bound.run(batch)
+    np.testing.assert_allclose(embeddings, expected, atol=1e-6)
     np.testing.assert_allclose(bound.run(batch), expected, atol=1e-6)
     assert not bound.recorded
 
 
 def test_graphs_are_for_gpus_alone(tiny_bundle: Path) -> None:
-    tower = OnnxTower(tiny_bundle / "image.onnx", "cpu", 1, graphs=True)  # no warning: there is nothing to lose
+    tower = OnnxTower(tiny_bundle / "image.onnx", "cpu", 1, graphs=True)  # no warning: a CPU has no graphs
     assert tower.lanes == 1
 
 
@@ -127,7 +127,7 @@ def test_a_batch_goes_through_pinned_memory(driver: Any, tiny_bundle: Path) -> N
     [expected] = session.run(None, {session.get_inputs()[0].name: batch})
     np.testing.assert_allclose(bound.run(batch), expected, atol=1e-6)
     assert (len(driver.pinned), len(driver.device)) == (2, 2)
-    bound.run(images(4, session))  # larger buffers, and the old ones are given back
+    bound.run(images(4, session))  # larger buffers; the old ones are freed
     assert (len(driver.pinned), len(driver.device)) == (2, 2)
     del bound
     assert (driver.pinned, driver.device, driver.streams) == ({}, {}, 0)
