@@ -230,7 +230,7 @@ def decoding(card: Card, bundle: Bundle) -> dict[str, Any]:
 
     from clipret.hardware.cpu import cpu_count
     from clipret.images.decode import load
-    from clipret.images.nvimagecodec import MOST_LEVELS, GpuDecoder
+    from clipret.images.nvimagecodec import MAX_DIFFERENCE, GpuDecoder
     from clipret.inference.encoder import Encoder
 
     count, threads, spec = (8 if card.small else 4096), cpu_count(), bundle.manifest.image
@@ -247,7 +247,7 @@ def decoding(card: Card, bundle: Bundle) -> dict[str, Any]:
         result["gpu pixels"] = {
             "levels_mean": decoder.levels[0],
             "levels_max": decoder.levels[1],
-            "allowed": MOST_LEVELS,
+            "allowed": MAX_DIFFERENCE,
         }
     except Exception as error:
         result["missing"] = {"nvImageCodec": str(error)}

@@ -114,5 +114,5 @@ def test_an_image_without_a_caption_is_named(tmp_path: Path, shards: Path) -> No
 
 def test_a_damaged_archive_is_not_said_to_be_done_in_part(tmp_path: Path, shards: Path) -> None:
     (tmp_path / "short.tar").write_bytes((shards / "000.tar").read_bytes()[:3000])
-    with pytest.raises(ClipretError, match=r"short\.tar is damaged or no archive \(.*\): make it again"):
+    with pytest.raises(ClipretError, match=r"short\.tar is damaged or not an archive \(.*\): create it again"):
         read_annotations(config(shards), str(tmp_path / "short.tar"), None)

@@ -1,4 +1,4 @@
-"""From the bytes of an image to pixels."""
+"""From image files to pixels."""
 
 from typing import TYPE_CHECKING
 

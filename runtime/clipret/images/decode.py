@@ -1,4 +1,4 @@
-"""Images decoded right or not at all."""
+"""Decode images exactly, or raise an error."""
 
 import io
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from clipret.images.walk import ImageError, read_bytes
 
 __all__ = ["decode", "jpeg", "load", "thumbnail"]
 
-BACKGROUND = (255, 255, 255)  # behind transparent pixels: shops cut their goods out on white
+BACKGROUND = (255, 255, 255)  # behind transparent pixels: white, as product photos have it
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,19 +28,33 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LEVELS = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)  # of 16 bits in 8, rounded
+_LEVELS = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)  # 16 bits to 8, rounded
 
 
 def load(source: Path | bytes | Image.Image | Pixels, spec: ImageSpec, fast: bool = False) -> Pixels:
-    """An image as the tower's input: uint8 [S,S,3], S = spec.size. Arrays are uint8 [H,W], [H,W,3] or [H,W,4] (RGBA).
+    """Decode and resize an image to the input of an image tower.
 
-    The same function feeds training's evaluation, the export's check and the search, so that none of them can differ.
-    By default its pixels equal those of the reference preprocessing. `fast` lets the JPEG decoder leave out what the
-    resizing would average away anyway (as Pillow's `thumbnail` does) and resamples only what the crop keeps. From 1,000
-    photographs with no more than two samples for each pixel of the square (three for `longest`) that changed a value by
-    0.8 levels in the mean (0.4) and 20 at most (15); with more samples it is less, see benchmarks/README.md. Where the
-    image is not that much larger than the square, and for other formats, it is 1 level at most.
-    Raises ImageError when the image cannot be decoded whole.
+    Evaluation during training, the parity check of the export and the search all use this function, so their pixels
+    cannot differ. By default the pixels equal those of the reference preprocessing.
+
+    Args:
+        source: A file, its bytes, a Pillow image, or an array uint8 [H,W], [H,W,3] or [H,W,4] (RGBA).
+        spec: The preprocessing.
+        fast: Let the JPEG decoder skip detail that resizing would average out (as Pillow's `thumbnail` does), and
+            resample only what the crop keeps. On 1,000 photographs with at most two samples per pixel of the square
+            (three for `longest`) this changed a value by 0.8 levels of 255 on average (0.4) and by 20 at most (15);
+            with more samples the difference is smaller, see benchmarks/README.md. For images that are not that much
+            larger than the square, and for other formats, it is 1 level at most.
+
+    Returns:
+        uint8 [S,S,3], where S is `spec.size`.
+
+    Raises:
+        ImageError: The image cannot be decoded completely.
+
+    Example:
+        >>> load(np.zeros((30, 40, 3), np.uint8), ImageSpec(size=8)).shape
+        (8, 8, 3)
     """
     with _reasons():
         if isinstance(source, Path):
@@ -48,10 +62,10 @@ def load(source: Path | bytes | Image.Image | Pixels, spec: ImageSpec, fast: boo
         image = _open(source)
         box: Box | None = None
         if fast and isinstance(source, bytes):
-            # Two samples of each side for one of the square; three where the whole image must fit into it.
-            finer = 3 if spec.resize == "longest" else 2
+            # Two samples per side and pixel of the square; three if the whole image must fit into it.
+            oversampling = 3 if spec.resize == "longest" else 2
             width, height = resized(*image.size, spec)
-            drafted = image.draft(None, (finer * width, finer * height))  # other formats do nothing here
+            drafted = image.draft(None, (oversampling * width, oversampling * height))  # no effect on other formats
             box = None if drafted is None else drafted[1]
         turn = _orientation(image) if spec.exif else 1
         image = _to_rgb(image)
@@ -61,14 +75,20 @@ def load(source: Path | bytes | Image.Image | Pixels, spec: ImageSpec, fast: boo
 
 
 def decode(source: bytes | Image.Image | Pixels, *, exif: bool = False) -> Image.Image:
-    """An RGB image from a file's bytes, from any Pillow image or from an array as in `load`; of an animation the
-    first frame, or that to which a Pillow image has been sought.
+    """Decode an image to RGB.
 
-    Mends what a plain `convert("RGB")` gets wrong: 16-bit grey is scaled instead of clipped to white, transparent
-    pixels lie on white instead of showing whatever colour they hide. `exif` turns the image as its tag says (Pillow
-    itself always turns a TIFF).
-    Raises ImageError for truncated, corrupt, over-large (decompression bombs) or unknown images. A JPEG that was
-    overwritten in the middle, its length kept, decodes to a damaged image: no decoder tells.
+    Corrects two errors of a plain `convert("RGB")`: 16-bit grey is scaled instead of clipped to white, and transparent
+    pixels become white instead of the hidden colour.
+
+    Args:
+        source: A file's bytes, a Pillow image, or an array as for `load`. Of an animation the first frame is decoded,
+            or the current frame of a Pillow image.
+        exif: Rotate the image as its EXIF tag says (Pillow itself always rotates a TIFF).
+
+    Raises:
+        ImageError: The image is truncated, corrupt, too large (a decompression bomb) or of an unknown format. A JPEG
+            that was overwritten in the middle without changing its length decodes to a damaged image: no decoder
+            detects that.
     """
     with _reasons():
         image = _open(source)
@@ -77,11 +97,18 @@ def decode(source: bytes | Image.Image | Pixels, *, exif: bool = False) -> Image
 
 
 def thumbnail(content: bytes, side: int) -> Image.Image:
-    """The image of a file's bytes for people to look at: RGB, upright, at most `side` pixels high and wide, never
-    enlarged, and without its metadata. Raises ImageError as `decode` does."""
+    """Decode an image for display: RGB, upright, without metadata.
+
+    Args:
+        content: The bytes of the file.
+        side: Maximum width and height in pixels; smaller images are not enlarged.
+
+    Raises:
+        ImageError: As for `decode`.
+    """
     with _reasons():
         image = _open(content)
-        image.draft(None, (2 * side, 2 * side))  # a JPEG of 12 megapixels need not be decoded whole
+        image.draft(None, (2 * side, 2 * side))  # avoids decoding a JPEG of 12 megapixels at full size
         turn = _orientation(image)
         small = _turned(_to_rgb(image), turn)
         small.thumbnail((side, side))
@@ -89,7 +116,7 @@ def thumbnail(content: bytes, side: int) -> Image.Image:
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """A thumbnail as the file that pages show."""
+    """Encode a thumbnail as JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82, comment=b"")
     return buffer.getvalue()
@@ -97,7 +124,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Whatever Pillow raises, as a ImageError."""
+    """Convert every exception of Pillow to an ImageError."""
     try:
         yield
     except ImageError:
@@ -107,7 +134,7 @@ def _reasons() -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(_BOMB.format(Image.MAX_IMAGE_PIXELS)) from None
     except MemoryError:
-        raise ImageError("too large for the memory") from None
+        raise ImageError("out of memory") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt bytes
         raise ImageError(f"broken: {error}" if str(error) else f"broken: {type(error).__name__}") from None
 
@@ -117,16 +144,16 @@ _BOMB = "more than {} pixels (decompression bomb?)"
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The formats that are read, whatever a file is called."""
+    """The supported formats, whatever a file's extension."""
     Image.preinit()
     for plugin in ("Avif", "Jpeg2K", "Mpo", "Tiff", "WebP"):
-        with suppress(ImportError):  # AVIF came with Pillow 11.3
+        with suppress(ImportError):  # AVIF needs Pillow 11.3
             __import__(f"PIL.{plugin}ImagePlugin")
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _open(source: bytes | Image.Image | Pixels) -> Image.Image:
-    """A Pillow image, its pixels not yet decoded where that can be helped."""
+    """Open a Pillow image; the pixels of files are not decoded yet."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -136,18 +163,18 @@ def _open(source: bytes | Image.Image | Pixels) -> Image.Image:
             )
         return Image.fromarray(source)
     image = Image.open(io.BytesIO(source), formats=_formats())
-    # Pillow only warns between one and two times its limit. To make that warning an error would change the filters of
-    # the whole process, and whoever sets them anew would undo it.
+    # Between one and two times its limit Pillow only warns. Making that warning an error would change the filters of
+    # the whole process, and code that resets them would undo it.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ImageError(_BOMB.format(Image.MAX_IMAGE_PIXELS))
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    image.load()  # in a PNG the tag may follow the pixels; from a TIFF Pillow has taken it by then
+    image.load()  # in a PNG the tag may follow the pixels; of a TIFF Pillow has removed it by then
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a broken tag is not a broken image
+    except Exception:  # a broken tag does not make the image unusable
         return 1
 
 
@@ -156,7 +183,7 @@ def _turned(image: Image.Image, turn: int) -> Image.Image:
 
 
 def _turned_box(box: Box, size: tuple[int, int], turn: int) -> Box:
-    """Where `box` of an image of `size` lies once that is turned."""
+    """Where the box of an image is after the image is rotated or flipped."""
     (left, upper, right, lower), (width, height) = box, size
     if turn in (5, 6, 7, 8):
         left, upper, right, lower, width, height = upper, left, lower, right, height, width
@@ -181,7 +208,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     else:
         rgb = image.convert("RGB")
     if frame not in (None, (0, 0, *image.size)) and "transparency" not in image.info:
-        # The first frame leaves a part of the canvas free, which Pillow fills with the palette's first colour.
+        # The first frame does not cover the canvas; Pillow fills the rest with the palette's first colour.
         part, rgb = rgb.crop(frame), Image.new("RGB", image.size, BACKGROUND)
         rgb.paste(part, frame[:2])
     return rgb
@@ -191,12 +218,12 @@ def _from_integers(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.max() > 65535 or values.min() < 0:
         raise ImageError("a 32-bit integer image has no defined white: convert it to 8 bits")
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    tags = getattr(image, "tag_v2", {})  # only a TIFF has them
     levels = _LEVELS[values * 16 if tags.get(258) == (12,) else values]
-    if tags.get(262) == 0:  # "white is zero", which Pillow heeds at 8 bits alone
+    if tags.get(262) == 0:  # "white is zero", which Pillow applies to 8 bits only
         levels = 255 - levels
-    if isinstance(hidden := image.info.get("transparency"), int):
-        levels = np.where(values == hidden, np.uint8(255), levels)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        levels = np.where(values == transparent, np.uint8(255), levels)
     return Image.fromarray(levels).convert("RGB")
 
 

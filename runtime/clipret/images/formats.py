@@ -1,4 +1,4 @@
-"""The formats of images, in one table: what is read, how files are called, what browsers are told."""
+"""The supported image formats with their file extensions and media types."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,19 @@ __all__ = ["EXTENSIONS", "FORMATS", "Format"]
 
 
 class Format(NamedTuple):
-    """`extensions`: of its files, that of a new one first; files of none are not looked for in folders. `media_type`:
-    where browsers show it, else None."""
+    """An image format.
+
+    Attributes:
+        extensions: Extensions of its files, the usual one first. Folders are not searched for formats without one.
+        media_type: Its media type if browsers can display it, else None.
+    """
 
     extensions: tuple[str, ...] = ()
     media_type: str | None = None
 
 
-# By Pillow's names, and not all of Pillow's: by its first bytes a "image" could start Ghostscript, and formats
-# without a signature take any rubbish for an image.
+# By Pillow's names. Some of Pillow's formats are left out: a file could start Ghostscript by its first bytes, and
+# formats without a signature accept arbitrary bytes.
 FORMATS = {
     "JPEG": Format((".jpg", ".jpeg", ".jfif"), "image/jpeg"),
     "MPO": Format((".jpg",), "image/jpeg"),  # a JPEG of several images, which Pillow opens as a JPEG
@@ -27,4 +31,4 @@ FORMATS = {
     "JPEG2000": Format(),
     "PPM": Format(),
 }
-EXTENSIONS = frozenset(extension for one in FORMATS.values() for extension in one.extensions)
+EXTENSIONS = frozenset(extension for image_format in FORMATS.values() for extension in image_format.extensions)

@@ -1,9 +1,9 @@
-"""JPEGs decoded by NVIDIA's nvImageCodec: on a GPU, or with its CPU backend where there is none.
+"""Decode JPEGs with NVIDIA's nvImageCodec, on a GPU or with its CPU backend.
 
-Only the decoding moves; resizing stays Pillow's, on the decode threads. A GPU's inverse transform and its upsampling of
-colour round differently from libjpeg's, so pixels differ: by how much is measured before the first image, and a
-decoder that differs more than `fast_decode` ever did is refused. Whatever is not a plain, whole JPEG goes to Pillow,
-which also gives the reasons for what cannot be decoded.
+Only the decoding moves to nvImageCodec; Pillow still resizes, on the decode threads. A GPU's inverse transform and
+chroma upsampling round differently from libjpeg's, so pixels differ. The difference is measured before the first image,
+and a decoder that differs more than the worst case of `fast_decode` is rejected. Everything except plain, complete
+JPEGs is decoded by Pillow, which also gives the reasons for images that cannot be decoded.
 """
 
 import io
@@ -18,21 +18,24 @@ from clipret.bundle import ImageSpec
 from clipret.errors import ClipretError, one_line, require
 from clipret.images.decode import load
 
-__all__ = ["MOST_LEVELS", "GpuDecoder"]
+__all__ = ["MAX_DIFFERENCE", "GpuDecoder"]
 
-
-MOST_LEVELS = (
-    1.0,
-    20,
-)  # of 255, mean and largest: what fast_decode differs at its worst, see images.decode.load
+MAX_DIFFERENCE = (1.0, 20)
+"""Mean and maximum in levels of 255: the worst case of fast_decode, see images.decode.load."""
 _END = b"\xff\xd9"
 
 
 class GpuDecoder:
-    """`load` as that of clipret.images.decode. `device`: "cuda", "cuda:N", or "cpu" for nvImageCodec's own CPU backend.
+    """A decoder whose `load` replaces that of clipret.images.decode.
 
-    Raises ClipretError where nvImageCodec is missing, cannot start, or gives other pixels than Pillow by more than
-    MOST_LEVELS on the check's images; `levels` is what was found, mean and largest.
+    Args:
+        device: "cuda", "cuda:N", or "cpu" for the CPU backend of nvImageCodec.
+
+    Attributes:
+        levels: Mean and maximum difference from Pillow's pixels on the test images, in levels of 255.
+
+    Raises:
+        ClipretError: nvImageCodec is not installed, cannot start, or differs from Pillow by more than MAX_DIFFERENCE.
     """
 
     def __init__(self, device: str) -> None:
@@ -42,12 +45,23 @@ class GpuDecoder:
             raise ClipretError(f"nvImageCodec does not load ({error}): use decode=pillow") from None
         kind, _, number = device.partition(":")
         self._number = int(number or 0) if kind == "cuda" else None
-        self._local = threading.local()  # a decoder for each thread: they are one thread's at a time
+        self._local = threading.local()  # decoders are not thread-safe: each thread has its own
         self._check()
         self.levels = self._compare()
 
     def load(self, content: bytes, spec: ImageSpec) -> Pixels:
-        """uint8 [S,S,3]. Raises ImageError as clipret.images.decode.load does."""
+        """Decode and resize an image.
+
+        Args:
+            content: The bytes of the file.
+            spec: The preprocessing.
+
+        Returns:
+            uint8 [S,S,3], where S is `spec.size`.
+
+        Raises:
+            ImageError: As for clipret.images.decode.load.
+        """
         pixels = self._decode(content) if _plain(content, spec) else None
         return load(content if pixels is None else pixels, spec)
 
@@ -66,56 +80,58 @@ class GpuDecoder:
         return self._local.decoder
 
     def _decode(self, content: bytes) -> Pixels | None:
-        """uint8 [H,W,3], or None for what it cannot decode."""
+        """Decode to uint8 [H,W,3], or None if nvImageCodec cannot decode it."""
         try:
             image = self._decoder().decode(content, params=self._local.params)
             return None if image is None else np.ascontiguousarray(image.cpu())
-        except RuntimeError:  # its own errors and CUDA's; Pillow tries, and has the last word
+        except RuntimeError:  # errors of nvImageCodec and CUDA; Pillow tries next
             return None
 
     def _check(self) -> None:
-        """Raises ClipretError unless it decodes at all: one that always falls back would be Pillow in disguise."""
+        """Raise ClipretError if it decodes nothing: every image would silently fall back to Pillow."""
         try:
             decoded = self._decoder().decode(_samples()[0], params=self._local.params)
         except RuntimeError as error:
             raise ClipretError(f"nvImageCodec cannot start ({one_line(error)}): use decode=pillow") from None
         if decoded is None:
-            raise ClipretError("nvImageCodec decodes no JPEG here (is nvidia-nvjpeg installed?): use decode=pillow")
+            raise ClipretError(
+                "nvImageCodec cannot decode a JPEG on this machine (is nvidia-nvjpeg installed?): use decode=pillow"
+            )
 
     def _compare(self) -> tuple[float, int]:
-        spec, worst = ImageSpec(64), (0.0, 0)
+        spec, mean, largest = ImageSpec(64), 0.0, 0
         for content in _samples():
             difference = np.abs(self.load(content, spec).astype(int) - load(content, spec))
-            worst = max(worst[0], float(difference.mean())), max(worst[1], int(difference.max()))
-        if worst[0] > MOST_LEVELS[0] or worst[1] > MOST_LEVELS[1]:
+            mean, largest = max(mean, float(difference.mean())), max(largest, int(difference.max()))
+        if mean > MAX_DIFFERENCE[0] or largest > MAX_DIFFERENCE[1]:
             raise ClipretError(
-                f"nvImageCodec's pixels differ from Pillow's by {worst[0]:.2f} levels in the mean and {worst[1]} at "
-                f"most (allowed: {MOST_LEVELS[0]:g} and {MOST_LEVELS[1]}): use decode=pillow"
+                f"nvImageCodec's pixels differ from Pillow's by {mean:.2f} levels on average and {largest} at most "
+                f"(allowed: {MAX_DIFFERENCE[0]:g} and {MAX_DIFFERENCE[1]}): use decode=pillow"
             )
-        return worst
+        return mean, largest
 
 
 def _plain(content: bytes, spec: ImageSpec) -> bool:
-    """Whether a file is a JPEG of grey or colour that ends as one should; a GPU may fill what is missing with grey."""
+    """Whether a file is a complete grey or colour JPEG; a GPU may fill missing parts with grey."""
     if not content.startswith(b"\xff\xd8") or _END not in content[-64:]:
         return False
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "MPO")) as header:
             small = Image.MAX_IMAGE_PIXELS is None or header.width * header.height <= Image.MAX_IMAGE_PIXELS
             return header.mode in ("RGB", "L") and small and not spec.exif
-    except Exception:  # Pillow's parsers raise nearly anything on corrupt bytes, and will again with the reason
+    except Exception:  # Pillow's parsers raise nearly anything on corrupt bytes; `load` gives the reason later
         return False
 
 
 def _samples() -> list[bytes]:
-    """Drawn images in each way of storing colour, and one in grey."""
+    """JPEGs of a random image with each chroma subsampling, progressive, and in grey."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     sample = coarse.resize((322, 242), Image.Resampling.BICUBIC)
-    ways: list[tuple[Image.Image, dict[str, Any]]] = [(sample, {"subsampling": way}) for way in (0, 1, 2)]
-    ways += [(sample, {"progressive": True}), (sample.convert("L"), {})]
+    variants: list[tuple[Image.Image, dict[str, Any]]] = [(sample, {"subsampling": number}) for number in (0, 1, 2)]
+    variants += [(sample, {"progressive": True}), (sample.convert("L"), {})]
     files = []
-    for image, options in ways:
+    for image, options in variants:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=90, **options)
         files.append(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""An RGB image brought to the square of a tower, to the pixel as the reference preprocessings do it."""
+"""Resize an RGB image to the square input of a tower, with exactly the pixels of the reference preprocessings."""
 
 import numpy as np
 from PIL import Image
@@ -9,26 +9,33 @@ from clipret.bundle import ImageSpec
 __all__ = ["Box", "fit", "fit_box", "resized"]
 
 Box = tuple[float, float, float, float]
-"""Left, upper, right and lower edge in pixels."""
+"""Left, upper, right and lower edges in pixels."""
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_LONGEST = 64  # sides to one another, beyond which the whole of a resized image is too much memory
+_MAX_ASPECT = 64  # long side to short side, beyond which resizing the whole image takes too much memory
 
 
 def fit(image: Image.Image, spec: ImageSpec) -> Pixels:
-    """An RGB image brought to uint8 [S,S,3] as `spec` says.
+    """Resize, then crop or pad an RGB image.
 
     Sizes and offsets are rounded as in torchvision's Resize and CenterCrop and in open_clip's ResizeKeepRatio and
-    CenterCropOrPad, so that pixels equal those of open_clip's own evaluation transform. Where one side is more than
-    64 times the other, only what the crop keeps is resampled; that differs by one level at most.
+    CenterCropOrPad, so the pixels equal those of open_clip's evaluation transform. If one side is more than 64 times
+    the other, only what the crop keeps is resampled, which differs by one level at most.
+
+    Args:
+        image: The image, RGB.
+        spec: The preprocessing.
+
+    Returns:
+        uint8 [S,S,3], where S is `spec.size`.
     """
     size = spec.size
     width, height = resized(*image.size, spec)
-    if max(width, height) > _LONGEST * size:
+    if max(width, height) > _MAX_ASPECT * size:
         return fit_box(image, spec, (0, 0, *image.size))
     image = image.resize((width, height), _FILTERS[spec.interpolation])
     if spec.resize == "shortest":
@@ -38,7 +45,16 @@ def fit(image: Image.Image, spec: ImageSpec) -> Pixels:
 
 
 def fit_box(image: Image.Image, spec: ImageSpec, box: Box) -> Pixels:
-    """The same from the part `box` of the image, without what the crop drops: within a level of `fit`, and faster."""
+    """Resize a part of an image, resampling only what the crop keeps: faster than `fit` and within one level of it.
+
+    Args:
+        image: The image, RGB.
+        spec: The preprocessing.
+        box: The part.
+
+    Returns:
+        uint8 [S,S,3], where S is `spec.size`.
+    """
     left, upper, right, lower = box
     width, height = resized(right - left, lower - upper, spec)
     kept = min(width, spec.size), min(height, spec.size)
@@ -50,13 +66,18 @@ def fit_box(image: Image.Image, spec: ImageSpec, box: Box) -> Pixels:
 
 
 def resized(width: float, height: float, spec: ImageSpec) -> tuple[int, int]:
-    """What an image of this size is resized to, before it is cropped or padded."""
+    """Compute the size that an image is resized to before it is cropped or padded.
+
+    Example:
+        >>> resized(400, 300, ImageSpec(size=30))
+        (40, 30)
+    """
     size = spec.size
     if spec.resize == "squash":
         return size, size
     if spec.resize == "longest":
         ratio = max(width, height) / size
-        # An image of 1 x 1000 pixels would shrink to a width of none.
+        # An image of 1 x 1000 pixels would shrink to a width of 0.
         return max(round(width / ratio), 1), max(round(height / ratio), 1)
     return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
 
@@ -66,7 +87,7 @@ def _offset(side: int, size: int) -> int:
 
 
 def _squared(image: Image.Image, spec: ImageSpec) -> Pixels:
-    """uint8 [S,S,3], a smaller image in the middle of the filling."""
+    """Convert to uint8 [S,S,3]; a smaller image is centred and padded."""
     size, (width, height) = spec.size, image.size
     if image.size != (size, size):
         square = Image.new("RGB", (size, size), (spec.fill,) * 3)

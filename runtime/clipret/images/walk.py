@@ -1,4 +1,4 @@
-"""The files of images: which there are below a folder, and their bytes. Nothing here decodes, so Pillow stays out."""
+"""Find image files in folders and read their bytes, without decoding them and without importing Pillow."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from clipret.errors import ClipretError
 from clipret.images.formats import EXTENSIONS
 
 __all__ = [
-    "MOST_BYTES",
+    "MAX_BYTES",
     "ImageError",
     "ImageFile",
     "find_images",
@@ -21,16 +21,23 @@ __all__ = [
     "walk_images",
 ]
 
-MOST_BYTES = 1 << 30  # of one image's file; the largest that Pillow's pixel limit lets through is smaller
+MAX_BYTES = 1 << 30  # of an image file; Pillow's pixel limit allows no larger images
 
 
 class ImageError(ClipretError):
-    """One image that cannot be used. The message is the reason alone; whoever lists it knows the path."""
+    """An image cannot be used. The message is only the reason; the caller knows the path."""
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image's bytes with what tells whether the file has changed since. `digest`: BLAKE2b-128 of the bytes, hex."""
+    """The bytes of an image file, with what tells whether the file has changed later.
+
+    Attributes:
+        content: The bytes.
+        size: Their number.
+        mtime_ns: Modification time in nanoseconds.
+        digest: BLAKE2b-128 of the bytes in hex.
+    """
 
     content: bytes
     size: int
@@ -39,30 +46,38 @@ class ImageFile:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every file below `folder` whose name ends like an image's, sorted by path, hidden ones left out.
+    """List the image files below a folder, by extension, sorted by path, without hidden ones.
 
-    Raises ClipretError when the folder does not exist or holds none.
+    Raises:
+        ClipretError: The folder does not exist or contains no images.
     """
     if not folder.is_dir():
-        raise ClipretError(f"{folder} is not a folder: name a folder of images, a list or an archive")
-    found = [folder / name for name in walk_images(folder)]
-    if not found:
+        raise ClipretError(f"{folder} is not a folder: name a folder of images, an annotations file or an archive")
+    files = [folder / name for name in walk_images(folder)]
+    if not files:
         raise no_images(folder)
-    return found
+    return files
 
 
 def no_images(folder: Path) -> ClipretError:
-    return ClipretError(f"{folder} holds no images ({' '.join(sorted(EXTENSIONS))}): is it the right folder?")
+    """The error for a folder without images."""
+    return ClipretError(f"{folder} holds no images ({' '.join(sorted(EXTENSIONS))}): check the path")
 
 
 def walk_images(folder: Path) -> Iterator[str]:
-    """The same images one by one, named relative to `folder` with /; only the folders on the way there are held.
+    """Iterate over the image files below a folder, sorted, with bounded memory.
 
-    Links to folders are followed, but not in circles. A folder below that may not be read comes as if it were a
-    image, so that whoever reads it learns the reason and nothing is left out in silence.
+    Links to folders are followed, but not in cycles. A folder that cannot be read is yielded like an image: reading it
+    gives the reason, and nothing is skipped silently.
+
+    Yields:
+        Paths relative to `folder`, with / as the separator.
+
+    Raises:
+        ClipretError: `folder` itself cannot be read.
     """
     root = os.fspath(folder)
-    # A stack of our own, because folders can lie deeper than Python's recursion goes.
+    # An explicit stack: folders can be nested deeper than Python's recursion limit.
     stack: list[tuple[str, Iterator[tuple[str, bool]], frozenset[tuple[int, int]]]] = []
 
     def enter(prefix: str, above: frozenset[tuple[int, int]]) -> bool:
@@ -94,12 +109,12 @@ def walk_images(folder: Path) -> Iterator[str]:
 
 
 def _entries(entries: Iterator[os.DirEntry[str]]) -> Iterator[tuple[str, bool]]:
-    """Names that are not hidden, and whether each is a folder."""
+    """Names of entries that are not hidden, and whether each is a folder."""
     for entry in entries:
         if not entry.name.startswith("."):
             try:
                 yield entry.name, entry.is_dir()
-            except OSError:  # a link that leads to itself
+            except OSError:  # a link to itself
                 yield entry.name, False
 
 
@@ -108,26 +123,26 @@ def _extension(name: str) -> str:
 
 
 def read_image(path: Path) -> ImageFile:
-    """Read an image's file once. Raises ImageError for what is no regular, non-empty, readable file."""
+    """Read an image file. Raises ImageError unless it is a regular, readable file that is not empty."""
     content, mtime_ns = read_bytes(path)
     return ImageFile(content, len(content), mtime_ns, hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 def read_bytes(path: Path) -> tuple[bytes, int]:
-    """The bytes of an image's file and the time of its last change in nanoseconds. Raises ImageError."""
+    """Read the bytes of an image file and its modification time in nanoseconds. Raises ImageError as `read_image`."""
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise ImageError("not a regular file")  # opening a pipe would wait for its other end
-        if status.st_size > MOST_BYTES:
+        if status.st_size > MAX_BYTES:
             raise ImageError(f"{status.st_size} bytes are too many for an image")
         content = path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # a zero character in the name
+    except ValueError as error:  # a null character in the name
         raise ImageError(f"cannot be read: {error}") from None
     except MemoryError:
-        raise ImageError("too large for the memory") from None
+        raise ImageError("out of memory") from None
     if not content:
         raise ImageError("the file is empty")
     return content, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Parquet files of images: a column of paths, or of the images' bytes; streamed in batches of rows."""
+"""Parquet files with a column of image paths or image bytes, streamed in batches of rows."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,16 +15,24 @@ from clipret.tables import Table, pick_column
 
 __all__ = ["ImageTable", "read_row"]
 
-_ROWS = 32  # a batch; each may hold an image of megabytes
+_BATCH_ROWS = 32  # each row may hold an image of megabytes
 
 
 class ImageTable:
-    """A Parquet file with one image a row.
+    """A Parquet file with one image per row. Its columns of plain values are metadata.
 
-    The images are the column named, or else the only one of bytes (or of structs with a field `bytes`, as Hugging
-    Face's datasets write them), or else one that has a usual name for paths; paths are relative to `root`. The columns
-    of plain values are metadata. Raises ClipretError where pyarrow is missing, the file is no Parquet or is damaged
-    (after the items before that place), or no column holds images.
+    Args:
+        path: The file.
+        root: The folder that image paths are relative to.
+        image_column: Column of images. Default: the only column of bytes (or of structs with a field `bytes`, as
+            Hugging Face's datasets have), else a column with a usual name for paths.
+
+    Attributes:
+        columns: Names of the metadata columns in a gallery.
+        count: Number of images, or None if only reading all of them would tell.
+
+    Raises:
+        ClipretError: pyarrow is not installed, the file is not Parquet, or no column holds images.
     """
 
     def __init__(self, path: Path | RemoteFile, root: Path, image_column: str | None = None) -> None:
@@ -35,34 +43,41 @@ class ImageTable:
         plain = [field.name for field in file.schema_arrow if field.name != self._column and _is_plain(field.type)]
         self._names = free_names(plain)
         self.columns = tuple(self._names.values())
-        # Of paths some may be named twice, which only reading them would tell.
+        # Paths may occur twice, which only reading them would tell.
         self.count: int | None = file.metadata.num_rows if self._holds_bytes else None
 
     @property
     def prefix(self) -> str:
-        """What the names of images begin with that the file itself holds; a row's number, of nine digits, follows."""
+        """Prefix of the paths of images that the file contains; the row number in nine digits follows."""
         path, root = self.path, self.root
         if isinstance(path, RemoteFile):
             prefix = path.uri
         else:
             prefix = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.absolute().as_posix()
-        # With the column, where `read_row` would not find it otherwise.
+        # Includes the column if `read_row` would not find it otherwise.
         return prefix if self._usual else f"{prefix}/{self._column}"
 
     def groups(self) -> list[tuple[int, int, int]]:
-        """The file's groups of rows, where it holds the images: number, first row, one past the last."""
+        """The row groups of a file with image bytes: number, first row, one past the last row."""
         if not self._holds_bytes:
             return []
-        facts, found, start = _open(self.path).metadata, [], 0
-        for number in range(facts.num_row_groups):
-            rows = facts.row_group(number).num_rows
-            found.append((number, start, start + rows))
+        metadata, groups, start = _open(self.path).metadata, [], 0
+        for number in range(metadata.num_row_groups):
+            rows = metadata.row_group(number).num_rows
+            groups.append((number, start, start + rows))
             start += rows
-        return found
+        return groups
 
     def items(self, group: int | None = None, first: int = 0) -> Iterator[Item]:
-        """All images, or those of one group of rows, whose first is row `first`. A path that comes again is left
-        out."""
+        """Iterate over the images; a path that occurs again is skipped.
+
+        Args:
+            group: Number of a row group; None: all.
+            first: Number of its first row.
+
+        Raises:
+            ClipretError: The file is damaged. The items before the damage have been yielded.
+        """
         arrow = require("pyarrow", "parquet")
         seen: set[str] = set()
         path, prefix, number = self.path, self.prefix, first
@@ -70,7 +85,7 @@ class ImageTable:
         try:
             mtime = _mtime(path)
             columns = [self._column, *self._names]
-            batches = _open(path).iter_batches(_ROWS, row_groups=groups, columns=columns, use_threads=False)
+            batches = _open(path).iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False)
             for batch in batches:
                 for row in batch.to_pylist():
                     metadata = {new: scalar(row[old]) for old, new in self._names.items()}
@@ -82,7 +97,7 @@ class ImageTable:
                         seen.add(item.path)
         except (OSError, arrow.ArrowException) as error:
             raise ClipretError(
-                f"{path} is damaged behind row {number} ({error}): the images before are done; make it anew"
+                f"{path} is damaged after row {number} ({error}): the images before are done; create it again"
             ) from None
 
     def _item(self, name: str, image: object, mtime: int, metadata: dict[str, Value]) -> Item:
@@ -102,18 +117,27 @@ def _mtime(path: Path | RemoteFile) -> int:
 
 
 def read_row(path: Path | RemoteFile, name: str, mtime_ns: int) -> ImageFile:
-    """The image in one row again, by the name that its item had. Raises ImageError where there is no such row."""
+    """Read the image of a row again.
+
+    Args:
+        path: The Parquet file.
+        name: The part of its item's path after the file.
+        mtime_ns: Modification time of the file in nanoseconds.
+
+    Raises:
+        ImageError: There is no such row, or it cannot be read.
+    """
     column, _, number = name.rpartition("/")
     try:
-        file, left = _open(path), int(number)
+        file, offset = _open(path), int(number)
         column, _ = _image_column(path, file.schema_arrow, column or None)
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            if left < rows:
-                batches = file.iter_batches(_ROWS, row_groups=[group], columns=[column], use_threads=False)
-                batch = next(islice(batches, left // _ROWS, None))
-                return image_file(_content(batch.column(0)[left % _ROWS].as_py()) or b"", mtime_ns)
-            left -= rows
+            if offset < rows:
+                batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False)
+                batch = next(islice(batches, offset // _BATCH_ROWS, None))
+                return image_file(_content(batch.column(0)[offset % _BATCH_ROWS].as_py()) or b"", mtime_ns)
+            offset -= rows
     except (ClipretError, ValueError, OSError, StopIteration) as error:
         raise ImageError(f"cannot be read from its Parquet file: {error}") from None
     raise ImageError(f"{path} has no row {name}")
@@ -129,19 +153,19 @@ def _open(path: Path | RemoteFile) -> Any:
         raise ClipretError(f"{path} cannot be read ({error}): give a Parquet file") from None
 
 
-def _image_column(path: Path | RemoteFile, schema: Any, given: str | None) -> tuple[str, bool]:
+def _image_column(path: Path | RemoteFile, schema: Any, column: str | None) -> tuple[str, bool]:
     """The column of images, and whether it would be found without its name."""
-    found = [field.name for field in schema if _holds_bytes(field.type)]
-    if given is None and len(found) == 1:
-        return str(found[0]), True
-    name = pick_column(Table(Path(str(path)), tuple(schema.names), []), given, "image")
+    byte_columns = [field.name for field in schema if _holds_bytes(field.type)]
+    if column is None and len(byte_columns) == 1:
+        return str(byte_columns[0]), True
+    name = pick_column(Table(Path(str(path)), tuple(schema.names), []), column, "image")
     kind = schema.field(name).type
     types = require("pyarrow", "parquet").types
     if not (_holds_bytes(kind) or types.is_string(kind) or types.is_large_string(kind)):
         raise ClipretError(
-            f"column {name} of {path} holds {kind}, no images or paths: name one with --column image=NAME"
+            f"column {name} of {path} holds {kind}, no images or paths: name another with --column image=NAME"
         )
-    return name, given is None or found == [name]
+    return name, column is None or byte_columns == [name]
 
 
 def _holds_bytes(kind: Any) -> bool:

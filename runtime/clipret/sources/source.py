@@ -1,10 +1,10 @@
-"""Where images come from: folders, lists, archives and Parquet files, as one stream of items that holds none of them.
+"""Sources of images: folders, annotations files, archives and Parquet files, each as a stream of items.
 
-open_source("images/")             every image below the folder
-open_source("list.csv")              a column of paths; the other columns are metadata
-open_source("shards/{000..127}.tar") webdataset; a folder of nothing but .tar files likewise
-open_source("images.zip"), open_source("data.parquet"), open_source("one.jpg")
-open_source("s3://bucket/shards/{000..127}.tar") and the like in Google's store and HDFS; Parquet, images, folders too
+open_source("images/")                  every image below the folder
+open_source("images.csv")               an annotations file: a column of paths; the other columns are metadata
+open_source("shards/{000..127}.tar")    webdataset; also as a folder with only .tar files
+open_source("images.zip"), open_source("data.parquet"), open_source("image.jpg")
+open_source("s3://bucket/shards/{000..127}.tar")    also gs:// and hdfs://, Parquet, images and folders
 """
 
 import os
@@ -22,22 +22,25 @@ from clipret.locations import is_remote, remote_in
 from clipret.sources.archives import SUFFIXES, expand, expand_remote, members, modified, prefix_of, read_member
 from clipret.sources.item import Item, Value, broken_item, file_item, free_names, scalar
 from clipret.sources.parquet import ImageTable, read_row
-from clipret.sources.remote import RemoteFile, open_remote, read_remote, remote_item, stats, walk_remote
+from clipret.sources.remote import RemoteFile, open_remote, read_remote, remote_item, stat_files, walk_remote
 from clipret.tables import pick_column, read_table
 
 __all__ = ["Item", "Source", "Stream", "open_source", "read_stored"]
 
-
-_LISTS = frozenset({".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json"})
+_ANNOTATIONS = frozenset({".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json"})
 _ARCHIVES = frozenset({*SUFFIXES, ".parquet"})
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A part of a source that any process can read by itself: an archive, or a group of rows of a Parquet file.
+    """A part of a source that any process can read independently: an archive, or a row group of a Parquet file.
 
-    The paths of its images, and of no others, are at least `first` and below `last`. `size` and `mtime_ns` are the
-    file's.
+    Attributes:
+        first: Lower bound of the paths of its images, inclusive.
+        last: Upper bound, exclusive. No image of another stream is between the bounds.
+        size: Bytes of the file.
+        mtime_ns: Its modification time in nanoseconds.
+        items: Iterates over the images.
     """
 
     first: str
@@ -49,11 +52,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Source:
-    """A stream of images that can be read again and again, each time from the start.
+    """A stream of images. Each iteration starts from the beginning.
 
-    `root`: what the items' paths are relative to. `columns`: their metadata, where it is known beforehand. `count`: how
-    many there are, None where only reading all of them would tell. `streams`: what it consists of, in its order,
-    where it is made of archives that hold their images.
+    Attributes:
+        root: The folder that the paths of the items are relative to.
+        columns: Metadata columns, if they are known in advance.
+        count: Number of images, or None if only reading all of them would tell.
+        items: Iterates over the images.
+        streams: The parts of the source in its order, if it consists of archives that contain their images.
     """
 
     root: Path
@@ -69,34 +75,47 @@ class Source:
 def open_source(
     path: str | Path, *, image_column: str | None = None, image_root: Path | None = None, where: str | None = None
 ) -> Source:
-    """The images of a folder, one file, a list, archives or a Parquet file.
+    """Open the images of a folder, a file, an annotations file, archives or a Parquet file.
 
-    A folder stands for the images below it; one with none of them for the .tar, .zip and .parquet files in it. A list
-    (.csv, .tsv, .txt, .jsonl, .parquet) has an image a row; paths in it are relative to `image_root`, by default the
-    list's folder, and of rows that name one file the first counts. `where` is an SQL expression over its columns (not
-    for Parquet). A Parquet file may hold the images themselves, see `ImageTable`. In .tar files members whose names
-    are equal up to the first dot belong together (webdataset): .json, .txt and .cls beside an image become its
-    metadata. A metadata column that a gallery has by itself (id, path, size, mtime_ns, hash) gets an underscore at its
-    end.
+    A folder stands for the images below it or, if there are none, for the .tar, .zip and .parquet files in it. An
+    annotations file (.csv, .tsv, .txt, .jsonl) and a Parquet file have one image per row; of several rows with the same
+    file the first one counts. A Parquet file may contain the images themselves, see `ImageTable`. In a .tar, members
+    whose names are equal up to the first dot form a sample (webdataset): .json, .txt and .cls files next to an image
+    become its metadata. A metadata column with the name of a gallery's own column (id, path, size, mtime_ns, hash) gets
+    an underscore at its end.
 
-    s3://, gs:// and hdfs:// addresses name .tar and .parquet files, images, and folders of them; so may the rows of a
-    list. They are read by pyarrow. What a store holds has its address for a path, whatever the gallery's root.
-    Raises ClipretError: nothing there, nothing in it, no such column, a package that reads it is missing.
+    s3://, gs:// and hdfs:// URIs may name .tar and .parquet files, images, and folders of them; so may the rows of an
+    annotations file. pyarrow reads them. The path of an image in a store is its URI, whatever the root of the gallery.
+
+    Args:
+        path: The folder, file or URI. Ranges such as {000..127} stand for several archives.
+        image_column: Column of image paths of a table; default: detected.
+        image_root: The folder that image paths of a table are relative to; default: the folder of the table.
+        where: SQL expression over the columns of an annotations file that selects rows.
+
+    Raises:
+        ClipretError: There is no such file, it contains no images, a column is missing, or a package that reads it is
+            not installed.
+
+    Example:
+        >>> source = open_source("images/")  # doctest: +SKIP
+        >>> [item.path for item in source]  # doctest: +SKIP
+        ['a.jpg', 'b.jpg']
     """
     if is_remote(path):
         return _remote(str(path), image_column, where)
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix in _LISTS and not path.is_dir():
-        return _listed(path, image_column, image_root, where)
+    if suffix in _ANNOTATIONS and not path.is_dir():
+        return _annotated(path, image_column, image_root, where)
     if where is not None:
-        raise ClipretError(f"--where chooses rows of a .csv, .tsv or .jsonl list; {path} is none")
+        raise ClipretError(f"--where selects rows of a .csv, .tsv or .jsonl file, which {path} is not: leave it out")
     if path.is_dir():
-        if next(walk_images(path), None) is None and (inside := _archives_in(path)):
-            return _archived(inside, image_root or path, image_column)
-        if inside := _archives_in(path):
+        if next(walk_images(path), None) is None and (archives := _archives_in(path)):
+            return _archived(archives, image_root or path, image_column)
+        if archives := _archives_in(path):
             warnings.warn(
-                f"{path} holds archives beside its images ({len(inside)}): they are left out; index them by name",
+                f"{path} holds archives in addition to images ({len(archives)}): they are skipped; index them by name",
                 stacklevel=2,
             )
         return _folder(path)
@@ -105,14 +124,21 @@ def open_source(
         root = image_root or Path(os.path.commonpath([file.parent for file in files]))
         return _archived(files, root, image_column)
     if suffix not in EXTENSIONS or not path.is_file():
-        raise ClipretError(f"{path} is no folder, list, archive or image: see clipret-search index --help")
+        raise ClipretError(
+            f"{path} is not a folder, annotations file, archive or image: see clipret-search index --help"
+        )
     return Source(path.parent, (), 1, lambda: iter([file_item(path.parent, path.name)]))
 
 
 def read_stored(root: Path, stored: str) -> ImageFile:
-    """The bytes of an image again by the name that a gallery stores, a member of an archive included.
+    """Read an image of a gallery again, also from an archive or a store.
 
-    Raises ImageError when it cannot be read.
+    Args:
+        root: Root of the gallery.
+        stored: Path of the image in the gallery.
+
+    Raises:
+        ImageError: It cannot be read.
     """
     if (uri := remote_in(stored) or remote_in(root / stored)) is not None:
         return _read_remote(uri)
@@ -147,15 +173,15 @@ def _archived(files: Sequence[Path | RemoteFile], root: Path, image_column: str 
     streams: list[Stream] = []
     columns: dict[str, None] = {}
     count: int | None = 0
-    apart = True
-    for file, (size, mtime) in zip(files, _states(files), strict=True):
+    has_streams = True
+    for file, (size, mtime) in zip(files, _sizes_and_times(files), strict=True):
         if file.suffix.lower() == ".parquet":
             table = ImageTable(file, root, image_column)
             columns |= dict.fromkeys(table.columns)
             count = None if count is None or table.count is None else count + table.count
             reads.append(table.items)
             groups = table.groups()
-            apart = apart and bool(groups)  # of paths any may be anywhere
+            has_streams = has_streams and bool(groups)  # image paths in a table may be anywhere
             for number, first, last in groups:
                 bounds = f"{table.prefix}/{first:09d}", f"{table.prefix}/{last:09d}"
                 streams.append(Stream(*bounds, size, mtime, partial(table.items, number, first)))
@@ -163,16 +189,16 @@ def _archived(files: Sequence[Path | RemoteFile], root: Path, image_column: str 
             count = None
             reads.append(partial(members, file, root))
             prefix = prefix_of(file, root)
-            streams.append(Stream(f"{prefix}/", f"{prefix}0", size, mtime, reads[-1]))  # 0 is what follows /
-    made = tuple(streams) if apart else ()
-    return Source(root, tuple(columns), count, lambda: chain.from_iterable(read() for read in reads), made)
+            streams.append(Stream(f"{prefix}/", f"{prefix}0", size, mtime, reads[-1]))  # 0 is the character after /
+    parts = tuple(streams) if has_streams else ()
+    return Source(root, tuple(columns), count, lambda: chain.from_iterable(read() for read in reads), parts)
 
 
-def _states(files: Sequence[Path | RemoteFile]) -> list[tuple[int, int]]:
-    """Size and time of each file. Raises ClipretError for one that is not there."""
+def _sizes_and_times(files: Sequence[Path | RemoteFile]) -> list[tuple[int, int]]:
+    """Size and modification time of each file; raises ClipretError if one does not exist."""
     remote = [file for file in files if isinstance(file, RemoteFile)]
     if remote:
-        return stats(remote)
+        return stat_files(remote)
     try:
         return [modified(file) for file in files]
     except OSError as error:
@@ -180,23 +206,25 @@ def _states(files: Sequence[Path | RemoteFile]) -> list[tuple[int, int]]:
 
 
 def _remote(uri: str, image_column: str | None, where: str | None) -> Source:
-    """What an address names. Nothing of it has a place on this machine, so the root says nothing."""
-    root, suffix = Path("/"), os.path.splitext(uri)[1].lower()  # noqa: PTH122 (an address is no path)
+    """The images at a URI. They have no path on this machine, so the root has no meaning."""
+    root, suffix = Path("/"), os.path.splitext(uri)[1].lower()  # noqa: PTH122 (a URI is not a path)
     if where is not None:
-        raise ClipretError(f"--where chooses rows of a .csv, .tsv or .jsonl list; {uri} is none")
-    if suffix in _LISTS or suffix == ".zip":
-        raise ClipretError(f"{uri} cannot be read in its store: copy it here (the rows of a list may be addresses)")
+        raise ClipretError(f"--where selects rows of a .csv, .tsv or .jsonl file, which {uri} is not: leave it out")
+    if suffix in _ANNOTATIONS or suffix == ".zip":
+        raise ClipretError(
+            f"{uri} cannot be read from a store: copy it to this machine (the rows of an annotations file may be URIs)"
+        )
     if suffix in _ARCHIVES or suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst"):
         return _archived(expand_remote(uri), root, image_column)
     if suffix in EXTENSIONS:
         return Source(root, (), 1, lambda: iter([remote_item(uri)]))
     open_remote(uri)
-    found = walk_remote(uri)
-    images = [one for one in found if one[0].suffix.lower() in EXTENSIONS]
+    entries = walk_remote(uri)
+    images = [entry for entry in entries if entry[0].suffix.lower() in EXTENSIONS]
     if not images:
-        if inside := [file for file, _, _ in found if file.suffix.lower() in (".tar", ".parquet")]:
-            return _archived(inside, root, image_column)
-        raise ClipretError(f"{uri} holds no images, .tar or .parquet files: is it the right folder?")
+        if archives := [file for file, _, _ in entries if file.suffix.lower() in (".tar", ".parquet")]:
+            return _archived(archives, root, image_column)
+        raise ClipretError(f"{uri} holds no images, .tar or .parquet files: check the path")
     return Source(
         root, (), len(images), lambda: (remote_item(file.uri, None, size, mtime) for file, size, mtime in images)
     )
@@ -204,8 +232,8 @@ def _remote(uri: str, image_column: str | None, where: str | None) -> Source:
 
 def _read_remote(uri: str) -> ImageFile:
     for suffix in (".tar/", ".parquet/"):
-        archive, found, name = uri.partition(suffix)
-        if found:
+        archive, separator, name = uri.partition(suffix)
+        if separator:
             file = RemoteFile(archive + suffix[:-1])
             if suffix == ".tar/":
                 return read_member(file, name)
@@ -216,13 +244,14 @@ def _read_remote(uri: str) -> ImageFile:
     return read_remote(RemoteFile(uri))
 
 
-def _listed(path: Path, image_column: str | None, image_root: Path | None, where: str | None) -> Source:
+def _annotated(path: Path, image_column: str | None, image_root: Path | None, where: str | None) -> Source:
+    """The images that an annotations file names."""
     table = read_table(path, where)
     image = pick_column(table, image_column, "image")
     root = image_root or path.parent
     top = root.absolute()
     names = free_names([column for column in table.columns if column != image])
-    rows: dict[str, dict[str, str]] = {}  # of each image the first
+    rows: dict[str, dict[str, str]] = {}  # the first row of each image
     for number, row in enumerate(table.rows, 1):
         if is_remote(row[image]):
             rows.setdefault(row[image], row)

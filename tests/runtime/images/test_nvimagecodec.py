@@ -1,4 +1,4 @@
-"""nvImageCodec in the place of Pillow's JPEG decoder, with its CPU backend: the same library, calls and check."""
+"""nvImageCodec instead of Pillow's JPEG decoder, with its CPU backend: the same library, calls and check."""
 
 import io
 from pathlib import Path
@@ -9,9 +9,9 @@ from PIL import Image
 
 from clipret.bundle import Bundle, ImageSpec
 from clipret.errors import ClipretError
-from clipret.images import nvimagecodec as gpu_decode
+from clipret.images import nvimagecodec
 from clipret.images.decode import load
-from clipret.images.nvimagecodec import GpuDecoder
+from clipret.images.nvimagecodec import MAX_DIFFERENCE, GpuDecoder
 from clipret.images.walk import ImageError
 from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
@@ -38,32 +38,31 @@ def image() -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((200, 150))
 
 
-def test_its_difference_from_pillow_is_known(decoder: GpuDecoder) -> None:
-    assert decoder.levels[0] <= gpu_decode.MOST_LEVELS[0]
-    assert decoder.levels[1] <= gpu_decode.MOST_LEVELS[1]
+def test_its_difference_from_pillow_is_measured(decoder: GpuDecoder) -> None:
+    assert decoder.levels[0] <= MAX_DIFFERENCE[0]
+    assert decoder.levels[1] <= MAX_DIFFERENCE[1]
 
 
-def test_it_decodes_jpegs_itself_and_leaves_the_rest_to_pillow(decoder: GpuDecoder, image: Image.Image) -> None:
-    for mode, own in (("RGB", True), ("L", True), ("CMYK", False)):
+def test_it_decodes_plain_jpegs_and_leaves_the_rest_to_pillow(decoder: GpuDecoder, image: Image.Image) -> None:
+    for mode, plain in (("RGB", True), ("L", True), ("CMYK", False)):
         content = file_of(image.convert(mode), quality=90)
-        assert gpu_decode._plain(content, SPEC) is own
+        assert nvimagecodec._plain(content, SPEC) is plain
         difference = np.abs(decoder.load(content, SPEC).astype(int) - load(content, SPEC))
         assert difference.max() <= 20
     content = file_of(image, "PNG")
-    assert not gpu_decode._plain(content, SPEC)
+    assert not nvimagecodec._plain(content, SPEC)
     np.testing.assert_array_equal(decoder.load(content, SPEC), load(content, SPEC))
-    turned = ImageSpec(48, exif=True)
-    assert not gpu_decode._plain(file_of(image), turned)
+    assert not nvimagecodec._plain(file_of(image), ImageSpec(48, exif=True))
 
 
-def test_half_an_image_is_an_error(decoder: GpuDecoder, image: Image.Image) -> None:
+def test_a_truncated_image_is_an_error(decoder: GpuDecoder, image: Image.Image) -> None:
     content = file_of(image)
     for broken in (content[: len(content) // 2], content[:3], b"\xff\xd8 no image \xff\xd9", b"text"):
         with pytest.raises(ImageError):
             decoder.load(broken, SPEC)
 
 
-def test_a_decoder_whose_pixels_are_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_with_other_pixels_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = GpuDecoder._decode
 
     def brighter(self: GpuDecoder, content: bytes) -> np.ndarray | None:

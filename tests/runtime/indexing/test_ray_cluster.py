@@ -214,7 +214,7 @@ def test_a_broken_archive_stops_no_other(cluster: Pool, settings: Settings, shar
     file = tmp_path / "shards" / "002.tar"
     file.write_bytes(file.read_bytes()[:20000])
     gallery = Gallery.create(tmp_path / "gallery", Bundle.open(settings.bundle), tmp_path / "shards")
-    with pytest.raises(ClipretError, match=r"002\.tar is damaged or no archive .*; everything else is done$"):
+    with pytest.raises(ClipretError, match=r"002\.tar is damaged or not an archive .*; everything else is done$"):
         index_on_cluster(gallery, cluster, open_source(shards))
     assert 5 * 36 < len(gallery) < 6 * 36
     shard(file, range(80, 120))

@@ -13,7 +13,7 @@ from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, index
 from clipret.cli import main
 from clipret.images.walk import ImageError
 from clipret.locations import remote_in
-from clipret.sources.item import Held, without_bytes
+from clipret.sources.item import PreloadedRead, without_bytes
 from clipret.sources.source import read_stored
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture
 def bucket(upload: Callable[[str, Path], None], colour_folder: Path, tmp_path: Path) -> str:
-    """images/, shards/{0..1}.tar with the colour of each image, rows.parquet with the images themselves."""
+    """images/, shards/{0..1}.tar with the colour as metadata of each image, rows.parquet with image bytes."""
     files = sorted(file for file in colour_folder.rglob("*.*"))
     here = tmp_path / "bucket"
     (here / "shards").mkdir(parents=True)
@@ -66,9 +66,9 @@ def test_what_a_store_holds_is_what_a_disk_holds(name: str, bucket: str, tiny_bu
     assert found == {below + path: row for path, row in expected.items()}
     ids = remote.read().ids
     assert remote.metadata(ids) == local.metadata(ids)
-    # An image is found again by its name, as the page and the service look for it.
-    for path, stored in zip(list(found)[:2], expected, strict=False):
-        content = read_stored(Path(local.info.root), stored).content
+    # An image is read again by its path, as the page and the service do.
+    for path, local_path in zip(list(found)[:2], expected, strict=False):
+        content = read_stored(Path(local.info.root), local_path).content
         assert read_stored(Path(remote.info.root), path).content == content
         there = remote.file(path)
         assert read_stored(there.parent, there.name).content == content
@@ -83,26 +83,26 @@ def test_index_and_query_by_command(bucket: str, tiny_bundle: Path, tmp_path: Pa
         assert counts in done.output
     done = runner.invoke(main, ["query", gallery, "red", "-k", "1", "--where", "text = 'red'", "--device", "cpu"])
     assert f"s3://{bucket}/shards/" in done.output
-    page = tmp_path / "found.html"
+    page = tmp_path / "results.html"
     done = runner.invoke(main, ["query", gallery, "red", "-k", "2", "--html", str(page), "--device", "cpu"])
     assert page.read_text(encoding="utf-8").count("data:image/jpeg;base64,") == 2
 
 
-def test_a_list_may_name_images_of_a_store(bucket: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text(f"path,hour\ns3://{bucket}/images/red/0.jpg,3\nbucket/images/red/1.jpeg,4\n")
-    gallery = filled(tmp_path / "gallery", tiny_bundle, tmp_path / "list.csv")
+def test_an_annotations_file_may_name_images_of_a_store(bucket: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "images.csv").write_text(f"path,hour\ns3://{bucket}/images/red/0.jpg,3\nbucket/images/red/1.jpeg,4\n")
+    gallery = filled(tmp_path / "gallery", tiny_bundle, tmp_path / "images.csv")
     assert gallery.paths([1, 2]) == [f"s3://{bucket}/images/red/0.jpg", "bucket/images/red/1.jpeg"]
     again = index_images(
-        gallery, Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")), open_source(tmp_path / "list.csv")
+        gallery, Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu")), open_source(tmp_path / "images.csv")
     )
     assert (again.unchanged, again.added, again.changed) == (2, 0, 0)
 
 
-def test_items_can_let_go_of_their_bytes(bucket: str) -> None:
+def test_items_can_drop_their_bytes(bucket: str) -> None:
     item = next(iter(open_source(f"s3://{bucket}/shards/0.tar")))
-    assert isinstance(item.read, Held)
+    assert isinstance(item.read, PreloadedRead)
     light = without_bytes(item)
-    assert not isinstance(light.read, Held)
+    assert not isinstance(light.read, PreloadedRead)
     assert light.read() == item.read()
 
 
@@ -110,13 +110,13 @@ def test_errors_say_what_to_do(bucket: str, tmp_path: Path, monkeypatch: pytest.
     for name, reason in (
         ("shards/{0..2}.tar", r"shards/2\.tar does not exist: check the name and the range"),
         ("nothing", "does not exist: check the name"),
-        ("list.csv", "cannot be read in its store: copy it here"),
+        ("images.csv", "cannot be read from a store: copy it to this machine"),
         ("rows.parquet?region=us-east-1", "set AWS_ENDPOINT_URL"),
         ("shards/{0..1}.tar.gz", "compressed as a whole"),
     ):
         with pytest.raises(ClipretError, match=reason):
             open_source(f"s3://{bucket}/{name}")
-    with pytest.raises(ClipretError, match="a gallery would keep that"):
+    with pytest.raises(ClipretError, match="which a gallery would store"):
         open_source(f"s3://key:secret@{bucket}/shards/0.tar")
     with pytest.raises(ImageError, match="cannot be read"):
         read_stored(tmp_path, f"s3://{bucket}/nothing.jpg")
@@ -152,7 +152,7 @@ def test_missing_credentials_are_one_line(tiny_bundle: Path, tmp_path: Path) -> 
         for _ in range(2):
             done = CliRunner().invoke(main, [*arguments, "--device", "cpu"], env=variables)
             assert done.exit_code == 1
-            assert "give credentials that may read it, in AWS_ACCESS_KEY_ID" in done.output
+            assert "set credentials that may read it, with AWS_ACCESS_KEY_ID" in done.output
             assert len(done.output.strip().splitlines()) == 1
             assert not (tmp_path / "gallery").exists()
     finally:

@@ -41,7 +41,7 @@ def names(source: Source) -> list[str]:
 
 
 def check(source: Source, expected: dict[str, bytes]) -> list[Item]:
-    """The items are these, read right, by their item and by their stored name, and come again."""
+    """A source has these items; each reads the expected bytes, also by its stored path; a second iteration is equal."""
     items = list(source)
     assert [item.path for item in items] == list(expected) == names(source)
     for item, content in zip(items, expected.values(), strict=True):
@@ -84,14 +84,14 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     odd = os.fsdecode(b"\xff\xe4.png")
     (tmp_path / odd).write_bytes(image(1))
     make_tar(tmp_path / "t.tar", [(odd, image(2))], tarfile.GNU_FORMAT)
-    with pytest.warns(UserWarning, match=r"holds archives and images \(1\): they are left out"):
+    with pytest.warns(UserWarning, match=r"holds archives in addition to images \(1\): they are skipped"):
         source = open_source(tmp_path)
     assert [item.read().content for item in source] == [image(1)]
     check(open_source(tmp_path / "t.tar"), {f"t.tar/{odd}": image(2)})
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
-def test_lists_name_each_image_once_with_its_metadata(tmp_path: Path, kind: str) -> None:
+def test_annotations_files_give_each_image_once_with_its_metadata(tmp_path: Path, kind: str) -> None:
     (tmp_path / "sub").mkdir()
     for number in range(3):
         (tmp_path / f"sub/{number}.png").write_bytes(image(number))
@@ -105,7 +105,7 @@ def test_lists_name_each_image_once_with_its_metadata(tmp_path: Path, kind: str)
         if kind == "jsonl"
         else {"image": "x", "camera": "", "Path": ""},
     ]
-    file = tmp_path / f"list.{kind}"
+    file = tmp_path / f"images.{kind}"
     if kind == "jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
@@ -115,7 +115,7 @@ def test_lists_name_each_image_once_with_its_metadata(tmp_path: Path, kind: str)
     assert source.columns == ("camera", "Path_")
     items = list(source)
     assert source.count == len(items) == 5
-    assert [item.path for item in items[:4]] == ["sub/0.png", "sub/1.png", "gone.png", f"list.{kind} row 5"]
+    assert [item.path for item in items[:4]] == ["sub/0.png", "sub/1.png", "gone.png", f"images.{kind} row 5"]
     assert items[0].metadata == {"camera": "A3", "Path_": "p"}
     assert items[1].metadata == {"camera": None, "Path_": "q"}
     assert [item.read().content for item in items[:2]] == [image(0), image(1)]
@@ -153,7 +153,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     items = check(source, expected)
     assert items[14].metadata == {"camera": "A3", "hour": 7, "id_": str(2**70), "ok": 1, "text": "a caption", "cls": 5}
     assert items[15].metadata == {}
-    assert names(open_source(tmp_path)) == list(expected)  # a folder of nothing but archives
+    assert names(open_source(tmp_path)) == list(expected)  # a folder with only archives
     assert len(names(open_source(tmp_path / "{008..009}.tar"))) == 4
 
 
@@ -272,7 +272,7 @@ def test_a_damaged_member_of_a_zip_leaves_the_others(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="CRC"):
         second.read()
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ClipretError, match="is damaged or no archive"):
+    with pytest.raises(ClipretError, match="is damaged or not an archive"):
         list(open_source(file))
 
 
@@ -317,11 +317,11 @@ def test_an_archive_that_is_gone_or_replaced(tmp_path: Path) -> None:
         ("{2..0}.tar", "runs backwards"),
         ("x.tar.gz", "is compressed as a whole"),
         ("x.tgz", "is compressed as a whole"),
-        ("x.pdf", "is no folder, list, archive or image"),
-        ("no.tar", "is damaged or no archive"),
-        ("no.zip", "is damaged or no archive"),
+        ("x.pdf", "is not a folder, annotations file, archive or image"),
+        ("no.tar", "is damaged or not an archive"),
+        ("no.zip", "is damaged or not an archive"),
         ("empty", "holds no images"),
-        ("list.csv", "has no image column"),
+        ("images.csv", "has no image column"),
         ("gone.csv", "cannot be read"),
     ],
 )
@@ -330,17 +330,17 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path, name: str, message: str)
     (tmp_path / "empty").mkdir()
     for junk in ("x.pdf", "no.tar", "no.zip", "x.tgz"):
         (tmp_path / junk).write_bytes(b"junk" * 300)
-    (tmp_path / "list.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "images.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ClipretError, match=message):
         list(open_source(tmp_path / name))
 
 
-def test_where_is_for_lists(tmp_path: Path) -> None:
-    with pytest.raises(ClipretError, match="chooses rows"):
+def test_where_is_for_annotations_files(tmp_path: Path) -> None:
+    with pytest.raises(ClipretError, match="selects rows"):
         open_source(tmp_path, where="a = 1")
 
 
-def test_twenty_thousand_members_are_not_held(tmp_path: Path) -> None:
+def test_memory_is_bounded_for_twenty_thousand_members(tmp_path: Path) -> None:
     content = image(1) * 20
     make_tar(tmp_path / "t.tar", [(f"{number:05d}.png", content) for number in range(20_000)])
     code = (
@@ -444,7 +444,7 @@ class TestParquet:
         content[len(whole) // 2 : len(whole) // 2 + 400] = bytes(400)
         file.write_bytes(content)
         found: list[Item] = []
-        with pytest.raises(ClipretError, match="is damaged behind row"):
+        with pytest.raises(ClipretError, match="is damaged after row"):
             found.extend(open_source(file))
         assert 40 <= len(found) < 200
         with pytest.raises(ImageError, match="has no row"):
