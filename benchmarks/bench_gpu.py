@@ -131,7 +131,7 @@ def limits(card: Card) -> dict[str, Any]:
 def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
     """Ways of running an image tower here, by name; each opens it."""
     plain, more = bundle.file("image.onnx"), card.clock.options
-    made: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: OnnxTower(plain, card.device, 4, more=more)}
+    made: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: OnnxTower(plain, card.device, 4, provider_options=more)}
     if not card.small:
         made["onnxruntime, CUDA graphs"] = lambda: OnnxTower(plain, card.device, 4, True, more)
     if importlib.util.find_spec("onnx_ir"):
@@ -139,7 +139,7 @@ def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
 
         fused = plain.with_name("fused.onnx")
         if "MultiHeadAttention" in fuse(plain, fused):
-            made["onnxruntime, fused"] = lambda: OnnxTower(fused, card.device, 4, more=more)
+            made["onnxruntime, fused"] = lambda: OnnxTower(fused, card.device, 4, provider_options=more)
             if not card.small:
                 made["onnxruntime, fused, CUDA graphs"] = lambda: OnnxTower(fused, card.device, 4, True, more)
     libraries: tuple[BackendChoice, ...] = ("tensorrt", "tensorrt_rtx")

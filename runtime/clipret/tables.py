@@ -155,7 +155,7 @@ def _as_text(value: object) -> str:
 
 
 def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], where: str) -> list[dict[str, str]]:
-    """Select the rows for which an SQL expression is true, by sqlite, so that the grammar is that of gallery filters."""
+    """Select the rows for which an SQL expression is true, with sqlite, which has the grammar of gallery filters."""
     # NUMERIC affinity converts values that look like numbers and leaves the others text.
     names = [quoted(column) for column in columns]
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
@@ -214,8 +214,8 @@ def check_quotes(where: str, columns: Sequence[str]) -> None:
     for name in re.findall(r'"((?:[^"]|"")*)"', re.sub(r"'(?:[^']|'')*'", "", where)):
         if name.replace('""', '"').lower() not in names:
             raise ClipretError(
-                f'--where {where!r} names a column "{name}" that is none of {", ".join(columns)}: put strings in single '
-                "quotes"
+                f'--where {where!r} names a column "{name}" that is none of {", ".join(columns)}: put strings in '
+                "single quotes"
             )
 
 

@@ -42,7 +42,7 @@ def test_a_missing_extra_is_one_sentence(missing: str, module: str, arguments: l
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_missing_engine(tmp_path: Path, tiny_bundle: Path, colour_folder: Path) -> None:
+def test_a_missing_backend(tmp_path: Path, tiny_bundle: Path, colour_folder: Path) -> None:
     result = run_without("onnxruntime", "clipret.cli", "index", str(tiny_bundle), str(colour_folder), f"{tmp_path}/g")
     assert result.returncode == 1
     assert "onnxruntime is not installed: run  pip install 'clipret[cpu]'; installed: " in result.stderr

@@ -185,7 +185,7 @@ def _fill(
         click.echo(
             f"{report.seconds:.1f} s: model {stages.compute_seconds:.1f}, waiting for pixels {stages.wait_seconds:.1f} "
             f"(decoding: {stages.decode_seconds:.1f} over all threads), writing {report.write_seconds:.1f}; "
-            f"bottleneck: {report.limit}",
+            f"bottleneck: {report.bottleneck}",
             err=True,
         )
 
@@ -206,7 +206,7 @@ def _as_dict(report: IndexReport, total: int) -> dict[str, object]:
         "wait_seconds": round(stages.wait_seconds, 3),
         "compute_seconds": round(stages.compute_seconds, 3),
         "write_seconds": round(report.write_seconds, 3),
-        "limit": report.limit,
+        "bottleneck": report.bottleneck,
     }
 
 

@@ -1,4 +1,4 @@
-"""From images to a gallery."""
+"""Index images into a gallery."""
 
 from typing import TYPE_CHECKING
 

@@ -1,12 +1,11 @@
-"""Indexing on a Ray cluster: the images of a source through many encoders, into a gallery that one process writes.
+"""Indexing on a Ray cluster: many encoders for the images of a source, and one process that writes the gallery.
 
-A source is cut into parts that any process can read by itself: an archive, a group of rows of a Parquet file, or some
-thousand names. Ray Data streams the parts through a pool of actors, each with an `Encoder` of its own, and gives their
-rows back in the order of the source; here they are committed as a run on one machine commits them. What an actor had
-not finished when its machine was lost, Ray gives to another. Nothing is committed before it has come back, and no
-block of a part is taken twice.
+A source is split into units that any process can read independently: an archive, a row group of a Parquet file, or some
+thousand names. Ray Data streams the units through a pool of actors, each with its own `Encoder`, and returns the
+embeddings in the order of the source. This process commits them as on a single machine. If the machine of an actor is
+lost, Ray gives its unfinished units to another actor. Only returned results are committed, and no block is taken twice.
 
-Ray Data takes a list of its inputs before it starts, so names are handed to it a million at a time.
+Ray Data needs a list of its inputs before it starts, so a source of names is passed to it a million names at a time.
 """
 
 import contextlib
@@ -30,22 +29,22 @@ from clipret.errors import ClipretError, one_line, require
 from clipret.gallery.gallery import Gallery, ImageRecord
 from clipret.images.walk import ImageFile
 from clipret.indexing.index import IndexReport, Job, Run
-from clipret.indexing.ray_worker import Block, Part, Result, Settings, State, encode_part
+from clipret.indexing.ray_worker import FileState, Result, ResultBlock, Settings, WorkUnit, encode_unit
 from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
 from clipret.sources.item import Item
 from clipret.sources.source import Source, Stream
 
 __all__ = ["Pool", "connect", "index_on_cluster"]
 
-_NAMES = 2048  # a part of a source of names
-_PARTS = 512  # handed to Ray Data at a time, of a source of names
-_TOGETHER = 256  # images taken up at once
-_STORE = 512 << 20  # bytes of shared memory of a cluster that is started here: the rows on their way
-_THREADS = 4  # of an actor on processors: more of them decode and compute less well together than apart
-_ADDRESS_SECONDS = 10
+_UNIT_NAMES = 2048  # names per unit, for a source of names
+_WAVE_UNITS = 512  # units passed to Ray Data at a time, for a source of names
+_FLUSH_IMAGES = 256  # images passed to the run at once
+_STORE = 512 << 20  # bytes of shared memory of a cluster that is started here, for the embeddings in transit
+_THREADS = 4  # of an actor on processors: more threads scale worse than more actors
+_CONNECT_SECONDS = 10
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS parts (  -- archives that were read from one end to the other
+CREATE TABLE IF NOT EXISTS parts (  -- archives that were read completely
     first TEXT PRIMARY KEY, last TEXT NOT NULL,  -- the paths of their images are in this range
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
     images INTEGER NOT NULL, skipped TEXT NOT NULL
@@ -61,139 +60,176 @@ def index_on_cluster(
     *,
     prune: bool = False,
 ) -> IndexReport:
-    """As `index_images`, with the work spread over a pool of `connect`: the same images, ids, metadata, report.
+    """Index like `index_images`, spread over a cluster, with the same images, ids, metadata and report.
 
-    An image whose bytes the gallery holds under another name is encoded again here. Archives that were
-    read to their end and have not changed since are not read again. One that breaks off is told at the end, when all
-    others are done. Raises ClipretError as `index_images` does, and where the cluster fails; what was committed by
-    then is kept, and the next run goes on from there.
+    An image whose bytes are in the gallery under another path is encoded again. Archives that were read completely and
+    have not changed since are not read again. An error for damaged archives is raised after all others are indexed.
+
+    Args:
+        gallery: The gallery to write.
+        pool: The encoders, from `connect`.
+        source: The images.
+        progress: Wraps the iteration over the images, for a progress bar.
+        prune: Delete images that the source does not name.
+
+    Raises:
+        ClipretError: As for `index_images`, and if the cluster fails. What has been committed is kept, and the next run
+            continues from there.
     """
     gallery.check(Bundle.open(pool.settings.bundle))
     began = time.perf_counter()
     with gallery.writing(), Run(gallery, source) as run:
-        work = _Taking(run, progress)
+        collector = _Collector(run, progress)
         try:
-            for parts in _waves(run, work, source):
-                for block in pool.blocks(parts):
-                    work.take(block)
-        finally:  # Ctrl-C included: what came back is kept
-            work.flush()
-            run.report.stages = work.stats
+            for units in _waves(run, collector, source):
+                for block in pool.blocks(units):
+                    collector.add(block)
+        finally:  # also after Ctrl-C: results that came back are kept
+            collector.flush()
+            run.report.stages = collector.stats
             run.commit()
-            work.note_parts()
+            collector.record_complete()
             run.write_skipped()
-        if not work.broken:
+        if not collector.broken:
             run.finish(prune)
-    run.report.seconds = work.stats.seconds = time.perf_counter() - began
-    if work.broken:
-        more = f", and {len(work.broken) - 1} others likewise" if len(work.broken) > 1 else ""
-        raise ClipretError(f"{work.broken[0]}{more}; everything else is done")
+    run.report.seconds = collector.stats.seconds = time.perf_counter() - began
+    if collector.broken:
+        more = f", and {len(collector.broken) - 1} more like it" if len(collector.broken) > 1 else ""
+        raise ClipretError(f"{collector.broken[0]}{more}; everything else is done")
     return run.report
 
 
 @contextlib.contextmanager
 def connect(address: str, settings: Settings, workers: int | None = None) -> Iterator["Pool"]:
-    """A pool of encoders on a Ray cluster.
+    """Open a pool of encoders on a Ray cluster.
 
-    `address`: "auto" is the cluster of this machine or of RAY_ADDRESS, else one that is started here and lives as long
-    as the block; or HOST:PORT. `workers`: actors, default one a GPU, or on processors as many as there is room for.
-    Raises ClipretError where the cluster cannot be reached or is too small.
+    Args:
+        address: HOST:PORT, or "auto" for the cluster of RAY_ADDRESS or of this machine, or else a new one that lives as
+            long as the block.
+        settings: How each worker opens its encoder.
+        workers: Number of actors; default: one per GPU, or as many as fit on processors.
+
+    Raises:
+        ClipretError: The cluster cannot be reached or is too small.
     """
-    ray, ours = _ray(address)
+    ray, connected_here = _ray(address)
     try:
         yield Pool(ray, settings, workers)
     finally:
-        if ours:
+        if connected_here:
             ray.shutdown()
 
 
 def _ray(address: str) -> tuple[Any, bool]:
-    """Ray, connected to a cluster, and whether it was connected here. Raises ClipretError."""
-    named = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    """Connect Ray to a cluster; returns the module and whether this call connected it. Raises ClipretError."""
+    target = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # important errors are raised
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if named != "auto":
-            _reachable(named)
+        if target != "auto":
+            _check_reachable(target)
         ray = require("ray", "ray")
         if ray.is_initialized():
             return ray, False
-        if named != "auto":
-            ray.init(address=named, **quiet)
+        if target != "auto":
+            ray.init(address=target, **quiet)
             return ray, True
         try:
             ray.init(address="auto", **quiet)
-        except ConnectionError:  # there is none
+        except ConnectionError:  # there is no cluster
             ray.init(include_dashboard=False, object_store_memory=_STORE, **quiet)
     except (RuntimeError, ValueError, OSError) as error:
         reason = one_line(error)
         raise ClipretError(
-            f"the Ray cluster at {named} cannot be reached ({reason}): name it as  ray start --head  does"
+            f"the Ray cluster at {target} cannot be reached ({reason}): use the address that  ray start --head  prints"
         ) from None
     return ray, True
 
 
-def _reachable(address: str) -> None:
-    """Raises OSError at once, where Ray would try for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise OSError at once for an address that cannot be reached, where Ray would retry for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError("an address is HOST:PORT")
-    socket.create_connection((host, int(port)), timeout=_ADDRESS_SECONDS).close()
+    socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
 
 
 class _Actor:
-    """A process of the pool. The encoder is made at the first part, so that what it lacks is an answer like others."""
+    """A process of the pool. It opens its encoder at the first unit, so that an error is returned as a result."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._encoder: Encoder | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
-        part: Part = pickle.loads(batch["part"][0])
+        unit: WorkUnit = pickle.loads(batch["unit"][0])
         try:
             self._encoder = self._encoder or self._settings.open()
         except ClipretError as error:
-            fatal = Block(part.number, 0, [], np.empty((0, 0), np.float16), True, fatal=str(error))
+            fatal = ResultBlock(unit.number, 0, [], np.empty((0, 0), np.float16), True, fatal=str(error))
             yield {"block": [pickle.dumps(fatal)]}
             return
-        for block in encode_part(self._encoder, part, self._settings.flip):
+        for block in encode_unit(self._encoder, unit, self._settings.flip):
             yield {"block": [pickle.dumps(block)]}
 
 
 class Pool:
-    """The actors, by Ray Data: at most two parts each at a time, and results as far ahead as its memory allows."""
+    """A pool of actors through Ray Data. Each has at most two units at a time; results are bounded by Ray's memory.
+
+    Args:
+        ray: The module, connected to a cluster.
+        settings: How each actor opens its encoder.
+        workers: Number of actors; default: one per GPU, or as many as fit on processors.
+
+    Attributes:
+        workers: Number of actors.
+        settings: The settings with the number of threads resolved.
+
+    Raises:
+        ClipretError: The cluster is too small.
+    """
 
     def __init__(self, ray: Any, settings: Settings, workers: int | None) -> None:
         self._ray = ray
-        there = ray.cluster_resources()
-        processors, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+        resources = ray.cluster_resources()
+        processors, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
         self._gpus = 1 if gpus and settings.encoder.device != "cpu" else 0
         threads = settings.encoder.threads
         if threads is None:
             threads = max(processors // gpus, 1) if self._gpus else min(_THREADS, max(processors, 1))
-        most = min(gpus, processors // threads) if self._gpus else processors // threads
-        workers = workers or most
-        if not 0 < workers <= most:
+        max_workers = min(gpus, processors // threads) if self._gpus else processors // threads
+        workers = workers or max_workers
+        if not 0 < workers <= max_workers:
             has = f"{processors} processors" + (f" and {gpus} GPUs" if self._gpus else "")
             raise ClipretError(
-                f"the cluster has {has}, which is room for {most} workers of {threads} threads, not {max(workers, 1)}: "
+                f"the cluster has {has}, room for {max_workers} workers of {threads} threads, not {max(workers, 1)}: "
                 "change --workers or --encoder threads="
             )
         self.workers = workers
         self.settings = replace(settings, encoder=replace(settings.encoder, threads=threads))
 
-    def blocks(self, parts: Sequence[Part]) -> Iterator[Block]:
-        """What the actors make of the parts, in their order."""
-        if not parts:
+    def blocks(self, units: Sequence[WorkUnit]) -> Iterator[ResultBlock]:
+        """Encode units on the cluster.
+
+        Args:
+            units: The units, numbered consecutively.
+
+        Yields:
+            Their blocks in order.
+
+        Raises:
+            ClipretError: An encoder cannot be opened, or the cluster fails.
+        """
+        if not units:
             return
         data = require("ray.data", "ray")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = data.DataContext.get_current()
-        context.enable_progress_bars = False  # a bar of our own counts images
+        context.enable_progress_bars = False  # clipret's own bar counts images
         context.execution_options.preserve_order = True
-        rows = [{"part": self._ray.cloudpickle.dumps(part)} for part in parts]  # a source may be a program's own
-        made = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        rows = [{"unit": self._ray.cloudpickle.dumps(unit)} for unit in units]  # a source may be defined in a script
+        results = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
             fn_constructor_args=(self.settings,),
             batch_size=1,
@@ -203,105 +239,108 @@ class Pool:
             num_cpus=self.settings.encoder.threads,
             num_gpus=self._gpus,
         )
-        expected = (parts[0].number, 0)
+        expected = (units[0].number, 0)
         try:
-            for table in made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for table in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for content in table["block"]:
-                    block: Block = pickle.loads(content.as_py())
+                    block: ResultBlock = pickle.loads(content.as_py())
                     if block.fatal is not None:
                         raise ClipretError(block.fatal)
-                    if (block.part, block.number) != expected:
+                    if (block.unit, block.number) != expected:
                         raise ClipretError(
-                            f"Ray gave block {block.number} of part {block.part} where {expected} was due: run again, "
-                            "which goes on from what is committed"
+                            f"Ray returned block {block.number} of unit {block.unit} instead of {expected}: run again "
+                            "to continue from what is committed"
                         )
-                    expected = (block.part + 1, 0) if block.last else (block.part, block.number + 1)
+                    expected = (block.unit + 1, 0) if block.last else (block.unit, block.number + 1)
                     yield block
         except self._ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error  # of an actor's own error, without its traceback as text
-            said = (str(cause).strip().splitlines() or [""])[0][:200]
+            cause = getattr(error, "cause", None) or error  # the error of an actor, without its traceback as text
+            message = (str(cause).strip().splitlines() or [""])[0][:200]
             raise ClipretError(
-                f"the Ray cluster failed ({type(cause).__name__}: {said}): run again to go on from what is committed"
+                f"the Ray cluster failed ({type(cause).__name__}: {message}): run again to continue from what is "
+                "committed"
             ) from None
 
 
 @dataclass(frozen=True)
-class _Named(Item):
-    """An item that an actor has dealt with: what became of it, and the block with its row."""
+class _ProcessedItem(Item):
+    """An item with its result, and the block that has its embedding."""
 
     result: Result
-    block: Block
+    block: ResultBlock
 
 
-class _Taking:
-    """Blocks as they come back, into the run."""
+class _Collector:
+    """Passes the blocks that come back to the run."""
 
     def __init__(self, run: Run, progress: Callable[[Iterable[Item]], Iterable[Item]]) -> None:
         self.run = run
         self.stats = EncodeStats()
         self.broken: list[str] = []
         self.streams: dict[int, Stream] = {}
-        self._queue = deque[_Named]()
+        self._queue = deque[_ProcessedItem]()
         self._shown = iter(progress(self._next()))
         self._jobs: list[Job] = []
         self._skipped: dict[int, list[tuple[str, str]]] = {}
-        self._whole = deque[tuple[Stream, int, list[tuple[str, str]]]]()  # with the change after which it is complete
+        # Streams that were read completely, with the number of changes after which they are committed.
+        self._complete = deque[tuple[Stream, int, list[tuple[str, str]]]]()
 
     def _next(self) -> Iterator[Item]:
-        while True:  # is asked for as many as there are
+        while True:  # the caller takes as many as are queued
             yield self._queue.popleft()
 
-    def take(self, block: Block) -> None:
+    def add(self, block: ResultBlock) -> None:
+        """Add a block, in the order of the source."""
         stats = self.stats
         stats.decode_seconds += block.decode_seconds
         stats.wait_seconds += block.wait_seconds
         stats.compute_seconds += block.compute_seconds
-        self._queue.extend(_named(result, block) for result in block.results)
+        self._queue.extend(_processed(result, block) for result in block.results)
         for job in self.run.jobs(islice(self._shown, len(block.results))):
             self._jobs.append(job)
-            if len(self._jobs) == _TOGETHER:
+            if len(self._jobs) == _FLUSH_IMAGES:
                 self.flush()
-        skipped = self._skipped.setdefault(block.part, [])
-        for one in block.results:
-            if one.reason is not None:
-                skipped.append((self.run.stored(_named(one, block)), one.reason))
+        skipped = self._skipped.setdefault(block.unit, [])
+        for result in block.results:
+            if result.reason is not None:
+                skipped.append((self.run.stored(_processed(result, block)), result.reason))
         if block.last:
             self.flush()
-            told = self._skipped.pop(block.part)
+            skipped = self._skipped.pop(block.unit)
             if block.error is not None:
                 self.broken.append(block.error)
-            elif block.part in self.streams:
-                self._whole.append((self.streams.pop(block.part), self.run.changes, told))
-            self.note_parts()
+            elif block.unit in self.streams:
+                self._complete.append((self.streams.pop(block.unit), self.run.changes, skipped))
+            self.record_complete()
 
     def flush(self) -> None:
-        """Hand the jobs that wait to the run, as a batch of its own encoder."""
-        made, rows, skipped = list[Job](), [], list[tuple[Job, str]]()
+        """Pass the waiting jobs to the run, like a batch of an encoder."""
+        encoded, embeddings, skipped = list[Job](), [], list[tuple[Job, str]]()
         for job in self._jobs:
-            assert isinstance(job.item, _Named)
+            assert isinstance(job.item, _ProcessedItem)
             result, block = job.item.result, job.item.block
             if result.file is not None:
                 job.image = ImageRecord(job.stored, *result.file)
                 if job.replaces is not None and job.replaces[1].hash == result.file[2]:
                     job.twin = job.replaces[0]
             if result.reason is not None or job.twin is not None:
-                skipped.append((job, result.reason or "the gallery holds its row"))
+                skipped.append((job, result.reason or "the gallery holds its embedding"))
             else:
                 assert result.position is not None
-                made.append(job)
-                rows.append(block.embeddings[result.position])
+                encoded.append(job)
+                embeddings.append(block.embeddings[result.position])
         if self._jobs:
-            self.stats.images += len(made)
+            self.stats.images += len(encoded)
             self.stats.skipped += sum(job.twin is None for job, _ in skipped)
             dim = self.run.gallery.info.embedding_dim
-            self.run.take(EncodedBatch(np.array(rows, np.float32).reshape(-1, dim), made, skipped))
+            self.run.add(EncodedBatch(np.array(embeddings, np.float32).reshape(-1, dim), encoded, skipped))
         self._jobs = []
 
-    def note_parts(self) -> None:
-        """Remember the archives of which everything is committed."""
+    def record_complete(self) -> None:
+        """Record the archives whose images are all committed."""
         database = self.run.gallery.database
-        while self._whole and self.run.kept >= self._whole[0][1]:
-            stream, _, skipped = self._whole.popleft()
+        while self._complete and self.run.committed >= self._complete[0][1]:
+            stream, _, skipped = self._complete.popleft()
             bounds = _bounds(self.run, stream)
             with self.run.gallery.refusable(), database.transaction() as transaction:
                 transaction.execute(_SCHEMA)
@@ -311,56 +350,59 @@ class _Taking:
                 )
 
 
-def _named(result: Result, block: Block) -> _Named:
-    return _Named(result.path, _never, result.size, result.mtime_ns, result.metadata, result, block)
+def _processed(result: Result, block: ResultBlock) -> _ProcessedItem:
+    return _ProcessedItem(result.path, _unread, result.size, result.mtime_ns, result.metadata, result, block)
 
 
-def _never() -> ImageFile:
+def _unread() -> ImageFile:
     raise AssertionError("an actor has read it")
 
 
-def _waves(run: Run, work: _Taking, source: Source) -> Iterator[list[Part]]:
-    """The parts of a source that are to be done, as many together as Ray Data shall hold."""
+def _waves(run: Run, collector: _Collector, source: Source) -> Iterator[list[WorkUnit]]:
+    """The units of a source that need work, in lists for Ray Data."""
     if source.streams:
-        parts = list[Part]()
+        units = list[WorkUnit]()
         for stream in source.streams:
-            if not _known(run, stream):
-                parts.append(Part(len(parts), stream.items, _held_stream(run, stream)))
-                work.streams[parts[-1].number] = stream
-        yield parts
+            if not _is_complete(run, stream):
+                units.append(WorkUnit(len(units), stream.items, _indexed_of_stream(run, stream)))
+                collector.streams[units[-1].number] = stream
+        yield units
         return
-    wave = list[Part]()
+    wave = list[WorkUnit]()
     items = iter(source)
     number = 0
-    while some := list(islice(items, _NAMES)):
-        wave.append(Part(number, partial(iter, some), _held_names(run, some)))
+    while chunk := list(islice(items, _UNIT_NAMES)):
+        wave.append(WorkUnit(number, partial(iter, chunk), _indexed_of_names(run, chunk)))
         number += 1
-        if len(wave) == _PARTS:
+        if len(wave) == _WAVE_UNITS:
             yield wave
             wave = []
     yield wave
 
 
-def _held_names(run: Run, items: Sequence[Item]) -> dict[str, State]:
-    stored = {}
+def _indexed_of_names(run: Run, items: Sequence[Item]) -> dict[str, FileState]:
+    """The state of items that are in the gallery, by their paths in the source."""
+    source_path = {}
     for item in items:
         with contextlib.suppress(UnicodeEncodeError):  # such names are skipped when they come back
             item.path.encode()
-            stored[run.stored(item)] = item.path
-    known = run.gallery.database.by_path(list(stored))
-    return {stored[path]: _state(image) for path, (_, image) in known.items()}
+            source_path[run.stored(item)] = item.path
+    images = run.gallery.database.by_path(list(source_path))
+    return {source_path[path]: _state(image) for path, (_, image) in images.items()}
 
 
-def _state(image: ImageRecord) -> State:
+def _state(image: ImageRecord) -> FileState:
     return image.size, image.mtime_ns, image.hash
 
 
-def _held_stream(run: Run, stream: Stream) -> dict[str, State]:
-    """What the gallery holds of an archive, by the paths in the source."""
-    here, there = _folder(stream.first), _folder(_bounds(run, stream)[0])
+def _indexed_of_stream(run: Run, stream: Stream) -> dict[str, FileState]:
+    """The state of an archive's images that are in the gallery, by their paths in the source."""
+    source_folder, gallery_folder = _folder(stream.first), _folder(_bounds(run, stream)[0])
     statement = "SELECT path, size, mtime_ns, hash FROM rows WHERE deleted = 0 AND path >= ? AND path < ?"
     rows = run.gallery.database.query(statement, *_bounds(run, stream))
-    return {here + path.removeprefix(there): (size, mtime, digest) for path, size, mtime, digest in rows}
+    return {
+        source_folder + path.removeprefix(gallery_folder): (size, mtime, digest) for path, size, mtime, digest in rows
+    }
 
 
 def _folder(path: str) -> str:
@@ -368,9 +410,9 @@ def _folder(path: str) -> str:
 
 
 def _bounds(run: Run, stream: Stream) -> tuple[str, str]:
-    """The range of an archive's images in the gallery's words."""
+    """The bounds of the paths of an archive's images in the gallery."""
     archive = stream.first.rpartition("/")[0]
-    stored = run.stored(Item(archive, _never, None, None, {}))
+    stored = run.stored(Item(archive, _unread, None, None, {}))
     return stored + stream.first[len(archive) :], stored + stream.last[len(archive) :]
 
 
@@ -379,15 +421,15 @@ def _count(run: Run, bounds: tuple[str, str]) -> int:
     return int(run.gallery.database.query(statement, *bounds)[0][0])
 
 
-def _known(run: Run, stream: Stream) -> bool:
-    """Whether everything of an archive is in the gallery; then it is counted as unchanged."""
+def _is_complete(run: Run, stream: Stream) -> bool:
+    """Whether all images of an archive are in the gallery; if so, they are counted as unchanged."""
     database, bounds = run.gallery.database, _bounds(run, stream)
     if not database.query("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'parts'"):
         return False
     statement = "SELECT last, size, mtime_ns, images, skipped FROM parts WHERE first = ?"
-    found = database.query(statement, bounds[0])
-    if not found or found[0][:3] != (bounds[1], stream.size, stream.mtime_ns) or found[0][3] != _count(run, bounds):
+    rows = database.query(statement, bounds[0])
+    if not rows or rows[0][:3] != (bounds[1], stream.size, stream.mtime_ns) or rows[0][3] != _count(run, bounds):
         return False
-    run.leave(*bounds)
-    run.report.skipped += [(path, reason) for path, reason in json.loads(found[0][4])]
+    run.keep_unchanged(*bounds)
+    run.report.skipped += [(path, reason) for path, reason in json.loads(rows[0][4])]
     return True

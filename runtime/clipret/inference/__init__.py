@@ -1,4 +1,4 @@
-"""From a bundle to embeddings: tokenizer, towers, decoding ahead of them."""
+"""From a bundle to embeddings: tokenizer, towers, decode threads."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""How an encoder works: its settings as one object, from the command line to the worker of a cluster."""
+"""The settings of an encoder as one object, from the command line to the workers of a cluster."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,21 +12,24 @@ __all__ = ["EncoderConfig"]
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The settings of an `Encoder`, all of them.
+    """The settings of an `Encoder`.
 
     Attributes:
-        device: "auto", "cpu", "cuda", "cuda:N", or several with commas between them, which share the images of one
-            stream.
+        device: "auto", "cpu", "cuda", "cuda:N", or several separated by commas, which share the images of a stream.
         backend: What runs the towers, see `open_tower`.
-        threads: Decode threads and threads of the backend; None: the processors there are.
-        batch_size: Images or texts that a tower is given at once, at most.
-        fast_decode: See `images.load`.
-        decode: "gpu" has JPEGs decoded by nvImageCodec, see `GpuDecoder`.
-        cuda_graphs: See `OnnxTower`.
+        threads: Number of decode threads and of threads of the backend; None: one per processor.
+        batch_size: Maximum number of images or texts per run of a tower.
+        fast_decode: Decode large JPEGs faster and less exactly, see `images.load`.
+        decode: "pillow", or "gpu" to decode JPEGs with nvImageCodec, see `GpuDecoder`.
+        cuda_graphs: Record CUDA graphs, see `OnnxTower`.
         image_timeout: Seconds after which an image is skipped.
 
     Raises:
-        ClipretError: A value is out of its range, or two settings exclude each other.
+        ClipretError: A value is out of range, or two settings exclude each other.
+
+    Example:
+        >>> EncoderConfig(threads=4).thread_count
+        4
     """
 
     device: str = "auto"
@@ -44,9 +47,9 @@ class EncoderConfig:
             if value is not None and not least <= value <= most:
                 raise ClipretError(f"{name} is {value}: use a number from {least} to {most}")
         if self.fast_decode and self.decode == "gpu":
-            raise ClipretError("a JPEG is decoded either fast by Pillow or by nvImageCodec: leave one of the two out")
+            raise ClipretError("fast_decode is Pillow's and decode=gpu uses nvImageCodec: use either one or the other")
 
     @property
     def thread_count(self) -> int:
-        """The threads that are meant."""
+        """The number of threads, with the default resolved."""
         return self.threads or cpu_count()

@@ -1,7 +1,7 @@
-"""Decode threads that run ahead of an engine: images in, whole batches of pixels out, in order and in bounded memory.
+"""Decode threads that run ahead of a tower: images in, batches of pixels out, in order and with bounded memory.
 
-The threads are this module's own, because those of concurrent.futures are joined when the interpreter ends: one image
-that hangs its decoder would hang the process with it. These are daemons and are left behind.
+The interpreter joins the threads of concurrent.futures at its end, so one image that hangs its decoder would hang the
+process. The daemon threads of this module are abandoned instead.
 """
 
 import threading
@@ -18,17 +18,25 @@ from clipret.arrays import Pixels
 from clipret.errors import ClipretError
 from clipret.images.walk import ImageError
 
-__all__ = ["Batch", "Decoding"]
+__all__ = ["Batch", "DecodePool"]
 
 T = TypeVar("T")
 
-_MOST_ABANDONED = 64  # hanging threads; with more than a few it is not the images but the drive they lie on
+_MAX_ABANDONED = 64  # hanging threads; more than a few mean that the drive hangs and not the images
 
 
 @dataclass(eq=False)
 class Batch(Generic[T]):
-    """One batch on its way. When it comes out of a `Decoding`, `items` are the images in `pixels`, uint8 [n,S,S,3],
-    and `skipped` those that could not be decoded, with the reason; both in the order of the input."""
+    """A batch of images; complete when it comes out of a `DecodePool`.
+
+    Attributes:
+        memory: The array that is filled, uint8 [batch size,S,S,3].
+        items: The items that were decoded, in the order of the input.
+        skipped: The items that could not be decoded, with the reasons, in the order of the input.
+        reasons: The reasons by position, before `close_gaps`.
+        waiting: Number of images that are not decoded yet.
+        error: An exception other than ImageError.
+    """
 
     memory: Pixels
     items: list[T] = field(default_factory=list)
@@ -39,44 +47,57 @@ class Batch(Generic[T]):
 
     @property
     def pixels(self) -> Pixels:
+        """The pixels of `items`, uint8 [n,S,S,3]."""
         return self.memory[: len(self.items)]
 
     def close_gaps(self) -> None:
-        """Move the rows together: an image that was skipped leaves no row that an engine would see."""
+        """Move the images together in memory, so that no tower sees the gap of a skipped image."""
         if not self.reasons:
             return
-        kept = [row for row in range(len(self.items)) if row not in self.reasons]
-        for to, row in enumerate(kept):
-            if to != row:
-                self.memory[to] = self.memory[row]
-        self.skipped = [(self.items[row], reason) for row, reason in sorted(self.reasons.items())]
-        self.items = [self.items[row] for row in kept]
+        decoded = [position for position in range(len(self.items)) if position not in self.reasons]
+        for target, position in enumerate(decoded):
+            if target != position:
+                self.memory[target] = self.memory[position]
+        self.skipped = [(self.items[position], reason) for position, reason in sorted(self.reasons.items())]
+        self.items = [self.items[position] for position in decoded]
 
 
 @dataclass(eq=False)
 class _Job(Generic[T]):
-    """One image: its batch and its row there. `thread` took it at `started`, in seconds of the monotonic clock."""
+    """An image to decode into `batch` at `position`; `thread` began at `started`, in seconds of the monotonic clock."""
 
     item: T
     batch: Batch[T]
-    row: int
+    position: int
     started: float = 0.0
     thread: threading.Thread | None = None
     abandoned: bool = False
 
 
-class Decoding(Generic[T]):
-    """Iterates over the batches of `items`, decoded by `threads` threads with `decode(item) -> uint8 [S,S,3]`.
+class DecodePool(Generic[T]):
+    """Decodes images in threads and iterates over the batches.
 
-    `items` is read by the thread that iterates here, at most `batches` batches of `batch_size` ahead. The memory is as
-    many arrays of batch_size * S * S * 3 bytes, made once, and what the threads hold. A batch belongs to the caller
-    until `release(batch)` gives its memory back.
+    The thread that iterates reads `items`, at most `batches` batches ahead. The memory is `batches` arrays of
+    batch_size * S * S * 3 bytes, allocated once, and the images that the threads are decoding. A batch belongs to the
+    caller until `release`.
 
-    A ImageError skips the image. One that takes longer than `timeout` seconds is skipped as well: its
-    thread is left behind and another takes its place. Every row is copied into its batch under the lock and only while
-    the batch waits for it, so nothing that a thread left behind still writes can reach a batch. (A decoder that hangs
-    without releasing Python's lock stops everything; Pillow's release it.) Any other exception, of `decode` or
-    of `items`, is raised here once the batches before it have been given out.
+    An ImageError skips the image. So does the timeout: the thread is abandoned and another one replaces it. Pixels are
+    copied to a batch under the lock, and only while the batch waits for them, so an abandoned thread cannot write to a
+    batch. (A decoder that hangs without releasing Python's global lock stops the process; Pillow's release it.) Any
+    other exception, from `decode` or `items`, is raised by the iteration after the batches before it.
+
+    Args:
+        items: The images, of any type.
+        decode: Decodes an item to uint8 [S,S,3]; called in the threads.
+        size: S, in pixels.
+        batch_size: Images per batch.
+        threads: Number of decode threads.
+        batches: Maximum number of batches in memory.
+        timeout: Seconds after which an image is skipped.
+
+    Attributes:
+        decode_seconds: Time of decoding including reading, summed over the threads.
+        wait_seconds: Time in which the iteration waited for pixels.
     """
 
     def __init__(
@@ -94,19 +115,19 @@ class Decoding(Generic[T]):
         self._shape = (batch_size, size, size, 3)
         self._threads, self._timeout = threads, timeout
         self._lock = threading.Lock()
-        self._offered = threading.Condition(self._lock)  # a job for the threads, or the end
-        self._finished = threading.Condition(self._lock)  # a batch is whole
+        self._job_added = threading.Condition(self._lock)  # or the pool was stopped
+        self._batch_done = threading.Condition(self._lock)
         self._jobs: deque[_Job[T]] = deque()
         self._running: set[_Job[T]] = set()
         self._ahead: deque[Batch[T]] = deque()
-        self._free = batches
-        self._pool: list[Pixels] = []
-        self._started = 0
+        self._free_batches = batches
+        self._free_memory: list[Pixels] = []
+        self._started_threads = 0
         self._abandoned: list[threading.Thread] = []
         self._exhausted = self._stopped = False
         self._failure: Exception | None = None
-        self.decode_seconds = 0.0  # summed over the threads, reading included
-        self.wait_seconds = 0.0  # in which the caller waited here for pixels
+        self.decode_seconds = 0.0
+        self.wait_seconds = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -114,11 +135,11 @@ class Decoding(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nobody waits: threads that are decoding end after their image, the others at once."""
+        """Stop without waiting: threads that are decoding end after their image, the others at once."""
         with self._lock:
             self._stopped = True
             self._jobs.clear()
-            self._offered.notify_all()
+            self._job_added.notify_all()
 
     def __iter__(self) -> Iterator[Batch[T]]:
         return self
@@ -133,7 +154,7 @@ class Decoding(Generic[T]):
         began = time.perf_counter()
         with self._lock:
             while batch.waiting:
-                self._finished.wait(self._until_next_limit())
+                self._batch_done.wait(self._until_next_timeout())
                 self._abandon_late()
         self.wait_seconds += time.perf_counter() - began
         self._ahead.popleft()
@@ -143,57 +164,58 @@ class Decoding(Generic[T]):
         return batch
 
     def release(self, batch: Batch[T]) -> None:
-        """Give the memory of a batch back; its pixels belong to other images from now on."""
-        self._pool.append(batch.memory)
-        self._free += 1
+        """Return the memory of a batch to the pool; its pixels will be overwritten."""
+        self._free_memory.append(batch.memory)
+        self._free_batches += 1
 
     def _fill(self) -> None:
-        """Offer images to the threads, as far ahead as there is memory."""
-        while self._free and not self._exhausted:
-            batch: Batch[T] = Batch(self._pool.pop() if self._pool else np.empty(self._shape, dtype=np.uint8))
+        """Add jobs as far ahead as there is memory."""
+        while self._free_batches and not self._exhausted:
+            memory = self._free_memory.pop() if self._free_memory else np.empty(self._shape, dtype=np.uint8)
+            batch: Batch[T] = Batch(memory)
             try:
                 for _, item in zip(range(self._shape[0]), self._items, strict=False):
-                    self._offer(item, batch)
-            except Exception as error:  # the iterable's own: what came before it is not lost
+                    self._add_job(item, batch)
+            except Exception as error:  # from the iterable; the items before it are still decoded
                 self._failure = error
             self._exhausted = self._failure is not None or len(batch.items) < self._shape[0]
             if batch.items:
                 self._ahead.append(batch)
-                self._free -= 1
+                self._free_batches -= 1
 
-    def _offer(self, item: T, batch: Batch[T]) -> None:
+    def _add_job(self, item: T, batch: Batch[T]) -> None:
         with self._lock:
             self._jobs.append(_Job(item, batch, len(batch.items)))
             batch.items.append(item)
             batch.waiting += 1
-            self._offered.notify()
-        if self._started < self._threads:
-            self._start()
+            self._job_added.notify()
+        if self._started_threads < self._threads:
+            self._start_thread()
 
-    def _start(self) -> None:
-        self._started += 1
-        threading.Thread(target=self._work, name=f"decode-{self._started}", daemon=True).start()
+    def _start_thread(self) -> None:
+        self._started_threads += 1
+        threading.Thread(target=self._work, name=f"decode-{self._started_threads}", daemon=True).start()
 
     def _work(self) -> None:
-        while (job := self._take()) is not None:
+        while (job := self._next_job()) is not None:
             pixels: Pixels | None = None
             error: BaseException | None = None
             try:
                 pixels = self._decode(job.item)
                 if pixels.shape != self._shape[1:]:
                     raise ValueError(f"decoded to {pixels.shape}, not {self._shape[1:]}")
-            except BaseException as raised:  # handed to the thread that iterates
+            except BaseException as raised:  # raised again in the thread that iterates
                 error = raised
             with self._lock:
                 if job.abandoned:
                     return
-                self._settle(job, pixels, error)
+                self._finish(job, pixels, error)
 
-    def _take(self) -> _Job[T] | None:
-        """The next job, None at the end."""
+    def _next_job(self) -> _Job[T] | None:
+        """Wait for the next job; None after the pool was stopped."""
         with self._lock:
             while not self._jobs and not self._stopped:
-                self._offered.wait()
+                self._job_added.wait()
             if self._stopped:
                 return None
             job = self._jobs.popleft()
@@ -202,35 +224,36 @@ class Decoding(Generic[T]):
             self._running.add(job)
             return job
 
-    def _settle(self, job: _Job[T], pixels: Pixels | None, error: BaseException | None) -> None:
-        """Note the outcome of a job; the lock is held."""
+    def _finish(self, job: _Job[T], pixels: Pixels | None, error: BaseException | None) -> None:
+        """Store the result of a job; the caller holds the lock."""
         batch = job.batch
         self._running.discard(job)
         self.decode_seconds += time.monotonic() - job.started
         if isinstance(error, ImageError):
-            batch.reasons[job.row] = str(error)
+            batch.reasons[job.position] = str(error)
         elif error is not None:
             batch.error = batch.error or error
         elif pixels is not None:
-            batch.memory[job.row] = pixels
+            batch.memory[job.position] = pixels
         batch.waiting -= 1
         if not batch.waiting:
-            self._finished.notify_all()
+            self._batch_done.notify_all()
 
-    def _until_next_limit(self) -> float:
+    def _until_next_timeout(self) -> float:
+        """Seconds until the first image that is being decoded times out."""
         first = min((job.started for job in self._running), default=time.monotonic())
         return max(first + self._timeout - time.monotonic(), 0.0)
 
     def _abandon_late(self) -> None:
-        """Skip the images whose time is over and put other threads in place of theirs; the lock is held."""
+        """Skip the images that have timed out and replace their threads; the caller holds the lock."""
         now = time.monotonic()
         for job in [job for job in self._running if now - job.started >= self._timeout]:
             job.abandoned = True
             self._abandoned = [thread for thread in (*self._abandoned, job.thread) if thread and thread.is_alive()]
-            self._settle(job, None, ImageError(f"took longer than {self._timeout:g} s"))
-            if len(self._abandoned) > _MOST_ABANDONED:
+            self._finish(job, None, ImageError(f"took longer than {self._timeout:g} s"))
+            if len(self._abandoned) > _MAX_ABANDONED:
                 raise ClipretError(
-                    f"{len(self._abandoned)} images at once take longer than {self._timeout:g} s: does the drive "
-                    "that they lie on still answer?"
+                    f"{len(self._abandoned)} images at once take longer than {self._timeout:g} s: check whether their "
+                    "drive still responds, or raise image_timeout"
                 )
-            self._start()
+            self._start_thread()

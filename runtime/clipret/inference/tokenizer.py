@@ -1,4 +1,4 @@
-"""Captions and queries to token ids, as the bundle's `TextSpec` and `tokenizer.json` say."""
+"""Captions and queries to token ids, according to the bundle's `TextSpec` and `tokenizer.json`."""
 
 import html
 import string
@@ -19,20 +19,24 @@ _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 def clean(text: str, how: CleanName) -> str:
-    """`text` as a tokenizer wants it, with single blanks and none at its ends except for `none`.
+    """Clean a text for a tokenizer. All ways except `none` also strip it and collapse its white space.
 
-    - `clip`: broken encodings repaired with ftfy, HTML entities resolved twice, lower case, as the SimpleTokenizer of
+    - `clip`: repair broken encodings with ftfy, unescape HTML entities twice, lower case, as the SimpleTokenizer of
       OpenAI's CLIP and of open_clip does;
-    - `whitespace`: the same with the case kept, open_clip's default for tokenizers of the Hugging Face hub;
-    - `canonicalize`: the same in lower case without ASCII punctuation, as SigLIP's texts (big_vision);
+    - `whitespace`: the same without lower case, open_clip's default for tokenizers of the Hugging Face hub;
+    - `canonicalize`: as `clip`, without ASCII punctuation, as for SigLIP (big_vision);
     - `lower`: lower case only;
-    - `none`: as it is.
+    - `none`: unchanged.
 
-    The last two replace lone surrogates, which no tokenizer takes, by `?`; ftfy makes them U+FFFD.
+    The last two replace lone surrogates, which no tokenizer accepts, with `?`; ftfy replaces them with U+FFFD.
+
+    Example:
+        >>> clean("A  red car &amp; a blue BIKE", "clip")
+        'a red car & a blue bike'
     """
     if how in ("lower", "none"):
         text = text.encode("utf-8", "replace").decode("utf-8")
-    # Neither ftfy nor unescape changes printable ASCII without an ampersand, and the import of ftfy outlasts a query.
+    # ftfy and unescape do not change printable ASCII without an ampersand, and importing ftfy is slower than a query.
     elif not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 
@@ -46,10 +50,20 @@ def clean(text: str, how: CleanName) -> str:
 
 
 class Tokenizer:
-    """Texts to ids. `tokenizer_json` is the content of a Hugging Face `tokenizers` file, which decides everything after
-    the cleaning, start and end tokens included; padding and truncation come from `spec`, whatever the file says.
+    """Converts texts to token ids.
 
-    Raises ClipretError when `tokenizer_json` cannot be used.
+    Args:
+        tokenizer_json: Content of a Hugging Face `tokenizers` file, which decides everything after the cleaning,
+            including start and end tokens.
+        spec: Cleaning, padding and truncation; these settings of the file are ignored.
+
+    Raises:
+        ClipretError: `tokenizer_json` cannot be used, or the context length has no room for words.
+
+    Example:
+        >>> tokenizer = Tokenizer.from_bundle(Bundle.open("bundle/"))  # doctest: +SKIP
+        >>> tokenizer(["a red car"]).shape  # doctest: +SKIP
+        (1, 5)
     """
 
     def __init__(self, tokenizer_json: str, spec: TextSpec) -> None:
@@ -60,29 +74,36 @@ class Tokenizer:
         added = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if spec.context_length <= added:
             raise ClipretError(
-                f"a context length of {spec.context_length} leaves no room for words beside the {added} start and end "
-                "tokens: export the model again with a longer one"
+                f"a context length of {spec.context_length} has no room for words in addition to the {added} start and "
+                "end tokens: export the model again with a longer one"
             )
         self._tokenizer.no_padding()
-        # Words are cut, start and end tokens are not: the last id of a truncated text is still end-of-text.
+        # Truncation keeps the start and end tokens: the last id of a truncated text is still end-of-text.
         self._tokenizer.enable_truncation(spec.context_length)
         self._spec = spec
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Self:
-        """The tokenizer of a bundle. Raises ClipretError when its file is missing, changed or unusable."""
+        """Open the tokenizer of a bundle. Raises ClipretError if its file is missing, changed or unusable."""
         return cls(bundle.file("tokenizer.json").read_text(encoding="utf-8"), bundle.manifest.text)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 [B,L] for B texts, L <= context length, each row filled up with `spec.pad_id` at its end.
+        """Tokenize texts.
 
-        Raises ClipretError that names the position of a text that is blank after cleaning.
+        Args:
+            texts: B texts.
+
+        Returns:
+            int64 [B,L], L <= context length, each row padded at its end with `spec.pad_id`.
+
+        Raises:
+            ClipretError: A text is blank after cleaning; the message has its position.
         """
         cleaned = [clean(text, self._spec.clean) for text in texts]
         for position, text in enumerate(cleaned):
             if not text or text.isspace():
                 raise ClipretError(
-                    f"texts[{position}] is blank once cleaned ({texts[position]!r}): give it at least one word"
+                    f"texts[{position}] is blank after cleaning ({texts[position]!r}): give it at least one word"
                 )
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned)]
         longest = self._spec.pad_to == "longest"

@@ -27,16 +27,16 @@ def images(tmp_path: Path) -> Path:
         image.paste(right, (8, 0, 16, 16))
         image.save(tmp_path / f"images/{number}.png")
         lines.append(f"{number}.png,{number}")
-    (tmp_path / "images/list.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path / "images/list.csv"
+    (tmp_path / "images/images.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "images/images.csv"
 
 
-def rows(path: Path) -> dict[str, np.ndarray]:
+def embeddings_of(path: Path) -> dict[str, np.ndarray]:
     with Gallery.open(path) as opened:
         stored = opened.read()
-        every = np.concatenate(stored.shards).astype(np.float64)
-        live = np.ones(len(every), bool) if stored.live is None else stored.live
-        return dict(zip(opened.paths(stored.ids[live]), every[live], strict=True))
+        embeddings = np.concatenate(stored.shards).astype(np.float64)
+        live = np.ones(len(embeddings), bool) if stored.live is None else stored.live
+        return dict(zip(opened.paths(stored.ids[live]), embeddings[live], strict=True))
 
 
 class _LeftHalf:
@@ -79,13 +79,13 @@ def test_a_gallery_remembers_it_and_is_kept_up_to_date(tiny_bundle: Path, images
         files = [images.with_name(f"{number}.png") for number in range(3)]
         return np.concatenate([batch.embeddings for batch in encoder.encode_images(files, flip=True)])
 
-    np.testing.assert_allclose([rows(flipped)[f"{number}.png"] for number in range(3)], expected(), atol=1e-3)
+    np.testing.assert_allclose([embeddings_of(flipped)[f"{number}.png"] for number in range(3)], expected(), atol=1e-3)
     # Without --flip as well: embeddings of two kinds in one gallery would be compared with each other.
     image = Image.new("RGB", (16, 16), "blue")
     image.paste("white", (8, 0, 16, 16))
     image.save(images.with_name("1.png"))
     assert "1 changed" in run("index", tiny_bundle, images, flipped).stdout
-    np.testing.assert_allclose([rows(flipped)[f"{number}.png"] for number in range(3)], expected(), atol=1e-3)
+    np.testing.assert_allclose([embeddings_of(flipped)[f"{number}.png"] for number in range(3)], expected(), atol=1e-3)
     run("index", tiny_bundle, images, tmp_path / "plain")
     refused = run("index", tiny_bundle, images, tmp_path / "plain", "--flip", code=1).stderr
     assert "was made without --flip" in refused

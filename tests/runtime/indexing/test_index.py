@@ -1,4 +1,4 @@
-"""Indexing: whatever stops it, the next run ends where an undisturbed one would; nothing is encoded twice."""
+"""Indexing: a run after an interruption gives the gallery of an uninterrupted run; nothing is encoded twice."""
 
 import io
 import json
@@ -27,12 +27,12 @@ from clipret.sources.item import Item, broken_item
 from clipret.sources.source import Source, open_source, read_stored
 
 # Small shards, so that every run has many commits.
-COMMAND = "import clipret.indexing.index as i; i._SHARD_ROWS = 8; from clipret.cli import main; main()"
+COMMAND = "import clipret.indexing.index as i; i._SHARD_SIZE = 8; from clipret.cli import main; main()"
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A list of 200 images with metadata, one in twenty of them broken."""
+    """An annotations file of 200 images with metadata; one in twenty is broken."""
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def images(tmp_path: Path) -> Path:
         if number % 20 == 7:
             (folder / f"{number:03d}.jpg").write_bytes(b"\xff\xd8 half")
     lines = [f"{number:03d}.jpg,A{number % 3},{number % 24}" for number in range(200)]
-    (folder / "list.csv").write_text("\n".join(["path,camera,hour", *lines]) + "\n")
+    (folder / "images.csv").write_text("\n".join(["path,camera,hour", *lines]) + "\n")
     return folder
 
 
@@ -53,12 +53,12 @@ def index(folder: Path, bundle: Path, source: Path, **options: bool) -> IndexRep
 
 
 def contents(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Paths and rows of what is live."""
+    """Paths and embeddings of the live images."""
     with Gallery.open(folder) as gallery:
         stored = gallery.read()
         live = np.ones(len(stored.ids), bool) if stored.live is None else stored.live
-        rows = np.concatenate([np.empty((0, 8), np.float16), *stored.shards])[live]
-        return gallery.paths(stored.ids[live]), rows
+        embeddings = np.concatenate([np.empty((0, 8), np.float16), *stored.shards])[live]
+        return gallery.paths(stored.ids[live]), embeddings
 
 
 def everything(folder: Path) -> dict[str, object]:
@@ -72,7 +72,7 @@ def everything(folder: Path) -> dict[str, object]:
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_a_run_killed_at_twenty_instants_ends_as_an_undisturbed_one(
+def test_a_run_killed_twenty_times_gives_the_gallery_of_an_uninterrupted_one(
     images: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     rng, killed = random.Random(0), tmp_path / "killed"
@@ -81,18 +81,18 @@ def test_a_run_killed_at_twenty_instants_ends_as_an_undisturbed_one(
         return (killed / "gallery.json").exists(), len(list(killed.glob("rows-*.npy")))
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        arguments = ["index", str(tiny_bundle), str(images / "list.csv"), str(folder), "--encoder", "batch_size=8"]
+        arguments = ["index", str(tiny_bundle), str(images / "images.csv"), str(folder), "--encoder", "batch_size=8"]
         return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=-3, stderr=-3)
 
     assert start(tmp_path / "whole").wait() == 0
     expected = everything(tmp_path / "whole")
     assert len(expected["rows"]) == 190  # type: ignore[arg-type]
-    struck = held = 0
+    kills = indexed = 0
     shards = set[int]()
-    while struck < 20:
+    while kills < 20:
         process = start(killed)
         before, deadline = state(), time.monotonic() + 60
-        if struck % 5 == 0:  # at any instant, before the run has written anything too
+        if kills % 5 == 0:  # at any time, also before the run has written anything
             time.sleep(rng.random() * 0.5)
         else:  # from the first file of this run on
             while process.poll() is None and state() == before and time.monotonic() < deadline:
@@ -100,63 +100,63 @@ def test_a_run_killed_at_twenty_instants_ends_as_an_undisturbed_one(
             time.sleep(rng.random() ** 2 * 0.1)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-            struck += 1
+            kills += 1
             shards.add(state()[1])
         if process.wait() == 0:
             assert everything(killed) == expected
-            held = 0
+            indexed = 0
             shutil.rmtree(killed)
         elif (killed / "gallery.json").exists():
-            paths, rows = contents(killed)
-            assert len(paths) == len(rows) == len(set(paths)) >= held
-            held = len(paths)
+            paths, embeddings = contents(killed)
+            assert len(paths) == len(embeddings) == len(set(paths)) >= indexed
+            indexed = len(paths)
     assert start(killed).wait() == 0
     assert everything(killed) == expected
-    assert len(shards) > 5  # the blows fell in many places
+    assert len(shards) > 5  # it was killed at many points
 
 
-def test_ctrl_c_keeps_what_is_encoded(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_encoded_images(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     buffer = io.BytesIO()
     Image.new("RGB", (20, 15), "red").save(buffer, "JPEG")
     for number in range(80):  # no two files are equal
         (tmp_path / f"p/{number:03d}.jpg").write_bytes(buffer.getvalue() + str(number).encode())
     arguments = ["index", str(tiny_bundle), str(tmp_path / "p"), str(tmp_path / "g"), "--encoder", "batch_size=2"]
-    # The process waits behind its second shard: however slow this one is, the signal comes in the middle of the work.
+    # The process waits after its second shard, so that the signal always comes in the middle of the work.
     waiting = (
         "import time; from pathlib import Path; from clipret import Gallery as G; append, n = G.append, []; "
         "wait = lambda: (Path('waits').touch(), time.sleep(100)); "
-        "G.append = lambda *given: (append(*given), n.append(1), len(n) == 2 and wait()) and None"
+        "G.append = lambda *args: (append(*args), n.append(1), len(n) == 2 and wait()) and None"
     )
     command = [sys.executable, "-c", f"{waiting}; {COMMAND}", *arguments]
     process = subprocess.Popen(command, stdout=-1, stderr=-1, cwd=tmp_path)
     while process.poll() is None and not (tmp_path / "waits").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    printed, told = process.communicate()
-    assert (process.returncode, printed, told) == (130, b"", b"clipret-search: interrupted\n")
-    paths, rows = contents(tmp_path / "g")
-    assert 8 <= len(paths) == len(rows) < 80
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout, stderr) == (130, b"", b"clipret-search: interrupted\n")
+    paths, embeddings = contents(tmp_path / "g")
+    assert 8 <= len(paths) == len(embeddings) < 80
     run = subprocess.run([sys.executable, "-c", COMMAND, *arguments], stdout=-1, check=True)
     assert b": 80 images" in run.stdout
-    paths, rows = contents(tmp_path / "g")
+    paths, embeddings = contents(tmp_path / "g")
     assert sorted(paths) == [f"{number:03d}.jpg" for number in range(80)]
-    assert len(rows) == 80
+    assert len(embeddings) == 80
 
 
-def test_metadata_is_kept_filters_and_follows_the_list(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    index(tmp_path / "g", tiny_bundle, images / "list.csv")
+def test_metadata_is_stored_filtered_and_updated(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, images / "images.csv")
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.columns() == ["camera", "hour"]
-        chosen = gallery.select("camera = 'A2' and hour < 6")
-        assert gallery.paths(chosen) == [
+        selected = gallery.select("camera = 'A2' and hour < 6")
+        assert gallery.paths(selected) == [
             f"{n:03d}.jpg" for n in range(200) if n % 3 == 2 and n % 24 < 6 and n % 20 != 7
         ]
-        assert gallery.metadata(chosen[:1]) == [{"camera": "A2", "hour": 2}]
+        assert gallery.metadata(selected[:1]) == [{"camera": "A2", "hour": 2}]
         ids = gallery.ids_by_path()
-    text = (images / "list.csv").read_text().replace("003.jpg,A0,3", "003.jpg,B9,3")
-    (images / "list.csv").write_text(text)
-    report = index(tmp_path / "g", tiny_bundle, images / "list.csv")
+    text = (images / "images.csv").read_text().replace("003.jpg,A0,3", "003.jpg,B9,3")
+    (images / "images.csv").write_text(text)
+    report = index(tmp_path / "g", tiny_bundle, images / "images.csv")
     assert (report.added, report.changed, report.unchanged, len(report.skipped)) == (0, 0, 190, 10)
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.paths(gallery.select("camera = 'B9'")) == ["003.jpg"]
@@ -169,13 +169,13 @@ def test_metadata_is_kept_filters_and_follows_the_list(images: Path, tiny_bundle
         assert len(gallery) == 190
 
 
-def test_numbers_that_changed_are_noticed(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
-    file = colour_folder / "list.csv"
-    for price, code, held in (("0.2", "1_0", (0.2, "1_0")), ("0.9", "10", (0.9, 10)), ("9.5", "1e999", (9.5, None))):
+def test_changed_numbers_are_updated(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+    file = colour_folder / "images.csv"
+    for price, code, stored in (("0.2", "1_0", (0.2, "1_0")), ("0.9", "10", (0.9, 10)), ("9.5", "1e999", (9.5, None))):
         file.write_text(f"path,price,code\nred/0.jpg,{price},{code}\n")
         index(tmp_path / "g", tiny_bundle, file)
         with Gallery.open(tmp_path / "g") as gallery:
-            assert tuple(gallery.metadata([1])[0].values()) == held
+            assert tuple(gallery.metadata([1])[0].values()) == stored
     written = (tmp_path / "g/gallery.db").read_bytes()
     index(tmp_path / "g", tiny_bundle, file)
     assert (tmp_path / "g/gallery.db").read_bytes() == written
@@ -190,21 +190,21 @@ def test_the_same_bytes_are_encoded_once(
     os.utime(colour_folder / "green/0.jpg", ns=(5, 5))  # touched
 
     def refuse(*_: object) -> np.ndarray:
-        raise AssertionError("nothing here is new")
+        raise AssertionError("no image is new")
 
     monkeypatch.setattr("clipret.inference.tower.OnnxTower.run", refuse)
     report = index(tmp_path / "g", tiny_bundle, colour_folder, prune=True)
     assert (report.added, report.copied, report.unchanged, report.removed) == (2, 2, 11, 1)
     assert not report.skipped
-    paths, rows = contents(tmp_path / "g")
+    paths, embeddings = contents(tmp_path / "g")
     assert set(paths) == {path.relative_to(colour_folder).as_posix() for path in find_images(colour_folder)}
-    np.testing.assert_array_equal(rows[paths.index("again.jpg")], rows[paths.index("blue/1.jpeg")])
+    np.testing.assert_array_equal(embeddings[paths.index("again.jpg")], embeddings[paths.index("blue/1.jpeg")])
     with Gallery.open(tmp_path / "g") as gallery:
         assert gallery.duplicates() == [["blue/1.jpeg", "again.jpg"]]
         assert gallery.images()["green/0.jpg"].mtime_ns == 5
 
 
-def test_vanished_images_go_only_where_that_is_wanted(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_missing_images_are_deleted_only_with_prune(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
     shutil.rmtree(colour_folder / "red")
     report = index(tmp_path / "g", tiny_bundle, colour_folder)
@@ -213,21 +213,19 @@ def test_vanished_images_go_only_where_that_is_wanted(tiny_bundle: Path, colour_
     assert (report.removed, report.unchanged, len(contents(tmp_path / "g")[0])) == (3, 9, 9)
 
 
-def test_images_of_a_folder_that_cannot_be_read_have_not_vanished(
-    tiny_bundle: Path, colour_folder: Path, tmp_path: Path
-) -> None:
+def test_images_of_an_unreadable_folder_are_not_missing(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
-    # As open_source gives it; not made by chmod, since root may read every folder.
+    # As open_source gives it; not with chmod, because root may read every folder.
     rest = [item for item in open_source(colour_folder) if not item.path.startswith(("red", "blue"))]
     source = Source(colour_folder, (), None, lambda: iter([broken_item("red", "no permission"), *rest]))
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu"))
     with Gallery.open(tmp_path / "g") as gallery:
         report = index_images(gallery, encoder, source, prune=True)
     assert report.skipped == [("red", "no permission")]
-    assert report.removed == 3  # blue, which the source could have named and did not
+    assert report.removed == 3  # blue, which the source does not name
 
 
-def test_an_image_that_broke_keeps_its_row(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_an_image_that_broke_keeps_its_embedding(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
     (colour_folder / "red/0.jpg").write_bytes(b"")
     report = index(tmp_path / "g", tiny_bundle, colour_folder, prune=True)
@@ -248,18 +246,18 @@ def test_an_archive_is_a_source_with_metadata(tiny_bundle: Path, colour_folder: 
     report = index(tmp_path / "tar", tiny_bundle, tmp_path / "shard-000.tar")
     index(tmp_path / "folder", tiny_bundle, colour_folder)
     assert report.added == 12
-    (paths, rows), (_, expected) = contents(tmp_path / "tar"), contents(tmp_path / "folder")
+    (paths, embeddings), (_, expected) = contents(tmp_path / "tar"), contents(tmp_path / "folder")
     assert paths[0] == "shard-000.tar/0000.jpg"
-    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(embeddings, expected)
     with Gallery.open(tmp_path / "tar") as gallery:
         assert len(gallery.select("camera = 'A1' and hash_ = 'mine'")) == 6
     assert index(tmp_path / "tar", tiny_bundle, tmp_path / "shard-000.tar").unchanged == 12
 
 
 def test_a_full_disk_leaves_the_last_commit(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    """A real limit of the system: a file of more than 4 KiB is refused, and a shard of 400 rows is larger."""
+    """A real limit of the system: a file may have 4 KiB, and a shard of 400 embeddings is larger."""
     pytest.importorskip("resource")
-    index(tmp_path / "g", tiny_bundle, images / "list.csv")
+    index(tmp_path / "g", tiny_bundle, images / "images.csv")
     before = everything(tmp_path / "g")
     code = (
         "import resource, sys, numpy as np; from clipret import Gallery, ClipretError; "
@@ -276,12 +274,14 @@ def test_a_full_disk_leaves_the_last_commit(images: Path, tiny_bundle: Path, tmp
     assert "what was committed before is kept" in done.stderr
     assert not list((tmp_path / "g").glob("*.tmp"))
     with Gallery.open(tmp_path / "g") as gallery, gallery.writing():
-        pass  # sweeps a shard that got its name and no commit
+        pass  # deletes a shard that was written and not committed
     assert everything(tmp_path / "g") == before
 
 
-def test_a_reader_sees_one_state_while_another_process_writes(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    index(tmp_path / "g", tiny_bundle, images / "list.csv")
+def test_a_reader_sees_one_snapshot_while_another_process_writes(
+    images: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    index(tmp_path / "g", tiny_bundle, images / "images.csv")
     stop, errors = threading.Event(), list[BaseException]()
 
     def read() -> None:
@@ -299,11 +299,11 @@ def test_a_reader_sees_one_state_while_another_process_writes(images: Path, tiny
 
     reader = threading.Thread(target=read)
     reader.start()
-    row = np.ones((1, 8), np.float16)
+    embedding = np.ones((1, 8), np.float16)
     for number in range(20):
         with Gallery.open(tmp_path / "g") as gallery:
             with gallery.writing():
-                gallery.append([type(gallery.images()["000.jpg"])("extra", number, 1, "")], row)
+                gallery.append([type(gallery.images()["000.jpg"])("extra", number, 1, "")], embedding)
                 gallery.remove([gallery.ids_by_path()["extra"]])
             compact_gallery(gallery)
     stop.set()
@@ -358,7 +358,7 @@ def test_no_member_leaves_its_archive(tiny_bundle: Path, colour_folder: Path, tm
             assert read_stored(Path(gallery.info.root), names[-1]).content == content
 
 
-def test_an_archive_without_images_is_no_source(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
+def test_an_archive_without_images_is_an_error(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "g", tiny_bundle, colour_folder)
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
@@ -374,8 +374,8 @@ def test_a_folder_under_another_name_is_the_same(tiny_bundle: Path, colour_folde
     assert (report.added, report.unchanged) == (0, 12)
 
 
-def test_a_second_list_adds_its_columns(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    index(tmp_path / "g", tiny_bundle, images / "list.csv")
+def test_a_second_annotations_file_adds_its_columns(images: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    index(tmp_path / "g", tiny_bundle, images / "images.csv")
     (images / "more.csv").write_text("path,colour\n003.jpg,red\n")
     index(tmp_path / "g", tiny_bundle, images / "more.csv")
     with Gallery.open(tmp_path / "g") as gallery:

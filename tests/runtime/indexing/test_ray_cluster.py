@@ -1,4 +1,4 @@
-"""Indexing on a real Ray cluster of several processes: the gallery of one process, whatever is killed on the way."""
+"""Indexing on a Ray cluster of several processes: the gallery of a single process, also if workers are killed."""
 
 import io
 import os
@@ -21,12 +21,12 @@ from PIL import Image
 
 from clipret import Bundle, ClipretError, Encoder, EncoderConfig, Gallery, Source, index_images, open_source
 from clipret.indexing.ray_cluster import Pool, connect, index_on_cluster
-from clipret.indexing.ray_worker import Part, Settings, encode_part
+from clipret.indexing.ray_worker import Settings, WorkUnit, encode_unit
 from clipret.sources.item import Item
 
 pytest.importorskip("ray", reason="needs the extra ray")
 pytest.importorskip("pyarrow", reason="needs the extra ray")
-# Ray warns of its own settings, and leaves files and sockets open when its processes are ended.
+# Ray warns about its own settings, and leaves files and sockets open when its processes end.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )
@@ -40,7 +40,7 @@ def settings(tiny_bundle: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def cluster(settings: Settings, upload: Callable[[str, Path], None]) -> Iterator[Pool]:
-    """A cluster of this machine with two actors, started once. Its processes know the store, which comes first."""
+    """A local cluster with two actors, started once, after the store, whose address its processes inherit."""
     import ray
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -62,7 +62,7 @@ def image(number: int) -> bytes:
 
 
 def shard(file: Path, numbers: Iterable[int]) -> None:
-    """Images with a number as metadata; every tenth is none."""
+    """Images with a number as metadata; every tenth is not an image."""
     with tarfile.open(file, "w") as tar:
         for number in numbers:
             content = b"no image" if number % 10 == 9 else image(number)
@@ -80,27 +80,27 @@ def shards(tmp_path: Path) -> str:
     return str(tmp_path / "shards" / "{000..005}.tar")
 
 
-def alone(folder: Path, settings: Settings, source: Source) -> Gallery:
+def index_alone(folder: Path, settings: Settings, source: Source) -> Gallery:
     encoder = Encoder(Bundle.open(settings.bundle), EncoderConfig(device="cpu", threads=1, batch_size=8))
     gallery = Gallery.create(folder, encoder.bundle, source.root)
     index_images(gallery, encoder, source)
     return gallery
 
 
-def held(gallery: Gallery) -> list[tuple[Any, ...]]:
-    """Everything that a gallery holds: ids, records, metadata, rows."""
+def contents(gallery: Gallery) -> list[tuple[Any, ...]]:
+    """Everything in a gallery: ids, records, metadata, embeddings."""
     stored = gallery.read()
     ids = stored.ids if stored.live is None else stored.ids[stored.live]
-    rows = np.concatenate(stored.shards) if stored.live is None else np.concatenate(stored.shards)[stored.live]
-    known = zip(ids.tolist(), gallery.images_of(ids), gallery.metadata(ids), rows.tolist(), strict=True)
-    return [(number, one, tuple(more.items()), tuple(row)) for number, one, more, row in known]
+    embeddings = np.concatenate(stored.shards) if stored.live is None else np.concatenate(stored.shards)[stored.live]
+    entries = zip(ids.tolist(), gallery.images_of(ids), gallery.metadata(ids), embeddings.tolist(), strict=True)
+    return [(number, image, tuple(data.items()), tuple(embedding)) for number, image, data, embedding in entries]
 
 
-def assert_same(found: Gallery, expected: Gallery) -> None:
-    left, right = held(found), held(expected)
-    assert [one[:3] for one in left] == [one[:3] for one in right]
-    # Batches are cut at the ends of parts, which an engine may notice in the last bit of float16.
-    np.testing.assert_allclose([one[3] for one in left], [one[3] for one in right], atol=2**-10)
+def assert_same(gallery: Gallery, expected: Gallery) -> None:
+    left, right = contents(gallery), contents(expected)
+    assert [entry[:3] for entry in left] == [entry[:3] for entry in right]
+    # Batches end with their unit; another batch size may change the last bit of float16.
+    np.testing.assert_allclose([entry[3] for entry in left], [entry[3] for entry in right], atol=2**-10)
 
 
 def test_the_gallery_is_that_of_one_process(
@@ -116,21 +116,21 @@ def test_the_gallery_is_that_of_one_process(
     (colour_folder / "broken.png").write_bytes(b"none")
     for name, where in (("shards", "s3://lake/{000..005}.tar"), ("folder", colour_folder)):
         source = open_source(where)
-        expected = alone(tmp_path / f"{name}-alone", settings, source)
+        expected = index_alone(tmp_path / f"{name}-alone", settings, source)
         gallery = Gallery.create(tmp_path / f"{name}-gallery", Bundle.open(settings.bundle), source.root)
         report = index_on_cluster(gallery, cluster, source)
         assert_same(gallery, expected)
         assert (gallery.path / "skipped.tsv").read_text() == (expected.path / "skipped.tsv").read_text()
         assert report.added == len(gallery)
         assert report.stages.compute_seconds > 0
-    # Again: nothing is new, and what could not be read is still told.
+    # Again: nothing is new, and unreadable images are reported again.
     again = index_on_cluster(gallery, cluster, open_source(colour_folder))
     assert (again.added, again.changed, again.unchanged) == (0, 0, len(gallery))
     assert again.skipped == report.skipped
 
 
-def checked(items: Callable[[], Iterator[Item]], name: str, folder: Path) -> Iterator[Item]:
-    """The items of an archive, of which the first ten come at once and the others when the parity check is open."""
+def pausing(items: Callable[[], Iterator[Item]], name: str, folder: Path) -> Iterator[Item]:
+    """The items of an archive: the first ten at once, the others when the file `open` exists."""
     for number, item in enumerate(items()):
         if number == 10:
             (folder / f"{name}-{os.getpid()}").touch()
@@ -146,35 +146,38 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_killed_worker_costs_no_image(cluster: Pool, settings: Settings, shards: str, tmp_path: Path) -> None:
-    """Every process that is in the middle of an archive is killed there."""
+    """Every process is killed in the middle of an archive."""
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    source, check = open_source(shards), tmp_path / "check"
-    check.mkdir()
-    streams = [replace(one, items=partial(checked, one.items, Path(one.first).name, check)) for one in source.streams]
+    source, signals = open_source(shards), tmp_path / "signals"
+    signals.mkdir()
+    streams = [
+        replace(stream, items=partial(pausing, stream.items, Path(stream.first).name, signals))
+        for stream in source.streams
+    ]
     gallery = Gallery.create(tmp_path / "gallery", Bundle.open(settings.bundle), source.root)
 
     def kill() -> list[int]:
-        """Not from within the run, which an archive may keep from going on: an actor takes its parts in any order."""
-        wait_for(lambda: any(check.iterdir()))
-        killed = [int(file.name.rpartition("-")[2]) for file in check.iterdir()]
+        """In another thread: an actor takes its units in any order, so an archive may block the run."""
+        wait_for(lambda: any(signals.iterdir()))
+        killed = [int(file.name.rpartition("-")[2]) for file in signals.iterdir()]
         for process in killed:
             os.kill(process, signal.SIGKILL)
-        (check / "open").touch()
+        (signals / "open").touch()
         return killed
 
-    with ThreadPoolExecutor(1) as pool:
-        killing = pool.submit(kill)
+    with ThreadPoolExecutor(1) as executor:
+        killing = executor.submit(kill)
         report = index_on_cluster(gallery, cluster, replace(source, streams=tuple(streams)))
         killed = killing.result()
     assert report.added == 216
-    assert_same(gallery, alone(tmp_path / "alone", settings, source))
-    first = next(file.name for file in check.iterdir() if file.name.endswith(f"-{killed[0]}"))
-    again = [file.name for file in check.glob(f"{first.rpartition('-')[0]}-*")]
+    assert_same(gallery, index_alone(tmp_path / "alone", settings, source))
+    first = next(file.name for file in signals.iterdir() if file.name.endswith(f"-{killed[0]}"))
+    again = [file.name for file in signals.glob(f"{first.rpartition('-')[0]}-*")]
     assert len(again) > 1  # its archive was read again, by another process
 
 
-def test_a_run_that_is_given_up_goes_on(cluster: Pool, settings: Settings, shards: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_continues(cluster: Pool, settings: Settings, shards: str, tmp_path: Path) -> None:
     source = open_source(shards)
     gallery = Gallery.create(tmp_path / "gallery", Bundle.open(settings.bundle), source.root)
 
@@ -188,20 +191,22 @@ def test_a_run_that_is_given_up_goes_on(cluster: Pool, settings: Settings, shard
         index_on_cluster(gallery, cluster, source, stop)
     kept = len(gallery)
     assert 0 < kept < 216
-    # The first two archives, 80 members, are known to be whole and are not opened any more.
-    known = gallery.database.query("SELECT images FROM parts ORDER BY first")
-    assert known == [(36,), (36,)]
+    # The first two archives, 80 members, are complete and are not opened again.
+    complete = gallery.database.query("SELECT images FROM parts ORDER BY first")
+    assert complete == [(36,), (36,)]
     report = index_on_cluster(gallery, cluster, source)
     assert report.unchanged == kept
     assert report.added == 216 - kept
-    assert_same(gallery, alone(tmp_path / "alone", settings, source))
+    assert_same(gallery, index_alone(tmp_path / "alone", settings, source))
 
 
 def test_changes_and_prune(cluster: Pool, settings: Settings, shards: str, tmp_path: Path) -> None:
     gallery = Gallery.create(tmp_path / "gallery", Bundle.open(settings.bundle), tmp_path / "shards")
     index_on_cluster(gallery, cluster, open_source(shards))
     with gallery.writing():
-        gallery.remove(gallery.select("path like '001.tar/%' and hour = 20"))  # of an archive that is whole: read again
+        gallery.remove(
+            gallery.select("path like '001.tar/%' and hour = 20")
+        )  # of a complete archive, which is read again
     shard(tmp_path / "shards" / "005.tar", range(200, 220))
     os.utime(tmp_path / "shards" / "005.tar", ns=(1, 1))
     report = index_on_cluster(gallery, cluster, open_source(shards), prune=True)
@@ -220,7 +225,7 @@ def test_a_broken_archive_stops_no_other(cluster: Pool, settings: Settings, shar
     shard(file, range(80, 120))
     report = index_on_cluster(gallery, cluster, open_source(shards))
     assert len(gallery) == 6 * 36
-    assert len(report.skipped) == 6 * 4  # those of archives that were not read again too
+    assert len(report.skipped) == 6 * 4  # also those of archives that were not read again
 
 
 def test_too_small_a_cluster(cluster: Pool, settings: Settings) -> None:
@@ -232,27 +237,27 @@ def test_too_small_a_cluster(cluster: Pool, settings: Settings) -> None:
         pass
 
 
-def test_a_part_without_a_cluster(settings: Settings, shards: str) -> None:
-    """What the gallery holds is neither decoded nor, where size and time are the same, read."""
+def test_a_unit_without_a_cluster(settings: Settings, shards: str) -> None:
+    """Images of the gallery are not decoded and, if size and time are the same, not read."""
     items = list(open_source(Path(shards).parent / "000.tar"))
-    held = {items[0].path: (items[0].size or 0, items[0].mtime_ns or 0, "")}
-    held[items[1].path] = (0, 0, items[1].read().digest)
-    [block] = encode_part(settings.open(), Part(0, lambda: iter(items), held))
-    assert [one.path for one in block.results] == [item.path for item in items]
+    indexed = {items[0].path: (items[0].size or 0, items[0].mtime_ns or 0, "")}
+    indexed[items[1].path] = (0, 0, items[1].read().digest)
+    [block] = encode_unit(settings.open(), WorkUnit(0, lambda: iter(items), indexed))
+    assert [result.path for result in block.results] == [item.path for item in items]
     assert (block.results[0].file, block.results[0].position) == (None, None)
     assert (block.results[1].file is not None, block.results[1].position) == (True, None)
-    assert [one.position for one in block.results if one.position is not None] == list(range(34))
-    assert [one.path[-8:] for one in block.results if one.reason] == [f"{n:04d}.jpg" for n in (9, 19, 29, 39)]
+    assert [result.position for result in block.results if result.position is not None] == list(range(34))
+    assert [result.path[-8:] for result in block.results if result.reason] == [f"{n:04d}.jpg" for n in (9, 19, 29, 39)]
     assert block.last
 
 
-def test_errors_before_a_gallery_is_made(settings: Settings, tiny_bundle: Path, shards: str, tmp_path: Path) -> None:
+def test_errors_before_a_gallery_is_created(settings: Settings, tiny_bundle: Path, shards: str, tmp_path: Path) -> None:
     with pytest.raises(ClipretError, match="is another bundle on"):
         replace(settings, fingerprint="0" * 64).open()
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     for address, reason in ((f"127.0.0.1:{port}", "Connection refused"), ("nowhere", "an address is HOST:PORT")):
-        # In a process of its own, where no cluster is connected to.
+        # In another process, which is not connected to a cluster.
         code = "from clipret.cli import main; main()"
         words = [sys.executable, "-c", code, "index", str(tiny_bundle), shards, str(tmp_path / "gallery")]
         done = subprocess.run([*words, "--ray", address], capture_output=True, text=True, timeout=120)

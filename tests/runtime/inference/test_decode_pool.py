@@ -1,4 +1,4 @@
-"""Batches of pixels in order, whatever the decode threads do: late, hanging, failing, or never asked to end."""
+"""Batches of pixels in order, even if decode threads are late, hang, fail, or are never stopped."""
 
 import gc
 import itertools
@@ -14,8 +14,8 @@ import pytest
 
 from clipret.errors import ClipretError
 from clipret.images.walk import ImageError
-from clipret.inference import decode_pool as pipeline
-from clipret.inference.decode_pool import Decoding
+from clipret.inference import decode_pool
+from clipret.inference.decode_pool import DecodePool
 
 Pixels = npt.NDArray[np.uint8]
 SIZE = 3
@@ -25,13 +25,13 @@ def pixels(value: int) -> Pixels:
     return np.full((SIZE, SIZE, 3), value % 256, dtype=np.uint8)
 
 
-def decoding(items: Iterable[int], decode: Callable[[int], Pixels] = pixels, **options: Any) -> Decoding[int]:
-    given: dict[str, Any] = {"threads": 3, "batches": 3, "timeout": 60.0, **options}
-    return Decoding(items, decode, SIZE, given.pop("batch_size", 4), **given)
+def decoding(items: Iterable[int], decode: Callable[[int], Pixels] = pixels, **options: Any) -> DecodePool[int]:
+    settings: dict[str, Any] = {"threads": 3, "batches": 3, "timeout": 60.0, **options}
+    return DecodePool(items, decode, SIZE, settings.pop("batch_size", 4), **settings)
 
 
-def taken(batches: Decoding[int]) -> list[tuple[list[int], list[int], list[tuple[int, str]]]]:
-    """What comes out: items, the value of each image, skipped; every image must be all of one value."""
+def collect(batches: DecodePool[int]) -> list[tuple[list[int], list[int], list[tuple[int, str]]]]:
+    """The batches as items, value of each image and skipped; checks that each image has a single value."""
     found = []
     with batches:
         for batch in batches:
@@ -61,7 +61,7 @@ def test_the_order_is_that_of_the_input(count: int, threads: int) -> None:
         time.sleep(random.random() * 0.002)
         return pixels(item)
 
-    found = taken(decoding(range(count), slow, threads=threads))
+    found = collect(decoding(range(count), slow, threads=threads))
     assert [item for items, _, _ in found for item in items] == list(range(count))
     assert [value for _, values, _ in found for value in values] == list(range(count))
     assert [len(items) for items, _, _ in found] == [min(4, count - low) for low in range(0, count, 4)]
@@ -74,11 +74,11 @@ def test_a_skipped_image_leaves_no_gap(bad: set[int]) -> None:
             raise ImageError(f"no {item}")
         return pixels(item)
 
-    found = taken(decoding(range(9), decode))
+    found = collect(decoding(range(9), decode))
     good = [item for item in range(9) if item not in bad]
     assert [item for items, _, _ in found for item in items] == good
     assert [value for _, values, _ in found for value in values] == good
-    assert [told for _, _, skipped in found for told in skipped] == [(item, f"no {item}") for item in sorted(bad)]
+    assert [entry for _, _, skipped in found for entry in skipped] == [(item, f"no {item}") for item in sorted(bad)]
 
 
 def test_an_image_that_hangs_is_skipped_and_the_rest_arrives() -> None:
@@ -89,15 +89,17 @@ def test_an_image_that_hangs_is_skipped_and_the_rest_arrives() -> None:
             released.wait()
         return pixels(item)
 
-    # As many hang as there are threads: others must take their places.
-    found = taken(decoding(range(12), decode, threads=3, timeout=0.2))
+    # As many images hang as there are threads: other threads must replace them.
+    found = collect(decoding(range(12), decode, threads=3, timeout=0.2))
     good = [item for item in range(12) if item not in (2, 3, 9)]
     assert [value for _, values, _ in found for value in values] == good
-    assert [told for *_, skipped in found for told in skipped] == [(at, "took longer than 0.2 s") for at in (2, 3, 9)]
+    assert [entry for *_, skipped in found for entry in skipped] == [
+        (item, "took longer than 0.2 s") for item in (2, 3, 9)
+    ]
     released.set()
 
 
-def test_what_a_late_thread_brings_reaches_no_batch() -> None:
+def test_a_late_thread_writes_to_no_batch() -> None:
     released, back = threading.Event(), threading.Event()
 
     def decode(item: int) -> Pixels:
@@ -112,7 +114,7 @@ def test_what_a_late_thread_brings_reaches_no_batch() -> None:
         first = next(batches)
         assert (first.items, first.skipped) == ([0, 2, 3], [(1, "took longer than 0.1 s")])
         batches.release(first)
-        for expected in ([4, 5, 6, 7], [8, 9, 10, 11]):  # in the memory that the late thread was to write to
+        for expected in ([4, 5, 6, 7], [8, 9, 10, 11]):  # in the memory that the late thread would write to
             batch = next(batches)
             released.set()
             assert back.wait(10)
@@ -122,20 +124,20 @@ def test_what_a_late_thread_brings_reaches_no_batch() -> None:
             batches.release(batch)
 
 
-def test_a_drive_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_MOST_ABANDONED", 5)
+def test_a_drive_that_does_not_respond_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_pool, "_MAX_ABANDONED", 5)
     released = threading.Event()
 
     def decode(_: int) -> Pixels:
         released.wait()
         raise ImageError("too late")
 
-    with pytest.raises(ClipretError, match=r"6 images at once take longer than 0\.05 s: does the drive"):
-        taken(decoding(range(100), decode, threads=2, timeout=0.05))
+    with pytest.raises(ClipretError, match=r"6 images at once take longer than 0\.05 s: check whether"):
+        collect(decoding(range(100), decode, threads=2, timeout=0.05))
     released.set()
 
 
-def test_the_input_is_read_only_a_bounded_way_ahead() -> None:
+def test_the_input_is_read_ahead_within_bounds() -> None:
     read = list[int]()
 
     def items() -> Iterator[int]:
@@ -152,17 +154,17 @@ def test_the_input_is_read_only_a_bounded_way_ahead() -> None:
             batches.release(batch)
 
 
-def test_the_memory_is_made_once() -> None:
+def test_memory_is_allocated_once() -> None:
     batches = decoding(range(100), batches=3)
     with batches:
-        places = set()
+        addresses = set()
         for batch in batches:
-            places.add(batch.memory.ctypes.data)
+            addresses.add(batch.memory.ctypes.data)
             batches.release(batch)
-    assert len(places) <= 3
+    assert len(addresses) <= 3
 
 
-def test_who_stops_early_waits_for_nothing() -> None:
+def test_stopping_early_does_not_wait() -> None:
     released = threading.Event()
 
     def decode(item: int) -> Pixels:
@@ -172,11 +174,11 @@ def test_who_stops_early_waits_for_nothing() -> None:
 
     with decoding(itertools.count(), decode) as batches:
         assert next(batches).items == [0, 1, 2, 3]
-    assert not released.is_set()  # three threads still hang, and nobody waited for them
+    assert not released.is_set()  # three threads still hang, and the pool did not wait for them
     released.set()
 
 
-def test_a_bug_surfaces_after_what_came_before_it() -> None:
+def test_a_bug_is_raised_after_the_batches_before_it() -> None:
     def decode(item: int) -> Pixels:
         if item == 6:
             raise ZeroDivisionError("a bug")
@@ -196,7 +198,7 @@ def test_pixels_of_another_shape_are_a_bug() -> None:
         next(batches)
 
 
-def test_an_input_that_breaks_off_surfaces_after_what_it_gave() -> None:
+def test_an_error_of_the_input_is_raised_after_its_items() -> None:
     def items() -> Iterator[int]:
         yield from range(6)
         raise OSError("the archive ends early")
@@ -209,18 +211,18 @@ def test_an_input_that_breaks_off_surfaces_after_what_it_gave() -> None:
                 next(batches)
 
 
-def test_the_time_is_told_apart() -> None:
+def test_decoding_and_waiting_are_timed_separately() -> None:
     def decode(item: int) -> Pixels:
         time.sleep(0.01)
         return pixels(item)
 
     batches = decoding(range(8), decode, threads=2)
-    taken(batches)
+    collect(batches)
     assert batches.decode_seconds >= 0.08
     assert batches.wait_seconds >= 0.03
 
 
-def test_a_forgotten_iterator_ends_its_threads() -> None:
+def test_a_deleted_iterator_ends_its_threads() -> None:
     def values() -> Iterator[int]:
         with decoding(itertools.count()) as batches:
             for batch in batches:

@@ -1,4 +1,4 @@
-"""The encoder: any kind of image, several towers on one stream, skipped images, and where its time goes."""
+"""The encoder: all kinds of images, several towers on one stream, skipped images, timings."""
 
 import io
 import threading
@@ -18,7 +18,7 @@ from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder, EncodeStats
 from clipret.sources.source import open_source
 
-Rows = npt.NDArray[np.float32]
+Embeddings = npt.NDArray[np.float32]
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def images(colour_folder: Path) -> list[Path]:
     return find_images(colour_folder)
 
 
-def rows_of(encoder: Encoder, items: Any, read: Any = None) -> Rows:
+def embeddings_of(encoder: Encoder, items: Any, read: Any = None) -> Embeddings:
     return np.concatenate([batch.embeddings for batch in encoder.encode_images(items, read)])
 
 
-def test_an_image_may_be_given_in_any_form(bundle: Bundle, images: list[Path]) -> None:
+def test_an_image_may_have_any_form(bundle: Bundle, images: list[Path]) -> None:
     encoder = Encoder(bundle, EncoderConfig(batch_size=5))
-    expected = rows_of(encoder, images)
+    expected = embeddings_of(encoder, images)
     assert expected.shape == (12, 8)
     forms: dict[str, Any] = {
         "bytes": [path.read_bytes() for path in images],
@@ -47,11 +47,11 @@ def test_an_image_may_be_given_in_any_form(bundle: Bundle, images: list[Path]) -
         "array": [np.asarray(Image.open(path).convert("RGB")) for path in images],
     }
     for name, items in forms.items():
-        np.testing.assert_array_equal(rows_of(encoder, items), expected, err_msg=name)
-        np.testing.assert_array_equal(rows_of(encoder, range(12), items.__getitem__), expected, err_msg=name)
+        np.testing.assert_array_equal(embeddings_of(encoder, items), expected, err_msg=name)
+        np.testing.assert_array_equal(embeddings_of(encoder, range(12), items.__getitem__), expected, err_msg=name)
 
 
-def test_what_cannot_be_read_is_skipped_with_the_reason(bundle: Bundle, images: list[Path]) -> None:
+def test_unreadable_images_are_skipped_with_the_reason(bundle: Bundle, images: list[Path]) -> None:
     def read(path: Path) -> bytes:
         if path == images[1]:
             raise ImageError("withdrawn")
@@ -63,11 +63,11 @@ def test_what_cannot_be_read_is_skipped_with_the_reason(bundle: Bundle, images: 
     skipped = [(path, reason) for batch in batches for path, reason in batch.skipped]
     assert skipped[0] == (images[1], "withdrawn")
     assert [path for path, _ in skipped] == images[1:3]
-    rows = np.concatenate([batch.embeddings for batch in batches])
-    np.testing.assert_array_equal(rows, rows_of(encoder, images)[[0, *range(3, 12)]])
+    embeddings = np.concatenate([batch.embeddings for batch in batches])
+    np.testing.assert_array_equal(embeddings, embeddings_of(encoder, images)[[0, *range(3, 12)]])
 
 
-def test_a_batch_of_nothing_but_broken_images(bundle: Bundle) -> None:
+def test_a_batch_of_broken_images_only(bundle: Bundle) -> None:
     (batch,) = Encoder(bundle).encode_images([b"", b"no"])
     assert (batch.embeddings.shape, batch.items, len(batch.skipped)) == ((0, 8), [], 2)
 
@@ -84,8 +84,8 @@ def test_an_image_that_hangs_is_skipped(bundle: Bundle, images: list[Path]) -> N
     batches = list(encoder.encode_images(images, read))
     released.set()
     assert [told for batch in batches for told in batch.skipped] == [(images[5], "took longer than 0.2 s")]
-    rows = np.concatenate([batch.embeddings for batch in batches])
-    np.testing.assert_array_equal(rows, np.delete(rows_of(encoder, images), 5, axis=0))
+    embeddings = np.concatenate([batch.embeddings for batch in batches])
+    np.testing.assert_array_equal(embeddings, np.delete(embeddings_of(encoder, images), 5, axis=0))
 
 
 @pytest.mark.parametrize("count", [1, 5, 12])
@@ -98,13 +98,13 @@ def test_several_towers_share_a_stream(bundle: Bundle, images: list[Path], count
     assert two.image_towers[0] is not two.image_towers[1]
     batches = list(two.encode_images(images[:count]))
     assert [item for batch in batches for item in batch.items] == images[:count]
-    rows = np.concatenate([batch.embeddings for batch in batches])
-    np.testing.assert_array_equal(rows, rows_of(one, images[:count]))
+    embeddings = np.concatenate([batch.embeddings for batch in batches])
+    np.testing.assert_array_equal(embeddings, embeddings_of(one, images[:count]))
     np.testing.assert_array_equal(two.encode_texts(["red"]), one.encode_texts(["red"]))
 
 
 class Slow:
-    """A tower with two lanes that notes who ran it and lets a later batch overtake an earlier one."""
+    """A tower with two lanes that records its threads and lets a later batch overtake an earlier one."""
 
     name = "slow"
 
@@ -112,7 +112,7 @@ class Slow:
         self.number, self.lanes, self.ran = number, lanes, ran
         self.overtaken = threading.Event()
 
-    def run(self, batch: npt.NDArray[np.uint8]) -> Rows:
+    def run(self, batch: npt.NDArray[np.uint8]) -> Embeddings:
         self.ran.append(self.number)
         if len(self.ran) == 1:
             assert self.overtaken.wait(10)
@@ -120,20 +120,20 @@ class Slow:
         return batch.reshape(len(batch), -1)[:, :8].astype(np.float32)
 
 
-def test_the_order_holds_where_a_batch_overtakes_another(bundle: Bundle) -> None:
+def test_the_order_is_kept_if_a_batch_overtakes_another(bundle: Bundle) -> None:
     ran: list[int] = []
     encoder = Encoder(bundle, EncoderConfig(batch_size=2))
     towers = [Slow(0, 2, ran), Slow(1, 1, ran)]
     towers[1].overtaken = towers[0].overtaken
     encoder.image_towers = towers  # type: ignore[assignment]
     images = [np.full((16, 16, 3), value, dtype=np.uint8) for value in range(19)]
-    assert rows_of(encoder, images)[:, 0].tolist() == list(range(19))
+    assert embeddings_of(encoder, images)[:, 0].tolist() == list(range(19))
     assert (ran.count(0), ran.count(1)) == (7, 3)
 
 
-def test_an_engine_that_fails_tells_so(bundle: Bundle, images: list[Path]) -> None:
+def test_an_error_of_a_backend_is_raised(bundle: Bundle, images: list[Path]) -> None:
     class Broken(Slow):
-        def run(self, batch: npt.NDArray[np.uint8]) -> Rows:
+        def run(self, batch: npt.NDArray[np.uint8]) -> Embeddings:
             raise RuntimeError(f"out of memory at {len(batch)}")
 
     for lanes in (1, 2):
@@ -143,7 +143,7 @@ def test_an_engine_that_fails_tells_so(bundle: Bundle, images: list[Path]) -> No
             list(encoder.encode_images(images))
 
 
-def test_who_stops_early_gets_back_at_once(bundle: Bundle, images: list[Path]) -> None:
+def test_stopping_early_returns_at_once(bundle: Bundle, images: list[Path]) -> None:
     released = threading.Event()
 
     def endless() -> Iterator[Path]:
@@ -179,13 +179,13 @@ def test_the_statistics_add_up(bundle: Bundle, images: list[Path]) -> None:
     assert (encoder.stats.images, encoder.stats.skipped, stats.images) == (1, 0, 12)
 
 
-def test_the_limit_is_where_the_time_goes() -> None:
-    assert EncodeStats(wait_seconds=1.0, compute_seconds=3.0).limit == "decode"
-    assert EncodeStats(wait_seconds=0.5, compute_seconds=3.0).limit == "engine"
+def test_the_bottleneck_is_the_slowest_stage() -> None:
+    assert EncodeStats(wait_seconds=1.0, compute_seconds=3.0).bottleneck == "decode"
+    assert EncodeStats(wait_seconds=0.5, compute_seconds=3.0).bottleneck == "compute"
     assert EncodeStats().rate == 0
 
 
-def test_fast_decoding_is_asked_for_only_where_it_is_wanted(
+def test_fast_decoding_is_used_only_if_configured(
     bundle: Bundle, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, bool]] = []
@@ -195,8 +195,8 @@ def test_fast_decoding_is_asked_for_only_where_it_is_wanted(
         return np.zeros((16, 16, 3), dtype=np.uint8)
 
     monkeypatch.setattr(encoders, "load", load)
-    rows_of(Encoder(bundle), images[:1])
-    rows_of(Encoder(bundle, EncoderConfig(fast_decode=True)), images[:1])
+    embeddings_of(Encoder(bundle), images[:1])
+    embeddings_of(Encoder(bundle, EncoderConfig(fast_decode=True)), images[:1])
     assert asked == [{}, {"fast": True}]
 
 
@@ -208,5 +208,5 @@ def test_a_text_is_encoded_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(encoder.text_tower, "run", lambda ids: (shapes.append(ids.shape), run(ids))[1])
     np.testing.assert_array_equal(encoder.encode_texts(texts), expected)
     assert [shape[0] for shape in shapes] == [2, 1]
-    assert shapes[0][1] < shapes[1][1]  # short texts do not pay for a long one
+    assert shapes[0][1] < shapes[1][1]  # short texts are not padded to the long one
     assert encoder.encode_texts([]).shape == (0, 8)

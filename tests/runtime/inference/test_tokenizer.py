@@ -76,7 +76,7 @@ def test_clean_for_other_tokenizers(text: str, whitespace: str, canonicalize: st
 
 @settings(deadline=None, database=None)
 @given(st.text("".join(sorted(set(string.printable) - set(string.whitespace) - {"&"})) + " "))
-def test_ftfy_leaves_alone_what_clean_keeps_from_it(text: str) -> None:
+def test_ftfy_does_not_change_the_texts_that_skip_it(text: str) -> None:
     assert html.unescape(ftfy.fix_text(text)) == text
 
 
@@ -114,7 +114,7 @@ def test_truncates_words_and_keeps_the_end_token(pad_to: str) -> None:
     assert Tokenizer(tokenizer_json(template=False), spec)([text + " red"]).tolist() == [[RED, CAR, CAR, RED, CAR, CAR]]
 
 
-def test_the_spec_overrules_padding_and_truncation_of_the_file() -> None:
+def test_the_spec_overrides_padding_and_truncation_of_the_file() -> None:
     assert Tokenizer(tokenizer_json(padding=True), SPEC)(["red car"]).tolist() == [[START, RED, CAR, END]]
 
 
@@ -130,8 +130,8 @@ def test_a_blank_text_is_named(blank: str) -> None:
 
 
 @pytest.mark.parametrize(("how", "blank"), [("canonicalize", "?!"), ("none", " \n"), ("whitespace", "&nbsp;")])
-def test_what_cleaning_leaves_blank_is_named_as_it_was(how: CleanName, blank: str) -> None:
-    with pytest.raises(ClipretError, match=r"texts\[1\] is blank once cleaned") as caught:
+def test_a_text_that_cleaning_leaves_blank_is_quoted_unchanged(how: CleanName, blank: str) -> None:
+    with pytest.raises(ClipretError, match=r"texts\[1\] is blank after cleaning") as caught:
         Tokenizer(tokenizer_json(), replace(SPEC, clean=how))(["red", blank])
     assert repr(blank) in str(caught.value)
 
