@@ -87,7 +87,7 @@ def test_a_bad_manifest_names_the_field(copy: Path, values: dict[str, object], m
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "\ufeff{}"])
-def test_a_manifest_that_is_no_json_object(copy: Path, content: str) -> None:
+def test_a_manifest_that_is_not_a_json_object(copy: Path, content: str) -> None:
     (copy / "bundle.json").write_text(content)
     with pytest.raises(ClipretError, match=r"bundle\.json cannot be used"):
         Bundle.open(copy)
@@ -98,7 +98,7 @@ def test_no_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_the_fingerprint_is_about_embeddings_alone(copy: Path) -> None:
+def test_the_fingerprint_depends_only_on_what_decides_embeddings(copy: Path) -> None:
     before = Bundle.open(copy).fingerprint
     change(copy, source="elsewhere", logit_scale=3)
     assert Bundle.open(copy).fingerprint == before

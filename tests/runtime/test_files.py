@@ -11,7 +11,7 @@ from clipret.errors import ClipretError, printable
 from clipret.files import new_folder, write_file
 
 
-def test_a_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_its_old_or_its_new_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "report.txt"
     write_file(target, "old")
 
@@ -28,7 +28,7 @@ def test_a_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert target.read_bytes() == b"new"
 
 
-def test_a_folder_appears_only_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_only_when_complete(tmp_path: Path) -> None:
     def half() -> None:
         with new_folder(tmp_path / "out") as folder:
             (folder / "a").write_text("half")
@@ -43,7 +43,7 @@ def test_a_folder_appears_only_whole(tmp_path: Path) -> None:
     assert (tmp_path / "deep/er/out/a").read_text() == "whole"
 
 
-def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_an_old_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old").touch()
     with pytest.raises(ClipretError, match="is not empty"), new_folder(tmp_path / "out"):
@@ -53,7 +53,7 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
         with new_folder(tmp_path / "out", overwrite=True):
             raise ValueError
 
-    with pytest.raises(ValueError):  # noqa: PT011 (it is the test's own)
+    with pytest.raises(ValueError):  # noqa: PT011 (the test raises it)
         half()
     assert (tmp_path / "out/old").exists()
     with new_folder(tmp_path / "out", overwrite=True) as folder:
@@ -66,7 +66,7 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no locks of folders")
-def test_what_killed_processes_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_killed_processes_are_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import sys, time; from pathlib import Path; from clipret.files import new_folder\n"
         "with new_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
@@ -90,7 +90,7 @@ def test_what_killed_processes_left_is_swept(tmp_path: Path, monkeypatch: pytest
     assert sorted(file.name for file in tmp_path.iterdir()) == [".other.0123abcd.tmp", "out"]
 
 
-def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with new_folder(tmp_path / "link") as folder:
@@ -111,7 +111,7 @@ def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path, monkeypatch: pytest.
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "old")]
 
 
-def test_an_error_is_one_line_whatever_is_in_it() -> None:
+def test_an_error_is_always_one_line() -> None:
     @click.group("tool", cls=DefaultGroup)
     def tool() -> None: ...
 
@@ -125,10 +125,10 @@ def test_an_error_is_one_line_whatever_is_in_it() -> None:
     assert result.stderr == "tool: no file a\\nb\\udcff.jpg\n"
 
 
-def test_printable_leaves_words_alone() -> None:
+def test_printable_does_not_change_words() -> None:
     assert printable("红色的 car – é.jpg") == "红色的 car – é.jpg"
 
 
-def test_tables_line_up_with_chinese() -> None:
+def test_tables_with_chinese_are_aligned() -> None:
     table = show_table(("name", "n"), [("红色", "7"), ("a", "12")])
     assert table.splitlines() == ["name   n", "红色   7", "a     12"]

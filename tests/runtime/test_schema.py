@@ -1,4 +1,4 @@
-"""What is said of a value that a schema refuses."""
+"""The error message for a value that does not match a schema."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ class Outer(msgspec.Struct, frozen=True):
     rate: Amount | None = None
 
 
-def test_what_fits_becomes_the_schemas_type() -> None:
+def test_a_valid_value_becomes_the_schemas_type() -> None:
     value = {"inner": {"x": {"size": 1, "kind": "a"}}, "rate": 2, "more": 1}
     assert checked(value, Outer) == Outer({"x": Inner(1, "a")}, rate=2.0)
     assert checked([value], list[Outer])[0].names == []

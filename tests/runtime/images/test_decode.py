@@ -27,7 +27,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def drawn(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth blobs with edges and some grain: neither symmetrical nor flat."""
+    """Smooth blobs with edges and noise: neither symmetrical nor flat."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((width, height), 2)
     pixels = np.asarray(coarse).astype(int) + rng.integers(-20, 21, (height, width, 1))
@@ -237,12 +237,12 @@ def test_a_damaged_png_is_refused() -> None:
         (encoded(Image.new("I", (2, 2), 70000), "TIFF"), "no defined white"),
     ],
 )
-def test_what_is_no_image_for_a_tower_is_refused(content: bytes, reason: str) -> None:
+def test_files_that_are_not_images_are_rejected(content: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         decode(content)
 
 
-def test_a_decompression_bomb_is_refused_whatever_the_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_rejected_with_any_warning_filter(monkeypatch: pytest.MonkeyPatch) -> None:
     png = encoded(drawn(90, 60))
     for limit in (4000, 2000):  # Pillow warns between one and two times its limit and raises beyond
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -270,17 +270,17 @@ def test_arrays() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 4, 3), (4, 4, 2), (3, 9, 9), (1, 4, 4, 3)])
-def test_arrays_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+def test_arrays_of_another_shape_are_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match="is no image: give uint8"):
         load(np.zeros(shape, np.uint8), SPEC)
 
 
-def test_arrays_of_another_type_are_refused() -> None:
+def test_arrays_of_another_type_are_rejected() -> None:
     with pytest.raises(ImageError, match="float32"):
         load(np.zeros((4, 4, 3), np.float32), SPEC)  # type: ignore[arg-type]
 
 
-def test_a_pillow_image_is_left_as_it_is() -> None:
+def test_a_pillow_image_is_not_changed() -> None:
     source = Image.open(io.BytesIO(encoded(drawn(400, 300), "JPEG")))
     load(source, SPEC, fast=True)
     assert source.size == (400, 300)

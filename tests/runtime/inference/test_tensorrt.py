@@ -124,7 +124,7 @@ def test_engines_do_not_run_on_a_cpu(bundle: Bundle) -> None:
 
 
 class FakeEngine:
-    """Engine and context in one: two profiles, for batches of 1 to 2 and 3 to 5; embeddings are (sum, length) of tokens."""
+    """Engine and context: profiles for batches of 1 to 2 and 3 to 5; an embedding is (sum, length) of its tokens."""
 
     num_optimization_profiles = 2
 
