@@ -131,7 +131,9 @@ def limits(card: Card) -> dict[str, Any]:
 def variants(card: Card, bundle: Bundle) -> dict[str, Callable[[], Any]]:
     """Ways of running an image tower here, by name; each opens it."""
     plain, more = bundle.file("image.onnx"), card.clock.options
-    made: dict[str, Callable[[], Any]] = {"onnxruntime": lambda: OnnxTower(plain, card.device, 4, provider_options=more)}
+    made: dict[str, Callable[[], Any]] = {
+        "onnxruntime": lambda: OnnxTower(plain, card.device, 4, provider_options=more)
+    }
     if not card.small:
         made["onnxruntime, CUDA graphs"] = lambda: OnnxTower(plain, card.device, 4, True, more)
     if importlib.util.find_spec("onnx_ir"):
