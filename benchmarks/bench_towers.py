@@ -104,7 +104,7 @@ def peers(eager: Any, work: Path, size: int) -> tuple[dict[str, Callable[[torch.
 
 def parity(bundle: Bundle, engine: BackendChoice) -> dict[str, float]:
     """Smallest cosines to torch's float32 rows, which the bundle carries."""
-    report = check_bundle(bundle, LIMITS[bundle.manifest.precision], engine=engine)
+    report = check_bundle(bundle, LIMITS[bundle.manifest.precision], backend=engine)
     return {"cosine_image": round(report.image.min_cosine, 7), "cosine_text": round(report.text.min_cosine, 7)}
 
 

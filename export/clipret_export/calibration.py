@@ -1,8 +1,8 @@
-"""What flows through a tower: the range of every layer's input and output, seen on real inputs by hooks in torch.
+"""Value ranges in a tower: hooks in torch record the inputs and outputs of every layer on real data.
 
-Two things follow from it. Where a value nears what half precision can hold, the layer must stay in float32; an engine
-does not tell (onnxruntime's CPU provider computes half graphs in float32 and hides every overflow). And the fixed
-scales of int8 are chosen from it.
+The ranges serve two purposes. A layer stays in float32 where its values come close to the limit of half precision. A
+backend would not show such an overflow: onnxruntime's CPU provider computes half-precision graphs in float32. And int8
+takes its fixed scales from the ranges.
 """
 
 import math
@@ -17,17 +17,25 @@ from clipret_export.layers import attention_as, kind_of
 
 __all__ = ["HALF_LIMIT", "Ranges", "observe", "overflows"]
 
-# Half of the largest finite half, 65,504: other images may exceed the calibration's by as much.
+# Half of 65,504, the largest finite half: other images may exceed the values of the calibration by a factor of two.
 HALF_LIMIT = 32_752.0
-_SAMPLE = 1 << 15  # input values a batch kept for choosing an int8 range
-_SHRINK = [1 - 0.03 * step for step in range(24)]  # candidate ranges, as shares of the whole
+_SAMPLE = 1 << 15  # values kept of a batch to choose an int8 range from
+_SHRINK = [1 - 0.03 * step for step in range(24)]  # candidate ranges, as fractions of the full range
 
 
 @dataclass
 class Ranges:
-    """Of one layer or attention: the smallest and largest value in and out, and a sample of its inputs.
+    """Ranges of the inputs and outputs of one layer or attention, and samples of its values.
 
-    For an attention `low` and `high` bound queries, keys, values and the scores before the softmax.
+    Attributes:
+        low: Smallest input. Of an attention, `low` and `high` bound queries, keys, values and the scores before the
+            softmax.
+        high: Largest input.
+        out_low: Smallest output.
+        out_high: Largest output.
+        finite: False if a value was infinite or NaN.
+        sample: Inputs, one 1-D tensor for each batch.
+        out_sample: Outputs, likewise.
     """
 
     low: float = float("inf")
@@ -39,6 +47,13 @@ class Ranges:
     out_sample: list[Tensor] = field(default_factory=list)
 
     def see(self, x: Tensor, y: Tensor, keep_sample: bool) -> None:
+        """Widen the ranges to one call of the layer.
+
+        Args:
+            x: Its input, of any shape; integer inputs, which are token ids, are ignored.
+            y: Its output, of any shape.
+            keep_sample: Also keep a sample of both.
+        """
         if x.is_floating_point():
             self.low, self.high = self._wider(self.low, self.high, x)
         self.out_low, self.out_high = self._wider(self.out_low, self.out_high, y)
@@ -48,23 +63,23 @@ class Ranges:
 
     def _wider(self, low: float, high: float, x: Tensor) -> tuple[float, float]:
         smallest, largest = (float(value) for value in x.aminmax())
-        self.finite &= math.isfinite(smallest) and math.isfinite(largest)  # aminmax passes NaN on, min and max may not
+        self.finite &= math.isfinite(smallest) and math.isfinite(largest)  # aminmax propagates NaN, min and max may not
         return min(low, smallest), max(high, largest)
 
     @property
     def largest(self) -> float:
-        """The largest magnitude in or out; infinity where a value was infinite or NaN."""
+        """The largest magnitude of an input or output; infinity if a value was infinite or NaN."""
         if not self.finite:
             return float("inf")
-        # The input of a table is never seen: its ends are where they began.
+        # The input of an embedding table is never recorded: its range is still the initial one.
         return max(-self.out_low, self.out_high, *((-self.low, self.high) if self.low <= self.high else ()))
 
     def uint8(self) -> tuple[float, int]:
-        """Scale and zero point of the input as uint8."""
+        """Scale and zero point that quantize the input to uint8."""
         return _choose(self.low, self.high, self.sample)
 
     def output_uint8(self) -> tuple[float, int]:
-        """Scale and zero point of the output as uint8."""
+        """Scale and zero point that quantize the output to uint8."""
         return _choose(self.out_low, self.out_high, self.out_sample)
 
 
@@ -74,10 +89,10 @@ def _thin(x: Tensor) -> Tensor:
 
 
 def _choose(low: float, high: float, sample: list[Tensor]) -> tuple[float, int]:
-    """The uint8 scale and zero point with the least squared error on the sample, the whole range among them.
+    """The uint8 scale and zero point with the smallest squared error on the sample.
 
-    Zero itself must be a level: pads and ReLU are exact then. A few outliers often stretch the range so far that
-    cutting them costs less than the coarser step, which is why shares of the range are tried.
+    Zero is always a level, which keeps padding and ReLU exact. Fractions of the full range are candidates, too: a few
+    outliers often stretch the range so far that clipping them costs less than the coarser step.
     """
     values = torch.cat(sample)
     best = (float("inf"), 1.0, 0)
@@ -91,14 +106,21 @@ def _choose(low: float, high: float, sample: list[Tensor]) -> tuple[float, int]:
 
 
 def observe(tower: nn.Module, batches: Iterable[Tensor], *, samples: bool = False) -> dict[str, Ranges]:
-    """Run `tower` over batches of its inputs; the ranges of every layer that it really calls, by submodule name.
+    """Run a tower and record the ranges of each layer that it calls.
 
     Layers are Linear, Conv2d and Embedding, and every module that calls scaled_dot_product_attention itself. A layer
-    whose weight another module reads without calling it is not among them and so is never converted.
-    `samples` keeps what `Ranges.uint8` needs.
+    whose weight another module reads without calling the layer is not recorded, and therefore never converted.
+
+    Args:
+        tower: The tower in float32.
+        batches: Its inputs, uint8 [B,S,S,3] or int64 [B,L].
+        samples: Also keep the samples that `Ranges.uint8` needs.
+
+    Returns:
+        The ranges by the name of the submodule.
     """
-    found: dict[str, Ranges] = {}
-    running: list[str] = []  # names of the modules that are being run, outermost first
+    ranges_of: dict[str, Ranges] = {}
+    running: list[str] = []  # names of the modules that are running, outermost first
     handles = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -108,13 +130,13 @@ def observe(tower: nn.Module, batches: Iterable[Tensor], *, samples: bool = Fals
         def hook(_module: nn.Module, args: tuple[Tensor, ...], y: Any) -> None:
             running.pop()
             if layer:
-                found.setdefault(name, Ranges()).see(args[0], y, samples)
+                ranges_of.setdefault(name, Ranges()).see(args[0], y, samples)
 
         return hook
 
     def attend(inner: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
         y = inner(q, k, v, *args, **options)
-        ranges = found.setdefault(running[-1], Ranges())
+        ranges = ranges_of.setdefault(running[-1], Ranges())
         for x in (q, k, v):
             ranges.see(x, y, False)
         # No score exceeds the product of the longest query and the longest key (Cauchy-Schwarz).
@@ -132,14 +154,22 @@ def observe(tower: nn.Module, batches: Iterable[Tensor], *, samples: bool = Fals
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return ranges_of
 
 
 def overflows(tower: nn.Module, ranges: dict[str, Ranges]) -> list[str]:
-    """The layers and attentions that half precision cannot hold: values or weights beyond HALF_LIMIT, or NaN."""
-    found = []
-    for name, seen in ranges.items():
+    """The layers and attentions that would overflow in half precision.
+
+    Args:
+        tower: The tower in float32.
+        ranges: The ranges that `observe` recorded.
+
+    Returns:
+        Names of the submodules with a value or weight beyond `HALF_LIMIT`, or NaN.
+    """
+    names = []
+    for name, layer_ranges in ranges.items():
         weights = [float(value.detach().abs().max()) for value in tower.get_submodule(name).parameters(recurse=False)]
-        if not max([seen.largest, *weights]) <= HALF_LIMIT:  # `not <=` also catches NaN
-            found.append(name)
-    return found
+        if not max([layer_ranges.largest, *weights]) <= HALF_LIMIT:  # `not <=` also catches NaN
+            names.append(name)
+    return names

@@ -201,7 +201,7 @@ def export(
         limits=verification.limits(precision),
         verify_data=verification.sample("--verify"),
         calibration_data=ImageSet(**merged(calibration, "--calibration")).sample("--calibration"),
-        plans=_engine_requests(tensorrt, tensorrt_rtx, engine),
+        engines=_engine_requests(tensorrt, tensorrt_rtx, engine),
         fused=fused,
     )
     manifest, report = made.manifest, json.loads(made.file("verify.json").read_text(encoding="utf-8"))
@@ -227,7 +227,7 @@ def export(
     click.echo(f"{made.path}\n{show_table(('what', 'value'), rows)}\n\n{_report_table(report)}")
     if manifest.float32_layers:
         click.echo(f"\nkept in float32: {', '.join(manifest.float32_layers)}")
-    _show_plans(list(manifest.engines), report["plans"])
+    _show_plans(list(manifest.engines), report["engine_checks"])
     if report["skipped"]:
         click.echo(f"unreadable images: {len(report['skipped'])}, named in {made.path / 'verify.json'}", err=True)
 
@@ -256,7 +256,7 @@ def check(bundle: Path, verify: tuple[dict[str, Any], ...], device: str, backend
         verification.limits(opened.manifest.precision),
         data=verification.sample("--verify"),
         device=device,
-        engine=backend,
+        backend=backend,
     )
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else _report_table(report.to_dict()))
     if report.problems:
@@ -332,7 +332,7 @@ def _report_table(report: dict[str, Any]) -> str:
         row("difference between batches", "batch_difference", ".1e", limits["batch"]),
     ]
     text = show_table(("check", "image", "text", "limit"), rows)
-    text += f"\nbatches of {', '.join(map(str, report['batches']))} on {report['engine']}"
+    text += f"\nbatches of {', '.join(map(str, report['batches']))} on {report['backend']}"
     text += f"; {report['images']} images, {report['texts']} texts; "
     text += f"agreement of the ten best {100 * report['top10_agreement']:.2f} %"
     if report["recall"]:

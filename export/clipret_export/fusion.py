@@ -1,10 +1,10 @@
-"""onnxruntime's own fused operators where its optimiser misses them: for its CUDA provider, and its CPU provider.
+"""Fused operators of onnxruntime where its own optimizer misses the pattern, for its CUDA and CPU providers.
 
-What the export writes is plain ONNX, which every backend reads. onnxruntime recognises neither the attention nor most
-of the residual additions in it, and in half precision not the GELU. On a GPU each of those is memory read and written
-again. The fused operators are onnxruntime's contribution operators (docs/ContribOperators.md of its repository):
-`MultiHeadAttention`, whose CUDA kernel is flash attention where there is no mask, `SkipLayerNormalization`, `BiasGelu`.
-A graph with them runs in onnxruntime alone.
+The export writes plain ONNX, which every backend reads. In such a graph, onnxruntime recognizes neither the attention
+nor most of the residual additions, and in half precision not the GELU either. On a GPU each of these costs one more
+pass over memory. The fused operators are contribution operators of onnxruntime (docs/ContribOperators.md in its
+repository): `MultiHeadAttention`, which runs as flash attention on CUDA if there is no mask, `SkipLayerNormalization`
+and `BiasGelu`. A graph with them runs in onnxruntime only.
 """
 
 from collections import Counter
@@ -20,9 +20,15 @@ _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def fuse(path: Path, out: Path | None = None) -> Counter[str]:
-    """Rewrite the tower at `path`, in place or to `out` in the same folder (weights past 2 GB stay in their file).
+    """Replace the patterns in a tower's graph by fused operators. Other nodes stay as they are.
 
-    Returns how many there are of each operator. What is not recognised stays as it is.
+    Args:
+        path: The tower, an ONNX file.
+        out: Where to write the result, in the same folder, because external weights stay in their file; by default
+            the tower is replaced.
+
+    Returns:
+        The number of nodes of each operator.
     """
     model = ir.load(path)
     graph = model.graph
@@ -38,7 +44,7 @@ def fuse(path: Path, out: Path | None = None) -> Counter[str]:
 
 
 def _attention(graph: ir.Graph, softmax: ir.Node) -> bool:
-    """softmax(scale q k' [+ mask]) v over heads, as export.graph writes it: seven nodes and more become one."""
+    """Fuse softmax(scale q k' [+ mask]) v over heads as `graph` writes it: seven or more nodes become one."""
     scores, mask = softmax.inputs[0], None
     if (added := _producer(scores, "Add")) is not None:
         scores, mask = added.inputs
@@ -50,7 +56,7 @@ def _attention(graph: ir.Graph, softmax: ir.Node) -> bool:
     merged = _only_user(values.outputs[0], "Transpose")
     scale = _constant(scaled.inputs[1])
     query = _heads_first(scaled.inputs[0])
-    key = _heads_first(product.inputs[1], turned=True)
+    key = _heads_first(product.inputs[1], transposed=True)
     value = _heads_first(values.inputs[1])
     if merged is None or _permutation(merged) != [0, 2, 1, 3] or scale is None or scale.size != 1:
         return False
@@ -58,12 +64,12 @@ def _attention(graph: ir.Graph, softmax: ir.Node) -> bool:
         return False
     if mask is not None and not _last_two_only(mask):
         return False
-    # [B,L,H,D] -> [B,L,H*D]: the operator takes heads side by side.
+    # [B,L,H,D] -> [B,L,H*D]: the operator takes the heads of a token in one row.
     shape = _initializer(graph, "clipret_heads_side_by_side", np.array([0, 0, -1]))
     new = [ir.node("Reshape", [part, shape]) for part in (query, key, value)]
     inputs: list[ir.Value | None] = [node.outputs[0] for node in new]
     if mask is not None:
-        # The operator wants [1,1,L,L].
+        # The operator takes a mask of [1,1,L,L].
         ones = _initializer(graph, "clipret_one_mask", np.array([1, 1]))
         shape_of = ir.node("Shape", [mask], attributes={"start": -2})
         joined = ir.node("Concat", [ones, shape_of.outputs[0]], attributes={"axis": 0})
@@ -77,27 +83,29 @@ def _attention(graph: ir.Graph, softmax: ir.Node) -> bool:
         domain=_DOMAIN,
     )
     graph.insert_before(merged, [*new, attended])
-    for use in list(merged.outputs[0].uses()):  # the reshape that follows sees the same numbers in the same order
+    for use in list(merged.outputs[0].uses()):  # the following reshape gets the same values in the same order
         use.node.replace_input_with(use.idx, attended.outputs[0])
     return True
 
 
 def _last_two_only(mask: ir.Value) -> bool:
-    """Whether a mask is one for all images and heads: of [L,L], or of ones before that."""
+    """Whether a mask is the same for all inputs and heads: [L,L], or with leading dimensions of 1."""
     if mask.shape is None:
-        made = mask.producer()  # slices of a mask keep its rank
+        node = mask.producer()  # slices of a mask keep its rank
         return (
-            made is not None
-            and made.op_type == "Slice"
-            and made.inputs[0] is not None
-            and _last_two_only(made.inputs[0])
+            node is not None
+            and node.op_type == "Slice"
+            and node.inputs[0] is not None
+            and _last_two_only(node.inputs[0])
         )
     return all(size == 1 for size in list(mask.shape)[:-2])
 
 
 def _bias_gelu(graph: ir.Graph, gelu: ir.Node) -> bool:
-    """gelu(x + bias), also where the addition is in half and the GELU in float32 between two casts: the operator takes
-    halves, and what fits into one as an input fits as an output."""
+    """Fuse gelu(x + bias), also if the addition is in half precision and the GELU in float32 between two casts.
+
+    The operator takes half precision. Where the input of a GELU fits into a half, its output fits as well.
+    """
     if (kind := gelu.attributes.get("approximate")) is not None and kind.as_string() != "none":
         return False
     source, result = gelu.inputs[0], gelu.outputs[0]
@@ -122,7 +130,7 @@ def _bias_gelu(graph: ir.Graph, gelu: ir.Node) -> bool:
 
 
 def _skip_norm(graph: ir.Graph, norm: ir.Node) -> bool:
-    """LayerNorm(x + y), whose sum goes on as the residual stream: the operator gives both."""
+    """Fuse LayerNorm(x + y) where the sum continues as the residual stream: the operator returns both."""
     added = _producer(norm.inputs[0], "Add")
     if added is None or any(value is None or _constant(value) is not None for value in added.inputs):
         return False
@@ -143,19 +151,19 @@ def _skip_norm(graph: ir.Graph, norm: ir.Node) -> bool:
     return True
 
 
-def _heads_first(value: ir.Value | None, turned: bool = False) -> ir.Value | None:
-    """[B,L,H,D] that was turned to [B,H,L,D], or to [B,H,D,L] in one step or two."""
+def _heads_first(value: ir.Value | None, transposed: bool = False) -> ir.Value | None:
+    """The value [B,L,H,D] that was transposed to [B,H,L,D], or, with `transposed`, to [B,H,D,L] in one step or two."""
     node = _producer(value, "Transpose")
     if node is None:
         return None
     order = _permutation(node)
-    if turned and order == [0, 1, 3, 2]:
+    if transposed and order == [0, 1, 3, 2]:
         return _heads_first(node.inputs[0])
-    return node.inputs[0] if order == ([0, 2, 3, 1] if turned else [0, 2, 1, 3]) else None
+    return node.inputs[0] if order == ([0, 2, 3, 1] if transposed else [0, 2, 1, 3]) else None
 
 
 def _heads(value: ir.Value) -> int | None:
-    """H of [B,L,H,D], from the shape that it was given."""
+    """H of a value [B,L,H,D], from the target shape of its reshape."""
     node = _producer(value, "Reshape")
     if node is None:
         return None
@@ -182,7 +190,7 @@ def _only_user(value: ir.Value, kind: str) -> ir.Node | None:
 
 
 def _constant(value: ir.Value | None) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:
-    """A weight or constant."""
+    """The array of a weight or constant, None for any other value."""
     tensor = None if value is None else value.const_value
     return None if tensor is None else tensor.numpy()
 

@@ -1,4 +1,4 @@
-"""A tower as an ONNX file: dynamic batch and text length, one file below 2 GB, no trace of the exporting machine."""
+"""A tower as an ONNX file: dynamic batch and text length, one file below 2 GB, no paths of the exporting machine."""
 
 import logging
 import warnings
@@ -15,20 +15,28 @@ from clipret_export.layers import attention_as
 
 __all__ = ["OPSET", "write_onnx"]
 
-OPSET = 20  # the newest that onnxruntime, OpenVINO and both TensorRT builders read without exception
-_ONE_FILE = 1_800_000_000  # bytes of weights; protobuf ends at 2 GiB
-_MOVES = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Slice", "Gather", "Identity"}  # values unchanged
+OPSET = 20  # the newest that onnxruntime, OpenVINO and both TensorRT libraries support completely
+_ONE_FILE = 1_800_000_000  # bytes of weights; the limit of protobuf is 2 GiB
+_MOVES = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Slice", "Gather", "Identity"}  # keep all values
 
 
 def write_onnx(tower: nn.Module, example: Tensor, path: Path, *, input_name: str, dynamic: dict[int, str]) -> int:
-    """Write `tower` to `path` (and `path`.data past 2 GB); returns the number of nodes.
+    """Write a tower as an ONNX file.
 
-    `example`: an input of at least two in every dynamic axis. `dynamic` names the axes of the input that stay free.
+    Args:
+        tower: The tower, with one input and one output.
+        example: An input, uint8 [B,S,S,3] or int64 [B,L], with at least 2 in every dynamic axis.
+        path: The file. Weights of more than 1.8 GB go to `path`.data.
+        input_name: Name of the graph's input.
+        dynamic: Names of the dynamic axes of the input, by axis.
+
+    Returns:
+        The number of nodes.
     """
     shapes = {axis: torch.export.Dim(name, min=1) for axis, name in dynamic.items()}
     tower.eval()
     with warnings.catch_warnings(), torch.inference_mode(), attention_as(_two_products):
-        warnings.simplefilter("ignore")  # of the exporter's own making; what matters is checked afterwards
+        warnings.simplefilter("ignore")  # the exporter's own; the parity check covers the result
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             tower,
@@ -36,7 +44,7 @@ def write_onnx(tower: nn.Module, example: Tensor, path: Path, *, input_name: str
             dynamo=True,
             opset_version=OPSET,
             input_names=[input_name],
-            output_names=["rows"],  # a name like `embedding` collides with a node's
+            output_names=["rows"],  # a name like `embedding` collides with that of a node
             dynamic_shapes=(shapes,),
             verbose=False,
         )
@@ -44,7 +52,7 @@ def write_onnx(tower: nn.Module, example: Tensor, path: Path, *, input_name: str
     graph = program.model.graph
     _drop_cast_pairs(graph)
     for node in graph.all_nodes():
-        node.metadata_props.clear()  # stack traces: the exporting machine's paths, larger than a small tower
+        node.metadata_props.clear()  # stack traces with paths of this machine, larger than a small tower
     program.model.metadata_props.clear()
     graph.metadata_props.clear()
     for value in graph.initializers.values():
@@ -58,11 +66,11 @@ def write_onnx(tower: nn.Module, example: Tensor, path: Path, *, input_name: str
 def _two_products(
     attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """scaled_dot_product_attention as the seven nodes it is; the exporter's own form computes shapes at run time."""
+    """scaled_dot_product_attention in seven nodes; the exporter's own decomposition computes shapes at run time."""
     scale = options.pop("scale", None) or q.shape[-1] ** -0.5
     if any(options.values()) or (attn_mask is not None and not attn_mask.is_floating_point()):
         return attend(q, k, v, attn_mask=attn_mask, scale=scale, **options)
-    scores = (q * scale) @ k.transpose(-2, -1)  # the scale first: scores before it may be too large for half
+    scores = (q * scale) @ k.transpose(-2, -1)  # scaled first: unscaled scores may overflow in half precision
     if attn_mask is not None:
         scores = scores + attn_mask
     attended: Tensor = scores.softmax(dim=-1) @ v
@@ -70,10 +78,10 @@ def _two_products(
 
 
 def _drop_cast_pairs(graph: ir.Graph) -> None:
-    """Remove casts from half (or bfloat16) to float32 and back, which change nothing, also around reshapes.
+    """Remove casts from half (or bfloat16) to float32 and back, also around reshapes. They change no value.
 
-    A projection in half ends in a cast to float32 and the attention behind it begins with one to half: engines keep
-    both, and each reads and writes all queries once.
+    A projection in half precision ends with a cast to float32, and the attention after it begins with a cast to half.
+    Backends keep both, and each cast reads and writes all queries once.
     """
     for last in [node for node in graph if node.op_type == "Cast"]:
         dtype = ir.DataType(last.attributes["to"].as_int())

@@ -1,5 +1,7 @@
-"""What the export converts and observes: layers with a stock forward, and scaled_dot_product_attention wherever it is
-called. Architectures differ in everything around these two, so nothing here knows any."""
+"""What the export observes and converts: layers with a stock forward, and calls of scaled_dot_product_attention.
+
+Architectures differ only in the code around these two, so this module does not depend on any architecture.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ _STOCK: dict[Kind, type[nn.Module]] = {"linear": nn.Linear, "convolution": nn.Co
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Which kind of layer a module is; None for one that is no layer or has a forward of its own."""
+    """The kind of layer that a module is; None if it is no layer or overrides `forward`."""
     for kind, stock in _STOCK.items():
         if isinstance(module, stock) and type(module).forward is stock.forward:
             return kind
@@ -26,8 +28,12 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 @contextmanager
 def attention_as(compute: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside the block scaled_dot_product_attention(q, k, v, ...) is compute(the original, q, k, v, ...),
-    everything after v by its name."""
+    """Replace scaled_dot_product_attention inside the block.
+
+    Args:
+        compute: Called as compute(original, q, k, v, **options), with q, k and v [...,L,D]. Arguments after v arrive by
+            name.
+    """
     attend = F.scaled_dot_product_attention
 
     def instead(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -41,22 +47,36 @@ def attention_as(compute: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def replace_modules(root: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> int:
-    """Put make(module) in the place of every submodule of exactly this kind; returns how many were replaced.
+    """Replace the submodules of one class.
 
-    A module for which `make` gives the module itself stays.
+    Args:
+        root: The module to change in place.
+        kind: The exact class; subclasses stay.
+        make: Returns the replacement of a module, or the module itself to keep it.
+
+    Returns:
+        The number of modules replaced.
     """
-    found = [
+    matches = [
         (parent, name, child)
         for parent in root.modules()
         for name, child in parent.named_children()
         if type(child) is kind
     ]
-    made = [(parent, name, child, make(child)) for parent, name, child in found]
-    for parent, name, _, new in made:
+    replacements = [(parent, name, child, make(child)) for parent, name, child in matches]
+    for parent, name, _, new in replacements:
         setattr(parent, name, new)
-    return sum(child is not new for _, _, child, new in made)
+    return sum(child is not new for _, _, child, new in replacements)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """float32 [B,L,W] -> [B,H,L,W/H]"""
+    """Split the width of tokens into attention heads.
+
+    Args:
+        x: float32 [B,L,W].
+        heads: H, a divisor of W.
+
+    Returns:
+        float32 [B,H,L,W/H].
+    """
     return x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""The parity check: a bundle, run by the code that searches, against what torch made of the same images and texts.
+"""The parity check: a bundle, run by the code that searches, against torch on the same images and texts.
 
-Nothing here needs torch. A bundle carries torch's embeddings for the built-in inputs (reference.npz), so that the check
-can be repeated on any machine and engine.
+Nothing here needs torch. A bundle has torch's embeddings of the built-in inputs (reference.npz), so any machine and
+backend can repeat the check.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from clipret.arrays import Embeddings
@@ -25,6 +24,16 @@ from clipret.inference.config import EncoderConfig
 from clipret.inference.encoder import Encoder
 from clipret.pairs import PairSet
 from clipret.ranking.ranker import Ranker
+from clipret_export.comparison import (
+    LIMITS,
+    Limits,
+    TowerEmbeddings,
+    TowerReport,
+    compare,
+    exceeded,
+    include_data,
+    top10_agreement,
+)
 from clipret_export.samples import TEXTS, Sample, sample_images
 
 __all__ = [
@@ -41,43 +50,16 @@ __all__ = [
 ]
 
 
-_NORM = 1e-3  # in any precision: the normalisation itself is always float32
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a tower may lose against torch in float32.
-
-    cosine: the smallest allowed of any embedding. relative: the largest allowed error of a built-in embedding as a
-        share of how far
-    it lies from the mean of all embeddings: an untrained tower maps everything to nearly the same embedding, and then a
-    cosine alone proves little; None where there is no such limit. rounding: the length of an error that the precision
-    itself explains, to which `relative` does not apply (embeddings of an untrained MobileCLIP-S1 lie within 0.001 of
-    each other).
-    batch: the largest allowed difference of any component of an embedding between batch sizes. recall_points: the
-    largest allowed difference of recall@1, in percentage points.
-    """
-
-    cosine: float
-    relative: float | None
-    batch: float
-    recall_points: float
-    rounding: float = 0.0
-
-
-LIMITS = {
-    "fp32": Limits(cosine=0.999999, relative=1e-3, batch=1e-5, recall_points=0.1, rounding=1e-5),
-    "fp16": Limits(cosine=0.9999, relative=0.1, batch=1e-3, recall_points=0.1, rounding=2e-3),
-    "bf16": Limits(cosine=0.999, relative=None, batch=5e-3, recall_points=0.2),
-    "int8": Limits(cosine=0.995, relative=None, batch=1e-3, recall_points=0.5),
-}
-
-
 @dataclass(frozen=True)
 class Reference:
-    """torch's unit embeddings, float32: of the built-in images and texts, and of the user's where there are any.
+    """Embeddings of unit length that torch computed, float32 [N,D].
 
-    `pairs`: the user's images that could be decoded, and their captions, in the order of the embeddings.
+    Attributes:
+        image: Of the built-in images.
+        text: Of the built-in texts.
+        pairs: The user's images that could be decoded, with their captions, in the order of their embeddings.
+        data_image: Of the user's images.
+        data_text: Of the user's captions.
     """
 
     image: Embeddings
@@ -87,33 +69,33 @@ class Reference:
     data_text: Embeddings | None = None
 
     def to_bytes(self) -> bytes:
-        """The built-in embeddings as an .npz file; the user's images and captions are not put into a bundle."""
+        """The built-in embeddings as an .npz file. The user's images and captions do not go into a bundle."""
         buffer = io.BytesIO()
         np.savez(buffer, image=self.image, text=self.text, inputs=np.array(_inputs_sha256()))
         return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class TowerReport:
-    """One tower against torch: its worst embedding over all batch sizes, and over the user's data."""
-
-    min_cosine: float
-    mean_cosine: float
-    max_error: float
-    relative_error: float
-    error_length: float  # of the largest error of a built-in embedding
-    batch_difference: float
-    norm_error: float  # largest difference of an embedding's length from 1, which no cosine shows
-    confused: int  # built-in inputs whose embedding is nearer to another's embedding of torch than to their own
-
-
 @dataclass
 class Report:
-    """verify.json. `top10_agreement`: the share of torch's ten best images of a text that the bundle has among its
-    ten. Recalls are shares of the user's captions."""
+    """The result of a parity check, written to verify.json.
+
+    Attributes:
+        precision: Precision of the bundle.
+        backend: The backend that ran the towers.
+        limits: The limits that were checked.
+        batches: The batch sizes that were run.
+        image: The image tower.
+        text: The text tower.
+        top10_agreement: Share of torch's ten best images of a text that are among the ten best of the bundle.
+        images: Number of images compared.
+        texts: Number of texts compared.
+        recall_torch: recall@1, 5 and 10 of torch on the user's captions, from 0 to 1.
+        recall: The same of the bundle.
+        problems: The exceeded limits by tower; empty if the bundle may be used.
+    """
 
     precision: str
-    engine: str
+    backend: str
     limits: Limits
     batches: tuple[int, ...]
     image: TowerReport
@@ -123,17 +105,19 @@ class Report:
     texts: int
     recall_torch: dict[str, float] | None = None
     recall: dict[str, float] | None = None
-    problems: dict[str, list[str]] = field(default_factory=dict)  # by tower
+    problems: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
         return asdict(self)
 
     def problem_text(self) -> str:
-        return "; ".join(f"{tower} tower: {', '.join(found)}" for tower, found in self.problems.items())
+        """The problems as one line."""
+        return "; ".join(f"{tower} tower: {', '.join(problems)}" for tower, problems in self.problems.items())
 
 
 def _inputs_sha256() -> str:
-    """Which built-in inputs a reference belongs to: another clipret may bring others."""
+    """Digest of the built-in inputs, which may change between versions of clipret."""
     digest = hashlib.sha256(repr(TEXTS).encode())
     for image in sample_images():
         digest.update(image.tobytes())
@@ -141,11 +125,21 @@ def _inputs_sha256() -> str:
 
 
 def load_reference(bundle: Bundle) -> Reference:
-    """The reference of a bundle. Raises ClipretError when it has none or one for other inputs."""
+    """Read the embeddings of torch from a bundle.
+
+    Args:
+        bundle: The bundle.
+
+    Returns:
+        The reference, without data of the user.
+
+    Raises:
+        ClipretError: The bundle has no reference, or one for other built-in inputs.
+    """
     with np.load(bundle.file("reference.npz"), allow_pickle=False) as stored:
         if str(stored["inputs"]) != _inputs_sha256():
             raise ClipretError(
-                f"bundle {bundle.path} was checked with the images of another version of clipret: export it again"
+                f"bundle {bundle.path} has a reference for the images of another version of clipret: export it again"
             )
         return Reference(stored["image"], stored["text"])
 
@@ -156,79 +150,104 @@ def parity_check(
     limits: Limits,
     *,
     device: str = "cpu",
-    engine: BackendChoice = "auto",
+    backend: BackendChoice = "auto",
     largest: int = 12,
 ) -> Report:
-    """Run both towers as a search would, at batch 1, 5 and `largest` (at least 12), and compare with torch's
-    embeddings.
+    """Run both towers as a search does, in batches of 1, 5 and `largest`, and compare the embeddings with torch's.
 
-    A wrong embedding is no exception: `report.problems` is empty where the bundle may be used. Raises ClipretError when
-    an engine cannot be opened, or cannot run a batch at all.
+    Args:
+        bundle: The bundle to check.
+        expected: The embeddings of torch.
+        limits: The largest differences allowed.
+        device: cpu, cuda or cuda:N.
+        backend: The backend that runs the towers.
+        largest: Largest batch size, at least 12.
+
+    Returns:
+        The report. Wrong embeddings raise no exception: they are in `Report.problems`.
+
+    Raises:
+        ClipretError: The backend cannot be opened, or cannot run a batch.
     """
     batches = (1, 5, max(12, largest))
     repeat = -(-batches[-1] // len(expected.image))
-    made = (sample_images() * repeat)[: batches[-1]]
+    images = (sample_images() * repeat)[: batches[-1]]
     data: dict[str, Sequence[Path | str]] = {"image": (), "text": ()}
     if expected.pairs is not None:
         data = {"image": expected.pairs.paths, "text": expected.pairs.captions}
     reports: dict[str, TowerReport] = {}
     last: dict[str, Embeddings] = {}
     for name, builtin, items, user in (
-        ("image", expected.image, made, expected.data_image),
+        ("image", expected.image, images, expected.data_image),
         ("text", expected.text, TEXTS, expected.data_text),
     ):
-        # One tower at a time: two large ones fill a memory.
-        encoder = Encoder(bundle, EncoderConfig(device=device, backend=engine))
-        found = []
+        # One tower at a time: two large ones may not fit into memory together.
+        encoder = Encoder(bundle, EncoderConfig(device=device, backend=backend))
+        batched = []
         for size in batches:
             encoder.config = replace(encoder.config, batch_size=size)
-            # Three images one by one are enough: an embedding either depends on its batch or does not.
+            # Three images are enough for batch size 1: an embedding depends on its batch or it does not.
             part = items if name == "text" else items[: max(size, 3)]
-            found.append(_encode(encoder, name, part))
+            batched.append(_encode(encoder, name, part))
         targets = np.concatenate([builtin] * repeat)[: len(items)]
-        reports[name], last[name] = _compare(found, targets, builtin), found[-1][: len(builtin)]
+        reports[name], last[name] = compare(batched, targets, builtin), batched[-1][: len(builtin)]
         if user is not None and len(user):
             last[name] = _encode(encoder, name, data[name])
-            reports[name] = _widen(reports[name], last[name], user)
-        ran_on = encoder.backend_name(name)
+            reports[name] = include_data(reports[name], last[name], user)
+        ran_on = encoder.engine_name(name)
     ours, target = TowerEmbeddings(last["image"], last["text"]), TowerEmbeddings(expected.image, expected.text)
     if expected.pairs is not None and expected.data_image is not None and expected.data_text is not None:
         target = TowerEmbeddings(expected.data_image, expected.data_text if expected.pairs.captions else expected.text)
     labelled = expected.pairs is not None and expected.pairs.captions
     report = Report(
         precision=bundle.manifest.precision,
-        engine=ran_on,
+        backend=ran_on,
         limits=limits,
         batches=batches,
         image=reports["image"],
         text=reports["text"],
-        top10_agreement=_agreement(ours, target),
+        top10_agreement=top10_agreement(ours, target),
         images=len(ours.image),
         texts=len(ours.text),
         recall_torch=recalls(target, expected.pairs) if labelled and expected.pairs is not None else None,
         recall=recalls(ours, expected.pairs) if labelled and expected.pairs is not None else None,
-        problems={name: told for name, tower in reports.items() if (told := _problems(tower, limits))},
+        problems={name: problems for name, tower in reports.items() if (problems := exceeded(tower, limits))},
     )
     _judge_recall(report)
     return report
 
 
 def check_bundle(
-    bundle: Bundle, limits: Limits, *, data: Sample | None = None, device: str = "cpu", engine: BackendChoice = "auto"
+    bundle: Bundle, limits: Limits, *, data: Sample | None = None, device: str = "cpu", backend: BackendChoice = "auto"
 ) -> Report:
-    """Repeat the parity check on this machine, with the embeddings and the recall of torch that the bundle carries.
+    """Repeat the parity check on this machine, with the embeddings and the recall of torch that the bundle has.
 
-    `data`: the images and captions that the export was checked with. Raises ClipretError for others, and as
-    `parity_check`.
+    Args:
+        bundle: The bundle to check.
+        limits: The largest differences allowed.
+        data: The images and captions that the export was checked with.
+        device: cpu, cuda or cuda:N.
+        backend: The backend that runs the towers.
+
+    Returns:
+        The report.
+
+    Raises:
+        ClipretError: The export was checked with other data, or as `parity_check` and `load_reference`.
     """
-    largest = max((size for plan in bundle.manifest.engines.values() for size in plan.batch), default=0)
+    largest = max((size for engine in bundle.manifest.engines.values() for size in engine.batch), default=0)
     report = parity_check(
-        bundle, load_reference(bundle), limits, device=device, engine=engine, largest=largest if device != "cpu" else 0
+        bundle,
+        load_reference(bundle),
+        limits,
+        device=device,
+        backend=backend,
+        largest=largest if device != "cpu" else 0,
     )
     if data is None:
         return report
     pairs = data.read()
-    encoder = Encoder(bundle, EncoderConfig(device=device, backend=engine))
+    encoder = Encoder(bundle, EncoderConfig(device=device, backend=backend))
     batches = list(encoder.encode_images(range(len(pairs.paths)), lambda at: pairs.paths[at]))
     kept = pairs.subset([at for batch in batches for at in batch.items])
     before = json.loads(bundle.file("verify.json").read_text(encoding="utf-8"))
@@ -248,127 +267,61 @@ def check_bundle(
 
 
 def data_sha256(pairs: PairSet) -> str:
-    """Which images, by name, and captions a recall was measured with."""
+    """Digest of the file names and captions that a recall was measured with.
+
+    Args:
+        pairs: The images and captions.
+
+    Returns:
+        The SHA-256 in hexadecimal.
+    """
     named = [[path.name for path in pairs.paths], pairs.captions, pairs.of_image]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _judge_recall(report: Report) -> None:
+    """Add a recall@1 that differs too much to the problems of the report."""
     if report.recall is None or report.recall_torch is None:
         return
     lost = 100 * (report.recall_torch["recall_at_1"] - report.recall["recall_at_1"])
     if abs(lost) > report.limits.recall_points + 1e-9:
-        # The tower that lost more is the one to fix.
+        # Report it for the tower that differs more: the next attempt improves that one.
         tower = "image" if report.image.mean_cosine < report.text.mean_cosine else "text"
-        told = f"recall@1 differs by {lost:+.2f} points, limit {report.limits.recall_points}"
-        report.problems.setdefault(tower, []).append(told)
-
-
-@dataclass(frozen=True)
-class TowerEmbeddings:
-    """Unit embeddings of images [N,D] and of texts [M,D]."""
-
-    image: Embeddings
-    text: Embeddings
+        problem = f"recall@1 differs by {lost:+.2f} points, limit {report.limits.recall_points}"
+        report.problems.setdefault(tower, []).append(problem)
 
 
 def recalls(embeddings: TowerEmbeddings, pairs: PairSet) -> dict[str, float]:
-    """recall@1/5/10 of the captions, ranked exactly over float16 embeddings, as a gallery holds them."""
+    """Recall of the captions, ranked exactly over float16 embeddings as in a gallery.
+
+    Args:
+        embeddings: Embeddings of the images and captions of `pairs`.
+        pairs: The images and captions.
+
+    Returns:
+        recall_at_1, recall_at_5 and recall_at_10, from 0 to 1.
+    """
     metrics = evaluate(Ranker(embeddings.image.astype(np.float16)), embeddings.text, pairs.of_caption())
     return {f"recall_at_{k}": getattr(metrics, f"recall_at_{k}") for k in (1, 5, 10)}
 
 
 def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | str]) -> Embeddings:
-    """All embeddings of a tower; an engine that cannot run the batch at all is a ClipretError like any other."""
+    """All embeddings of a tower. A backend that cannot run the batch raises ClipretError."""
     try:
         if name == "text":
             return encoder.encode_texts([str(item) for item in items])
         embeddings = np.empty((0, encoder.bundle.manifest.embedding_dim), dtype=np.float32)
         for batch in encoder.encode_images(items, lambda item: item):  # type: ignore[arg-type, return-value]
             if batch.skipped:
-                raise ClipretError(f"{batch.skipped[0][0]} could be read before and not any more: check it again")
+                raise ClipretError(
+                    f"{batch.skipped[0][0]} was readable before and is no longer: restore it, then check again"
+                )
             embeddings = np.concatenate([embeddings, batch.embeddings])
         return embeddings
     except ClipretError:
         raise
-    except Exception as error:  # engines raise a dozen types of their own
+    except Exception as error:  # the errors of the backends have no common base
         reason = one_line(error)
         raise ClipretError(
             f"the {name} tower does not run in batches of {encoder.config.batch_size}: {reason}"
         ) from None
-
-
-def _compare(found: list[Embeddings], targets: Embeddings, builtin: Embeddings) -> TowerReport:
-    pairs = [(embeddings.astype(np.float64), targets[: len(embeddings)].astype(np.float64)) for embeddings in found]
-    cosines = np.concatenate([_cosines(embeddings, target) for embeddings, target in pairs])
-    centre = builtin.astype(np.float64).mean(axis=0)
-    error = max(float(np.abs(embeddings - target).max()) for embeddings, target in pairs)
-    lengths = np.concatenate([np.linalg.norm(a - b, axis=1) for a, b in pairs])
-    spread = np.concatenate([np.linalg.norm(b - centre, axis=1) for _, b in pairs])
-    largest = found[-1]
-    return TowerReport(
-        min_cosine=float(cosines.min()),
-        mean_cosine=float(cosines.mean()),
-        max_error=error,
-        relative_error=float((lengths / spread).max()),
-        error_length=float(lengths.max()),
-        batch_difference=max(float(np.abs(embeddings - largest[: len(embeddings)]).max()) for embeddings in found),
-        norm_error=max(float(np.abs(np.linalg.norm(embeddings, axis=1) - 1).max()) for embeddings, _ in pairs),
-        confused=_confused(largest[: len(builtin)], builtin),
-    )
-
-
-def _confused(embeddings: Embeddings, target: Embeddings) -> int:
-    """Embeddings that are nearer to another input's target than to their own by more than two targets can be alike."""
-    scores = embeddings.astype(np.float64) @ target.T.astype(np.float64)
-    return int((scores.argmax(axis=1) != np.arange(len(target))).sum())
-
-
-def _widen(report: TowerReport, embeddings: Embeddings, target: Embeddings) -> TowerReport:
-    """The report with the user's embeddings counted in."""
-    if not len(embeddings):
-        return report
-    cosines = _cosines(embeddings.astype(np.float64), target.astype(np.float64))
-    return replace(
-        report,
-        min_cosine=min(report.min_cosine, float(cosines.min())),
-        mean_cosine=float(cosines.mean()),
-        max_error=max(report.max_error, float(np.abs(embeddings - target).max())),
-    )
-
-
-def _problems(tower: TowerReport, limits: Limits) -> list[str]:
-    """Every comparison is written so that NaN fails it."""
-    found = []
-    if not tower.min_cosine >= limits.cosine:
-        found.append(f"smallest cosine {tower.min_cosine:.7f}, limit {limits.cosine}")
-    explained = tower.error_length <= limits.rounding
-    if limits.relative is not None and not explained and not tower.relative_error <= limits.relative:
-        found.append(f"error {tower.relative_error:.2g} of the spread of the embeddings, limit {limits.relative}")
-    if not tower.batch_difference <= limits.batch:
-        found.append(f"an embedding changes by {tower.batch_difference:.2g} with its batch, limit {limits.batch}")
-    if not tower.norm_error <= _NORM:
-        found.append(f"an embedding's length differs from 1 by {tower.norm_error:.2g}, limit {_NORM}")
-    if limits.relative is not None and tower.confused and not explained:
-        found.append(f"{tower.confused} of the check's inputs are taken for another")
-    return found
-
-
-def _agreement(found: TowerEmbeddings, target: TowerEmbeddings) -> float:
-    """Share of torch's ten best images of a text that are among the ten best of the bundle, mean over the texts."""
-    if not len(target.text):
-        return 1.0
-    k = min(10, len(target.image))
-    shares = []
-    for start in range(0, len(target.text), 256):
-        part = slice(start, start + 256)
-        ours, theirs = (
-            np.argsort(-(embeddings.text[part] @ embeddings.image.T), axis=1)[:, :k] for embeddings in (found, target)
-        )
-        shares += [len(set(a) & set(b)) / k for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
-    return float(np.mean(shares))
-
-
-def _cosines(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    cosines: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    return cosines

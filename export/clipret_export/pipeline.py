@@ -1,4 +1,4 @@
-"""From a model to a bundle, which is written only after its towers agreed with torch."""
+"""The export: from a model to a bundle, which is written only if its towers agree with torch."""
 
 import gc
 import json
@@ -35,21 +35,21 @@ __all__ = ["export_bundle"]
 
 _PARTS = ("bundle.json", "*.onnx", "*.onnx.data", "tokenizer.json", "reference.npz", "verify.json", "engines")
 _ATTEMPTS = 3
-_CALIBRATION = 64  # images and captions: with more, the ranges hardly change
-_COSTS = 12  # pairs of inputs that the layers' costs are measured with, spread over all of them
-_HALF_CHECK = 4  # inputs that run in torch's own half precision
+_CALIBRATION = 64  # images and captions; more of them hardly change the ranges
+_COSTS = 12  # pairs of inputs that measure the costs of the layers, evenly spaced
+_HALF_CHECK = 4  # inputs that run in half precision in torch
 
 
 @dataclass
-class _Plan:
-    """What has been found out about a model's layers so far, over all attempts."""
+class _Progress:
+    """What the attempts so far have shown about the layers of a model."""
 
-    keep: dict[Tower, list[str]] = field(default_factory=lambda: {"image": [], "text": []})
+    keep: dict[Tower, list[str]] = field(default_factory=lambda: {"image": [], "text": []})  # layers in float32
     report: Report | None = None
     nodes: dict[Tower, int] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=dict)  # of the last attempt, by tower
-    skipped: dict[Path, str] = field(default_factory=dict)  # calibration images that cannot be read, and why
-    losses: dict[str, float] = field(default_factory=dict)  # 1 - cosine of a tower that missed its limits
+    skipped: dict[Path, str] = field(default_factory=dict)  # unreadable calibration images, and why
+    losses: dict[str, float] = field(default_factory=dict)  # 1 - cosine of a tower that exceeded its limits
 
 
 def export_bundle(
@@ -61,84 +61,97 @@ def export_bundle(
     limits: Limits | None = None,
     verify_data: Sample | None = None,
     calibration_data: Sample | None = None,
-    plans: Sequence[EngineRequest] = (),
+    engines: Sequence[EngineRequest] = (),
     fused: bool = False,
 ) -> Bundle:
-    """Export `source` (see `load_model`) to the bundle folder `out`.
+    """Export a model to a bundle folder.
 
-    `verify_data`: images, with captions for a recall, that the towers are checked with in addition to the built-in
-    ones. `calibration_data`: what int8 takes its ranges from; half of `verify_data` unless given, which then is not
-    checked with. `plans`: TensorRT engines to build, which are checked as well where a GPU here can run them. `fused`:
-    the towers in onnxruntime's own operators (see `clipret_export.fusion`), which no other backend reads; fp32 and fp16
-    only.
+    Args:
+        source: The model; see `load_model`.
+        out: The bundle folder.
+        precision: Precision of the matrix products.
+        overwrite: Replace the bundle in `out`.
+        limits: The largest differences from torch allowed; by default those of the precision.
+        verify_data: Images to check in addition to the built-in ones. With captions, recall@1 is compared, too.
+        calibration_data: Images and captions from which int8 takes its ranges. By default one half of `verify_data`;
+            the other half then checks the bundle.
+        engines: TensorRT engines to build. They are checked as well if this machine has a GPU that runs them.
+        fused: Use fused operators of onnxruntime, which no other backend reads; for fp32 and fp16 (see
+            `clipret_export.fusion`).
 
-    Raises ClipretError when the source cannot be loaded, `out` is not empty (unless `overwrite`), the disk is too
-    full, int8 has nothing to calibrate with, or a tower disagrees with torch even with its worst layers in float32;
-    then nothing is written.
+    Returns:
+        The bundle.
+
+    Raises:
+        ClipretError: The model cannot be loaded, `out` is not empty, the disk is too full, int8 has no calibration
+            data, or a tower differs from torch even with its worst layers in float32. Nothing is written then.
     """
     limits = limits or LIMITS[precision]
-    for request in plans:
+    for request in engines:
         request.check(precision)
-    if fused and (plans or precision not in ("fp32", "fp16")):
+    if fused and (engines or precision not in ("fp32", "fp16")):
         raise ClipretError(
-            "fused operators are onnxruntime's own and for fp32 and fp16: not for TensorRT engines, bf16 or int8"
+            "fused operators run only in onnxruntime and only in fp32 or fp16: leave them out, or choose fp32 or fp16 "
+            "without TensorRT engines"
         )
     checked = verify_data.read() if verify_data is not None else None
     calibration = calibration_data.read() if calibration_data is not None else None
     if precision == "int8" and calibration is None:
         if checked is None:
-            raise ClipretError("int8 takes its ranges from images and captions like yours: give --calibration FILE")
+            raise ClipretError("int8 takes its ranges from images and captions of yours: give --calibration FILE")
         count = len(checked.paths)
         if count < 2:
-            raise ClipretError("one image cannot both calibrate int8 and check it: give more, or --calibration FILE")
+            raise ClipretError(
+                "one image cannot both calibrate int8 and check it: give more images, or --calibration FILE"
+            )
         calibration, checked = checked.subset(range(0, count, 2)), checked.subset(range(1, count, 2))
     if calibration is not None and not calibration.captions:
-        told = "the calibration data have no captions: int8 takes the text tower's ranges from built-in texts"
-        warnings.warn(told, stacklevel=2)
-    # The folder first: a wrong place should not cost a model's loading.
+        message = "the calibration data have no captions: int8 takes the text tower's ranges from built-in texts"
+        warnings.warn(message, stacklevel=2)
+    # The folder first: a wrong folder should be reported before the model is loaded.
     out = out.absolute()
     _refuse_place(out, overwrite)
     with new_folder(out, overwrite=overwrite) as folder, stages() as stage:
         stage("loading")
         loaded = load_model(source)
         _refuse_full_disk(loaded.model, precision, folder)
-        stage("running torch on the check's inputs")
+        stage("computing the reference in torch")
         expected, skipped = reference(loaded, checked)
         (folder / "tokenizer.json").write_text(loaded.tokenizer_json, encoding="utf-8")
         (folder / "reference.npz").write_bytes(expected.to_bytes())
-        plan = _Plan()
+        progress = _Progress()
         for attempt in range(_ATTEMPTS if precision != "fp32" else 1):
             if attempt:
                 stage(f"attempt {attempt + 1}: loading")
                 loaded = load_model(source)
-            missed = tuple(plan.problems) if attempt else ("image", "text")
-            plan.problems = {}
-            _write_towers(loaded, precision, folder, plan, limits, expected, calibration, missed, stage, fused)
-            manifest = _manifest(loaded, precision, expected, plan)
-            del loaded  # the engine needs the memory
+            failed = tuple(progress.problems) if attempt else ("image", "text")
+            progress.problems = {}
+            _write_towers(loaded, precision, folder, progress, limits, expected, calibration, failed, stage, fused)
+            manifest = _manifest(loaded, precision, expected, progress)
+            del loaded  # the backend needs the memory
             gc.collect()
             bundle = _write_manifest(folder, manifest)
-            if not plan.problems:
+            if not progress.problems:
                 stage("checking the bundle")
-                plan.report = parity_check(bundle, expected, limits)
-                plan.problems = plan.report.problems
-                plan.losses.update({kind: 1 - getattr(plan.report, kind).min_cosine for kind in plan.problems})
-            if not plan.problems:
+                progress.report = parity_check(bundle, expected, limits)
+                progress.problems = progress.report.problems
+                progress.losses |= {kind: 1 - getattr(progress.report, kind).min_cosine for kind in progress.problems}
+            if not progress.problems:
                 break
         else:
-            told = "; ".join(f"{kind} tower: {', '.join(found)}" for kind, found in plan.problems.items())
+            told = "; ".join(f"{kind} tower: {', '.join(problems)}" for kind, problems in progress.problems.items())
             raise ClipretError(
                 f"the exported towers differ from torch ({told}): nothing was written; {_advice(precision)}"
             )
-        for request in plans:
+        for request in engines:
             manifest.engines.update(request.build(folder, manifest))
-        assert plan.report is not None
-        report = plan.report.to_dict() | {
-            "nodes": plan.nodes,
+        assert progress.report is not None
+        report = progress.report.to_dict() | {
+            "nodes": progress.nodes,
             "data_sha256": None if expected.pairs is None else data_sha256(expected.pairs),
             "float32_layers": manifest.float32_layers,
-            "skipped": [[str(path), reason] for path, reason in [*skipped, *plan.skipped.items()]],
-            "plans": check_engines(_write_manifest(folder, manifest), expected, limits) if plans else {},
+            "skipped": [[str(path), reason] for path, reason in [*skipped, *progress.skipped.items()]],
+            "engine_checks": check_engines(_write_manifest(folder, manifest), expected, limits) if engines else {},
         }
         (folder / "verify.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _write_manifest(folder, manifest)
@@ -147,20 +160,22 @@ def export_bundle(
 
 def _advice(precision: Precision) -> str:
     if precision == "fp32":
-        return "report this model"
+        return "please report this model as an issue"
     return "export in a higher precision, or allow more with --verify min_cosine=… and max_recall_loss=…"
 
 
 def _refuse_place(out: Path, overwrite: bool) -> None:
-    """What lies in `out` is deleted: it must be a bundle and nothing else."""
-    held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-    foreign = [name for name in held if not any(fnmatch(name, pattern) for pattern in _PARTS)]
-    if held and "bundle.json" not in held:
-        foreign = held
-    if held and not overwrite:
+    """Refuse a folder whose files must not be deleted: anything but a bundle."""
+    names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _PARTS)]
+    if names and "bundle.json" not in names:
+        foreign = names
+    if names and not overwrite:
         raise ClipretError(f"{out} is not empty: choose another folder{'' if foreign else ', or pass --overwrite'}")
     if foreign:
-        raise ClipretError(f"{out} holds {foreign[0]}, and --overwrite replaces bundles alone: choose another folder")
+        raise ClipretError(
+            f"{out} has {foreign[0]} in it, and --overwrite replaces only bundles: choose another folder"
+        )
 
 
 def _refuse_full_disk(model: nn.Module, precision: Precision, folder: Path) -> None:
@@ -170,7 +185,7 @@ def _refuse_full_disk(model: nn.Module, precision: Precision, folder: Path) -> N
     if free < needed:
         raise ClipretError(
             f"{folder.parent} has {free / 1e9:.1f} GB free and this bundle needs about {needed / 1e9:.1f} GB: "
-            "free space or choose another place"
+            "free some space or choose a folder on another disk"
         )
 
 
@@ -178,19 +193,19 @@ def _write_towers(
     loaded: LoadedModel,
     precision: Precision,
     folder: Path,
-    plan: _Plan,
+    progress: _Progress,
     limits: Limits,
     expected: Reference,
     calibration: PairSet | None,
-    missed: tuple[str, ...],
+    failed: tuple[str, ...],
     stage: Callable[[str], None],
     fused: bool,
 ) -> None:
-    """Write the towers among `missed`; what was kept in float32 is noted in `plan`."""
+    """Write the towers named in `failed`, and record in `progress` what stays in float32."""
     rewrite(loaded.model)
-    own = None
+    data = None
     if calibration is not None:
-        own = calibration.subset(range(0, len(calibration.paths), max(1, len(calibration.paths) // _CALIBRATION)))
+        data = calibration.subset(range(0, len(calibration.paths), max(1, len(calibration.paths) // _CALIBRATION)))
     samples = {"image": inputs(loaded, sample_images()), "text": texts(loaded, TEXTS)}
     size, length = loaded.image.size, loaded.text.context_length
     examples = {
@@ -203,69 +218,70 @@ def _write_towers(
         ("text", TextTower(loaded), free, "tokens"),
     )
     for kind, tower, dynamic, name in towers:
-        if kind not in missed:
+        if kind not in failed:
             continue
         tower.eval()
         if precision != "fp32":
             stage(f"measuring the layers of the {kind} tower")
-            seen = list(samples[kind])
-            if own is not None:
+            batches = list(samples[kind])
+            if data is not None:
                 unreadable: dict[int, str] = {}
-                seen += inputs(loaded, own.paths, unreadable) if kind == "image" else texts(loaded, own.captions)
-                plan.skipped |= {own.paths[at]: reason for at, reason in unreadable.items()}
-                if len(unreadable) == len(own.paths):
+                batches += inputs(loaded, data.paths, unreadable) if kind == "image" else texts(loaded, data.captions)
+                progress.skipped |= {data.paths[at]: reason for at, reason in unreadable.items()}
+                if len(unreadable) == len(data.paths):
                     raise ClipretError(
-                        f"none of the {len(own.paths)} images for calibration can be read, for example "
-                        f"{own.paths[0]}: {unreadable[0]}; check the list and --image-root"
+                        f"none of the {len(data.paths)} images for calibration can be read, for example "
+                        f"{data.paths[0]}: {unreadable[0]}; check the paths and --calibration image_root=…"
                     )
-            _lower(tower, kind, precision, seen, plan, limits)
+            _lower(tower, kind, precision, batches, progress, limits)
             target = expected.image if kind == "image" else expected.text
-            _run_in_torch(tower, kind, precision, samples[kind][0][:_HALF_CHECK], target, plan, limits)
+            _run_in_torch(tower, kind, precision, samples[kind][0][:_HALF_CHECK], target, progress, limits)
         stage(f"writing {kind}.onnx")
         for old in (folder / f"{kind}.onnx", folder / f"{kind}.onnx.data"):
             old.unlink(missing_ok=True)
-        plan.nodes[kind] = write_onnx(tower, examples[kind], folder / f"{kind}.onnx", input_name=name, dynamic=dynamic)
+        file = folder / f"{kind}.onnx"
+        progress.nodes[kind] = write_onnx(tower, examples[kind], file, input_name=name, dynamic=dynamic)
         if fused:
-            plan.nodes[kind] = fuse(folder / f"{kind}.onnx").total()
+            progress.nodes[kind] = fuse(file).total()
 
 
 def _lower(
-    tower: nn.Module, kind: Tower, precision: Precision, batches: list[Tensor], plan: _Plan, limits: Limits
+    tower: nn.Module, kind: Tower, precision: Precision, batches: list[Tensor], progress: _Progress, limits: Limits
 ) -> None:
-    """Decide which layers stay in float32 and convert the others."""
+    """Decide which layers stay in float32, and convert the others."""
     ranges = observe(tower, batches, samples=precision == "int8")
-    wanted: list[str] = [*plan.keep[kind], *(overflows(tower, ranges) if precision == "fp16" else [])]
-    keep = list(dict.fromkeys(wanted))
-    missed = plan.losses.get(kind)
-    if precision == "int8" or missed is not None:
+    required: list[str] = [*progress.keep[kind], *(overflows(tower, ranges) if precision == "fp16" else [])]
+    keep = list(dict.fromkeys(required))
+    measured = progress.losses.get(kind)
+    if precision == "int8" or measured is not None:
         parts = [part for batch in batches for part in torch.split(batch, 2)]
         loss = costs(tower, parts[:: -(-len(parts) // _COSTS)], ranges, precision)
         left = {name: cost for name, cost in loss.items() if name not in keep}
-        # The mean over the inputs must stay well below the limit, for the worst input is several times the mean.
+        # The mean over the inputs must stay well below the limit: the worst input loses several times the mean.
         budget = (1 - limits.cosine) / 4
-        if missed is not None:
-            # What the layers were expected to cost and what they did cost may differ by a factor: use the latter.
-            budget = min(budget, sum(left.values()) * (1 - limits.cosine) / max(missed, 1e-9)) / 4
+        if measured is not None:
+            # The measured loss may differ from the predicted one by a factor: scale the budget with the measurement.
+            budget = min(budget, sum(left.values()) * (1 - limits.cosine) / max(measured, 1e-9)) / 4
         keep += worst(left, budget)
-    plan.keep[kind] = keep
+    progress.keep[kind] = keep
     convert(tower, precision, ranges, keep)
 
 
 def _run_in_torch(
-    tower: nn.Module, kind: Tower, precision: Precision, batch: Tensor, target: Any, plan: _Plan, limits: Limits
+    tower: nn.Module, kind: Tower, precision: Precision, batch: Tensor, target: Any, progress: _Progress, limits: Limits
 ) -> None:
-    """Run the converted tower in torch's own half: onnxruntime's CPU provider would hide an overflow."""
+    """Run the converted tower in half precision in torch: onnxruntime's CPU provider would hide an overflow."""
     if precision == "int8":
         return
     with torch.inference_mode():
         embeddings = tower(batch)
     cosine = float((embeddings * torch.from_numpy(target[: len(embeddings)])).sum(dim=1).min())
     if not cosine >= limits.cosine:
-        plan.losses[kind] = 1 - cosine
-        plan.problems[kind] = [f"smallest cosine {cosine:.7f} in torch's {precision}, limit {limits.cosine}"]
+        progress.losses[kind] = 1 - cosine
+        progress.problems[kind] = [f"smallest cosine {cosine:.7f} in torch's {precision}, limit {limits.cosine}"]
 
 
-def _manifest(loaded: LoadedModel, precision: Precision, expected: Reference, plan: _Plan) -> Manifest:
+def _manifest(loaded: LoadedModel, precision: Precision, expected: Reference, progress: _Progress) -> Manifest:
     return Manifest(
         format=FORMAT,
         model=loaded.name,
@@ -277,12 +293,12 @@ def _manifest(loaded: LoadedModel, precision: Precision, expected: Reference, pl
         image=loaded.image,
         text=loaded.text,
         files={},
-        float32_layers=[name.removeprefix("model.") for kept in plan.keep.values() for name in kept],
+        float32_layers=[name.removeprefix("model.") for kept in progress.keep.values() for name in kept],
     )
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> Bundle:
-    """Write bundle.json with the size and hash of every other file of the folder."""
+    """Write bundle.json with the size and digest of every other file in the folder."""
     manifest.files.clear()
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != "bundle.json":

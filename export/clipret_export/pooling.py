@@ -1,7 +1,7 @@
-"""Pooling before the last block: of its outputs a CLIP tower reads one token, so only that one is computed.
+"""Early pooling: a CLIP tower reads one token of its last block's output, so the block computes only that token.
 
-Its keys and values still come from every token. The embedding is the same; a ViT-B-32 does a twelfth less work.
-Towers that pool in another way (mean, attention over all tokens, a class token of timm's) stay as they are.
+Keys and values still come from every token. The embedding is the same, and a ViT-B-32 does a twelfth less work. Towers
+with another pooling (mean, attention over all tokens, a class token in timm) stay as they are.
 """
 
 from typing import Any, cast
@@ -17,7 +17,11 @@ __all__ = ["pool_early"]
 
 
 def pool_early(model: Any) -> None:
-    """Rewrite in place every tower of `model` that is known to read one token of its last block."""
+    """Rewrite the towers that read one token of their last block.
+
+    Args:
+        model: The model to change in place, in eval mode.
+    """
     for parent in list(model.modules()):
         children: list[tuple[str, Any]] = list(parent.named_children())
         for name, child in children:
@@ -26,7 +30,7 @@ def pool_early(model: Any) -> None:
             elif isinstance(child, TextTransformer) and _pools_one_token(child):
                 setattr(parent, name, _PooledText(child, child.pool_type, child.eos_id))
             elif name == "encoder" and _is_bert(child) and _reads_first_token(parent, model):
-                layers = cast(nn.ModuleList, child.layer)  # _is_bert has seen that
+                layers = cast(nn.ModuleList, child.layer)  # checked by _is_bert
                 layers[-1] = _PooledBertLayer(layers[-1])
     if hasattr(model, "text_pool_type") and type(model.transformer.resblocks[-1]) is ResidualAttentionBlock:
         model.pooled_text = _PooledText(model, model.text_pool_type, model.text_eos_id)
@@ -41,7 +45,7 @@ def _pool_class_token(tower: VisionTransformer) -> None:
 
 
 class _PooledBlock(nn.Module):
-    """A residual attention block for one of its tokens: float32 [B,L,W] -> [B,1,W], the first unless `at` [B] says."""
+    """A residual attention block for one token: float32 [B,L,W] -> [B,1,W], the token at `at` [B] or the first."""
 
     def __init__(self, block: ResidualAttentionBlock) -> None:
         super().__init__()
@@ -52,7 +56,7 @@ class _PooledBlock(nn.Module):
         y = self.ln_1(x)
         mask = attn_mask
         if at is not None and mask is not None:
-            mask = mask[at][:, None, None]  # each text's own row of the causal mask: [B,1,1,L]
+            mask = mask[at][:, None, None]  # the row of the causal mask for each text's token: [B,1,1,L]
         x = _pick(x, at) + self.ls_1(self.attn(_pick(y, at), y, y, need_weights=False, attn_mask=mask)[0])
         pooled: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
         return pooled
@@ -73,7 +77,7 @@ def _pools_one_token(text: TextTransformer) -> bool:
 
 
 class _PooledText(nn.Module):
-    """The text side of open_clip.CLIP, or its TextTransformer, with the last block for the pooled token only.
+    """The text tower of open_clip.CLIP or a TextTransformer, with a last block that computes the pooled token only.
 
     int64 [B,L] -> float32 [B,D].
     """
@@ -103,7 +107,7 @@ class _PooledText(nn.Module):
         return F.normalize(x, dim=-1) if normalize else x
 
     def _position(self, text: Tensor) -> Tensor:
-        """The token that the tower reads, int64 [B]."""
+        """The position of the pooled token, int64 [B]."""
         if self.pool_type == "argmax":
             return text.argmax(dim=-1)
         if self.pool_type == "eos":
@@ -112,7 +116,7 @@ class _PooledText(nn.Module):
 
 
 def _is_bert(encoder: nn.Module) -> bool:
-    """Whether an encoder of transformers has BERT's layers, as BERT, RoBERTa and XLM-RoBERTa do."""
+    """Whether an encoder of transformers has the layers of BERT, as BERT, RoBERTa and XLM-RoBERTa have."""
     layers = getattr(encoder, "layer", None)
     parts = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
     if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -122,17 +126,17 @@ def _is_bert(encoder: nn.Module) -> bool:
 
 
 def _reads_first_token(bert: nn.Module, model: nn.Module) -> bool:
-    """Whether whoever holds the transformer `bert` reads its first token only."""
-    for holder in model.modules():
-        if getattr(holder, "transformer", None) is bert:  # open_clip's HFTextEncoder
-            return type(getattr(holder, "pooler", None)).__name__ in ("ClsPooler", "ClsLastHiddenStatePooler")
-        if getattr(holder, "bert", None) is bert:  # our Chinese-CLIP
+    """Whether the module that contains the transformer `bert` reads only its first token."""
+    for parent in model.modules():
+        if getattr(parent, "transformer", None) is bert:  # open_clip's HFTextEncoder
+            return type(getattr(parent, "pooler", None)).__name__ in ("ClsPooler", "ClsLastHiddenStatePooler")
+        if getattr(parent, "bert", None) is bert:  # our ChineseClip
             return True
     return False
 
 
 class _PooledBertLayer(nn.Module):
-    """A layer of BERT for its first token: float32 [B,L,W] -> [B,1,W]. `attention_mask` is additive, [B,1,*,L]."""
+    """A layer of BERT for the first token: float32 [B,L,W] -> [B,1,W]. `attention_mask` is additive, [B,1,*,L]."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()

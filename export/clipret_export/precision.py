@@ -1,10 +1,10 @@
 """Lower precision, layer by layer: matrix products in fp16, bf16 or int8, everything between them in float32.
 
-A CLIP tower converted whole overflows where its residual stream grows past 65,504 and loses digits in LayerNorm;
-the products themselves, which take nearly all the time, are harmless. So a Linear, Conv2d or Embedding gets smaller
-weights and a cast at its border, scaled_dot_product_attention likewise, and nothing else changes. The conversion
-happens in torch, since converters that work on the ONNX graph trip over its uint8 input, and it is the same for every
-architecture: what is converted are layers, by their names in the model, whatever stands around them.
+A CLIP tower that is converted as a whole overflows where its residual stream exceeds 65,504, and loses digits in
+LayerNorm. The matrix products take nearly all the time and are safe to convert. So a Linear, Conv2d or Embedding gets
+smaller weights and casts around it, as does scaled_dot_product_attention, and nothing else changes. The conversion
+happens in torch, because converters of ONNX graphs fail on the uint8 input. It selects layers by their names in the
+model, so it works for every architecture.
 """
 
 from collections.abc import Callable, Collection
@@ -25,15 +25,15 @@ FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _Cast(nn.Module):
-    """A layer with smaller weights: float32 in, the layer's product in its weights' dtype, float32 out."""
+    """A layer with smaller weights: float32 in, the product in the dtype of the weights, float32 out."""
 
-    # open_clip's blocks ask their first linear layer for the dtype of the residual stream; a layer may answer
-    # with this name instead of its weight's dtype.
+    # open_clip's blocks read the dtype of the residual stream from their first linear layer; this attribute takes
+    # precedence over the dtype of its weight.
     int8_original_dtype = torch.float32
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x if x.dtype == torch.int64 else x.to(self.weight.dtype))  # ids stay ids
+        y: Tensor = super().forward(x if x.dtype == torch.int64 else x.to(self.weight.dtype))  # ids stay int64
         return y.to(torch.float32)
 
 
@@ -50,10 +50,10 @@ class _CastEmbedding(_Cast, nn.Embedding):
 
 
 class _Int8(nn.Module):
-    """A layer of int8 weights, one scale a channel, whose input has one fixed scale and zero point: static QDQ.
+    """A layer with int8 weights, one scale per channel, and a fixed scale and zero point for its input: static QDQ.
 
-    The scale of the input is a constant of the graph, so that no embedding depends on what else is in its batch, as it
-    does where the scale is taken from the batch (dynamic quantisation). Exports only; it does not run in torch.
+    The input scale is a constant of the graph, so an embedding does not depend on the rest of its batch, as it would
+    with dynamic quantization. The layer can be exported, but does not run in torch.
     """
 
     int8_original_dtype = torch.float32
@@ -72,13 +72,13 @@ class _Int8(nn.Module):
         self.register_buffer("zero", torch.tensor(zero, dtype=torch.uint8))
 
     def _input(self, x: Tensor) -> Tensor:
-        return _dequantise(_onnx("QuantizeLinear", x, self.scale, self.zero, like=x, dtype=torch.uint8), self)
+        return _dequantize(_onnx("QuantizeLinear", x, self.scale, self.zero, like=x, dtype=torch.uint8), self)
 
 
 class _Int8Linear(_Int8, nn.Linear):
     def quantize(self, ranges: Ranges) -> None:
         super().quantize(ranges)
-        self.weight = self.weight.t().contiguous()  # as MatMul takes it: [in,out]
+        self.weight = self.weight.t().contiguous()  # [in,out] for MatMul
 
     def forward(self, x: Tensor) -> Tensor:
         weight = _onnx("DequantizeLinear", self.weight, self.weight_scale, like=self.weight, attrs={"axis": 1})
@@ -87,7 +87,7 @@ class _Int8Linear(_Int8, nn.Linear):
 
 
 class _Int8Conv2d(_Int8, nn.Conv2d):
-    """Integer convolutions exist with integer output only, so the output has a fixed scale too."""
+    """A convolution whose output has a fixed scale, too: integer convolutions have integer output only."""
 
     int_bias: Tensor
     bias_scale: Tensor
@@ -114,7 +114,7 @@ class _Int8Conv2d(_Int8, nn.Conv2d):
         return _onnx("DequantizeLinear", q, self.out_scale, self.out_zero, like=q)
 
 
-def _dequantise(q: Tensor, layer: _Int8) -> Tensor:
+def _dequantize(q: Tensor, layer: _Int8) -> Tensor:
     return _onnx("DequantizeLinear", q, layer.scale, layer.zero, like=q)
 
 
@@ -125,12 +125,12 @@ def _onnx(
     dtype: torch.dtype = torch.float32,
     attrs: dict[str, Any] | None = None,
 ) -> Tensor:
-    made: Tensor = torch.onnx.ops.symbolic(operator, inputs, attrs=attrs or {}, dtype=dtype, shape=like.shape)
-    return made
+    output: Tensor = torch.onnx.ops.symbolic(operator, inputs, attrs=attrs or {}, dtype=dtype, shape=like.shape)
+    return output
 
 
 def _int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 weight within ±127 and float32 scale [out] of a layer's weight [out,...]."""
+    """The int8 weight, within ±127, and float32 scale [out] of a layer's weight [out,...]."""
     scale = weight.abs().flatten(1).amax(dim=1).clamp_min(1e-12) / 127
     shape = (-1, *[1] * (weight.dim() - 1))
     return (weight / scale.view(shape)).round().clamp(-127, 127).to(torch.int8), scale
@@ -144,9 +144,16 @@ _KINDS: dict[Kind, tuple[type[_Cast], type[_Int8] | None]] = {
 
 
 def convert(model: nn.Module, precision: Precision, ranges: dict[str, Ranges], keep: Collection[str]) -> None:
-    """Convert in place the layers and attentions of `ranges` (names of submodules) but those named in `keep`.
+    """Convert layers and attentions to a lower precision.
 
-    For int8, tables become fp16 and attention stays float32: their share of the time is small, their loss is not.
+    For int8, embedding tables become fp16 and attention stays in float32: they take little time, and int8 would cost
+    them much accuracy.
+
+    Args:
+        model: The tower to change in place, in float32.
+        precision: The new precision.
+        ranges: The ranges of the layers and attentions to convert, by the name of the submodule.
+        keep: Names of submodules that stay in float32.
     """
     if precision == "fp32":
         return
@@ -184,13 +191,36 @@ def _wrap_attention(module: nn.Module, dtype: torch.dtype) -> None:
 def round_attention(
     dtype: torch.dtype, attend: Attend, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """scaled_dot_product_attention in `dtype` for float32 queries, keys, values and mask; float32 out."""
+    """Compute scaled_dot_product_attention in lower precision.
+
+    Args:
+        dtype: float16 or bfloat16.
+        attend: The original function.
+        q: Queries, float32 [...,L,D].
+        k: Keys, float32 [...,S,D].
+        v: Values, float32 [...,S,D].
+        attn_mask: Additive float32 mask or bool mask.
+        options: Further arguments of the original function.
+
+    Returns:
+        float32 [...,L,D].
+    """
     mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, **options).to(torch.float32)
 
 
 def round_layer(module: Any, precision: Precision, ranges: Ranges, x: Tensor) -> Tensor:
-    """What a layer of float32 weights would give for x in `precision`, computed in float32."""
+    """Compute in float32 what a layer would return in a lower precision.
+
+    Args:
+        module: A Linear, Conv2d or Embedding with float32 weights.
+        precision: The lower precision.
+        ranges: The ranges of the layer, with samples for int8.
+        x: Its input, float32 or int64 ids.
+
+    Returns:
+        Its output, float32.
+    """
     weight: Tensor = module.weight
     if precision == "int8" and isinstance(module, nn.Embedding):
         precision = "fp16"

@@ -1,4 +1,4 @@
-"""What the model itself makes of the check's inputs, in torch and float32, before anything is rewritten."""
+"""The reference of the parity check: embeddings of the original model in torch and float32."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,9 +28,17 @@ Batches = list[Tensor]
 
 
 def reference(loaded: LoadedModel, pairs: PairSet | None = None) -> tuple[Reference, list[tuple[Path, str]]]:
-    """Embeddings by the model's own encode_image and encode_text, texts at full context length.
+    """Compute embeddings with the model's own encode_image and encode_text, texts padded to the context length.
 
-    Also returns the images of `pairs` that could not be decoded, with the reason; they are left out.
+    Args:
+        loaded: The model, before it is rewritten.
+        pairs: Images and captions of the user, in addition to the built-in ones.
+
+    Returns:
+        The embeddings, and the images that could not be decoded with the reason. These images are left out.
+
+    Raises:
+        ClipretError: None of the user's images can be decoded.
     """
     model = loaded.model.float().eval()
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (loaded.mean, loaded.std))
@@ -51,7 +59,7 @@ def reference(loaded: LoadedModel, pairs: PairSet | None = None) -> tuple[Refere
     if len(skipped) == len(pairs.paths):
         raise ClipretError(
             f"none of the {len(skipped)} images to check with can be read, for example {pairs.paths[0]}: "
-            f"{skipped[0]}; check --image-root"
+            f"{skipped[0]}; check the paths and --verify image_root=…"
         )
     kept = pairs.subset([at for at in range(len(pairs.paths)) if at not in skipped])
     data_text = _embeddings(text, _texts(loaded, kept.captions), "captions in torch")
@@ -60,7 +68,19 @@ def reference(loaded: LoadedModel, pairs: PairSet | None = None) -> tuple[Refere
 
 
 def inputs(loaded: LoadedModel, items: Sequence[Image.Image | Path], skipped: dict[int, str] | None = None) -> Batches:
-    """Images as uint8 [B,S,S,3]; unreadable ones go into `skipped` by their position, or raise ImageError."""
+    """Preprocess images in batches.
+
+    Args:
+        loaded: The model.
+        items: Images or their paths.
+        skipped: Gets the reason for each image that cannot be decoded, by its position in `items`.
+
+    Returns:
+        Batches uint8 [B,S,S,3].
+
+    Raises:
+        ImageError: An image cannot be decoded, and `skipped` is None.
+    """
     pixels: list[npt.NDArray[np.uint8]] = []
     for at, item in enumerate(items):
         try:
@@ -73,13 +93,21 @@ def inputs(loaded: LoadedModel, items: Sequence[Image.Image | Path], skipped: di
 
 
 def texts(loaded: LoadedModel, captions: Sequence[str]) -> Batches:
-    """Captions as int64 [B,L], each batch as long as its longest where the model allows it."""
+    """Tokenize captions in batches.
+
+    Args:
+        loaded: The model.
+        captions: The captions.
+
+    Returns:
+        Batches int64 [B,L], padded to the longest caption of the batch if the model allows it.
+    """
     tokenize = Tokenizer(loaded.tokenizer_json, loaded.text)
     return [torch.from_numpy(tokenize(captions[at : at + _BATCH])) for at in range(0, len(captions), _BATCH)]
 
 
 def _texts(loaded: LoadedModel, captions: Sequence[str]) -> Batches:
-    """Captions as int64 [B, context length]: what the model was trained on, trimmed by nobody."""
+    """Captions as int64 [B,L] with L the context length, as in the model's training."""
     short = [loaded.text.context_length - batch.shape[1] for batch in texts(loaded, captions)]
     return [
         F.pad(batch, (0, missing), value=loaded.text.pad_id)

@@ -1,4 +1,4 @@
-"""What an export is checked with: images and texts that everyone has, and the user's own."""
+"""The inputs of the parity check: built-in images and texts, and the user's own."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,21 @@ TEXTS = (
     "two dogs run across a field of tall grass while a man in a yellow coat watches them from the fence",
     "night, rain",
     "a grey truck",
-    "The quick brown fox jumps over the lazy dog; " * 12,  # longer than any context: the cut must agree too
+    "The quick brown fox jumps over the lazy dog; " * 12,  # longer than any context, to check the truncation
 )
 _SIZES = [(320, 200), (90, 251), (640, 64), (33, 77), (500, 499), (224, 180)]
 
 
 def sample_images(count: int = 12) -> list[Image.Image]:
-    """ImageReader, none of them square: smooth colour fields with hard-edged shapes and noise, always the same."""
-    made = []
+    """Draw the built-in images: smooth colour fields with hard-edged shapes and noise, none of them square.
+
+    Args:
+        count: Number of images.
+
+    Returns:
+        The images, the same in every call.
+    """
+    images = []
     for number in range(count):
         width, height = _SIZES[number % len(_SIZES)]
         rng = np.random.default_rng(number)
@@ -35,15 +42,21 @@ def sample_images(count: int = 12) -> list[Image.Image]:
         waves = [np.sin(x * a + y * b + c) for a, b, c in rng.uniform(-0.08, 0.08, (3, 3)) * (1, 1, 40)]
         canvas = 127 + 90 * np.stack(waves, axis=-1) + rng.normal(0, 12, (height, width, 3))
         canvas[height // 4 : height // 2, width // 5 : width // 2] = rng.integers(0, 256, 3)
-        made.append(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)))
-    return made
+        images.append(Image.fromarray(canvas.clip(0, 255).astype(np.uint8)))
+    return images
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The user's images, with captions where a list has them: `source` is a folder of images or a list.
+    """Images of the user, with captions if they come from an annotations file.
 
-    `limit`: at most so many images, spread evenly over all of them.
+    Attributes:
+        source: A folder of images or an annotations file.
+        image_root: The folder that paths in the annotations file are relative to; by default the file's own.
+        where: SQL condition on the rows of the annotations file.
+        limit: Maximum number of images, evenly spaced over all of them.
+        image_column: Column of the image paths; by default detected.
+        caption_column: Column of the captions; by default detected.
     """
 
     source: Path
@@ -54,14 +67,21 @@ class Sample:
     caption_column: str | None = None
 
     def read(self) -> PairSet:
-        """Raises ClipretError as `find_images` and `read_pairs` do, and when nothing is left."""
+        """Read the images and captions.
+
+        Returns:
+            At most `limit` images, with their captions.
+
+        Raises:
+            ClipretError: There are no images, or as `find_images` and `read_pairs`.
+        """
         if self.source.is_dir():
-            found = find_images(self.source)
-            pairs = PairSet(tuple(found), (), ((),) * len(found))
+            paths = find_images(self.source)
+            pairs = PairSet(tuple(paths), (), ((),) * len(paths))
         else:
             columns = {"image_column": self.image_column, "caption_column": self.caption_column}
             pairs = read_pairs(self.source, image_root=self.image_root, where=self.where, **columns)
         if not pairs.paths:
-            raise ClipretError(f"{self.source} holds no images to check with: look at its --where")
+            raise ClipretError(f"{self.source} has no images to use: check the path and the where=… condition")
         step = max(1.0, len(pairs.paths) / self.limit)
         return pairs.subset([int(at * step) for at in range(min(self.limit, len(pairs.paths)))])

@@ -1,9 +1,9 @@
-"""How much accuracy each layer's lower precision costs, measured for all layers in one pass.
+"""The accuracy that each layer loses in lower precision, measured for all layers in one pass.
 
-A layer in lower precision adds an error d to its output, and its share of the embedding's error is J d with J the
-Jacobian from there to the unit-length embedding. Every output is written as y + g d with one check g = 0 a sample; the
-derivative of r . row by g is then r J d for all layers at once, and over random directions r its mean square is |J d|^2
-(Hutchinson's estimator). Quantising one layer at a time would need a pass for each of them.
+A layer in lower precision adds an error d to its output y, which changes the embedding by J d, where J is the Jacobian
+of the embedding with respect to y. Every output is replaced by y + s d with a switch s = 0 for each sample. For a
+random direction r, the derivative of r . embedding with respect to s is r J d, for all layers at once; its mean square
+over the directions is |J d|^2 (Hutchinson's estimator). Quantizing one layer at a time would need one pass per layer.
 """
 
 import math
@@ -26,10 +26,17 @@ _DIRECTIONS = 6
 def costs(
     tower: nn.Module, batches: Iterable[Tensor], ranges: dict[str, Ranges], precision: Precision
 ) -> dict[str, float]:
-    """What each layer and attention of `ranges` in `precision` is expected to take from the cosine: 1 - cosine.
+    """Predict how much cosine similarity each layer and attention loses in a lower precision.
 
-    `tower` is in float32 and maps a batch to unit embeddings float32 [B,D]. The costs of independent layers add up; one
-    that overflows in `precision` costs infinity.
+    Args:
+        tower: The tower in float32, from a batch to embeddings float32 [B,D] of unit length.
+        batches: Inputs, uint8 [B,S,S,3] or int64 [B,L].
+        ranges: The ranges of the layers and attentions to measure, by the name of the submodule.
+        precision: The lower precision.
+
+    Returns:
+        1 - cosine by the name of the submodule, infinity for a layer that overflows. The costs of independent layers
+        add up.
     """
     names = [name for name in ranges if kind_of(tower.get_submodule(name)) is not None or precision in FLOATS]
     total = dict.fromkeys(names, 0.0)
@@ -37,50 +44,50 @@ def costs(
     broken: set[str] = set()
     count = 0
     for batch in batches:
-        checks: dict[str, Tensor] = {}
-        undo = [_open(tower.get_submodule(name), name, precision, ranges[name], checks, broken) for name in names]
+        switches: dict[str, Tensor] = {}
+        undo = [_insert(tower.get_submodule(name), name, precision, ranges[name], switches, broken) for name in names]
         try:
-            rows = tower(batch)
+            embeddings = tower(batch)
         finally:
-            for close in undo:
-                close()
-        seen = list(checks)
+            for remove in undo:
+                remove()
+        called = list(switches)
         for at in range(_DIRECTIONS):
-            direction = torch.randn(rows.shape, generator=generator)
+            direction = torch.randn(embeddings.shape, generator=generator)
             slopes = torch.autograd.grad(
-                (rows * direction).sum(), [checks[name] for name in seen], retain_graph=at + 1 < _DIRECTIONS
+                (embeddings * direction).sum(), [switches[name] for name in called], retain_graph=at + 1 < _DIRECTIONS
             )
-            for name, slope in zip(seen, slopes, strict=True):
-                # 1 - cosine of two unit embeddings is half the squared distance between them
+            for name, slope in zip(called, slopes, strict=True):
+                # For vectors of unit length, 1 - cosine is half the squared distance.
                 total[name] += float(slope.square().sum()) / 2 / _DIRECTIONS
-        count += len(rows)
+        count += len(embeddings)
     return {name: math.inf if name in broken else value / count for name, value in total.items()}
 
 
-def _open(
-    module: nn.Module, name: str, precision: Precision, ranges: Ranges, checks: dict[str, Tensor], broken: set[str]
+def _insert(
+    module: nn.Module, name: str, precision: Precision, ranges: Ranges, switches: dict[str, Tensor], broken: set[str]
 ) -> Callable[[], None]:
-    """Put a check behind a layer or around an attention; returns what takes it away again."""
+    """Insert a switch after a layer or an attention; returns a function that removes it."""
     inner = module.forward
 
-    def checked(y: Tensor, rounded: Tensor) -> Tensor:
+    def switched(y: Tensor, rounded: Tensor) -> Tensor:
         error = (rounded - y).detach()
         if not error.isfinite().all():
             broken.add(name)
             return y
-        check = checks.setdefault(name, torch.zeros(len(y), requires_grad=True))
-        return y + check.view(-1, *[1] * (y.dim() - 1)) * error
+        switch = switches.setdefault(name, torch.zeros(len(y), requires_grad=True))
+        return y + switch.view(-1, *[1] * (y.dim() - 1)) * error
 
     def layer(x: Tensor) -> Tensor:
         y = inner(x)
         with torch.no_grad():
             rounded = round_layer(module, precision, ranges, x)
-        return checked(y, rounded)
+        return switched(y, rounded)
 
     def compute(attend: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
         with torch.no_grad():
             rounded = round_attention(FLOATS[precision], attend, *args, **options)
-        return checked(attend(*args, **options), rounded)
+        return switched(attend(*args, **options), rounded)
 
     def attention(*args: Any, **options: Any) -> Any:
         with attention_as(compute):
@@ -88,16 +95,24 @@ def _open(
 
     module.forward = layer if kind_of(module) is not None else attention
 
-    def close() -> None:
-        del module.forward  # the class's own again
+    def remove() -> None:
+        del module.forward  # the attribute, so that the method of the class is used again
 
-    return close
+    return remove
 
 
 def worst(costs: dict[str, float], budget: float) -> list[str]:
-    """The fewest layers without which the costs of the rest add up to no more than `budget`, worst first."""
-    found = sorted(costs, key=lambda name: -costs[name])
+    """Choose the layers to keep in float32.
+
+    Args:
+        costs: The costs by the name of the layer; see the function `costs`.
+        budget: The largest sum of the costs of all other layers.
+
+    Returns:
+        The fewest layers that must stay in float32, the most expensive first.
+    """
+    names = sorted(costs, key=lambda name: -costs[name])
     spent = 0.0
-    while found and spent + costs[found[-1]] <= budget:
-        spent += costs[found.pop()]
-    return found
+    while names and spent + costs[names[-1]] <= budget:
+        spent += costs[names.pop()]
+    return names

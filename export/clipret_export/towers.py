@@ -1,6 +1,7 @@
-"""The two towers as torch modules that take what the bundle promises: uint8 images, int64 token ids.
+"""The two towers as torch modules with the inputs of a bundle: uint8 images and int64 token ids.
 
-`rewrite` replaces what exports badly or computes more than the embedding needs; the embedding stays the same to 1e-6.
+`rewrite` replaces modules that export badly or compute more than the embedding needs. Embeddings stay the same within
+1e-6.
 """
 
 import contextlib
@@ -21,7 +22,13 @@ __all__ = ["ImageTower", "PlainAttention", "TextTower", "rewrite"]
 
 
 class ImageTower(nn.Module):
-    """uint8 [B,S,S,3] -> float32 [B,D], unit embeddings. Mean, std and channel order are inside."""
+    """The image tower: uint8 [B,S,S,3] -> embeddings float32 [B,D] of unit length.
+
+    The normalization of pixels and the change of the channel order are part of it.
+
+    Args:
+        loaded: The model.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -30,7 +37,7 @@ class ImageTower(nn.Module):
         super().__init__()
         self.model = loaded.model
         mean, std = torch.tensor(loaded.mean), torch.tensor(loaded.std)
-        # (x / 255 - mean) / std as one product and one sum
+        # (x / 255 - mean) / std as one multiplication and one addition
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
@@ -42,7 +49,11 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """int64 [B,L] -> float32 [B,D], unit embeddings, for any L that the model's TextSpec allows."""
+    """The text tower: int64 [B,L] -> embeddings float32 [B,D] of unit length, for any L that the TextSpec allows.
+
+    Args:
+        loaded: The model.
+    """
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
@@ -54,28 +65,31 @@ class TextTower(nn.Module):
 
 
 def rewrite(model: nn.Module) -> None:
-    """Rewrite a model in place: normalisations folded into convolutions, plain attention, early pooling.
+    """Fold batch normalizations into convolutions, unpack attention and pool early.
 
-    Must come before any conversion to lower precision.
+    Call it before any conversion to lower precision.
+
+    Args:
+        model: The model to change in place.
     """
     model.eval().requires_grad_(False)
-    _fold_normalisations(model)
+    _fold_normalizations(model)
     replace_modules(model, nn.MultiheadAttention, _plain)
     pool_early(model)
 
 
-def _fold_normalisations(model: Any) -> None:
-    """BatchNorm2d of the image tower into the convolutions before them.
+def _fold_normalizations(model: Any) -> None:
+    """Fold each BatchNorm2d of the image tower into the convolution before it.
 
-    Engines fold them too, but not across the casts of lower precision. A tower that torch.fx cannot trace keeps its
-    normalisations and is merely slower.
+    Backends fold them as well, but not across the casts of lower precision. A tower that torch.fx cannot trace keeps
+    its normalizations and is only slower.
     """
     visual = model.visual
     if not any(isinstance(module, nn.BatchNorm2d) for module in visual.modules()):
         return
     pool = getattr(visual, "attnpool", None)
     if isinstance(pool, AttentionPool2d):
-        visual.attnpool = nn.Identity()  # a traced attention would be out of the reach of `attention_as`
+        visual.attnpool = nn.Identity()  # `attention_as` would not reach a traced attention
         model.visual = nn.Sequential(visual, PlainAttentionPool(pool))
     with contextlib.suppress(TraceError):
         folded = fuse(visual)
@@ -89,8 +103,11 @@ def _plain(packed: nn.MultiheadAttention) -> nn.Module:
 class PlainAttention(nn.Module):
     """nn.MultiheadAttention as four linear layers around scaled_dot_product_attention.
 
-    The stock module packs its projections and takes a fused path in eval mode that the exporter unrolls; this one
-    becomes four matrix products and a softmax. Call and result are the stock module's.
+    The stock module packs its projections, and in eval mode takes a fused path that the exporter unrolls. This one
+    becomes four matrix products and a softmax, with the same arguments and results.
+
+    Args:
+        packed: The stock module.
     """
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
@@ -99,7 +116,7 @@ class PlainAttention(nn.Module):
         self.batch_first = packed.batch_first
         if packed.in_proj_weight is not None:
             weights = packed.in_proj_weight.data.chunk(3)
-        else:  # keys and values of another width than the queries'
+        else:  # keys and values differ in width from the queries
             weights = [w.data for w in (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)]
         biases = packed.in_proj_bias.data.chunk(3) if packed.in_proj_bias is not None else (None, None, None)
         self.q, self.k, self.v = map(_linear, weights, biases)
@@ -112,7 +129,7 @@ class PlainAttention(nn.Module):
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = (split_heads(x, self.heads) for x in (self.q(query), self.k(key), self.v(value)))
-        if attn_mask is not None and attn_mask.dim() == 3:  # [B*H,L,L], as the stock module takes it
+        if attn_mask is not None and attn_mask.dim() == 3:  # [B*H,L,L], as in the stock module
             attn_mask = attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:])
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         x = self.out(x.transpose(1, 2).flatten(2))  # [B,L,W]
@@ -120,7 +137,11 @@ class PlainAttention(nn.Module):
 
 
 class PlainAttentionPool(nn.Module):
-    """open_clip's AttentionPool2d, whose only query is the mean of the image: float32 [B,C,h,w] -> [B,D]."""
+    """open_clip's AttentionPool2d with one query, the mean over the image: float32 [B,C,h,w] -> [B,D].
+
+    Args:
+        packed: The original module.
+    """
 
     def __init__(self, packed: AttentionPool2d) -> None:
         super().__init__()
@@ -132,8 +153,8 @@ class PlainAttentionPool(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B,h*w,C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
         q, k, v = (split_heads(y, self.heads) for y in (self.q(x[:, :1]), self.k(x), self.v(x)))
-        rows: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
-        return rows
+        embeddings: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        return embeddings
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
