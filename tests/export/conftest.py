@@ -1,4 +1,4 @@
-"""A small random model in open_clip's own format, the input of nearly every export here, and its bundles."""
+"""A small random model in open_clip's format, which most of these tests export, and its bundles."""
 
 import json
 import shutil
@@ -26,13 +26,13 @@ CONFIG: dict[str, Any] = {
 
 
 def write_model(folder: Path, stream: float = 1.0) -> str:
-    """A random ViT as open_clip saves one to disk; `stream` scales its image tower's residual stream."""
+    """Save a random ViT in open_clip's format; `stream` scales the residual stream of its image tower."""
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
     torch.manual_seed(3)
     model = open_clip.model.CLIP(**CONFIG["model_cfg"])
     model.visual.ln_pre.weight.data *= stream
-    for block in model.visual.transformer.resblocks:  # so that what the blocks add is not lost next to it
+    for block in model.visual.transformer.resblocks:  # otherwise the output of the blocks is lost next to it
         block.attn.out_proj.weight.data *= stream
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return str(folder)
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def exported(model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """exported(precision): the bundle of `model` that all tests share, other workers' too; to be read only."""
+    """exported(precision): the bundle of `model`, shared by the tests of all workers. Do not change it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if base.name.startswith("popen-") else base) / "exported"
 
@@ -64,8 +64,8 @@ def exported(model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 
 @pytest.fixture
-def own(exported: Callable[..., Bundle], tmp_path: Path) -> Callable[..., Bundle]:
-    """own(precision): a copy of that bundle in tmp_path/bundle, to be changed."""
+def bundle_copy(exported: Callable[..., Bundle], tmp_path: Path) -> Callable[..., Bundle]:
+    """bundle_copy(precision): a copy of that bundle in tmp_path/bundle, which a test may change."""
 
     def get(precision: Any = "fp32") -> Bundle:
         return Bundle.open(shutil.copytree(exported(precision).path, tmp_path / "bundle"))

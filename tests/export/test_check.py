@@ -1,4 +1,4 @@
-"""`clipret-export check` where there is no torch: the rows it compares with are in the bundle."""
+"""`clipret-export check` without torch: the embeddings it compares with are in the bundle."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ from clipret_export.samples import TEXTS, sample_images
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """The tiny bundle with its own rows as the reference."""
+    """The tiny bundle with its own embeddings as the reference."""
     folder = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, folder)
     encoder = Encoder(Bundle.open(folder))
@@ -39,7 +39,7 @@ def test_it_needs_neither_torch_nor_onnx() -> None:
 
 def test_a_good_bundle(bundle: Path) -> None:
     result = CliRunner().invoke(main, ["check", str(bundle), "--verify", "min_cosine=0.99"])
-    # Texts without a colour word are all alike in this model: their rows, and only those, are taken for each other.
+    # Texts without a colour word have the same embedding in this model: the check confuses these, and only these.
     assert "smallest cosine" in result.stdout
     assert "image tower" not in result.stderr
 

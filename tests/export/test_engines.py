@@ -18,7 +18,7 @@ from clipret_export.samples import TEXTS, Sample, sample_images
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
 
-def test_an_export_with_plans(model: str, tmp_path: Path) -> None:
+def test_an_export_with_engines(model: str, tmp_path: Path) -> None:
     command = [model, str(tmp_path / "bundle"), "--fp16", "--tensorrt-rtx", "sm_89,sm_120", "--engine", "batch=1,8"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
@@ -32,12 +32,12 @@ def test_an_export_with_plans(model: str, tmp_path: Path) -> None:
         for name in ("image", "text"):
             assert bundle.file(f"engines/{key}/{name}.plan").stat().st_size > 10_000
     report = json.loads(bundle.file("verify.json").read_text())
-    assert report["plans"]["tensorrt_rtx"].startswith("not run: ")
+    assert report["engine_checks"]["tensorrt_rtx"].startswith("not run: ")
 
 
-def test_plans_are_added_without_the_model(own: Callable[..., Bundle]) -> None:
-    """The bundle stays the same bundle: a gallery that was made with it keeps accepting it."""
-    before = own("fp16")
+def test_engines_are_added_without_the_model(bundle_copy: Callable[..., Bundle]) -> None:
+    """The bundle keeps its fingerprint, so galleries that were indexed with it still accept it."""
+    before = bundle_copy("fp16")
     result = CliRunner().invoke(main, ["engines", str(before.path), "--tensorrt-rtx"])
     assert result.exit_code == 0, result.output
     after = Bundle.open(before.path)
@@ -49,8 +49,8 @@ def test_plans_are_added_without_the_model(own: Callable[..., Bundle]) -> None:
     assert len(Encoder(after).encode_texts(TEXTS)) == len(TEXTS)
 
 
-def test_a_changed_tower_gets_no_plan(own: Callable[..., Bundle]) -> None:
-    bundle = own()
+def test_a_changed_tower_gets_no_engine(bundle_copy: Callable[..., Bundle]) -> None:
+    bundle = bundle_copy()
     with (bundle.path / "text.onnx").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ClipretError, match=r"text\.onnx"):
@@ -63,23 +63,23 @@ def test_int8_is_for_cpus(model: str, tmp_path: Path) -> None:
     folder.mkdir()
     for number, image in enumerate(sample_images(4)):
         image.save(folder / f"{number}.png")
-    (folder / "list.csv").write_text("path,caption\n" + "".join(f"{n}.png,caption {n}\n" for n in range(4)))
-    data = Sample(folder / "list.csv")
+    (folder / "captions.csv").write_text("path,caption\n" + "".join(f"{n}.png,caption {n}\n" for n in range(4)))
+    data = Sample(folder / "captions.csv")
     with pytest.raises(ClipretError, match="export with --fp16"):
         export_bundle(
             model,
             tmp_path / "bundle",
             precision="int8",
             calibration_data=data,
-            plans=[EngineRequest("tensorrt_rtx")],
+            engines=[EngineRequest("tensorrt_rtx")],
         )
     assert not (tmp_path / "bundle").exists()
 
 
 def test_what_cannot_be_built_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
     for options, message in (
-        (["--tensorrt-rtx", "sm_99"], "builds nothing for 'sm_99'"),
-        (["--tensorrt-rtx", "--engine", "batch=0"], "make no plan"),
+        (["--tensorrt-rtx", "sm_99"], "does not support 'sm_99'"),
+        (["--tensorrt-rtx", "--engine", "batch=0"], "no engine can be built"),
         (["--tensorrt-rtx", "--engine", "timing_cache=cache"], "leave the timing cache out"),
     ):
         result = CliRunner().invoke(main, ["no-such-model", str(tmp_path / "bundle"), *options])
@@ -92,11 +92,11 @@ def test_what_cannot_be_built_is_said_before_anything_is_loaded(tmp_path: Path) 
     [
         ([], 2, "name what to build"),
         (["--tensorrt-rtx", "--engine", "batch=1,many"], 2, "is not a list of numbers"),
-        (["--tensorrt-rtx", "sm_99"], 1, "builds nothing for 'sm_99'"),
+        (["--tensorrt-rtx", "sm_99"], 1, "does not support 'sm_99'"),
     ],
 )
-def test_wrong_requests(options: list[str], status: int, message: str, own: Callable[..., Bundle]) -> None:
-    folder = own().path
+def test_wrong_requests(options: list[str], status: int, message: str, bundle_copy: Callable[..., Bundle]) -> None:
+    folder = bundle_copy().path
     result = CliRunner().invoke(main, ["engines", str(folder), *options])
     assert result.exit_code == status
     assert message in result.stderr

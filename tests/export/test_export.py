@@ -1,4 +1,4 @@
-"""Real exports of small models: a ViT in open_clip's own format, and what the parity check lets through."""
+"""Real exports of small models: a ViT in open_clip's format, and what passes the parity check."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def bundle(request: pytest.FixtureRequest, exported: Callable[..., Bundle]) -> B
     return exported(request.param)
 
 
-def torch_rows(model: str) -> tuple[np.ndarray, np.ndarray]:
+def torch_embeddings(model: str) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings by open_clip alone: its model, its transform, its tokenizer."""
     net, _, transform = open_clip.create_model_and_transforms(f"local-dir:{model}")
     tokens = open_clip.get_tokenizer(f"local-dir:{model}")(TEXTS)
@@ -35,25 +35,25 @@ def torch_rows(model: str) -> tuple[np.ndarray, np.ndarray]:
         return images.numpy(), net.encode_text(tokens, normalize=True).numpy()
 
 
-def test_the_bundle_equals_open_clip_from_image_to_row(bundle: Bundle, model: str) -> None:
+def test_the_bundle_equals_open_clip_from_image_to_embedding(bundle: Bundle, model: str) -> None:
     """Preprocessing and tokenizer included: nothing of clipret is on the reference's side."""
-    images, texts = torch_rows(model)
+    images, texts = torch_embeddings(model)
     tolerance = {"fp32": 2e-6, "fp16": 2e-3}[bundle.manifest.precision]
     for size in (1, 3, 8):
         encoder = Encoder(bundle, EncoderConfig(batch_size=size))
-        rows = np.concatenate(
+        embeddings = np.concatenate(
             [batch.embeddings for batch in encoder.encode_images(sample_images(), lambda image: image)]
         )
-        np.testing.assert_allclose(rows, images, atol=tolerance)
+        np.testing.assert_allclose(embeddings, images, atol=tolerance)
         np.testing.assert_allclose(encoder.encode_texts(TEXTS), texts, atol=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_of_the_small_model(precision: Literal["fp32", "fp16"], tmp_path: Path) -> None:
-    """A run folder exports from its best checkpoint, its normalisations folded into the convolutions."""
+    """A run folder exports from its best checkpoint, with its normalizations folded into the convolutions."""
     loaded = load_model("clipret-small", captions=[*TEXTS, "一辆红色的轿车"], seed=1)
     for module in loaded.model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after some training: nothing is at its initial value
+        if isinstance(module, nn.BatchNorm2d):  # as after training: no value is the initial one
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)
@@ -66,13 +66,13 @@ def test_a_run_of_the_small_model(precision: Literal["fp32", "fp16"], tmp_path: 
     assert "BatchNormalization" not in kinds
 
 
-def test_rows_have_unit_length_and_any_text_length_runs(bundle: Bundle) -> None:
+def test_embeddings_have_unit_length_and_any_text_length_runs(bundle: Bundle) -> None:
     tower = Encoder(bundle).text_tower
     for length in (1, 2, 7, 24):
-        rows = tower.run(np.full((2, length), 49407, dtype=np.int64))
-        assert rows.shape == (2, 48)
-        assert rows.dtype == np.float32
-        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+        embeddings = tower.run(np.full((2, length), 49407, dtype=np.int64))
+        assert embeddings.shape == (2, 48)
+        assert embeddings.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
 
 
 def test_the_manifest_describes_the_folder(bundle: Bundle) -> None:
@@ -89,7 +89,7 @@ def test_the_manifest_describes_the_folder(bundle: Bundle) -> None:
     report = json.loads(bundle.file("verify.json").read_text())
     assert report["image"]["min_cosine"] >= report["limits"]["cosine"]
     assert report["nodes"]["image"] == len(onnx.load(bundle.path / "image.onnx").graph.node)
-    # the machine that exports leaves no trace
+    # no paths of the exporting machine
     assert b"site-packages" not in (bundle.path / "image.onnx").read_bytes()
 
 
@@ -100,8 +100,10 @@ def test_fp16_halves_the_weights(exported: Callable[..., Bundle]) -> None:
     assert weights("fp16") < 0.6 * weights("fp32")
 
 
-def test_overwriting_replaces_a_bundle_by_the_same_one(model: str, own: Callable[..., Bundle], tmp_path: Path) -> None:
-    old = own()
+def test_overwriting_replaces_a_bundle_by_the_same_one(
+    model: str, bundle_copy: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    old = bundle_copy()
     inode = old.file("image.onnx").stat().st_ino
     new = export_bundle(model, tmp_path / "bundle", overwrite=True)
     assert new.file("image.onnx").stat().st_ino != inode
@@ -110,7 +112,7 @@ def test_overwriting_replaces_a_bundle_by_the_same_one(model: str, own: Callable
 
 
 def test_fp16_survives_activations_that_half_cannot_hold(write_vit: Any, tmp_path: Path) -> None:
-    """A residual stream beyond 65,504 makes a plain half model NaN; with the stream in float32 it exports."""
+    """A residual stream beyond 65,504 makes a model in plain half precision NaN; with a float32 stream it exports."""
     model = write_vit(tmp_path / "loud", stream=4e4)
     net = open_clip.create_model(f"local-dir:{model}").eval()
     plain = net.visual.half()(torch.rand(1, 3, 32, 32, dtype=torch.float16))
@@ -119,8 +121,8 @@ def test_fp16_survives_activations_that_half_cannot_hold(write_vit: Any, tmp_pat
     assert json.loads((bundle.path / "verify.json").read_text())["image"]["min_cosine"] > 0.9999
 
 
-def test_a_failed_export_keeps_the_old_bundle(model: str, own: Callable[..., Bundle], tmp_path: Path) -> None:
-    old = own().file("image.onnx").stat().st_ino
+def test_a_failed_export_keeps_the_old_bundle(model: str, bundle_copy: Callable[..., Bundle], tmp_path: Path) -> None:
+    old = bundle_copy().file("image.onnx").stat().st_ino
     with pytest.raises(ClipretError, match="is not empty"):
         export_bundle(model, tmp_path / "bundle")
     with pytest.raises(ClipretError):

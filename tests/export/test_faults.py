@@ -1,4 +1,4 @@
-"""What goes wrong before a bundle is whole: one line on stderr, status 1, and no trace of a bundle."""
+"""Exports that fail: one line on stderr, exit status 1, and no partial bundle."""
 
 import os
 import resource
@@ -69,7 +69,7 @@ def test_a_disk_that_is_too_small(model: str, out: Path, monkeypatch: pytest.Mon
 
 
 def test_a_disk_that_fills_up(model: str, out: Path) -> None:
-    """The system itself refuses to write on: files end at 64 KiB."""
+    """The system refuses to write more than 64 KiB to a file."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -99,15 +99,15 @@ def test_ctrl_c_in_the_middle(model: str, out: Path) -> None:
 
 
 def test_unreadable_check_data(model: str, out: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("path,caption\nnone.jpg,a dog\n")
-    assert "none of the 1 images" in refused(model, out, "--verify", str(tmp_path / "list.csv"))
+    (tmp_path / "captions.csv").write_text("path,caption\nnone.jpg,a dog\n")
+    assert "none of the 1 images" in refused(model, out, "--verify", str(tmp_path / "captions.csv"))
     assert "cannot be read" in refused(model, out, "--verify", str(tmp_path / "no.csv"))
 
 
 def test_an_old_bundle_survives_a_failed_one(
-    model: str, own: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+    model: str, bundle_copy: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = own()
+    bundle = bundle_copy()
     monkeypatch.setattr("clipret_export.pipeline.write_onnx", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_bundle(model, bundle.path, overwrite=True)
@@ -116,21 +116,21 @@ def test_an_old_bundle_survives_a_failed_one(
         export_bundle(model, bundle.path)
 
 
-def test_only_bundles_are_overwritten(model: str, own: Callable[..., Bundle], out: Path) -> None:
+def test_only_bundles_are_overwritten(model: str, bundle_copy: Callable[..., Bundle], out: Path) -> None:
     out.mkdir()
     (out / "a.txt").write_text("precious")
     with pytest.raises(ClipretError, match=r"is not empty: choose another folder$"):
         export_bundle(model, out)
-    with pytest.raises(ClipretError, match=r"holds a\.txt, and --overwrite replaces bundles alone"):
+    with pytest.raises(ClipretError, match=r"has a\.txt in it, and --overwrite replaces only bundles"):
         export_bundle(model, out, overwrite=True)
-    bundle = own()
+    bundle = bundle_copy()
     (bundle.path / "notes").mkdir()
-    with pytest.raises(ClipretError, match="holds notes, and"):
+    with pytest.raises(ClipretError, match="has notes in it, and"):
         export_bundle(model, bundle.path, overwrite=True)
     assert bundle.file("image.onnx").is_file()
 
 
 def test_calibration_needs_images(model: str, out: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("path,caption\nnone.jpg,a dog\n")
-    told = refused(model, out, "--int8", "--calibration", str(tmp_path / "list.csv"))
-    assert "none of the 1 images for calibration can be read" in told
+    (tmp_path / "captions.csv").write_text("path,caption\nnone.jpg,a dog\n")
+    line = refused(model, out, "--int8", "--calibration", str(tmp_path / "captions.csv"))
+    assert "none of the 1 images for calibration can be read" in line

@@ -1,4 +1,4 @@
-"""What the parity check lets through and what it refuses: every fault here is one that real exporters ship."""
+"""What the parity check accepts and refuses: every fault here is one that real exporters have shipped."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from clipret_export.pipeline import export_bundle
 from clipret_export.samples import Sample, sample_images
 
 
-def swapped_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def swapped_normalization(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and std in BGR order."""
 
     def make(loaded: Any) -> torch.nn.Module:
@@ -34,7 +34,7 @@ def swapped_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def baked_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text graph that only runs at the full context length."""
+    """A text graph that runs at the full context length only."""
     write = pipeline.write_onnx
 
     def fixed(*args: Any, dynamic: dict[int, str], **options: Any) -> int:
@@ -73,7 +73,7 @@ def lost_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def off_by_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the right direction and of another length: no cosine shows it."""
+    """Embeddings with the right direction and another length: no cosine shows it."""
 
     class Scaled(towers.TextTower):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -83,27 +83,27 @@ def off_by_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_only(kind: str, whole: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the graph of the other tower, which nothing damages, from a right bundle: it takes seconds to write."""
+    """Copy the graph of the other, undamaged tower from a good bundle: writing it takes seconds."""
     write = pipeline.write_onnx
 
-    def some(tower: Any, example: Any, path: Path, **options: Any) -> int:
+    def write_or_copy(tower: Any, example: Any, path: Path, **options: Any) -> int:
         if path.stem == kind:
             return write(tower, example, path, **options)
         shutil.copy(whole.file(path.name), path)
         return 0
 
-    monkeypatch.setattr(pipeline, "write_onnx", some)
+    monkeypatch.setattr(pipeline, "write_onnx", write_or_copy)
 
 
 @pytest.mark.parametrize(
     ("damage", "tower", "precision"),
     [
-        (baked_length, "text", "fp32"),  # it does not run at all, in whatever precision
+        (baked_length, "text", "fp32"),  # it does not run in any precision
         (baked_batch, "image", "fp32"),
         *(
             (damage, tower, precision)
             for damage, tower in (
-                (swapped_normalisation, "image"),
+                (swapped_normalization, "image"),
                 (wrong_resize, "image"),
                 (lost_layer_norm, "text"),
                 (off_by_a_factor, "text"),
@@ -147,20 +147,20 @@ def test_nan_is_a_problem(exported: Callable[..., Bundle]) -> None:
 
 
 def write_images(folder: Path) -> Path:
-    """Twelve images with a caption each, one of them broken, as a list."""
+    """Twelve images, one of them broken, and an annotations file with a caption for each."""
     folder.mkdir()
     lines = ["path,caption"]
     for number, image in enumerate(sample_images()):
         image.save(folder / f"{number}.png")
         lines.append(f"{number}.png,image number {number}")
     (folder / "5.png").write_bytes(b"no image")
-    (folder / "list.csv").write_text("\n".join(lines))
-    return folder / "list.csv"
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return folder / "captions.csv"
 
 
 def test_the_users_own_images_count(model: str, tmp_path: Path) -> None:
-    """Recall of torch and of the bundle over the list; what cannot be read is named and left out of both."""
-    source = write_images(tmp_path / "own")
+    """Recall of torch and of the bundle on the user's images; unreadable images are reported and left out of both."""
+    source = write_images(tmp_path / "images")
     bundle = export_bundle(model, tmp_path / "bundle", precision="fp16", verify_data=Sample(source))
     report = json.loads((bundle.path / "verify.json").read_text())
     assert (report["images"], report["texts"]) == (11, 11)
@@ -176,12 +176,12 @@ def test_a_lost_recall_is_a_problem(model: str, exported: Callable[..., Bundle],
     from clipret_export.reference import reference
     from clipret_training.models.load import load_model
 
-    source = write_images(tmp_path / "own")
+    source = write_images(tmp_path / "images")
     bundle = exported()
     expected, _ = reference(load_model(model), Sample(source).read())
     assert expected.pairs is not None
     assert parity_check(bundle, expected, LIMITS["fp32"]).problems == {}
-    # torch as it would be if every caption were found at once
+    # torch as if it ranked the right image first for every caption
     assert expected.data_text is not None
     perfect = replace(expected, data_text=expected.data_image)
     report = parity_check(bundle, perfect, replace(LIMITS["fp32"], cosine=-1))
@@ -201,8 +201,8 @@ def test_the_command_checks_a_bundle(exported: Callable[..., Bundle]) -> None:
     assert len(bad.stderr.strip().splitlines()) == 1
 
 
-def test_a_bundle_without_a_reference(own: Callable[..., Bundle]) -> None:
-    bundle = own()
+def test_a_bundle_without_a_reference(bundle_copy: Callable[..., Bundle]) -> None:
+    bundle = bundle_copy()
     kept = {name: entry for name, entry in bundle.manifest.files.items() if name != "reference.npz"}
     manifest = msgspec.structs.replace(bundle.manifest, files=kept)
     (bundle.path / "bundle.json").write_text(manifest.to_json())

@@ -1,4 +1,4 @@
-"""What is computed in lower precision, what stays in float32, and how that is found out."""
+"""What is computed in lower precision, what stays in float32, and how the export decides it."""
 
 import json
 from collections import Counter
@@ -37,8 +37,8 @@ def drawn(folder: Path) -> Sample:
     for number, image in enumerate(sample_images(24)):
         image.save(folder / f"{number}.png")
         lines.append(f"{number}.png,an image with number {number}")
-    (folder / "list.csv").write_text("\n".join(lines))
-    return Sample(folder / "list.csv")
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return Sample(folder / "captions.csv")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def tower_of(model: str, kind: str) -> tuple[nn.Module, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_rewriting_leaves_the_embedding_as_it_is(model: str, kind: str) -> None:
-    """Plain attention, pooling before the last block and trimmed texts: together within 1e-5 of the model itself."""
+    """Plain attention, early pooling and trimmed texts: together within 1e-5 of the original model."""
     expected, _ = reference(load_model(model))
     tower, (batch,) = tower_of(model, kind)
     with torch.inference_mode():
@@ -110,7 +110,7 @@ def test_half_leaves_no_product_in_float32() -> None:
     ids = torch.randint(5, (2, 3))
     before = holder(ids)
     ranges = observe(holder, [ids])
-    assert "attention" in ranges  # the product of queries and keys is no layer, but it is converted as well
+    assert "attention" in ranges  # the product of queries and keys is not a layer, but is converted as well
     convert(holder, "fp16", ranges, ())
     kinds = {name: value.dtype for name, value in holder.named_parameters()}
     assert all((dtype == torch.float32) == name.startswith("norm") for name, dtype in kinds.items()), kinds
@@ -118,8 +118,10 @@ def test_half_leaves_no_product_in_float32() -> None:
 
 
 def scale_layer(folder: str, factor: float) -> None:
-    """Make one hidden layer of the image tower so large that half cannot hold its output, without changing the model
-    much: what follows it is as much smaller."""
+    """Scale a hidden layer of the image tower until its output overflows in half precision.
+
+    The next layer is scaled down by the same factor, so the model hardly changes.
+    """
     from safetensors.torch import load_file, save_file
 
     file = Path(folder) / "open_clip_model.safetensors"
@@ -151,7 +153,7 @@ def test_attention_scores_can_overflow_too() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.scaled_dot_product_attention(x, x, x).sum(dim=(1, 2))
 
-    x = torch.full((1, 1, 3, 16), 120.0)  # every value fits into half, the scores, 120 * 120 * 16 / 4, do not
+    x = torch.full((1, 1, 3, 16), 120.0)  # every value fits into a half, the scores of 120 * 120 * 16 / 4 do not
     tower = nn.Sequential(Attend())
     assert overflows(tower, observe(tower, [x])) == ["0"]
     assert overflows(tower, observe(tower, [x / 2])) == []
@@ -160,7 +162,7 @@ def test_attention_scores_can_overflow_too() -> None:
 def test_what_the_hook_misses_torchs_half_finds(
     write_vit: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the hook the first attempt is NaN in torch's half; the layers at fault are measured and kept."""
+    """Without the ranges, the first attempt is NaN in torch's half precision; the second keeps the worst layers."""
     model = write_vit(tmp_path / "loud")
     scale_layer(model, 1e6)
     monkeypatch.setattr(pipeline, "overflows", lambda *_: [])
@@ -174,7 +176,7 @@ def test_what_the_hook_misses_torchs_half_finds(
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_the_expected_cost_is_the_real_one(model: str, kind: str, precision: Precision) -> None:
-    """What one pass with checks predicts for all layers together is what converting them costs, within a factor 2."""
+    """One pass predicts the cost of converting all layers together within a factor of 2."""
     tower, batches = tower_of(model, kind)
     with torch.inference_mode():
         exact = torch.cat([tower(batch) for batch in batches]).double()
@@ -189,7 +191,7 @@ def test_the_expected_cost_is_the_real_one(model: str, kind: str, precision: Pre
 
 
 def test_one_bad_layer_costs_the_most(write_vit: Callable[..., str], tmp_path: Path) -> None:
-    """Outliers in one layer's input ruin its int8 range; the measurement names that layer first."""
+    """Outliers in the input of a layer ruin its int8 range; the measurement ranks that layer first."""
     model = write_vit(tmp_path / "vit")
     tower, batches = tower_of(model, "image")
     mlp = tower.get_submodule("model.visual.transformer.resblocks.1.mlp")
@@ -217,7 +219,7 @@ def test_int8_is_one_integer_product_a_layer_and_the_same_in_every_batch(int8: B
     assert kinds["QuantizeLinear"] >= 10
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     scales = [value.shape for name, value in weights.items() if name.endswith("c_fc.weight_scale")]
-    assert scales == [(256,)] * 2  # one a channel
+    assert scales == [(256,)] * 2  # one per channel
     encoder = Encoder(int8)
     alone = [next(iter(encoder.encode_images([image], lambda item: item))).embeddings[0] for image in sample_images()]
     together = next(iter(encoder.encode_images(sample_images(), lambda item: item))).embeddings
@@ -225,7 +227,7 @@ def test_int8_is_one_integer_product_a_layer_and_the_same_in_every_batch(int8: B
 
 
 def test_int8_keeps_what_costs_most(model: str, int8: Bundle, sample: Sample, tmp_path: Path) -> None:
-    """With a limit that plain int8 misses, layers go back to float32 until it is met."""
+    """If plain int8 exceeds a limit, layers return to float32 until the bundle meets it."""
     plain = json.loads((int8.path / "verify.json").read_text())
     assert int8.manifest.float32_layers == []
     loss = 1 - min(plain["image"]["min_cosine"], plain["text"]["min_cosine"])
@@ -247,7 +249,7 @@ def test_int8_of_convolutions(tmp_path: Path) -> None:
     assert kinds["Conv"] > 3
     assert kinds["QuantizeLinear"] >= kinds["Conv"]
     report = json.loads((bundle.path / "verify.json").read_text())
-    assert report["images"] == 12  # half of them; the other half calibrated
+    assert report["images"] == 12  # one half; the other half calibrated
     sample.source.with_name("2.png").write_bytes(b"no image")
     bundle = export_bundle(str(tmp_path / "run"), tmp_path / "again", precision="int8", calibration_data=sample)
     report = json.loads((bundle.path / "verify.json").read_text())
@@ -273,7 +275,7 @@ def test_casts_between_two_halves_are_gone(exported: Callable[..., Bundle]) -> N
     producer = {name: node for node in graph.node for name in node.output}
 
     def source(node: Any) -> Any:
-        """The node whose values reach this one, moves passed over."""
+        """The node whose values this one gets, skipping nodes that only move values."""
         before = producer.get(node.input[0])
         while before is not None and before.op_type in ("Reshape", "Transpose"):
             before = producer.get(before.input[0])
@@ -288,7 +290,7 @@ def test_bf16_runs_in_openvino(model: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="bf16 on a CPU needs OpenVINO")
     bundle = export_bundle(model, tmp_path / "bundle", precision="bf16")
     report = json.loads((bundle.path / "verify.json").read_text())
-    assert report["engine"] == "openvino"
+    assert report["backend"] == "openvino"
     assert 0.999 < report["image"]["min_cosine"] < 0.9999999
     kinds = {tensor.data_type for tensor in onnx.load(bundle.path / "image.onnx").graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in kinds
@@ -298,8 +300,8 @@ def test_bf16_runs_in_openvino(model: str, tmp_path: Path) -> None:
 
 def test_openvino_and_onnxruntime_agree(exported: Callable[..., Bundle]) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    rows = [
+    embeddings = [
         Encoder(exported(), EncoderConfig(backend=backend)).encode_texts(TEXTS)  # type: ignore[arg-type]
         for backend in ("onnxruntime", "openvino")
     ]
-    np.testing.assert_allclose(*rows, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(*embeddings, rtol=0, atol=1e-5)
