@@ -12,7 +12,7 @@ from clipret.bundle import Bundle, Engine, Manifest, file_entry
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.hardware.cuda import gpu_arch
-from clipret.inference.tensorrt import choose_engine, explain, installed
+from clipret.inference.tensorrt import choose_engine, explain_mismatch, installed
 from clipret_export.parity import LIMITS, Limits, Reference, load_reference, parity_check
 from clipret_export.tensorrt import build_engines, check_request
 
@@ -94,7 +94,7 @@ def check_engines(bundle: Bundle, expected: Reference, limits: Limits) -> dict[s
             continue
         versions = installed()
         if library not in versions or choose_engine(engines, library, versions[library], arch) is None:
-            reports[library] = f"not run: {explain(engines, versions, arch)}"
+            reports[library] = f"not run: {explain_mismatch(engines, versions, arch)}"
             continue
         largest = max(size for engine in engines.values() for size in engine.batch)
         report = parity_check(bundle, expected, limits, device="cuda", backend=library, largest=largest)

@@ -194,7 +194,7 @@ def parity_check(
         if user is not None and len(user):
             last[name] = _encode(encoder, name, data[name])
             reports[name] = include_data(reports[name], last[name], user)
-        ran_on = encoder.engine_name(name)
+        ran_on = encoder.backend_name(name)
     ours, target = TowerEmbeddings(last["image"], last["text"]), TowerEmbeddings(expected.image, expected.text)
     if expected.pairs is not None and expected.data_image is not None and expected.data_text is not None:
         target = TowerEmbeddings(expected.data_image, expected.data_text if expected.pairs.captions else expected.text)

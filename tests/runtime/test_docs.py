@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 

@@ -150,7 +150,8 @@ def test_quantization_loses_no_more_than_it_says(case: Case, offset: float) -> N
 
 
 def test_no_two_products_overflow_16_bits_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products that such processors add in pairs: bytes of embeddings by quantized queries, shifted queries by quantized embeddings."""
+    """The products that such processors add in pairs: bytes of embeddings by quantized queries, shifted queries by
+    quantized embeddings."""
     monkeypatch.setattr(scan, "int8_saturates", lambda: True)
     queries = scan.QuantizedQueries.of(snap(unit(np.random.default_rng(0).normal(size=(50, 64)))))
     largest = int(np.abs(queries.values.astype(int)).max())
