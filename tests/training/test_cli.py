@@ -129,7 +129,7 @@ def test_resume_says_what_a_folder_is_that_is_no_run(tmp_path: Path) -> None:
     assert f"{tmp_path / 'gone'} is no run folder (no params.toml)" in gone.stderr
     (tmp_path / "params.toml").write_text('soup = "uniform"\ningredients = ["a", "b"]\n')
     soup = CliRunner().invoke(main, ["fit", "--resume", "--out", str(tmp_path)])
-    assert f"{tmp_path} is a soup, which no training made: train from it with  --model {tmp_path}" in soup.stderr
+    assert f"{tmp_path} is a soup and not the run of a training: train from it with  --model {tmp_path}" in soup.stderr
 
 
 @pytest.mark.parametrize("kind", ["scenes", "challenge"])

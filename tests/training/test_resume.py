@@ -112,7 +112,7 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(undisturbed: Path, tmp
     assert [line["epoch"] for line in _lines(run)] == [1, 2, 3, 4]
     assert [line["loss"] for line in _lines(run)] == [line["loss"] for line in _lines(undisturbed)]
     assert result.last["step"] == STEPS
-    assert (run / "log.txt").read_text().count("goes on after step") >= 4
+    assert (run / "log.txt").read_text().count("resumed after step") >= 4
     assert not list(run.rglob(".*.tmp"))
 
 
@@ -340,12 +340,12 @@ def test_a_run_from_before_an_option_existed_is_resumed(toy: Path, tmp_path: Pat
     run = fit(wanted, tmp_path / "run").run
     (run / "params.toml").write_text(tomli_w.dumps(before))
     fit(FitConfig.read(run / "params.toml"), run, resume=True)
-    with pytest.raises(ClipretError, match=r"begun with another optimizer \(optimizer: 'adamw', now 'muon'\)"):
+    with pytest.raises(ClipretError, match=r"started with another optimizer \(optimizer: 'adamw', now 'muon'\)"):
         fit(config(toy, optimizer="muon", **given), run, resume=True)
 
 
 def test_resume_refuses_another_configuration(toy: Path, undisturbed: Path) -> None:
-    with pytest.raises(ClipretError, match=r"begun with another lr, weight_decay \(lr: 0.002, now 0.5\)"):
+    with pytest.raises(ClipretError, match=r"started with another lr, weight_decay \(lr: 0.002, now 0.5\)"):
         fit(config(toy, lr=0.5, weight_decay=0.3), undisturbed, resume=True)
     fit(config(toy, save_every=7, tensorboard=False), undisturbed, resume=True)  # decides nothing
 
@@ -356,7 +356,7 @@ def test_resume_refuses_a_list_that_has_changed(toy: Path, tmp_path: Path) -> No
     fit(config(data, epochs=1, validate_every=1), tmp_path / "run")
     rows = (data / "list.csv").read_text().splitlines()
     (data / "list.csv").write_text("\n".join(rows[:-9] + rows[-8:]) + "\n")
-    with pytest.raises(ClipretError, match="not what it was when this run began"):
+    with pytest.raises(ClipretError, match="has changed since this run started"):
         fit(config(data, epochs=1, validate_every=1), tmp_path / "run", resume=True)
 
 
@@ -365,7 +365,7 @@ def test_resume_refuses_a_checkpoint_of_another_model(toy: Path, undisturbed: Pa
     shutil.copytree(undisturbed, run)
     last = run / "checkpoints" / "last.safetensors"
     save_file({"weight": torch.zeros(3)}, last)
-    with pytest.raises(ClipretError, match=r"last\.safetensors is of another run or model: put back"):
+    with pytest.raises(ClipretError, match=r"last\.safetensors is from another run or model: restore"):
         fit(config(toy), run, resume=True)
     other = fit(config(toy, seed=1, epochs=1, validate_every=1), tmp_path / "other").run
     shutil.copy(other / "checkpoints" / "last.safetensors", last)

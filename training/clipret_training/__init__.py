@@ -1,4 +1,4 @@
-"""The training: torch, open_clip, peft."""
+"""Fine-tuning of CLIP models with torch, open_clip and peft."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""python -m clipret_training: the command clipret-train, for torchrun."""
+"""`python -m clipret_training`: the command clipret-train, for torchrun."""
 
 from clipret_training.cli import main
 

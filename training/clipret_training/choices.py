@@ -1,4 +1,4 @@
-"""The values that a setting may have, by name; without torch, so that `--help` needs none."""
+"""The named values of settings. Imports no torch, so that `--help` does not need it."""
 
 from typing import Literal, get_args
 

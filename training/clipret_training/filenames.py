@@ -1,4 +1,4 @@
-"""The names of the files in a run folder; what is in them is said in `clipret_training.run`."""
+"""The names of the files in a run folder. `clipret_training.run.RunFolder` describes them."""
 
 __all__ = ["ADAPTER", "BEST", "CHECKPOINTS", "LAST", "METRICS", "MODEL", "PARAMS", "SKIPPED", "TOKENIZER"]
 

@@ -117,7 +117,7 @@ HELP: dict[str, dict[str, str]] = {
         "image_root": "what relative paths start from; default: the folder of the annotations file",
         "image_column": "column of the image paths; default: detected",
         "caption_column": "column of the captions; default: detected",
-        "group_column": "rows with the same value in this column are right answers to each other",
+        "group_column": "images and captions with the same value in this column are right answers to each other",
         "where": "SQL expression: only rows for which it holds are used",
     },
     "Validation": {

@@ -66,7 +66,7 @@ def test_a_lost_process_is_started_again(shards: Path, tmp_path: Path, upload: C
     (tmp_path / "params.toml").write_text(tomli_w.dumps(config.to_dict()))
     done = torchrun(worker, tmp_path / "params.toml", tmp_path / "elastic", 2, restarts=1)
     assert done.returncode == 0, done.stderr
-    assert "goes on after step 2" in (tmp_path / "elastic" / "log.txt").read_text()
+    assert "resumed after step 2" in (tmp_path / "elastic" / "log.txt").read_text()
     assert (tmp_path / "elastic" / "checkpoints" / "last.safetensors").is_file()
     lines = [json.loads(line) for line in (tmp_path / "elastic" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]

@@ -123,7 +123,7 @@ def interrupted(config: FitConfig, run: Path) -> Path:
     assert not (checkpoints / "last.safetensors").exists()
     done = run_two(config, run, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "goes on after step 2" in (run / "log.txt").read_text()
+    assert "resumed after step 2" in (run / "log.txt").read_text()
     return checkpoints
 
 
