@@ -88,7 +88,7 @@ def test_recipes_say_what_was_published() -> None:
         ({"compile": "yes"}, "compile is 'yes': it must be true or false"),
         ({"precision": "bf61"}, r"precision is 'bf61' \(did you mean bf16\?\): it must be one of fp32, bf16, fp16"),
         ({"crop_size": "large"}, "it must be a whole number from 8 to 1e"),
-        ({"adapter_targets": "q"}, "it must be a list of texts"),
+        ({"adapter_targets": "q"}, "it must be a list of strings"),
         ({"batch_size": 10, "accumulate": 4}, "10 does not split into 4 equal parts"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"adapter": "lora", "lock_image": True}, "an adapter locks both towers"),
@@ -112,7 +112,7 @@ def test_an_unknown_name_in_a_recipe_names_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(ClipretError, match=r"mine\.toml is not TOML"):
         make(recipe=str(file))
     file.write_text("model = 5\n")
-    with pytest.raises(ClipretError, match="model is 5: it must be a text"):
+    with pytest.raises(ClipretError, match="model is 5: it must be a string"):
         FitConfig.for_model("list.csv", None, recipe=str(file))
     with pytest.raises(ClipretError, match="there is no model: pass --model"):
         FitConfig.for_model("list.csv", None)

@@ -90,7 +90,7 @@ def test_other_models_and_senseless_questions(runs: list[Path], val: Path, tmp_p
     RunFolder.create(tmp_path / "other", {"model": "clipret-small"}, other).save(other, "best")
     out = ["--out", tmp_path / "soup"]
     for arguments, message in (
-        ([runs[0], tmp_path / "other", *out, "--how", "uniform"], "have a different tokenizer"),
+        ([runs[0], tmp_path / "other", *out, "--how", "uniform"], "differ in their tokenizers"),
         ([*runs, *out, "--how", "wise"], "3 are named: name one"),
         ([runs[0], *out, "--how", "uniform"], "one is named: name more"),
         ([*runs, *out, "--how", "greedy"], "pass --val"),

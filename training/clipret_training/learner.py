@@ -1,4 +1,4 @@
-"""The model of a training with its optimiser: what a step changes and a checkpoint holds."""
+"""The model of a training with its optimiser: what training steps change and checkpoints store."""
 
 import contextlib
 import dataclasses
@@ -47,20 +47,27 @@ _MAX_LOGIT_SCALE = math.log(100)  # as in CLIP: a larger one makes training unst
 
 
 class Learner:
-    """Loads the model as `config` wants it, or from the checkpoint `last` of this run, and prepares it for training.
+    """A model with its optimiser, ready to train.
 
-    Raises ClipretError when it cannot be loaded, or lacks what `config` asks of it.
+    Args:
+        config: The settings of the training.
+        captions: All training captions. A new small model learns its tokenizer from them.
+        world: The processes that train together.
+        last: The weights of this run's last checkpoint, None for a new run.
+
+    Raises:
+        ClipretError: The model cannot be loaded or does not support a setting.
     """
 
     def __init__(self, config: FitConfig, captions: Sequence[str], world: World, last: Path | None) -> None:
         self.config, self.world = config, world
-        # Merged weights say nothing of the adapter that is in them.
+        # A checkpoint has the adapter merged into the weights, so it cannot be loaded with the adapter.
         source = config.model if last is None or config.adapter != "none" or config.fsdp else str(last)
-        self.loaded = _as_wanted(load_model(source, seed=config.seed, captions=captions), config)
+        self.loaded = _with_settings(load_model(source, seed=config.seed, captions=captions), config)
         if config.loss == "siglip":
             self.loaded = _with_bias(self.loaded)
         model: Any = self.loaded.model.to(world.device)
-        if not config.fsdp:  # which wants its weights contiguous
+        if not config.fsdp:  # FSDP needs contiguous weights
             model.to(memory_format=torch.channels_last)
         self.model = model
         if config.patch_dropout:
@@ -89,13 +96,13 @@ class Learner:
         self.average = MovingAverage(model, config.ema) if config.ema else None
 
     def step(self, lr: float) -> bool:
-        """Go a step along the gradients, averaged over the processes and clipped; they are gone afterwards.
+        """Average the gradients over the processes, clip them, update the weights and clear the gradients.
 
         Args:
-            lr: The learning rate of the groups with a scale of 1.
+            lr: The learning rate of parameter groups with `lr_scale` 1.
 
         Returns:
-            False where half precision overflowed and nothing changed.
+            False if the gradients overflowed in half precision, so that the weights did not change.
         """
         self._average_gradients()
         for group in self.optimizer.param_groups:
@@ -115,35 +122,50 @@ class Learner:
         return True
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the block the model has the weights that are measured and kept, the moving average if there is one."""
+        """Return a context in which the model has the weights to validate: the moving average if there is one."""
         return self.average.applied(self.model) if self.average is not None else contextlib.nullcontext()
 
     def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that are trained."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def logit_scale(self) -> float:
+        """Return the factor on the cosine similarities."""
         scale: float = self.model.logit_scale.exp().item()
         return scale
 
     def train(self) -> None:
+        """Put the model in training mode."""
         train_mode(self.model)
 
     def _average_gradients(self) -> None:
-        # FSDP has averaged what it spreads.
+        # FSDP averages the gradients of sharded parameters itself.
         average_gradients([p for p in self.trained() if not isinstance(p, DTensor)], self.world)
 
     def clip(self, limit: float) -> None:
-        """Scale the gradients down to a norm of `limit`; 0 is no limit."""
+        """Scale the gradients down to a norm of at most `limit`; 0 is no limit."""
         if limit and self.config.fsdp:
             clip_gradients(self.trained(), limit)
         elif limit:
             nn.utils.clip_grad_norm_(self.trained(), limit)
 
     def weights(self) -> dict[str, Tensor]:
-        """What the run's model is made of, adapters merged. With fsdp every process must call it and rank 0 has it."""
+        """Return all weights by name, with adapters merged.
+
+        With FSDP every process must call this method, and only rank 0 gets the weights.
+        """
         return whole_weights(self.model) if self.config.fsdp else base_state(self.model)
 
     def save_best(self, checkpoints: Checkpoints, step: int) -> None:
+        """Write the weights of the best epoch, and the adapter if there is one.
+
+        Args:
+            checkpoints: Where to write them.
+            step: The number of the last step.
+
+        Raises:
+            ClipretError: Writing failed.
+        """
         weights = self.weights() if self.world.writes or self.config.fsdp else {}
         if self.world.writes:
             checkpoints.save_best(weights, step)
@@ -151,14 +173,24 @@ class Learner:
                 write_adapter(checkpoints.folder.parent / ADAPTER, self.model, self.config.model)
 
     def consolidate(self, checkpoints: Checkpoints, step: int) -> None:
-        """At the end, write what fsdp has spread as one file, which is loaded and exported like any other."""
+        """After a training with FSDP, write the sharded weights as one file, which can be loaded and exported."""
         if self.config.fsdp:
             weights = self.weights()
             if self.world.writes:
                 checkpoints.save_weights(checkpoints.last, weights, step)
 
     def save_last(self, checkpoints: Checkpoints, state: Mapping[str, Any], step: int, epoch: int) -> None:
-        """Write a checkpoint: the weights, `state`, and what `load_state` needs."""
+        """Write a checkpoint.
+
+        Args:
+            checkpoints: Where to write it.
+            state: What to store in addition to the weights and the optimiser.
+            step: The number of the last step.
+            epoch: The number of the epoch.
+
+        Raises:
+            ClipretError: Writing failed.
+        """
         state = {**state, "scaler": self.scaler.state_dict()}
         if self.config.fsdp:
             name = f"shards-{step:08d}-{epoch:04d}"
@@ -178,7 +210,15 @@ class Learner:
         return {name: tensor for name, tensor in self.model.state_dict().items() if name in trained}
 
     def load_state(self, saved: Mapping[str, Any], shards: Path | None) -> None:
-        """Undo `save_last`, but for the weights that were loaded with the model. Raises ClipretError."""
+        """Restore the optimiser, the loss scale, the moving average and the adapter.
+
+        Args:
+            saved: The state of a checkpoint.
+            shards: With FSDP the folder of the sharded weights and optimiser, otherwise None.
+
+        Raises:
+            ClipretError: The checkpoint does not fit the model.
+        """
         self.scaler.load_state_dict(saved["scaler"])
         state = saved["learner"]
         if shards is not None:
@@ -191,11 +231,13 @@ class Learner:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
         except (KeyError, ValueError) as error:
-            raise ClipretError(f"the checkpoint's optimiser is of another model: {error}") from None
+            raise ClipretError(
+                f"the optimiser state of the checkpoint is from another model: {error}; train into a new folder"
+            ) from None
 
 
 def _choose_trained(model: Any, config: FitConfig) -> None:
-    """Freeze what is not to be trained, and add an adapter where there is to be one."""
+    """Add the adapter, or freeze the parameters that are not trained."""
     if (adapter := config.adapter_config) is not None:
         torch.manual_seed(seed_of(config.seed, "adapter"))
         add_adapters(model, adapter)
@@ -207,8 +249,8 @@ def _choose_trained(model: Any, config: FitConfig) -> None:
         lock_tower(model, "text", config.unlock_text)
 
 
-def _as_wanted(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
-    """`loaded` with the resizing and the length of texts that `config` asks for."""
+def _with_settings(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
+    """The model with the configured resizing and context length."""
     image = msgspec.structs.replace(
         loaded.image,
         resize=config.resize or loaded.image.resize,
@@ -219,15 +261,15 @@ def _as_wanted(loaded: LoadedModel, config: FitConfig) -> LoadedModel:
         _check_length(loaded, text.context_length)
     if config.crop_size is not None and config.crop_size != loaded.image.size:
         _check_crop(loaded, config.crop_size)
-    kept = loaded.config
-    if image != loaded.image and "preprocess_cfg" in kept:  # so that open_clip sees images like us
-        preprocess = kept["preprocess_cfg"] | {"resize_mode": image.resize, "fill_color": image.fill}
-        kept = kept | {"preprocess_cfg": preprocess}
-    return dataclasses.replace(loaded, image=image, text=text, config=kept)
+    model_config = loaded.config
+    if image != loaded.image and "preprocess_cfg" in model_config:  # so that open_clip preprocesses images in this way
+        preprocess = model_config["preprocess_cfg"] | {"resize_mode": image.resize, "fill_color": image.fill}
+        model_config = model_config | {"preprocess_cfg": preprocess}
+    return dataclasses.replace(loaded, image=image, text=text, config=model_config)
 
 
 def _with_bias(loaded: LoadedModel) -> LoadedModel:
-    """A model of open_clip with a logit bias, which the siglip loss needs; others have one or go without that loss."""
+    """Add the logit bias that the siglip loss needs to an open_clip model. Other models stay as they are."""
     model: Any = loaded.model
     if getattr(model, "logit_bias", None) is not None or "model_cfg" not in loaded.config:
         return loaded
@@ -238,25 +280,25 @@ def _with_bias(loaded: LoadedModel) -> LoadedModel:
 
 @torch.inference_mode()
 def _check_length(loaded: LoadedModel, length: int) -> None:
-    """Whether the text tower takes texts of that many tokens is tried."""
+    """Try the text tower with texts of this many tokens."""
     model: Any = loaded.model
     try:
         model.encode_text(torch.ones(1, length, dtype=torch.int64))
     except (RuntimeError, IndexError, ValueError):
         raise ClipretError(
             f"context_length is {length}: the text tower of {loaded.name} was made for {loaded.text.context_length} "
-            "tokens and takes no others"
+            "tokens and takes no others: leave context_length out"
         ) from None
 
 
 @torch.inference_mode()
 def _check_crop(loaded: LoadedModel, size: int) -> None:
-    """Whether the image tower takes images of that size is tried."""
+    """Try the image tower with images of this size."""
     model: Any = loaded.model
     try:
         model.encode_image(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, IndexError, ValueError):
         raise ClipretError(
-            f"crop_size is {size}: the image tower of {loaded.name} was made for {loaded.image.size} pixels a side and "
-            "takes no others: leave crop_size out"
+            f"crop_size is {size}: the image tower of {loaded.name} was made for {loaded.image.size} pixels per side "
+            "and takes no others: leave crop_size out"
         ) from None

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that clipret has or that a user writes. They fill in what is left open, or list steps."""
+"""Recipes: TOML files, built-in or a user's, with the settings of a training or the steps of a pipeline."""
 
 import difflib
 import tomllib
@@ -14,14 +14,29 @@ _FOLDERS = {"recipe": "recipes", "pipeline": "pipelines"}
 
 
 def recipe_names(kind: str = "recipe") -> dict[str, str]:
-    """The recipes that clipret has, or its pipelines, each with its first line, which says what it is for."""
+    """List the built-in recipes.
+
+    Args:
+        kind: `recipe` (settings of a training) or `pipeline`.
+
+    Returns:
+        By name the first line of each file, which describes it.
+    """
     folder = files("clipret_training") / _FOLDERS[kind]
     names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
     return {name: recipe_text(name, kind).splitlines()[0].lstrip("# ") for name in names}
 
 
 def recipe_text(recipe: str, kind: str = "recipe") -> str:
-    """The text of a recipe of clipret's, or of a TOML file. Raises ClipretError when there is neither."""
+    """Return the text of a recipe.
+
+    Args:
+        recipe: The name of a built-in recipe, or the path of a TOML file.
+        kind: `recipe` or `pipeline`.
+
+    Raises:
+        ClipretError: There is no such recipe, or the file cannot be read.
+    """
     if recipe.endswith(".toml"):
         try:
             return Path(recipe).read_text(encoding="utf-8")
@@ -31,13 +46,21 @@ def recipe_text(recipe: str, kind: str = "recipe") -> str:
     if "/" in recipe or not file.is_file():
         names = list(recipe_names(kind))
         near = difflib.get_close_matches(recipe, names, n=3, cutoff=0.3) or names
-        guess = f"did you mean {', '.join(near)}? A file's name ends in .toml"
+        guess = f"did you mean {', '.join(near)}? The name of a file must end in .toml"
         raise ClipretError(f"there is no {kind} {recipe!r}: {guess}")
     return file.read_text(encoding="utf-8")
 
 
 def read_recipe(recipe: str, kind: str = "recipe") -> dict[str, Any]:
-    """Names and values of a recipe. Raises ClipretError when there is none or it is not TOML."""
+    """Return the names and values of a recipe.
+
+    Args:
+        recipe: The name of a built-in recipe, or the path of a TOML file.
+        kind: `recipe` or `pipeline`.
+
+    Raises:
+        ClipretError: There is no such recipe, or it is not TOML.
+    """
     try:
         return tomllib.loads(recipe_text(recipe, kind))
     except tomllib.TOMLDecodeError as error:

@@ -1,7 +1,7 @@
-"""The types and ranges of settings, checked by msgspec one by one; files are checked whole by `clipret.schema`.
+"""Types and ranges of settings. msgspec checks each setting; `clipret.schema` checks whole files.
 
-What is allowed is said in words made of the same types: msgspec's own message names only the bound that is missed, in
-the words of JSON (Expected `int | null`, got `str`).
+Messages describe the allowed values in words that come from the same types, because msgspec's own messages name only
+the violated bound and use the terms of JSON (Expected `int | null`, got `str`).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ __all__ = [
     "takes_text",
 ]
 
-MANY = 10**9  # where there is no other limit: neither infinity nor what no machine word holds
+MANY = 10**9  # the maximum of values without a natural limit: no infinity and nothing that overflows
 _FINITE = sys.float_info.max
 
 Whole = Annotated[int, Meta(ge=0, le=MANY)]
@@ -50,15 +50,20 @@ PartialShare = Annotated[float, Meta(ge=0, lt=1)]
 
 
 def check(what: str, value: Any, hint: Any) -> None:
-    """Let a value pass that is of a type and in its range.
+    """Check the type and range of a value.
 
     Args:
-        what: What a message calls the value.
-        value: As TOML or the command line gives it.
-        hint: A type, with ranges as `Annotated[int, Meta(ge=1)]`.
+        what: The name of the value in messages.
+        value: A value from TOML or the command line.
+        hint: A type, with a range such as `Annotated[int, Meta(ge=1)]`.
 
     Raises:
-        ClipretError: It is another; the message says what is allowed, and the choice that is near.
+        ClipretError: The value is wrong. The message has the allowed values and the closest one.
+
+    Example:
+        >>> check("epochs", 0, Count)
+        Traceback (most recent call last):
+        clipret.errors.ClipretError: epochs is 0: it must be a whole number from 1 to 1e+09
     """
     try:
         msgspec.convert(value, hint)
@@ -69,34 +74,39 @@ def check(what: str, value: Any, hint: Any) -> None:
 
 
 def check_fields(settings: Any, prefix: str = "") -> None:
-    """Check every field of a dataclass.
+    """Check the types and ranges of all fields of a dataclass.
 
-    Values stay as they are: msgspec would make 1.0 of a learning rate of 1, and so another run of one from before.
+    The values do not change: msgspec would convert a learning rate of 1 to 1.0, and the run would get another identity.
 
     Args:
-        settings: An instance whose fields have types with ranges.
-        prefix: What stands before the names of its fields in a message.
+        settings: An instance of a dataclass whose types have ranges.
+        prefix: Comes before the names of the fields in messages.
 
     Raises:
-        ClipretError: A field has a value of another type or out of its range.
+        ClipretError: A field has the wrong type or is out of range.
     """
     for name, hint in hints(type(settings)).items():
         check(prefix + name, getattr(settings, name), hint)
 
 
 def hints(kind: Any) -> Mapping[str, Any]:
-    """The types of a dataclass's fields, by name, with their ranges."""
+    """Return the types of a dataclass's fields with their ranges, by name."""
     named = typing.get_type_hints(kind, include_extras=True)
     return {field.name: named[field.name] for field in dataclasses.fields(kind)}
 
 
 def describe(hint: Any) -> str:
-    """A type as a reader of a message wants it: `Share | None` is "a finite number from 0 to 1 or left out"."""
+    """Describe a type in words.
+
+    Example:
+        >>> describe(Share | None)
+        'a finite number from 0 to 1 or left out'
+    """
     return " or ".join(map(_description, _members(hint)))
 
 
 def takes_text(hint: Any) -> bool:
-    """Whether a text may be a value of this type."""
+    """Return whether a string can be a value of this type."""
     return any(kind is str or typing.get_origin(kind) is Literal for kind in _members(hint))
 
 
@@ -105,7 +115,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _description(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+    names = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}
     if kind is types.NoneType:
         return "left out"
     match typing.get_origin(kind):
@@ -115,13 +125,13 @@ def _description(kind: Any) -> str:
             plain, meta = typing.get_args(kind)
             return _description(plain) + _range(meta)
         case builtin if builtin is tuple:
-            return f"a list of {', '.join(_words(kind)) or 'texts'}"
+            return f"a list of {', '.join(_words(kind)) or 'strings'}"
     return names[kind]
 
 
 def _range(meta: Meta) -> str:
     if meta.min_length is not None:
-        return f", {meta.min_length} at least"
+        return f", at least {meta.min_length}"
     low = f" from {meta.ge:g}" if meta.ge is not None else f" above {meta.gt:g}" if meta.gt is not None else ""
     low = "" if meta.ge == -_FINITE else low
     if meta.lt is not None:
@@ -130,7 +140,7 @@ def _range(meta: Meta) -> str:
 
 
 def _words(hint: Any) -> list[str]:
-    """The texts that a type allows, where they can be named."""
+    """The strings that a type allows, if it is a choice."""
     if typing.get_origin(hint) is Literal:
         return [str(value) for value in typing.get_args(hint)]
     return [word for part in typing.get_args(hint) if not isinstance(part, Meta) for word in _words(part)]

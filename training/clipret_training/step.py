@@ -1,4 +1,4 @@
-"""The gradients of one step: towers, loss and backward pass, at once or in parts that give the same gradients."""
+"""The gradients of one step: towers, loss and backward pass, at once or in parts with the same gradients."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,13 @@ __all__ = ["GradientStep", "StepResult"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """accuracy: the share of captions whose nearest image among this process's is a right one. broken: places in the
-    batch of images whose embedding, or whose captions' embedding, is no number."""
+    """The result of a step.
+
+    Args:
+        loss: Its value; NaN or infinite if something went wrong.
+        accuracy: Share of captions whose nearest image, among those of this process, is a positive.
+        broken: Positions in the batch of images whose embedding, or a caption's embedding, is not finite.
+    """
 
     loss: float
     accuracy: float
@@ -29,13 +34,21 @@ class StepResult:
 
 
 class GradientStep:
-    """Adds the gradients of a batch to the parameters of `model`, times `scale` where a loss is scaled.
+    """Adds the gradients of a batch to the parameters of a model.
 
-    With `parts` > 1 the towers never see more than that share of a batch at once: their embeddings are computed without
-    gradients first, the loss gives each embedding its gradient, and then each part is computed again to pass it on. The
-    loss is that of the whole batch, and so are the gradients (Gao et al., Scaling Deep Contrastive Learning Batch Size
-    under Memory Limited Setup, 2021; open_clip's --accum-freq). Costs a second forward pass. Only batch normalisation
-    sees the difference: its statistics are those of a part.
+    With several parts, the towers first compute the embeddings of each part without gradients. The loss of the whole
+    batch gives the gradient of each embedding, and a second forward pass of each part propagates it. Loss and gradients
+    are those of the whole batch (Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
+    2021; `--accum-freq` in open_clip). Only batch normalisation differs: its statistics are those of a part.
+
+    Args:
+        model: A model with `encode_image`, `encode_text` and `logit_scale`.
+        loss: The settings of the loss.
+        precision: The precision of the towers.
+        device: The device of the model.
+        parts: How many parts a batch is computed in.
+        compiled: Whether to compile the towers with torch.compile.
+        seed: The parts of the seed of dropout.
     """
 
     def __init__(
@@ -56,10 +69,19 @@ class GradientStep:
         self._encode_text: Callable[[Tensor], Tensor] = model.encode_text
         if compiled:
             self._encode_image = torch.compile(model.encode_image)
-            self._encode_text = torch.compile(model.encode_text, dynamic=True)  # a batch's longest text varies
+            self._encode_text = torch.compile(model.encode_text, dynamic=True)  # the length of texts varies
 
     def __call__(self, batch: Batch, step: int, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> StepResult:
-        """Every process of a training must call it at once. Where the loss is no number, no gradient is made."""
+        """Compute the loss of a batch and add its gradients. Every process must call this method at the same time.
+
+        Args:
+            batch: The images and texts of this process.
+            step: The number of the step; dropout depends on it.
+            scale: Scales the loss before the backward pass, for half precision.
+
+        Returns:
+            Loss and accuracy. If the loss is not finite, there are no gradients.
+        """
         images, texts = batch.images.tensor_split(self._parts), list(batch.texts.groups)
         if batch.negatives is not None and len(batch.negatives):
             texts += batch.negatives.tensor_split(min(self._parts, len(batch.negatives)))
@@ -92,7 +114,7 @@ class GradientStep:
     def _part(
         self, encode: Callable[[Tensor], Tensor], inputs: Tensor, step: int, tower: Tower, number: int
     ) -> Callable[[], Tensor]:
-        """A function that gives unit embeddings float32, the same whenever it is called: dropout is seeded."""
+        """A function that returns float32 embeddings of unit length, the same at each call: dropout is seeded."""
         seed = seed_of(*self._seed, step, tower, number)
 
         def run() -> Tensor:
@@ -106,36 +128,47 @@ class GradientStep:
     def compute_loss(
         self, batch: Batch, image_embeddings: Tensor, text_embeddings: Tensor, negative_embeddings: Tensor
     ) -> Tensor:
+        """Compute the loss from embeddings.
+
+        Args:
+            batch: Its keys and attributes are used.
+            image_embeddings: float32 [B,D], unit length.
+            text_embeddings: float32 [T,D], unit length.
+            negative_embeddings: float32 [N,D], unit length.
+
+        Returns:
+            A scalar.
+        """
         names = ("image_keys", "text_keys", "image_attributes", "text_attributes", "negative_keys")
         rest = {name: value.to(self._device) for name in names if (value := getattr(batch, name)) is not None}
         negatives = negative_embeddings if batch.negatives is not None else None
-        together = LossBatch(image_embeddings, text_embeddings, negative_embeddings=negatives, **rest)
-        return compute_loss(self._loss, together, self._model.logit_scale.exp(), self._bias())
+        loss_batch = LossBatch(image_embeddings, text_embeddings, negative_embeddings=negatives, **rest)
+        return compute_loss(self._loss, loss_batch, self._model.logit_scale.exp(), self._bias())
 
     def _bias(self) -> Tensor | None:
         return getattr(self._model, "logit_bias", None) if self._loss.kind == "siglip" else None
 
     def _result(self, batch: Batch, loss: Tensor, image_embeddings: Tensor, text_embeddings: Tensor) -> StepResult:
-        right = positive_mask(batch.image_keys, batch.text_keys).to(self._device)  # [B,T]
-        accuracy = retrieval_accuracy(image_embeddings, text_embeddings, right)
-        value, share = torch.stack([loss.detach(), accuracy]).tolist()  # one wait for the device
+        positives = positive_mask(batch.image_keys, batch.text_keys).to(self._device)  # [B,T]
+        accuracy = retrieval_accuracy(image_embeddings, text_embeddings, positives)
+        loss_value, accuracy_value = torch.stack([loss.detach(), accuracy]).tolist()  # one synchronisation
         if torch.isfinite(loss):
-            return StepResult(value, share, ())
+            return StepResult(loss_value, accuracy_value, ())
         broken = ~image_embeddings.isfinite().all(dim=1)
-        broken |= (right & ~text_embeddings.isfinite().all(dim=1)).any(dim=1)
-        return StepResult(value, share, tuple(broken.nonzero()[:, 0].tolist()))
+        broken |= (positives & ~text_embeddings.isfinite().all(dim=1)).any(dim=1)
+        return StepResult(loss_value, accuracy_value, tuple(broken.nonzero()[:, 0].tolist()))
 
 
 @contextlib.contextmanager
 def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep batch normalisation's running statistics as they are: the same images will come once more."""
+    """Keep the running statistics of batch normalisation: the second forward pass has the same images."""
     layers: Sequence[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+    saved = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
     try:
         yield
     finally:
-        for layer, (momentum, count) in zip(layers, before, strict=True):
+        for layer, (momentum, count) in zip(layers, saved, strict=True):
             layer.momentum = momentum
             layer.num_batches_tracked.copy_(count)

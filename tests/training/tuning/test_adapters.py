@@ -158,7 +158,7 @@ def test_a_target_hits_what_it_names_and_nothing_else(
         ("small", {"targets": ("attention",)}, "'q' of target 'attention' matches no layer of the image .*projection"),
         ("clip", {"targets": ("text:q",), "towers": ("image",)}, "names the text tower and the adapter is for image"),
         ("clip", {"targets": ("vision:q",)}, "names the tower 'vision': use image or text"),
-        ("clip", {"targets": ()}, r"adapter_targets is \(\): it must be a list of texts, 1 at least"),
+        ("clip", {"targets": ()}, r"adapter_targets is \(\): it must be a list of strings, at least 1"),
         ("clip", {"rank": 0}, "adapter_rank is 0: it must be a whole number from 1"),
         ("clip", {"alpha": 0}, "adapter_alpha is 0: it must be a finite number above 0"),
         ("clip", {"dropout": 1.0}, "adapter_dropout is 1.0"),

@@ -73,7 +73,7 @@ def soup(
     """
     for package in ("torch", "open_clip", "safetensors", "tomli_w"):
         require(package, "train")
-    from clipret_training.soups import Measure, cook
+    from clipret_training.soups import Measure, make_soup
 
     if how == "wise" and len(runs) != 1:
         raise ClipretError(f"--how wise mixes one run with its original, not {len(runs)}: name one")
@@ -88,7 +88,7 @@ def soup(
 
     root = given.pop("image_root")
     measure = Measure(str(val), image_root=str(root) if root else None, **given) if val is not None else None
-    result = cook(runs, out, how, alpha, original, measure, lambda line: click.echo(line, err=True))
+    result = make_soup(runs, out, how, alpha, original, measure, lambda line: click.echo(line, err=True))
     rows = [[name, *cells] for name, cells in result.table()]
     if rows:
         click.echo(show_table(["weights", "recall@10", "mean recall", "in the soup"], rows))
