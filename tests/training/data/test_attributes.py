@@ -41,7 +41,7 @@ def test_no_attribute_no_negative() -> None:
 
 def test_an_image_has_the_attributes_of_all_its_captions() -> None:
     made, _ = attributes()
-    images, captions = made.named([0, 1, 2], torch.tensor([0, 1, 2, 3]))
+    images, captions = made.of([0, 1, 2], torch.tensor([0, 1, 2, 3]))
     assert torch.equal(images[0], captions[0] | captions[1])
     assert (images[0] & images[1]).sum() == 1  # the car
     assert images[2].sum() == 0

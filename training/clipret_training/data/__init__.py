@@ -1,4 +1,4 @@
-"""From images and captions to the batches of a training: decoded, varied, with hard negatives."""
+"""The batches of a training: images decoded and augmented, captions tokenized, hard negatives added."""
 
 from clipret_training.data.batches import Batch, ImageReader, Texts, normalise
 from clipret_training.data.training_data import TrainingData, open_held_out

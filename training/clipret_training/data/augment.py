@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on tensors: a few matrix products instead of a Python call for every image."""
+"""Augmentation of whole batches on tensors, by a few matrix products instead of a Python call for each image."""
 
 import math
 from collections.abc import Callable
@@ -15,26 +15,31 @@ from clipret_training.schema import Count, Degrees, PositiveShare, Share, Whole,
 __all__ = ["Augmenter"]
 
 _FLIP: dict[Augment, float] = {"none": 0.0, "photo": 0.5, "surveillance": 0.5}
-_ROTATION: dict[Augment, float] = {"none": 0.0, "photo": 0.0, "surveillance": 3.0}  # a camera that hangs askew
+_ROTATION: dict[Augment, float] = {"none": 0.0, "photo": 0.0, "surveillance": 3.0}  # a tilted camera
 
 
 @dataclass(frozen=True)
 class Augmenter:
-    """Turns uint8 [B,S,S,3] into float32 [B,3,size,size] with values in 0..1.
+    """Augments batches of images.
 
-    `none` only resizes. `photo` takes a random resized crop (`area`: the least share of the image that is kept) and
-    varies brightness, contrast and saturation by up to `jitter`. Hue stays: colours are what people search for.
-    `surveillance` adds what cameras on poles add: low resolution, little light, sensor noise, JPEG's blocks, each to
-    half of the images.
+    Args:
+        kind: `none` only resizes. `photo` takes a random resized crop and varies brightness, contrast and saturation,
+            but not hue, because people search for colours. `surveillance` also adds low resolution, low light, sensor
+            noise and JPEG artefacts as from surveillance cameras, each to half of the images.
+        size: Side of the output in pixels.
+        area: Smallest share of the image area that a crop keeps.
+        jitter: How far brightness, contrast and saturation vary around 1.
+        flip: Share of images flipped horizontally, 0 to 1; None for 0 with `none`, else 0.5.
+        rotation: Largest angle in degrees; None for 3 with `surveillance`, else 0.
+        random_ops: Operations per image as in RandAugment (Cubuk et al., 2020), for images whose colours do not matter.
+        magnitude: Largest strength of these operations, 0 to 1.
+        fill: Grey value of the padding of square-padded images, or None. With a value, the padding is removed before
+            cropping and then drawn again around the crop, as in inference; otherwise the padding of crops has widths
+            that do not occur in use. Training from scratch with strong crops is better without it: recall@10 on
+            Flickr8k after 20 epochs of clipret-small (`area` 0.35) is 16.9 % without and 15.5 % with it.
 
-    flip: the share of images that is flipped horizontally, 0 for none and 1 for all; None: none with `none`, else half.
-    rotation: the largest angle in degrees; None: 3 for `surveillance`, else 0. random_ops: changes an image as in
-    RandAugment (Cubuk et al., 2020), drawn with a strength of up to `magnitude`, 0 to 1; they are for images whose
-    colours do not matter. fill: the value of the bars, for images that were padded to a square. These are taken out
-    first and what is cropped is padded again, as the image of that crop would have been: otherwise a crop would
-    show bars of a width that no image has in use. Training from scratch with strong crops is better off without:
-    recall@10 on Flickr8k after 20 epochs of clipret-small (an `area` of 0.35) is 16.9 % with bars as they come, 15.5 %
-    padded again.
+    Raises:
+        ClipretError: A value is out of range.
     """
 
     kind: Augment
@@ -51,25 +56,33 @@ class Augmenter:
         check_fields(self)
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """`generator` is a CPU generator and the only source of randomness."""
+        """Augment a batch.
+
+        Args:
+            pixels: uint8 [B,S,S,3].
+            generator: A CPU generator, the only source of random numbers.
+
+        Returns:
+            float32 [B,3,size,size], 0 to 1.
+        """
         B, S = pixels.shape[:2]
         flip = _FLIP[self.kind] if self.flip is None else self.flip
         rotation = _ROTATION[self.kind] if self.rotation is None else self.rotation
         if self.kind == "none":
-            image, place = _square(B, S), _square(B, self.size)
+            source, target = _square(B, S), _square(B, self.size)
         else:
-            image = self._crop(_content(pixels, self.fill), generator)
-            place = _square(B, self.size) if self.fill is None else _centred(image, self.size)
+            source = self._crop(_content(pixels, self.fill), generator)
+            target = _square(B, self.size) if self.fill is None else _centred(source, self.size)
         flipped = _uniform(B, 0, 1, generator) < flip
         x = pixels.float().div_(255)  # [B,S,S,3]
         if self.kind == "none" and self.size == S:
             x = torch.where(flipped.to(x.device)[:, None, None, None], x.flip(2), x) if flip else x
             x = x.permute(0, 3, 1, 2)
         else:
-            x = _resize(x, image, place, self.size, flipped)  # [B,3,size,size]
+            x = _resize(x, source, target, self.size, flipped)  # [B,3,size,size]
         if rotation:
             degrees = _uniform(B, -rotation, rotation, generator)
-            x = pixel_ops.rotate(x, degrees, place.width / self.size, place.height / self.size)
+            x = pixel_ops.rotate(x, degrees, target.width / self.size, target.height / self.size)
         if self.random_ops:
             x = _random_ops(x, self.random_ops, self.magnitude, generator)
         if self.kind != "none":
@@ -78,15 +91,15 @@ class Augmenter:
         if self.kind == "surveillance":
             x = _degrade(x, generator)
         x = x.clamp(0, 1)
-        return x if self.kind == "none" or self.fill is None else _pad(x, place, self.fill / 255)
+        return x if self.kind == "none" or self.fill is None else _pad(x, target, self.fill / 255)
 
     def _crop(self, content: "_Box", generator: torch.Generator) -> "_Box":
-        """A random part of the content with an aspect ratio changed by up to 3:4 or 4:3."""
+        """A random part of the content whose aspect ratio changes by up to 3:4 or 4:3."""
         B = len(content.left)
         area = _uniform(B, self.area, 1, generator)
-        # No further than a side that is as long as the image: an area of 1 is the whole image.
-        most = torch.minimum(-area.log(), torch.tensor(math.log(4 / 3)))
-        aspect = torch.exp(_uniform(B, -1, 1, generator) * most)
+        # No side is longer than that of the image: an area of 1 is the whole image.
+        max_log_aspect = torch.minimum(-area.log(), torch.tensor(math.log(4 / 3)))
+        aspect = torch.exp(_uniform(B, -1, 1, generator) * max_log_aspect)
         width, height = (area * aspect).sqrt() * content.width, (area / aspect).sqrt() * content.height
         left = content.left + (content.width - width) * _uniform(B, 0, 1, generator)
         top = content.top + (content.height - height) * _uniform(B, 0, 1, generator)
@@ -94,7 +107,7 @@ class Augmenter:
 
 
 class _Box(NamedTuple):
-    """float32 [B] each, in pixels."""
+    """A box for each image of a batch, float32 [B] each, in pixels."""
 
     left: Tensor
     top: Tensor
@@ -108,45 +121,46 @@ def _square(B: int, side: int) -> _Box:
 
 
 def _centred(image: _Box, size: int) -> _Box:
-    """Where `images.load` puts an image of this shape in a square of `size` pixels a side."""
+    """The place of an image of this shape in a padded square of `size` pixels per side, as in `clipret.images.load`."""
     longest = torch.maximum(image.width, image.height)
     width, height = ((side / longest * size).round().clamp(min=1) for side in (image.width, image.height))
     return _Box(((size - width) / 2).floor(), ((size - height) / 2).floor(), width, height)
 
 
 def _content(pixels: Tensor, fill: int | None) -> _Box:
-    """Where the images are between their bars, if there are any; uint8 [B,S,S,3].
+    """The boxes of images without their padding; uint8 [B,S,S,3].
 
-    Bars are above and below or on both sides, alike but for a pixel, and have one value everywhere.
+    The padding is above and below or on both sides, with widths that differ by at most a pixel, and has one value.
     """
     B, S = pixels.shape[:2]
     if fill is None:
         return _square(B, S)
     bars = (pixels == fill).all(dim=3)  # [B,S,S]
-    sides = []
-    for rows in (bars.all(dim=2), bars.all(dim=1)):  # [B,S]
-        before, behind = (side.long().cumprod(dim=1).sum(dim=1) for side in (rows, rows.flip(1)))
-        before = torch.minimum(before, behind)
-        sides.append((before, torch.minimum(behind, before + 1)))
-    (top, bottom), (left, right) = sides
-    above = (top + bottom > left + right) & (top + bottom < S)
-    sideways = ~(top + bottom > left + right) & (left + right < S)
+    widths = []
+    for lines in (bars.all(dim=2), bars.all(dim=1)):  # [B,S]
+        start, end = (line.long().cumprod(dim=1).sum(dim=1) for line in (lines, lines.flip(1)))
+        start = torch.minimum(start, end)
+        widths.append((start, torch.minimum(end, start + 1)))
+    (top, bottom), (left, right) = widths
+    vertical = (top + bottom > left + right) & (top + bottom < S)
+    horizontal = ~(top + bottom > left + right) & (left + right < S)
     top, bottom, left, right = (
-        (bar * used).float().cpu() for bar, used in ((top, above), (bottom, above), (left, sideways), (right, sideways))
+        (width * used).float().cpu()
+        for width, used in ((top, vertical), (bottom, vertical), (left, horizontal), (right, horizontal))
     )
     return _Box(left, top, S - left - right, S - top - bottom)
 
 
-def _resize(x: Tensor, image: _Box, place: _Box, size: int, flipped: Tensor) -> Tensor:
-    """[B,S,S,3] -> [B,3,size,size] with what is in `image` at `place`; around it, its edge goes on.
+def _resize(x: Tensor, source: _Box, target: _Box, size: int, flipped: Tensor) -> Tensor:
+    """Map the box `source` of [B,S,S,3] to the box `target` of [B,3,size,size], and repeat its edge around it.
 
-    Crop, flipped and resize with antialiasing are two matrix products, one for each axis.
+    Crop, horizontal flip and resize with antialiasing are two matrix products, one for each axis.
     """
     B, S = x.shape[:2]
-    rows = _interpolation(image.top, image.height, place.top, place.height, S, size)  # [B,size,S]
-    # A flipped image is at its place when what is flipped lies on the other side.
-    left = torch.where(flipped, size - place.left - place.width, place.left)
-    columns = _interpolation(image.left, image.width, left, place.width, S, size)
+    rows = _interpolation(source.top, source.height, target.top, target.height, S, size)  # [B,size,S]
+    # The flip moves the box to the other side, so start from there.
+    left = torch.where(flipped, size - target.left - target.width, target.left)
+    columns = _interpolation(source.left, source.width, left, target.width, S, size)
     columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
     x = torch.bmm(rows.to(x.device), x.reshape(B, S, S * 3)).reshape(B, size, S, 3)
     x = x.permute(0, 2, 1, 3).reshape(B, S, size * 3)
@@ -159,25 +173,25 @@ def _interpolation(start: Tensor, length: Tensor, to: Tensor, extent: Tensor, S:
     start, length, end = start[:, None], length[:, None], (start + length)[:, None]
     centres = start + (torch.arange(size) + 0.5 - to[:, None]) / extent[:, None] * length  # [B,size]
     centres = torch.minimum(torch.maximum(centres, start + 0.5), end - 0.5)[..., None]
-    radius = (length / extent[:, None]).clamp(min=1)[..., None]  # wider than a pixel when it shrinks: antialiasing
+    radius = (length / extent[:, None]).clamp(min=1)[..., None]  # above a pixel when shrinking: antialiasing
     pixels = torch.arange(S) + 0.5
     weights = (1 - (pixels - centres).abs() / radius).clamp(min=0)
-    weights *= ((pixels > start - 0.5) & (pixels < end + 0.5))[:, None]  # nothing from beyond the image
+    weights *= ((pixels > start - 0.5) & (pixels < end + 0.5))[:, None]  # no pixels from outside the image
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _pad(x: Tensor, place: _Box, fill: float) -> Tensor:
-    """The bars on top of an image whose edge goes on beyond its place."""
+def _pad(x: Tensor, box: _Box, fill: float) -> Tensor:
+    """Draw the padding around the box of each image."""
     size = x.shape[2]
-    places = torch.arange(size)
-    wide = (places >= place.left[:, None]) & (places < (place.left + place.width)[:, None])  # [B,size]
-    high = (places >= place.top[:, None]) & (places < (place.top + place.height)[:, None])
-    shown = (high[:, :, None] & wide[:, None])[:, None]  # [B,1,size,size]
-    return x.masked_fill(~shown.to(x.device), fill)
+    pixels = torch.arange(size)
+    in_columns = (pixels >= box.left[:, None]) & (pixels < (box.left + box.width)[:, None])  # [B,size]
+    in_rows = (pixels >= box.top[:, None]) & (pixels < (box.top + box.height)[:, None])
+    inside = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # [B,1,size,size]
+    return x.masked_fill(~inside.to(x.device), fill)
 
 
 def _random_ops(x: Tensor, count: int, magnitude: float, generator: torch.Generator) -> Tensor:
-    """For each image `count` changes out of ten. A change is computed for the images that drew it only."""
+    """Apply `count` of ten operations to each image. Each operation runs only on the images that drew it."""
     B = len(x)
     for _ in range(count):
         drawn = torch.randint(len(_OPS), (B,), generator=generator)
@@ -197,7 +211,7 @@ def _factor(strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def _shear(x: Tensor, strength: Tensor, sign: Tensor, row: int, column: int) -> Tensor:
-    """One entry of the identity's matrix changed: shear where it multiplies a coordinate, shift where it adds."""
+    """Change one entry of the identity matrix: shear if it multiplies a coordinate, translation if it adds to one."""
     matrices = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
     matrices[:, row, column] += 0.3 * strength * sign
     return pixel_ops.affine(x, matrices)
@@ -208,7 +222,7 @@ def _turn(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     return pixel_ops.rotate(x, 30 * strength * sign, whole, whole)
 
 
-# At full strength as far as RandAugment goes; posterising to four bits, solarising what is brighter than half.
+# Full strength is that of RandAugment: posterize to four bits, solarize values above one half.
 _OPS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
     lambda x, strength, sign: pixel_ops.adjust(x, brightness=_factor(strength, sign)),
     lambda x, strength, sign: pixel_ops.adjust(x, contrast=_factor(strength, sign)),
@@ -224,7 +238,7 @@ _OPS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
 
 
 def _degrade(x: Tensor, generator: torch.Generator) -> Tensor:
-    """From the lens to the recorder; each happens to half of the images, independently."""
+    """Apply each effect, in the order from lens to recorder, to half of the images independently."""
     share = float(_uniform(1, 0.3, 0.8, generator))
     x = _half(x, generator, lambda part: pixel_ops.lose_resolution(part, share))
     x = _half(x, generator, lambda part: pixel_ops.low_light(part, _for(part, 0.05, 0.8, generator), generator))

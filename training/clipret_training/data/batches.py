@@ -1,4 +1,4 @@
-"""From images and captions to batches: images with all their captions, decoded once where they fit."""
+"""Batches of images and captions. Images are decoded once if they fit in memory."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,31 +23,52 @@ from clipret_training.seeds import generator
 
 __all__ = ["Batch", "ImageReader", "TextBatch", "Texts", "normalise"]
 
-_AHEAD = 3  # batches decoded ahead of the model when images are streamed: 58 MiB at 224 px and batch 128
+_AHEAD = 3  # batches decoded ahead of the model: 58 MiB at 224 px and batch size 128
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """The captions of a step. `groups` are token ids int64 [T',L'] that together are all T captions, of similar length
-    each; `places` says which: the rows of all groups, one behind the other, are the captions places[0], places[1], …"""
+    """The captions of a step, in groups of similar length.
 
-    captions: Tensor  # int64 [T]
+    Args:
+        captions: Positions of the T captions, int64 [T].
+        groups: Token ids of each group, int64 [T',L'].
+        places: int64 [T]. The rows of all groups in sequence are the captions places[0], places[1], …
+    """
+
+    captions: Tensor
     groups: tuple[Tensor, ...]
-    places: Tensor  # int64 [T]
+    places: Tensor
 
-    def ordered(self, rows: Sequence[Tensor]) -> Tensor:
-        """What the text tower made of the groups, [T',D] each -> [T,D] in the order of `captions`."""
+    def ordered(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """Put embeddings in the order of `captions`.
+
+        Args:
+            embeddings: Those of each group, [T',D].
+
+        Returns:
+            [T,D].
+        """
         order = torch.empty_like(self.places)
         order[self.places] = torch.arange(len(self.places))
-        joined = torch.cat(list(rows))
+        joined = torch.cat(list(embeddings))
         return joined[order.to(joined.device)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process adds to a step. images: float32 [B,3,S,S], mean and deviation taken out, on the device.
-    image_keys int64 [B,K] and text_keys int64 [T,L]: which belong together, see `LossBatch`; so are the attributes.
-    negatives: token ids int64 [N,L] of texts that are no image's."""
+    """The images and texts of one process in a step.
+
+    Args:
+        images: float32 [B,3,S,S], normalized, on the device.
+        texts: The captions.
+        image_keys: int64 [B,K]; see `clipret_training.loss.LossBatch`, as for the following.
+        text_keys: int64 [T,L].
+        image_attributes: bool [B,A].
+        text_attributes: bool [T,A].
+        negatives: Token ids of hard negative texts, int64 [N,L].
+        negative_keys: int64 [N,1].
+    """
 
     images: Tensor
     texts: TextBatch
@@ -60,16 +81,21 @@ class Batch:
 
 
 class Texts:
-    """The captions of a Listing as token ids, made once.
+    """The captions of annotations as token ids. All are tokenized at construction.
 
-    `of_image[i]` holds the positions of image i's captions, int64.
+    `of_image[i]` has the positions of the captions of image i, int64.
+
+    Args:
+        loaded: The model, whose tokenizer is used.
+        annotations: The images and captions.
+        seed: Decides the order in which the captions of an image take turns.
     """
 
     def __init__(self, loaded: LoadedModel, annotations: Annotations, seed: int = 0) -> None:
         pairs = annotations.pairs
         self._ids = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(pairs.captions))  # [N,L]
         used = self._ids != loaded.text.pad_id
-        # Of a batch only the columns that one of its captions needs go through the text tower.
+        # The text tower processes only as many tokens as the longest caption of a batch has.
         trimmed = loaded.text.pad_to == "longest"
         self._lengths = (used * torch.arange(1, used.shape[1] + 1)).amax(dim=1) if trimmed else None
         self.of_image = [torch.tensor(captions) for captions in pairs.of_image]
@@ -78,13 +104,27 @@ class Texts:
         self._groups = [torch.tensor(groups, dtype=torch.int64) + len(pairs.captions) for groups in annotations.groups]
 
     def ids(self, captions: Tensor) -> Tensor:
-        """Token ids int64 [T,L] of the captions at these positions, int64 [T]."""
+        """Return token ids.
+
+        Args:
+            captions: Positions of captions, int64 [T].
+
+        Returns:
+            int64 [T,L].
+        """
         width = self._ids.shape[1] if self._lengths is None else int(self._lengths[captions].max())
         return self._ids[captions, :width]
 
     def batch(self, captions: Tensor, parts: int = 1) -> TextBatch:
-        """The captions at these positions, int64 [T], in `parts` groups at least; sorted by length into four or more if
-        they may be trimmed: a long caption makes a tower compute padding for all that it shares a group with."""
+        """Group captions for the text tower.
+
+        If the tower accepts texts of any length, the captions are sorted by length into at least four groups, because a
+        long caption costs padding for all captions of its group.
+
+        Args:
+            captions: Positions of captions, int64 [T].
+            parts: The smallest number of groups.
+        """
         groups = max(parts, 4)
         if self._lengths is None or len(captions) < 8 * groups:
             return TextBatch(captions, self.ids(captions).tensor_split(parts), torch.arange(len(captions)))
@@ -93,42 +133,67 @@ class Texts:
         return TextBatch(captions, sorted_ids, places)
 
     def sample(self, images: Sequence[int], count: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Positions, int64 [T], of up to `count` captions of each image; and for each of them its image's place in
-        `images`, int64 [T]. Epoch by epoch, from 1, an image's captions come in turn, in an order of its own:
-        none comes again before all have."""
-        drawn, owners = [], []
-        for place, image in enumerate(images):
+        """Choose captions for images. The captions of an image take turns from epoch to epoch, in an order of its own.
+
+        Args:
+            images: Positions of images.
+            count: The most captions per image.
+            epoch: The number of the epoch, from 1.
+
+        Returns:
+            Positions of captions, int64 [T], and for each of them the index of its image in `images`, int64 [T].
+        """
+        sampled, owners = [], []
+        for index, image in enumerate(images):
             captions = self._shuffled[image]
             if count < len(captions):
                 captions = captions.roll(-count * (epoch - 1))[:count]
-            drawn.append(captions)
-            owners += [place] * len(captions)
-        return torch.cat(drawn), torch.tensor(owners)
+            sampled.append(captions)
+            owners += [index] * len(captions)
+        return torch.cat(sampled), torch.tensor(owners)
 
     def keys(self, images: Sequence[int], captions: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [B,K] and [T,L], as `clipret_training.loss.LossBatch` has them: an image's keys are all its captions
-        and its groups, a caption's are itself and the groups of the image that it was drawn for."""
+        """Return the keys of `clipret_training.loss.LossBatch`.
+
+        The keys of an image are all its captions and its groups. The keys of a caption are the caption itself and the
+        groups of the image for which it was sampled.
+
+        Args:
+            images: Positions of B images.
+            captions: Positions of captions, int64 [T], as from `sample`.
+            owners: For each caption the index of its image in `images`, int64 [T].
+
+        Returns:
+            int64 [B,K] and int64 [T,L], padded with -1.
+        """
         groups = [self._groups[image] for image in images]
-        of_images = [torch.cat([self.of_image[p], mine]) for p, mine in zip(images, groups, strict=True)]
-        width = max(len(mine) for mine in groups)
+        of_images = [torch.cat([self.of_image[image], keys]) for image, keys in zip(images, groups, strict=True)]
+        width = max(len(keys) for keys in groups)
         of_captions = torch.cat([captions[:, None], _padded(groups, width)[owners]], dim=1)  # [T,1+G]
         return _padded(of_images, max(len(keys) for keys in of_images)), of_captions
 
 
-def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
-    """int64 rows of any length as one tensor [N,width], filled up with -1."""
-    table = torch.full((len(rows), width), -1)
-    for number, row in enumerate(rows):
-        table[number, : len(row)] = row
-    return table
+def _padded(keys: Sequence[Tensor], width: int) -> Tensor:
+    """int64 tensors of any length as one tensor [N,width], padded with -1."""
+    padded = torch.full((len(keys), width), -1)
+    for number, values in enumerate(keys):
+        padded[number, : len(values)] = values
+    return padded
 
 
 class ImageReader:
-    """The decoded images of a Listing as uint8, in memory when they take at most `cache_limit` bytes.
+    """Decodes the images of annotations, and caches them if all fit in memory.
 
-    Otherwise every epoch decodes them again, a few batches ahead of the model, in `threads` threads. `cached` is the
-    number of bytes in memory. `fast` decodes as `clipret.images.decode.load` does with it: good enough to learn from. A
-    image that cannot be decoded is left out and its reason kept in `skipped`, by its position in the list.
+    Without the cache, threads decode the images in every epoch, a few batches ahead of the model. An image that cannot
+    be decoded is skipped. `skipped` has its position and the reason; `cached` is the size of the cache in bytes.
+
+    Args:
+        annotations: The images.
+        spec: Size, resizing and fill of the images.
+        threads: How many threads decode.
+        cache_limit: Largest size of the cache in bytes.
+        fast: Whether to decode faster and less exactly, which is good enough for training; see
+            `clipret.images.decode.load`.
     """
 
     def __init__(
@@ -149,7 +214,15 @@ class ImageReader:
             self._cache = torch.from_numpy(cache)
 
     def batches(self, order: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Positions and pixels uint8 [B,S,S,3] in the given order, unreadable images left out; B <= batch_size."""
+        """Decode images in batches.
+
+        Args:
+            order: Positions of images.
+            batch_size: Largest number of images in a batch.
+
+        Yields:
+            Positions of B images and their pixels, uint8 [B,S,S,3], in this order, without unreadable images.
+        """
         if self._cache is not None:
             usable = iter([position for position in order if position not in self.skipped])
             while batch := list(islice(usable, batch_size)):
@@ -160,19 +233,21 @@ class ImageReader:
             yield [position for position, _ in pairs], torch.from_numpy(np.stack([pixels for _, pixels in pairs]))
 
     def path(self, position: int) -> Path:
+        """Return the path of an image."""
         return self._annotations.pairs.paths[position]
 
     def skipped_paths(self) -> dict[Path, str]:
+        """Return the paths of skipped images, with the reason."""
         return {self.path(position): reason for position, reason in self.skipped.items()}
 
     def unreadable(self) -> str | None:
-        """None where any image can be decoded, otherwise `example()`. Of streamed images so many are tried."""
+        """Return None if any image can be decoded, otherwise `example()`. Decodes images until one succeeds."""
         readable = next(self.batches(range(len(self._annotations.pairs.paths)), 1), None)
         return self.example() if readable is None else None
 
     def example(self) -> str:
-        """An unreadable image and its reason, as the end of a sentence; "" where there is none."""
-        return next((f", for example {self.path(place)}: {reason}" for place, reason in self.skipped.items()), "")
+        """Return an unreadable image and its reason as the end of a sentence, or "" if there is none."""
+        return next((f", for example {path}: {reason}" for path, reason in self.skipped_paths().items()), "")
 
     def _load(self, position: int) -> Pixels:
         read = self._annotations.read
@@ -181,27 +256,35 @@ class ImageReader:
         return pixels
 
     def _decode(self, order: Sequence[int], batch_size: int = 32) -> Iterator[tuple[int, Pixels | None]]:
-        """Decode in threads, in order, at most a few batches ahead; None for what cannot be decoded."""
-        wanted = (position for position in order if position not in self.skipped)
-        waiting: deque[tuple[int, Future[Pixels]]] = deque()
+        """Decode in threads, in order, at most a few batches ahead. None for an image that cannot be decoded."""
+        positions = (position for position in order if position not in self.skipped)
+        pending: deque[tuple[int, Future[Pixels]]] = deque()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
             try:
                 while True:
-                    for position in islice(wanted, batch_size * _AHEAD - len(waiting)):
-                        waiting.append((position, pool.submit(self._load, position)))
-                    if not waiting:
+                    for position in islice(positions, batch_size * _AHEAD - len(pending)):
+                        pending.append((position, pool.submit(self._load, position)))
+                    if not pending:
                         return
-                    position, future = waiting.popleft()
+                    position, future = pending.popleft()
                     try:
                         yield position, future.result()
                     except ImageError as error:
                         self.skipped[position] = str(error)
                         yield position, None
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for images nobody will use
+                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the pending images
 
 
 def normalise(loaded: LoadedModel, images: Tensor) -> Tensor:
-    """float32 [B,3,S,S] in 0..1 less the model's mean, over its deviation, in the layout convolutions like best."""
+    """Subtract the model's mean and divide by its standard deviation.
+
+    Args:
+        loaded: The model.
+        images: float32 [B,3,S,S], 0 to 1.
+
+    Returns:
+        float32 [B,3,S,S] in channels-last memory format.
+    """
     mean, std = (images.new_tensor(values)[:, None, None] for values in (loaded.mean, loaded.std))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)

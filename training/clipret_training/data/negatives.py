@@ -1,8 +1,8 @@
-"""Hard negative captions: one attribute of a caption swapped for another that excludes it.
+"""Hard negative captions: one attribute of a caption is swapped for another that excludes it.
 
-"A red car" becomes "a blue car": all other captions of a batch differ from an image in so much that a model need not
-learn colours, sides or clothing to tell them apart (Yuksekgonul et al., When and why vision-language models behave
-like bags-of-words, 2023, from whom negatives as further columns of the loss are taken, too).
+"A red car" becomes "a blue car". The other captions of a batch differ from an image in so many ways that a model does
+not have to learn colours, sides or clothing. The idea, and negatives as further columns of the loss, are from
+Yuksekgonul et al., When and why vision-language models behave like bags-of-words, 2023.
 """
 
 import functools
@@ -27,7 +27,7 @@ Word = Annotated[str, Meta(min_length=1)]
 
 _VOCABULARY = "negatives.json"
 _EXAMPLE = 'write as {"groups": {"colour": [["maroon", "wine red"]]}, "keep": ["red wine"]}'
-_CACHED = 1 << 18  # captions whose attributes are remembered: some 100 MB, more than an epoch of most sets
+_CACHED = 1 << 18  # captions whose attributes are cached: about 100 MB, more than an epoch of most data sets
 
 
 class _Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,8 +36,8 @@ class _Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class _Found:
-    """An attribute in a caption: where, the place of its entry, and whether it is a plural."""
+class _Match:
+    """An attribute in a caption: where it is, its group and entry, and whether it is a plural."""
 
     start: int
     end: int
@@ -49,9 +49,16 @@ class _Found:
 class AttributeSwap:
     """Swaps one attribute of a caption for another of its group.
 
-    groups: by name, entries that exclude each other; an entry is a list of words for the same thing, of which the first
-    is put in. keep: words in which nothing is swapped, as 斑马线, which is about no horse. Latin words match as whole
-    words in any case, also in the plural; others wherever they stand, the longest first.
+    Latin words match as whole words in any case, also in the plural. Other words match anywhere, the longest first.
+
+    Args:
+        groups: By name, entries that exclude each other. An entry is a list of synonyms; the first is inserted.
+        keep: Words in which nothing is swapped, such as 斑马线 (zebra crossing), which is not about a horse.
+
+    Example:
+        >>> swap = AttributeSwap({"colour": [["red"], ["blue", "navy"]]})
+        >>> swap("A red car", positives=[], generator=torch.Generator())
+        'A blue car'
     """
 
     def __init__(self, groups: dict[str, list[list[str]]], keep: Collection[str] = ()) -> None:
@@ -73,11 +80,15 @@ class AttributeSwap:
 
     @classmethod
     def read(cls, more: Path | None = None) -> Self:
-        """The built-in vocabulary, English and Chinese, and what the JSON file `more` adds to it.
+        """Read the built-in English and Chinese vocabulary, and extend it.
 
-        It has the form of negatives.json next to this file: {"groups": {NAME: [[WORD, SYNONYM, …], …]}, "keep": [WORD,
-        …]}. An entry with a word that its group has already adds synonyms; other entries and groups are new. Raises
-        ClipretError for a file that cannot be read or looks otherwise, and for a word in two groups.
+        Args:
+            more: A JSON file {"groups": {NAME: [[WORD, SYNONYM, …], …]}, "keep": [WORD, …]}, in the format of
+                negatives.json in this package. An entry with a word of an existing entry of its group adds synonyms.
+                Other entries and groups are new.
+
+        Raises:
+            ClipretError: The file cannot be read or has another format, or a word is in two groups.
         """
         text = (resources.files("clipret_training.data") / _VOCABULARY).read_bytes()
         built_in = msgspec.json.decode(text, type=_Vocabulary)
@@ -91,35 +102,49 @@ class AttributeSwap:
         for name, entries in groups.items():
             for word in {word.lower() for words in entries for word in words}:
                 if word in owner:
-                    raise ClipretError(f"{more}: {word!r} is in the groups {owner[word]} and {name}: leave it in one")
+                    raise ClipretError(f"{more}: {word!r} is in the groups {owner[word]} and {name}: keep it in one")
                 owner[word] = name
         return cls(groups, keep)
 
     def __call__(self, caption: str, positives: Collection[str], generator: torch.Generator) -> str | None:
-        """`caption` with one attribute swapped, drawn from all that could be; None where there is none.
+        """Swap one attribute of a caption, drawn from all possible swaps.
 
-        positives: all captions of the image. The result is none of them, in whatever case or spacing, and names
-        nothing that any of them names: of an image with a dog and a cat neither is swapped for the other.
+        The new attribute is in none of the positives: for an image with a dog and a cat, neither replaces the other.
+
+        Args:
+            caption: A caption of an image.
+            positives: All captions of the image.
+            generator: A CPU generator.
+
+        Returns:
+            A text that is none of the positives, whatever their case and spacing. None if no swap is possible.
         """
-        named = {(found.group, found.entry) for text in {caption, *positives} for found in self._find(text)}
-        taken = {_plain(text) for text in positives} | {_plain(caption)}
+        in_positives = {(match.group, match.entry) for text in {caption, *positives} for match in self._find(text)}
+        positive_texts = {_plain(text) for text in positives} | {_plain(caption)}
         choices = [
-            (found, number)
-            for found in self._find(caption)
-            for number in range(len(self._groups[found.group]))
-            if (found.group, number) not in named
+            (match, number)
+            for match in self._find(caption)
+            for number in range(len(self._groups[match.group]))
+            if (match.group, number) not in in_positives
         ]
-        for place in torch.randperm(len(choices), generator=generator).tolist():
-            found, number = choices[place]
-            swapped = _swapped(caption, found, self._groups[found.group][number][0])
-            if _plain(swapped) not in taken:
+        for choice in torch.randperm(len(choices), generator=generator).tolist():
+            match, number = choices[choice]
+            swapped = _swapped(caption, match, self._groups[match.group][number][0])
+            if _plain(swapped) not in positive_texts:
                 return swapped
         return None
 
     def attributes(self, captions: Sequence[str]) -> Tensor:
-        """bool [N,A]: which of the A entries of all groups each caption names, however it calls them.
+        """Return which attributes captions name, by any of their synonyms.
 
-        What `soft` of clipret_training.loss wants of texts; of an image it is `.any(dim=0)` over its captions.
+        These are the `text_attributes` of the `soft` loss. The attributes of an image are `.any(dim=0)` over its
+        captions.
+
+        Args:
+            captions: N captions.
+
+        Returns:
+            bool [N,A], a column for each entry of all groups.
         """
         column = {
             (group, entry): number
@@ -129,29 +154,29 @@ class AttributeSwap:
         }
         table = torch.zeros(len(captions), len(column), dtype=torch.bool)
         for row, caption in enumerate(captions):
-            for found in self._find(caption):
-                table[row, column[found.group, found.entry]] = True
+            for match in self._find(caption):
+                table[row, column[match.group, match.entry]] = True
         return table
 
-    def _find_uncached(self, caption: str) -> Sequence[_Found]:
+    def _find_uncached(self, caption: str) -> Sequence[_Match]:
         return tuple(
-            _Found(match.start(), match.end(), *self._places[match[0].lower()])
+            _Match(match.start(), match.end(), *self._places[match[0].lower()])
             for match in self._pattern.finditer(caption)
             if match[0].lower() in self._places
         )
 
 
-def _swapped(caption: str, found: _Found, word: str) -> str:
-    """With the article, the number and the first capital that fit."""
-    before, old = caption[: found.start], caption[found.start : found.end]
-    if found.plural:
+def _swapped(caption: str, match: _Match, word: str) -> str:
+    """The caption with the new word in the right number and case, and with the right article."""
+    before, old = caption[: match.start], caption[match.start : match.end]
+    if match.plural:
         word = _plural(word)
     if article := re.search(r"\b(a)n?(\s+)$", before, re.IGNORECASE):
         n = "n" if word[0] in ("AEFHILMNORSX" if word.isupper() else "aeiou") else ""
         before = f"{before[: article.start()]}{article[1]}{n}{article[2]}"
     if old[:1].isupper() and old[1:].islower():
         word = word[:1].upper() + word[1:]
-    return before + word + caption[found.end :]
+    return before + word + caption[match.end :]
 
 
 def _plain(text: str) -> str:
@@ -163,7 +188,7 @@ def _is_latin(word: str) -> bool:
 
 
 def _as_pattern(word: str) -> str:
-    """Whole words, in scripts that separate them."""
+    """Matches whole words, in scripts that separate words."""
     return rf"(?<![A-Za-z]){re.escape(word)}(?![A-Za-z])" if _is_latin(word) else re.escape(word)
 
 
@@ -178,11 +203,12 @@ def _plural(word: str) -> str:
 def _merged(entries: list[list[str]], added: list[list[str]]) -> list[list[str]]:
     merged = [list(words) for words in entries]
     for words in added:
-        same = next((mine for mine in merged if {w.lower() for w in mine} & {w.lower() for w in words}), None)
-        if same is None:
+        lower = {word.lower() for word in words}
+        synonyms = next((entry for entry in merged if lower & {word.lower() for word in entry}), None)
+        if synonyms is None:
             merged.append(list(words))
         else:
-            same += [word for word in words if word not in same]
+            synonyms += [word for word in words if word not in synonyms]
     return merged
 
 

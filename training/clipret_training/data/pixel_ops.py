@@ -1,6 +1,7 @@
-"""Changes to batches of images, float32 [B,3,H,W] with values around 0..1, each image with its own strength [B].
+"""Operations on batches of images, float32 [B,3,H,W] with values around 0 to 1, with a strength for each image.
 
-All are a few passes over the batch; none draws random numbers, except noise.
+The strengths are float32 [B]. Each operation is a few passes over the batch. Only `low_light` and `add_noise` draw
+random numbers.
 """
 
 import math
@@ -24,18 +25,18 @@ __all__ = [
 ]
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-_ABREAST = 8  # images of JPEG at once on a CPU: they stay in its cache, which makes it twice as fast
+_JPEG_BATCH = 8  # images that `jpeg` processes at once on a CPU: they fit in its cache, which is twice as fast
 
 
 def grey(x: Tensor) -> Tensor:
-    """Luma [B,1,H,W]."""
+    """Compute the luma, float32 [B,1,H,W]."""
     return (x * x.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
 
 
 def adjust(
     x: Tensor, brightness: Tensor | None = None, contrast: Tensor | None = None, saturation: Tensor | None = None
 ) -> Tensor:
-    """Factors, 1 changes nothing. Hue stays: colours are what people search for."""
+    """Multiply brightness, contrast and saturation by factors; 1 or None changes nothing. The hue does not change."""
     luma = grey(x) if contrast is not None or saturation is not None else None
     if luma is not None and saturation is not None:
         x = luma + (x - luma) * _each(saturation)
@@ -46,7 +47,7 @@ def adjust(
 
 
 def sharpen(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from (above 1) or towards (below 1) the image smoothed with Pillow's SMOOTH; the border stays."""
+    """Sharpen (factor above 1) or smooth (below 1) with Pillow's filter SMOOTH. The border does not change."""
     kernel = x.new_ones(3, 3)
     kernel[1, 1] = 5
     smooth = F.conv2d(x, (kernel / 13).expand(3, 1, 3, 3), groups=3)
@@ -57,26 +58,35 @@ def sharpen(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def posterize(x: Tensor, bits: Tensor) -> Tensor:
-    """Keep the highest bits of eight, as Pillow does: values are rounded down."""
+    """Keep the highest of eight bits, 1 to 8 in number, and round down as Pillow does."""
     steps = _each(2.0 ** (8 - bits.round()))
     return ((x.clamp(0, 1) * 255).round() / steps).floor() * steps / 255
 
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:
-    """Turn over what is at least as bright as the threshold."""
+    """Invert values that are at least the threshold."""
     return torch.where(x >= _each(threshold), 1 - x, x)
 
 
 def affine(x: Tensor, matrices: Tensor) -> Tensor:
-    """[B,2,3], from where to look to where to be, in coordinates from -1 to 1; beyond the edge is its reflection."""
+    """Apply affine transforms, with reflection beyond the edges.
+
+    Args:
+        x: float32 [B,3,H,W].
+        matrices: float32 [B,2,3], from output to input coordinates, which go from -1 to 1.
+    """
     grid = F.affine_grid(matrices.to(x.device), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def rotate(x: Tensor, degrees: Tensor, wide: Tensor, high: Tensor) -> Tensor:
-    """Turned around the centre and enlarged until nothing beyond the image is seen.
+    """Rotate around the centre and enlarge, so that nothing beyond the image is visible.
 
-    wide, high: the half sides of the image in the square, 0 to 1 each.
+    Args:
+        x: float32 [B,3,H,W].
+        degrees: Angles.
+        wide: Width of the image as a share of the square, 0 to 1.
+        high: Height of the image as a share of the square, 0 to 1.
     """
     radians = degrees * (math.pi / 180)
     cos, sin = radians.cos(), radians.sin()
@@ -87,16 +97,16 @@ def rotate(x: Tensor, degrees: Tensor, wide: Tensor, high: Tensor) -> Tensor:
 
 
 def lose_resolution(x: Tensor, share: float) -> Tensor:
-    """Shrink to a share of the size and grow again."""
+    """Shrink to a share of the size and enlarge again."""
     small = max(8, int(x.shape[2] * share))
     shrunk = F.interpolate(x, size=(small, small), mode="bilinear", antialias=True)
     return F.interpolate(shrunk, size=x.shape[2:], mode="bilinear")
 
 
 def low_light(x: Tensor, exposure: Tensor, generator: torch.Generator) -> Tensor:
-    """A share of the light, with the shot noise of little light: the fewer photons, the more they scatter.
+    """Reduce the light to the share `exposure` and add shot noise, which is relatively stronger in low light.
 
-    Works on linear light; a gamma of 2 instead of 2.2 spares a power.
+    Computes with linear light. A gamma of 2 instead of 2.2 saves computing powers.
     """
     light = x.clamp(min=0).square() * _each(exposure)
     noise = torch.randn(x.shape, generator=generator).to(x.device)
@@ -104,19 +114,19 @@ def low_light(x: Tensor, exposure: Tensor, generator: torch.Generator) -> Tensor
 
 
 def add_noise(x: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise with this standard deviation."""
+    """Add Gaussian noise with the standard deviation `strength`."""
     return x + torch.randn(x.shape, generator=generator).to(x.device) * _each(strength)
 
 
 def jpeg(x: Tensor, quality: Tensor) -> Tensor:
-    """What JPEG (baseline, 4:2:0, the standard's tables) leaves of an image at a quality from 1 to 100.
+    """Add the artefacts of JPEG compression (baseline, 4:2:0, the standard's tables) at a quality from 1 to 100.
 
-    The cosine transform of all 8 x 8 blocks is one matrix product. Differs from libjpeg by its rounding and its
-    smoother colour; 1.1 ms an image of 224 px on one core, Pillow takes 1.9, and it runs on the device.
+    The cosine transform of all 8 x 8 blocks is one matrix product. The result differs from libjpeg in rounding and in
+    smoother colour. It takes 1.1 ms per image of 224 px on one core (Pillow: 1.9 ms) and also runs on a GPU.
     """
-    if x.device.type == "cpu" and len(x) > _ABREAST:
+    if x.device.type == "cpu" and len(x) > _JPEG_BATCH:
         return torch.cat(
-            [jpeg(*part) for part in zip(torch.split(x, _ABREAST), torch.split(quality, _ABREAST), strict=True)]
+            [jpeg(*part) for part in zip(torch.split(x, _JPEG_BATCH), torch.split(quality, _JPEG_BATCH), strict=True)]
         )
     H, W = x.shape[2:]
     x = F.pad(x.clamp(0, 1) * 255, (0, -W % 16, 0, -H % 16), mode="replicate")
@@ -130,7 +140,7 @@ def jpeg(x: Tensor, quality: Tensor) -> Tensor:
 
 
 def _quantised(planes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
-    """[B,C,H,W], sides multiples of 8; table: 64 steps."""
+    """Quantize the cosine transform of [B,C,H,W], sides multiples of 8, by a table of 64 steps."""
     B, C, H, W = planes.shape
     steps = ((table * scale[:, None] + 0.5).floor().clamp(1, 255))[:, None]  # [B,1,64]
     transform = planes.new_tensor(_BLOCK_COSINES)
@@ -140,9 +150,11 @@ def _quantised(planes: Tensor, table: Tensor, scale: Tensor) -> Tensor:
 
 
 def _block_cosines() -> list[list[float]]:
-    """The orthonormal cosine transform of a block of 8 x 8 as a matrix of 64 x 64."""
-    one = [[math.cos((2 * i + 1) * k * math.pi / 16) / (2 if k else math.sqrt(8)) for i in range(8)] for k in range(8)]
-    return [[a * b for a in rows for b in columns] for rows in one for columns in one]
+    """The orthonormal cosine transform of a block of 8 x 8 pixels as a matrix of 64 x 64."""
+    basis = [
+        [math.cos((2 * i + 1) * k * math.pi / 16) / (2 if k else math.sqrt(8)) for i in range(8)] for k in range(8)
+    ]
+    return [[a * b for a in rows for b in columns] for rows in basis for columns in basis]
 
 
 _BLOCK_COSINES = _block_cosines()

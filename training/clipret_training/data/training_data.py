@@ -1,4 +1,4 @@
-"""What a training learns from, in the order of its epochs: the images and captions of one process, step by step."""
+"""The images and captions of one process, in the order of epochs and steps."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,26 +22,26 @@ __all__ = ["TrainingData", "open_held_out"]
 
 
 class TrainingData:
-    """The share of a listing that belongs to this process, varied and prepared for a model.
+    """The share of the training data that belongs to this process, augmented and prepared for a model.
 
     Args:
-        config: How images are varied, how many of them and of their captions take part in a step.
-        listing: What all processes learn from.
-        loaded: The model, which decides size, mean, deviation and tokens.
+        config: Augmentation, batch size, captions per image and cache limit.
+        annotations: The training data of all processes.
+        loaded: The model, which decides image size, normalization and tokens.
         world: The processes.
 
     Raises:
-        ClipretError: A process can read none of its images. It is said before anything is written.
+        ClipretError: A process can read none of its images. This is before anything is written.
     """
 
     def __init__(self, config: FitConfig, annotations: Annotations, loaded: LoadedModel, world: World) -> None:
         self._config, self._loaded, self._world = config, loaded, world
-        self._mine = range(world.rank, len(annotations.pairs.paths), world.size)
+        self._share = range(world.rank, len(annotations.pairs.paths), world.size)
         self._paths = annotations.pairs.paths
         self._texts = Texts(loaded, annotations, config.seed)
         more = Path(config.attributes) if config.attributes is not None else None
-        wanted = config.negatives or config.loss == "soft"
-        self._attributes = Attributes(loaded, annotations, more) if wanted else None
+        use_attributes = config.negatives or config.loss == "soft"
+        self._attributes = Attributes(loaded, annotations, more) if use_attributes else None
         image = loaded.image
         self._augment = Augmenter(
             config.augment,
@@ -57,111 +57,114 @@ class TrainingData:
         larger = msgspec.structs.replace(image, size=round(image.size * config.decode_scale))
         limit = _cache_limit(config, world)
         self.reader = ImageReader(
-            annotations.subset(self._mine), larger, threads=config.threads, cache_limit=limit, fast=True
+            annotations.subset(self._share), larger, threads=config.threads, cache_limit=limit, fast=True
         )
-        if bad := [reason for reason in gather_objects(self.reader.unreadable(), world) if reason is not None]:
-            raise ClipretError(f"none of the {len(self._mine)} images can be read{bad[0]}; check --image-root")
+        if reasons := [reason for reason in gather_objects(self.reader.unreadable(), world) if reason is not None]:
+            raise ClipretError(f"none of the {len(self._share)} images can be read{reasons[0]}; check --image-root")
 
     def batch_size(self) -> int:
-        """Images of this process in a step, as far as is known which can be read."""
-        readable = max(len(self._mine) - len(self.reader.skipped), 1)
+        """Return the number of images of this process in a step, from the images that are readable as far as known."""
+        readable = max(len(self._share) - len(self.reader.skipped), 1)
         return min(self._config.batch_size // self._world.size, smallest(readable, self._world))
 
     def steps(self) -> int:
-        """Those of all epochs, as far as is known which images can be read."""
-        readable = smallest(len(self._mine) - len(self.reader.skipped), self._world)
+        """Return the number of steps of all epochs, from the images that are readable as far as known."""
+        readable = smallest(len(self._share) - len(self.reader.skipped), self._world)
         return max(self._config.epochs * readable // self.batch_size(), self._config.epochs)
 
-    def epoch(self, at: Position) -> Iterator[tuple[list[int], Tensor, int]]:
-        """The rest of the epoch that the training is at, in an order that its number decides.
+    def epoch(self, position: Position) -> Iterator[tuple[list[int], Tensor, int]]:
+        """Decode the rest of an epoch in a random order that seed, epoch and rank decide.
 
         Args:
-            at: Where the training is. Its `size` and, at the end, its `left` are set here.
+            position: Where the training is. This method sets its `size` and, at the end, its `left`.
 
         Yields:
-            For each step the images, by their positions among this process's; their pixels, uint8 [B,S,S,3]; and what
-            `at.consumed` is after the step. Every process has as many steps.
+            For each step the indices of B images among those of this process; their pixels, uint8 [B,S,S,3]; and the
+            value of `position.consumed` after the step. All processes have the same number of steps.
 
         Raises:
             ClipretError: No image can be read any more.
         """
-        draw = generator(self._config.seed, "order", at.epoch, self._world.rank)
-        order: list[int] = at.left + torch.randperm(len(self._mine), generator=draw).tolist()
-        at.size = at.size or self.batch_size()
-        yield from self._whole_batches(order, at.consumed, at.size)
-        # Of streamed images only now is known which can be read: they may be too few for the batch that was tried.
-        while not at.losses and (size := self.batch_size()) < at.size:
-            at.size = size
-            yield from self._whole_batches(order, at.consumed, size)
-        if not at.losses:
-            raise ClipretError(f"none of the {len(self._mine)} images can be read any more{self.reader.example()}")
-        at.left = [image for image in order[at.consumed :] if image not in self.reader.skipped]
+        random = generator(self._config.seed, "order", position.epoch, self._world.rank)
+        order: list[int] = position.left + torch.randperm(len(self._share), generator=random).tolist()
+        position.size = position.size or self.batch_size()
+        yield from self._whole_batches(order, position.consumed, position.size)
+        # Images that are not cached may turn out to be unreadable only now, so that too few are left for a batch.
+        while not position.losses and (size := self.batch_size()) < position.size:
+            position.size = size
+            yield from self._whole_batches(order, position.consumed, size)
+        if not position.losses:
+            raise ClipretError(f"none of the {len(self._share)} images can be read any more{self.reader.example()}")
+        position.left = [image for image in order[position.consumed :] if image not in self.reader.skipped]
 
     def _whole_batches(self, order: Sequence[int], consumed: int, size: int) -> Iterator[tuple[list[int], Tensor, int]]:
-        """Batches as long as every process has a whole one: a smaller one would have too few negatives. What is left
-        over begins the next epoch."""
+        """Batches until a process has no full one, because a smaller one would have too few negatives. The images that
+        are left start the next epoch."""
         batches = self.reader.batches(order[consumed:], size)
         while True:
-            chosen, pixels = next(batches, ([], torch.empty(0)))
-            if not smallest(len(chosen) == size, self._world):
+            images, pixels = next(batches, ([], torch.empty(0)))
+            if not smallest(len(images) == size, self._world):
                 return
-            for image in chosen:  # the unreadable ones between them are behind us, too
+            for image in images:  # unreadable images between them are consumed, too
                 consumed = order.index(image, consumed) + 1
-            yield chosen, pixels, consumed
+            yield images, pixels, consumed
 
-    def batch(self, chosen: Sequence[int], pixels: Tensor, at: Position) -> Batch:
-        """What a step learns from.
+    def batch(self, images: Sequence[int], pixels: Tensor, position: Position) -> Batch:
+        """Prepare a batch for a step.
 
         Args:
-            chosen: The images, by their positions, as `epoch` yields them.
+            images: The indices that `epoch` yields.
             pixels: uint8 [B,S,S,3].
-            at: Where the training is: the numbers of its step and epoch decide what is drawn.
+            position: Where the training is. Its step and epoch decide the random numbers.
 
         Returns:
-            Images on the device, the captions drawn for them, and what belongs together.
+            The augmented images on the device, and their sampled captions.
         """
         config = self._config
-        draw = generator(config.seed, "step", at.step, self._world.rank)
-        numbers = [self._mine[position] for position in chosen]  # as the texts number them
-        captions, owners = self._texts.sample(numbers, config.captions, at.epoch)  # [T]
-        images = normalise(self._loaded, self._augment(pixels.to(self._world.device), draw))  # [B,3,S,S]
+        random = generator(config.seed, "step", position.step, self._world.rank)
+        numbers = [self._share[index] for index in images]  # positions among the images of all processes
+        captions, owners = self._texts.sample(numbers, config.captions, position.epoch)  # [T]
+        augmented = normalise(self._loaded, self._augment(pixels.to(self._world.device), random))  # [B,3,S,S]
         texts = self._texts.batch(captions, config.accumulate)
         extra: dict[str, Tensor] = {}
         if config.negatives and self._attributes is not None:
-            swapped = self._attributes.negatives(numbers, captions, owners, draw)
-            extra |= dict(zip(("negatives", "negative_keys"), swapped, strict=True))
+            negatives = self._attributes.negatives(numbers, captions, owners, random)
+            extra |= dict(zip(("negatives", "negative_keys"), negatives, strict=True))
         if config.loss == "soft" and self._attributes is not None:
-            named = self._attributes.named(numbers, captions)
-            extra |= dict(zip(("image_attributes", "text_attributes"), named, strict=True))
-        return Batch(images, texts, *self._texts.keys(numbers, captions, owners), **extra)
+            attributes = self._attributes.of(numbers, captions)
+            extra |= dict(zip(("image_attributes", "text_attributes"), attributes, strict=True))
+        return Batch(augmented, texts, *self._texts.keys(numbers, captions, owners), **extra)
 
-    def paths(self, chosen: Sequence[int]) -> list[Path]:
-        """Those of images that `epoch` chose."""
-        return [self._paths[self._mine[position]] for position in chosen]
+    def paths(self, images: Sequence[int]) -> list[Path]:
+        """Return the paths of images by the indices that `epoch` yields."""
+        return [self._paths[self._share[index]] for index in images]
 
 
 def open_held_out(
     config: FitConfig, annotations: Annotations, loaded: LoadedModel, world: World, *, cached: int
 ) -> tuple[ImageReader, Texts]:
-    """The share of the held-out images that belongs to this process, and all captions.
+    """Open the held-out images of this process, and all held-out captions.
 
     Args:
-        config: Threads, and what the cache of decoded images may take.
-        listing: What is held out.
-        loaded: The model, which decides size and tokens.
+        config: Threads and cache limit.
+        annotations: The held-out images and captions of all processes.
+        loaded: The model, which decides image size and tokens.
         world: The processes.
-        cached: Bytes of the cache that are taken already.
+        cached: Bytes of the cache that are already used.
+
+    Returns:
+        The images of this process and all captions.
 
     Raises:
         ClipretError: No process can read any of its images.
     """
-    mine = range(world.rank, len(annotations.pairs.paths), world.size)
-    left = max(_cache_limit(config, world) - cached, 0)
-    reader = ImageReader(annotations.subset(mine), loaded.image, threads=config.threads, cache_limit=left)
-    bad = [reason for reason in gather_objects(reader.unreadable(), world) if reason is not None]
-    if len(bad) == world.size:  # one process alone may have none
+    share = range(world.rank, len(annotations.pairs.paths), world.size)
+    cache_left = max(_cache_limit(config, world) - cached, 0)
+    reader = ImageReader(annotations.subset(share), loaded.image, threads=config.threads, cache_limit=cache_left)
+    reasons = [reason for reason in gather_objects(reader.unreadable(), world) if reason is not None]
+    if len(reasons) == world.size:  # a single process may have no readable image
         raise ClipretError(
-            f"none of the {len(annotations.pairs.paths)} images held out for validation can be read{bad[0]}: "
+            f"none of the {len(annotations.pairs.paths)} images held out for validation can be read{reasons[0]}: "
             "hold out others with --val, --val-where, --val-split or --seed"
         )
     return reader, Texts(loaded, annotations)
