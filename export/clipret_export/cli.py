@@ -296,10 +296,10 @@ def _engine_requests(
     chosen = EngineSettings(**merged(settings, "--engine"))
     try:
         batch = [int(size) for size in chosen.batch.split(",")]
-    except ValueError:
+    except ValueError as error:
         raise click.BadParameter(
             f"batch={chosen.batch} is not a list of numbers such as 1,64,256", param_hint="--engine"
-        ) from None
+        ) from error
     requests = []
     if tensorrt:
         requests.append(EngineRequest("tensorrt", batch=batch, timing_cache=chosen.timing_cache))

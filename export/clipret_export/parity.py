@@ -324,4 +324,4 @@ def _encode(encoder: Encoder, name: str, items: Sequence[Image.Image | Path | st
         reason = one_line(error)
         raise ClipretError(
             f"the {name} tower does not run in batches of {encoder.config.batch_size}: {reason}"
-        ) from None
+        ) from error

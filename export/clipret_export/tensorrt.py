@@ -213,7 +213,7 @@ def _load_timing_cache(config: Any, path: Path) -> None:
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise ClipretError(f"{path} cannot be read: {error.strerror}; choose another timing cache") from None
+        raise ClipretError(f"{path} cannot be read: {error.strerror}; choose another timing cache") from error
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         raise ClipretError(f"{path} is not a timing cache of this TensorRT and GPU: delete it or name another file")

@@ -199,10 +199,10 @@ class Bundle:
         file = folder / "bundle.json"
         try:
             manifest = Manifest.from_json(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ClipretError(f"{folder} is not a bundle (no bundle.json): create one with clipret-export") from None
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ClipretError(f"{folder} is not a bundle (no bundle.json): create one with clipret-export") from error
         except (ValueError, UnicodeDecodeError) as error:
-            raise ClipretError(f"{file} cannot be used: {error}; export the model again") from None
+            raise ClipretError(f"{file} cannot be used: {error}; export the model again") from error
         return cls(folder, manifest)
 
     @property
@@ -247,7 +247,7 @@ class Bundle:
                 raise ClipretError(f"{path} has {size} bytes, the manifest says {expected.bytes}: {advice}")
             sha256 = file_entry(path).sha256
         except OSError as error:
-            raise ClipretError(f"{path} cannot be read ({error.strerror}): {advice}") from None
+            raise ClipretError(f"{path} cannot be read ({error.strerror}): {advice}") from error
         if sha256 != expected.sha256:
             raise ClipretError(
                 f"{path} has changed since the export (sha256 {sha256[:12]}…, not {expected.sha256[:12]}…): {advice}"

@@ -63,4 +63,4 @@ def require(module: str, extra: str) -> ModuleType:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is installed, one of its dependencies is not
-        raise ClipretError(f"{package} is not installed: run  pip install 'clipret[{extra}]'") from None
+        raise ClipretError(f"{package} is not installed: run  pip install 'clipret[{extra}]'") from error

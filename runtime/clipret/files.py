@@ -45,7 +45,7 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise ClipretError(f"{path} cannot be written: {error.strerror}; free space or choose another path") from None
+        raise ClipretError(f"{path} cannot be written: {error.strerror}; free space or choose another path") from error
     finally:  # also after Ctrl-C
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise ClipretError(f"{temporary.parent} cannot be written: {error.strerror}; choose another path") from None
+        raise ClipretError(f"{temporary.parent} cannot be written: {error.strerror}; choose another path") from error
     locks = [_lock(temporary)]
     try:
         yield temporary
@@ -104,7 +104,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise ClipretError(f"{path} cannot be written: {error}; free space or choose another path") from None
+        raise ClipretError(f"{path} cannot be written: {error}; free space or choose another path") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for lock in locks:

@@ -42,10 +42,12 @@ def checked(value: object, schema: type[T]) -> T:
         expected, _, path = str(error).replace("`", "").partition(" - at $")
         where, bad_value, hint = _walk(path, value, schema)
         if expected.startswith("Object "):  # a missing or unknown field: the value would not help
-            raise ValueError(f"{where or 'it'}: {expected.removeprefix('Object ')}") from None
+            raise ValueError(f"{where or 'it'}: {expected.removeprefix('Object ')}") from error
         if get_origin(hint) is Literal:
             expected = f"expected one of {', '.join(map(str, get_args(hint)))}"
-        raise ValueError(f"{where or 'it'} is {reprlib.repr(bad_value)}: {expected[0].lower()}{expected[1:]}") from None
+        raise ValueError(
+            f"{where or 'it'} is {reprlib.repr(bad_value)}: {expected[0].lower()}{expected[1:]}"
+        ) from error
 
 
 def _walk(path: str, value: Any, hint: Any) -> tuple[str, Any, Any]:

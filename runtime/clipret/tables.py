@@ -61,9 +61,9 @@ def read_table(path: str | Path, where: str | None = None) -> Table:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ClipretError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
+        raise ClipretError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
     except UnicodeDecodeError as error:
-        raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from None
+        raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from error
     reader = _read_jsonl if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else _read_separated
     columns, rows = reader(path, text)
     if where is not None:
@@ -126,7 +126,7 @@ def _read_separated(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[s
                 )
             rows.append(dict(zip(columns, values, strict=True)))
     except csv.Error as error:
-        raise ClipretError(f"{path} line {first_line}: {error}: correct the quotation marks there") from None
+        raise ClipretError(f"{path} line {first_line}: {error}: correct the quotation marks there") from error
     return columns, rows
 
 
@@ -140,7 +140,7 @@ def _read_jsonl(path: Path, text: str) -> tuple[tuple[str, ...], list[dict[str, 
         except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits and deep nesting
             raise ClipretError(
                 f"{path} line {number} is not JSON ({getattr(error, 'msg', error)}): correct that line"
-            ) from None
+            ) from error
         if not isinstance(value, dict):
             raise ClipretError(f"{path} line {number} is not a JSON object: write one object per line")
         objects.append(value)
@@ -171,7 +171,7 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             raise ClipretError(
                 f"--where {where!r} cannot be used on {path}: {error}; its columns are {', '.join(columns)}"
-            ) from None
+            ) from error
     return [rows[number - 1] for number in numbers]
 
 

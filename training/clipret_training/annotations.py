@@ -153,7 +153,7 @@ def _read_archives(config: FitConfig, location: Path | str, where: str | None) -
     try:
         items: list[Item] = [without_bytes(item) for item in source]
     except ClipretError as error:  # unlike indexing, a training does not use the images before the damage
-        raise ClipretError(re.sub(r"the images before( [\w ]+)? are done; ", "", str(error))) from None
+        raise ClipretError(re.sub(r"the images before( [\w ]+)? are done; ", "", str(error))) from error
     columns = dict.fromkeys(name for item in items for name in item.metadata)
     rows = [{name: _text(item.metadata.get(name)) for name in columns} for item in items]
     table = Table(path, tuple(columns), rows)

@@ -131,7 +131,9 @@ class Checkpoints:
                 metadata = file.metadata() or {}
             metadata = json.loads(metadata.get("checkpoint", "null")) or metadata  # older files have a key for each
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise ClipretError(f"checkpoint {self.last} cannot be read: {error}; train again in a new folder") from None
+            raise ClipretError(
+                f"checkpoint {self.last} cannot be read: {error}; train again in a new folder"
+            ) from error
         state_file = self._state_file(metadata.get("step", "none"))
         if metadata.get("identity") != self.identity or not state_file.is_file():
             missing = f" ({state_file.name} is missing)" if metadata.get("identity") == self.identity else ""
@@ -178,7 +180,7 @@ class Checkpoints:
             raise ClipretError(
                 f"a checkpoint cannot be written to {self.folder}: {reason}; {previous}: free space, then run  "
                 f"clipret-train fit --resume --out {self.folder.parent}"
-            ) from None
+            ) from error
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -191,5 +193,5 @@ def read_state(file: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile's, pickle's and torch's errors have no common base
         reason = one_line(error)
-        raise ClipretError(f"{file} cannot be read: {reason}; train again in a new folder") from None
+        raise ClipretError(f"{file} cannot be read: {reason}; train again in a new folder") from error
     return state

@@ -122,10 +122,10 @@ class FitConfig(Settings):
         _refuse_unknown(values, str(path))
         try:
             return cls(**values)
-        except TypeError:
+        except TypeError as error:
             raise ClipretError(
                 f"{path} has no data or no model, so it is not the params.toml of a run: pass another run folder"
-            ) from None
+            ) from error
 
     @property
     def loss_config(self) -> LossConfig:

@@ -233,7 +233,7 @@ class Learner:
         except (KeyError, ValueError) as error:
             raise ClipretError(
                 f"the optimiser state of the checkpoint is from another model: {error}; train into a new folder"
-            ) from None
+            ) from error
 
 
 def _choose_trained(model: Any, config: FitConfig) -> None:
@@ -284,11 +284,11 @@ def _check_length(loaded: LoadedModel, length: int) -> None:
     model: Any = loaded.model
     try:
         model.encode_text(torch.ones(1, length, dtype=torch.int64))
-    except (RuntimeError, IndexError, ValueError):
+    except (RuntimeError, IndexError, ValueError) as error:
         raise ClipretError(
             f"context_length is {length}: the text tower of {loaded.name} was made for {loaded.text.context_length} "
             "tokens and takes no others: leave context_length out"
-        ) from None
+        ) from error
 
 
 @torch.inference_mode()
@@ -297,8 +297,8 @@ def _check_crop(loaded: LoadedModel, size: int) -> None:
     model: Any = loaded.model
     try:
         model.encode_image(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, IndexError, ValueError):
+    except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         raise ClipretError(
             f"crop_size is {size}: the image tower of {loaded.name} was made for {loaded.image.size} pixels per side "
             "and takes no others: leave crop_size out"
-        ) from None
+        ) from error

@@ -41,7 +41,9 @@ def recipe_text(recipe: str, kind: str = "recipe") -> str:
         try:
             return Path(recipe).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ClipretError(f"{kind} {recipe} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            raise ClipretError(
+                f"{kind} {recipe} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from error
     file = files("clipret_training") / _FOLDERS[kind] / f"{recipe}.toml"
     if "/" in recipe or not file.is_file():
         names = list(recipe_names(kind))
@@ -64,4 +66,4 @@ def read_recipe(recipe: str, kind: str = "recipe") -> dict[str, Any]:
     try:
         return tomllib.loads(recipe_text(recipe, kind))
     except tomllib.TOMLDecodeError as error:
-        raise ClipretError(f"{kind} {recipe} is not TOML: {error}") from None
+        raise ClipretError(f"{kind} {recipe} is not TOML: {error}") from error

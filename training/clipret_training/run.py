@@ -76,7 +76,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; choose another folder") from None
+            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; choose another folder") from error
         settings = {name: value for name, value in params.items() if value is not None}  # TOML has no null
         for name, content in describe(loaded).items():
             write_file(self.path / name, content)
@@ -163,7 +163,7 @@ def claimed(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path / _LOCK)
     except OSError as error:
-        raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another folder") from None
+        raise ClipretError(f"{path} cannot be written: {error.strerror}; choose another folder") from error
     if lock is None:
         raise ClipretError(f"run {path} is being trained by another process: wait for it, or choose another folder")
     with contextlib.closing(lock):

@@ -67,10 +67,10 @@ def check(what: str, value: Any, hint: Any) -> None:
     """
     try:
         msgspec.convert(value, hint)
-    except msgspec.ValidationError:
+    except msgspec.ValidationError as error:
         near = difflib.get_close_matches(str(value), _words(hint), n=1, cutoff=0.4)
         guess = f" (did you mean {near[0]}?)" if near else ""
-        raise ClipretError(f"{what} is {value!r}{guess}: it must be {describe(hint)}") from None
+        raise ClipretError(f"{what} is {value!r}{guess}: it must be {describe(hint)}") from error
 
 
 def check_fields(settings: Any, prefix: str = "") -> None:

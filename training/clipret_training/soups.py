@@ -168,7 +168,7 @@ def _original_of(run: str) -> str:
     try:
         original = tomllib.loads(file.read_text(encoding="utf-8")).get("model")
     except (OSError, ValueError) as error:
-        raise ClipretError(f"{file} cannot be read ({error}): pass the original model with --original") from None
+        raise ClipretError(f"{file} cannot be read ({error}): pass the original model with --original") from error
     if not isinstance(original, str) or original == SMALL:
         raise ClipretError(
             f"{run} started from random weights, so there is no original model to mix it with: pass one with --original"

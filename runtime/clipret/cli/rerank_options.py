@@ -81,9 +81,9 @@ def read_texts(path: Path, column: str | None = None) -> Sequence[str]:
             # splitlines would cut texts at U+2028 and at form feeds
             texts = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except OSError as error:
-            raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+            raise ClipretError(f"{path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from None
+            raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from error
         while texts and not texts[-1].strip():
             texts.pop()
         if not texts:

@@ -121,7 +121,7 @@ def _token(file: Path | None) -> str | None:
     try:
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ClipretError(f"{file} cannot be read ({error}): put the token into it") from None
+        raise ClipretError(f"{file} cannot be read ({error}): put the token into it") from error
     if not token:
         raise ClipretError(f"{file} is empty: put the token into it")
     return token

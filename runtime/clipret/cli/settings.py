@@ -118,8 +118,8 @@ def _typed(kind: Any, text: str | None) -> Any:
     if kind is bool:
         try:
             return {None: True, "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text]
-        except KeyError:
-            raise ValueError("true or false") from None
+        except KeyError as error:
+            raise ValueError("true or false") from error
     if text is None:
         raise ValueError("given a value, as KEY=VALUE")
     if get_origin(kind) is Literal:
@@ -129,8 +129,8 @@ def _typed(kind: Any, text: str | None) -> Any:
     if kind in (int, float):
         try:
             number = kind(text)
-        except ValueError:
-            raise ValueError("a whole number" if kind is int else "a number") from None
+        except ValueError as error:
+            raise ValueError("a whole number" if kind is int else "a number") from error
         if not math.isfinite(number):
             raise ValueError("a finite number")
         return number

@@ -58,12 +58,12 @@ class Vocabulary(msgspec.Struct, frozen=True):
         try:
             made = checked(json.loads(path.read_bytes()), cls)
         except OSError as error:
-            raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+            raise ClipretError(f"{path} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise ClipretError(
                 f'{path} is no vocabulary ({error}): it needs {{"slots": {{"color": ["black", …], …}}}}; '
                 "clipret-train data traffic writes one"
-            ) from None
+            ) from error
         for slot in made.other:
             if slot not in made.slots:
                 raise ClipretError(f"{path} has other words of {slot!r}, which is none of its slots: add it to slots")

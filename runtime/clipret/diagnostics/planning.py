@@ -117,9 +117,9 @@ def read_rates(file: Path | None = None) -> Rates:
     try:
         return checked(json.loads(source.read_bytes()), Rates)
     except OSError as error:
-        raise ClipretError(f"{source} cannot be read: {error.strerror}") from None
+        raise ClipretError(f"{source} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ClipretError(f"{source} holds no rates ({error}): benchmarks/make_rates.py writes it") from None
+        raise ClipretError(f"{source} holds no rates ({error}): benchmarks/make_rates.py writes it") from error
 
 
 def plan(ask: Workload, rates: Rates) -> list[Line]:

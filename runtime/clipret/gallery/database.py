@@ -79,7 +79,7 @@ class Database:
         try:
             self._connection = sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False, isolation_level=None)
         except sqlite3.Error as error:
-            raise ClipretError(f"{self._file} cannot be opened ({error}): restore it or index again") from None
+            raise ClipretError(f"{self._file} cannot be opened ({error}): restore it or index again") from error
         # A gallery that is dropped unclosed closes it too: from Python 3.13 on an open one is a ResourceWarning.
         weakref.finalize(self, self._connection.close)
         self._lock = threading.RLock()  # threads may share a gallery, a statement and its authorizer may not be shared
@@ -101,7 +101,7 @@ class Database:
             with self._lock:
                 return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise ClipretError(f"{self._file} {_told(error)}") from None
+            raise ClipretError(f"{self._file} {_told(error)}") from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -165,7 +165,7 @@ class Database:
             raise ClipretError(
                 f"--where {where!r} cannot be used on {self._file.parent}: {error}; its columns are "
                 f"{', '.join((*OWN_COLUMNS, *columns))}"
-            ) from None
+            ) from error
         return np.array(found, dtype=np.int64).reshape(-1)
 
     def images(self, ids: Sequence[int] | Ids) -> dict[int, ImageRecord]:

@@ -70,7 +70,7 @@ def open_embeddings(
     try:
         rows, held = _load(source)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise ClipretError(f"{source} cannot be read ({error}): give a .npy, .npz or .parquet file") from None
+        raise ClipretError(f"{source} cannot be read ({error}): give a .npy, .npz or .parquet file") from error
     return _from_array(str(source), source.parent, rows, held if paths is None else paths, image_column)
 
 
@@ -120,7 +120,7 @@ def _read_list(path: Path, image_column: str | None) -> tuple[Sequence[Record], 
     try:
         lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ClipretError(f"{path} cannot be read ({error}): it needs to be UTF-8, a path a line") from None
+        raise ClipretError(f"{path} cannot be read ({error}): it needs to be UTF-8, a path a line") from error
     return [{"path": line} for line in lines], "path"
 
 
@@ -130,7 +130,7 @@ def _from_parquet(path: Path, image_column: str | None, embedding_column: str | 
     try:
         file = parquet.ParquetFile(path, memory_map=True)
     except (OSError, pa.ArrowException) as error:
-        raise ClipretError(broken(error)) from None
+        raise ClipretError(broken(error)) from error
     schema, count = file.schema_arrow, file.metadata.num_rows
     lists = [field.name for field in schema if _is_vector(pa, field.type)]
     vectors = [name for name in lists if embedding_column in (None, name)]
@@ -147,7 +147,7 @@ def _from_parquet(path: Path, image_column: str | None, embedding_column: str | 
         try:
             yield from file.iter_batches(BLOCK, columns=[*others, *vectors])
         except (OSError, pa.ArrowException) as error:
-            raise ClipretError(broken(error)) from None
+            raise ClipretError(broken(error)) from error
 
     def blocks() -> Iterator[tuple[Rows, Sequence[Record]]]:
         done = 0

@@ -85,9 +85,9 @@ class Gallery:
                 raise ClipretError(f"{folder} is not empty and no gallery: choose a new folder")
             Database.create(folder)
         except OSError as error:
-            raise ClipretError(f"{folder} cannot be made: {error.strerror}; choose another place") from None
+            raise ClipretError(f"{folder} cannot be made: {error.strerror}; choose another place") from error
         except sqlite3.Error as error:
-            raise ClipretError(f"{folder} cannot hold a gallery: {error}; choose a new folder") from None
+            raise ClipretError(f"{folder} cannot hold a gallery: {error}; choose a new folder") from error
         info = GalleryInfo(
             format=FORMAT,
             fingerprint=bundle.fingerprint,
@@ -113,14 +113,14 @@ class Gallery:
                     f"{folder} has gallery format {value['format']}, this clipret reads {FORMAT}: index again"
                 )
             info = checked(value, GalleryInfo)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ClipretError(
                 f"{folder} is no gallery (no gallery.json): make one with clipret-search index"
-            ) from None
+            ) from error
         except OSError as error:
-            raise ClipretError(f"{file} cannot be read: {error.strerror}; fix its permissions") from None
+            raise ClipretError(f"{file} cannot be read: {error.strerror}; fix its permissions") from error
         except (ValueError, TypeError, KeyError) as error:
-            raise ClipretError(f"{file} is damaged ({error}): restore it or index again") from None
+            raise ClipretError(f"{file} is damaged ({error}): restore it or index again") from error
         return cls(folder, info)
 
     def rooted(self, root: Path) -> Self:
@@ -264,15 +264,15 @@ class Gallery:
             if "locked" in str(error):
                 raise ClipretError(
                     f"another process is writing to {self.path}: wait for it to end, then try again"
-                ) from None
-            raise ClipretError(f"{self.path} cannot be written: {error}; fix its permissions") from None
+                ) from error
+            raise ClipretError(f"{self.path} cannot be written: {error}; fix its permissions") from error
 
     def sweep(self) -> None:
         """Remove files that no transaction names. Only inside `writing()`."""
         try:
             sweep(self.path, {number for (number,) in self.database.query("SELECT number FROM shards")})
         except OSError as error:
-            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; fix its permissions") from None
+            raise ClipretError(f"{self.path} cannot be written: {error.strerror}; fix its permissions") from error
 
     @contextlib.contextmanager
     def refusable(self) -> Iterator[None]:
@@ -284,7 +284,7 @@ class Gallery:
             advice = "close what reads it for so long" if locked else "free space, or change what it names"
             raise ClipretError(
                 f"{self.path} cannot be written ({error}): {advice}; what was committed before is kept"
-            ) from None
+            ) from error
 
     def append(
         self,

@@ -62,7 +62,7 @@ def _open(file: Path, dtype: type[np.generic], entry: ShardEntry, advice: str) -
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError) as error:
-        raise ClipretError(f"{file} cannot be read ({error}): {advice}") from None
+        raise ClipretError(f"{file} cannot be read ({error}): {advice}") from error
     if array.dtype != dtype or array.shape != shape:
         wanted = f"{np.dtype(dtype)} {list(shape)}"
         raise ClipretError(f"{file} holds {array.dtype} {list(array.shape)}, the database says {wanted}: {advice}")

@@ -192,7 +192,7 @@ def _replacing(*targets: Path) -> Iterator[list[IO[bytes]]]:
     except OSError as error:
         raise ClipretError(
             f"{targets[0]} cannot be written: {error.strerror or error}; choose another place or free space"
-        ) from None
+        ) from error
     finally:
         for path in temporary:
             with contextlib.suppress(OSError):

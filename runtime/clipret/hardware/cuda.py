@@ -40,7 +40,7 @@ def _driver() -> Any:
     try:
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError as error:
-        raise ClipretError(f"no NVIDIA driver is installed ({error}): use --device cpu") from None
+        raise ClipretError(f"no NVIDIA driver is installed ({error}): use --device cpu") from error
 
 
 def call_driver(name: str, *arguments: Any) -> None:

@@ -129,14 +129,14 @@ def _reasons() -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        raise ImageError(f"not an image ({', '.join(_formats())})") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(_BOMB.format(Image.MAX_IMAGE_PIXELS)) from None
-    except MemoryError:
-        raise ImageError("out of memory") from None
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not an image ({', '.join(_formats())})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(_BOMB.format(Image.MAX_IMAGE_PIXELS)) from error
+    except MemoryError as error:
+        raise ImageError("out of memory") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt bytes
-        raise ImageError(f"broken: {error}" if str(error) else f"broken: {type(error).__name__}") from None
+        raise ImageError(f"broken: {error}" if str(error) else f"broken: {type(error).__name__}") from error
 
 
 _BOMB = "more than {} pixels (decompression bomb?)"

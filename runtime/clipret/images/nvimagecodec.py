@@ -42,7 +42,7 @@ class GpuDecoder:
         try:
             self._library = require("nvidia.nvimgcodec", "nvjpeg")
         except (ImportError, OSError) as error:
-            raise ClipretError(f"nvImageCodec does not load ({error}): use decode=pillow") from None
+            raise ClipretError(f"nvImageCodec does not load ({error}): use decode=pillow") from error
         kind, _, number = device.partition(":")
         self._number = int(number or 0) if kind == "cuda" else None
         self._local = threading.local()  # decoders are not thread-safe: each thread has its own
@@ -92,7 +92,7 @@ class GpuDecoder:
         try:
             decoded = self._decoder().decode(_samples()[0], params=self._local.params)
         except RuntimeError as error:
-            raise ClipretError(f"nvImageCodec cannot start ({one_line(error)}): use decode=pillow") from None
+            raise ClipretError(f"nvImageCodec cannot start ({one_line(error)}): use decode=pillow") from error
         if decoded is None:
             raise ClipretError(
                 "nvImageCodec cannot decode a JPEG on this machine (is nvidia-nvjpeg installed?): use decode=pillow"

@@ -90,7 +90,7 @@ def walk_images(folder: Path) -> Iterator[str]:
                     stack.append((prefix, iter(sorted(_entries(entries))), above | {here}))
         except OSError as error:
             if not prefix:
-                raise ClipretError(f"{folder} cannot be read: {error.strerror}") from None
+                raise ClipretError(f"{folder} cannot be read: {error.strerror}") from error
             return False
         return True
 
@@ -138,11 +138,11 @@ def read_bytes(path: Path) -> tuple[bytes, int]:
             raise ImageError(f"{status.st_size} bytes are too many for an image")
         content = path.read_bytes()
     except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a null character in the name
-        raise ImageError(f"cannot be read: {error}") from None
-    except MemoryError:
-        raise ImageError("out of memory") from None
+        raise ImageError(f"cannot be read: {error}") from error
+    except MemoryError as error:
+        raise ImageError("out of memory") from error
     if not content:
         raise ImageError("the file is empty")
     return content, status.st_mtime_ns

@@ -143,7 +143,7 @@ def _ray(address: str) -> tuple[Any, bool]:
         reason = one_line(error)
         raise ClipretError(
             f"the Ray cluster at {target} cannot be reached ({reason}): use the address that  ray start --head  prints"
-        ) from None
+        ) from error
     return ray, True
 
 
@@ -259,7 +259,7 @@ class Pool:
             raise ClipretError(
                 f"the Ray cluster failed ({type(cause).__name__}: {message}): run again to continue from what is "
                 "committed"
-            ) from None
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def load_library(library: TensorRTLibrary) -> Any:
     try:
         return require(library, BACKENDS[library].extra)
     except (ImportError, OSError) as error:  # the Python package without its shared libraries
-        raise ClipretError(f"{BACKENDS[library].label} does not load ({error}): reinstall {library}") from None
+        raise ClipretError(f"{BACKENDS[library].label} does not load ({error}): reinstall {library}") from error
 
 
 def installed() -> dict[TensorRTLibrary, str]:

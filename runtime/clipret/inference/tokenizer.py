@@ -70,7 +70,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises plain Exception
-            raise ClipretError(f"the tokenizer file cannot be used: {error}; export the model again") from None
+            raise ClipretError(f"the tokenizer file cannot be used: {error}; export the model again") from error
         added = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if spec.context_length <= added:
             raise ClipretError(

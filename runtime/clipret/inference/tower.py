@@ -159,7 +159,7 @@ def _require_backend(module: str, extra: str) -> Any:
     except ClipretError as error:
         names = [name for name in BACKENDS if importlib.util.find_spec(name)]
         backends = [f"{name} ({', '.join(providers())})" if name == "onnxruntime" else name for name in names]
-        raise ClipretError(f"{error}; installed: {', '.join(backends) or 'no backend'}") from None
+        raise ClipretError(f"{error}; installed: {', '.join(backends) or 'no backend'}") from error
 
 
 class OnnxTower:
@@ -247,7 +247,7 @@ class OpenVinoTower:
             self._request = core.compile_model(str(path), "CPU", options).create_infer_request()
         except Exception as error:  # OpenVINO raises RuntimeError, and other types for files that it cannot parse
             reason = one_line(error)
-            raise ClipretError(f"{path} cannot be opened by OpenVINO: {reason}; export the model again") from None
+            raise ClipretError(f"{path} cannot be opened by OpenVINO: {reason}; export the model again") from error
         self._lock = threading.Lock()  # requests are not thread-safe
 
     def run(self, batch: npt.NDArray[Any]) -> Embeddings:

@@ -102,7 +102,7 @@ class Collection:
             yield
         except (exceptions.MilvusException, OSError) as error:
             said = " ".join(str(getattr(error, "message", error)).split())[:200]
-            raise ClipretError(f"{self.address} cannot be used ({said}): {_advice(self.address, said)}") from None
+            raise ClipretError(f"{self.address} cannot be used ({said}): {_advice(self.address, said)}") from error
 
     @property
     def there(self) -> bool:

@@ -87,13 +87,13 @@ class Prompts:
             text = path.read_bytes().decode("utf-8")
             value = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
         except OSError as error:
-            raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+            raise ClipretError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # of decoding, JSON and TOML alike
-            raise ClipretError(f"{path} is no prompt file: {error}") from None
+            raise ClipretError(f"{path} is no prompt file: {error}") from error
         try:
             made = tuple(_compiled(path, rule) for rule in checked(value, _File).rule)
         except ValueError as error:
-            raise ClipretError(f"{path} is no prompt file: {error}; it needs one or more [[rule]]") from None
+            raise ClipretError(f"{path} is no prompt file: {error}; it needs one or more [[rule]]") from error
         for before, after in itertools.pairwise(made):
             if before.fits is None:
                 raise ClipretError(
@@ -126,7 +126,7 @@ def _compiled(path: Path, rule: _Rule) -> PromptRule:
         try:
             fits = re.compile(rule.match, re.IGNORECASE)
         except re.error as error:
-            raise ClipretError(f"{where}: match is no regular expression ({error}): correct it") from None
+            raise ClipretError(f"{where}: match is no regular expression ({error}): correct it") from error
     for template in rule.templates:
         if "{}" not in template:
             raise ClipretError(f"{where}: template {template!r} has no {{}}: put one where the text belongs")

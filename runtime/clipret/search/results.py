@@ -82,9 +82,9 @@ def read_results(path: Path) -> dict[str, RankedPaths]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+        raise ClipretError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ClipretError(f"{path} is not JSON ({error}): name a result file or a gallery") from None
+        raise ClipretError(f"{path} is not JSON ({error}): name a result file or a gallery") from error
     results: dict[str, RankedPaths] = {}
     entries: Sequence[_Entry | _Answer]
     try:
@@ -92,7 +92,7 @@ def read_results(path: Path) -> dict[str, RankedPaths]:
     except ValueError as error:
         raise ClipretError(
             f"{path} is no result file ({error}): make one with  clipret-search query --json  or  clipret-search merge"
-        ) from None
+        ) from error
     for query, found in ((entry.query.strip(), entry.found()) for entry in entries):
         where = f"{path}: the query {query!r}"
         if len(set(found.paths)) < len(found.paths):

@@ -217,7 +217,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
         try:
             content, kind = await served.in_images(work)
         except ImageError as error:
-            raise NotFoundError(f"image {id} cannot be shown: {error}") from None
+            raise NotFoundError(f"image {id} cannot be shown: {error}") from error
         return Response(content, media_type=kind, headers=headers)
 
     images = {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}

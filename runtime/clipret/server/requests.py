@@ -41,7 +41,7 @@ class _JsonRequest(Request):
         try:
             return from_json(await self.body())
         except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from None  # the one error that FastAPI expects here
+            raise json.JSONDecodeError(str(error), "", 0) from error  # the one error that FastAPI expects here
 
 
 class JsonRoute(APIRoute):

@@ -115,7 +115,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ClipretError(f"{host} port {port} cannot be listened on: {reason}; choose another with --port") from None
+        raise ClipretError(f"{host} port {port} cannot be listened on: {reason}; choose another with --port") from error
     # Connections inherit it. asyncio sets it itself, but not where the socket comes from create_server, and an answer's
     # body would wait 40 ms for the client to acknowledge its header (Nagle's algorithm).
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

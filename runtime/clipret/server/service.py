@@ -217,7 +217,7 @@ class ServedGallery:
             try:
                 allowed = await self._in(self.threads.filters, lambda: snapshot.searched.filter(where, exclude))
             except ClipretError as error:
-                raise RequestError(str(error).removeprefix("--")) from None
+                raise RequestError(str(error).removeprefix("--")) from error
         parts = tuple(tuple(query) for query in queries)
         return await self.batcher.submit(RankRequest(snapshot, parts, k, where, allowed, frozenset(exclude), min_score))
 
@@ -234,7 +234,7 @@ class ServedGallery:
         try:
             return await self._in(self.threads.images, lambda: load(content, self.encoder.bundle.manifest.image))
         except ImageError as error:
-            raise RequestError(f"the image cannot be used: {error}") from None
+            raise RequestError(f"the image cannot be used: {error}") from error
 
     async def in_images(self, work: Callable[[], T]) -> T:
         """Run what reads or decodes an image where that belongs."""
@@ -350,7 +350,7 @@ def _sum(searched: Searchable, query: Sequence[tuple[Content, float]], known: Ma
             try:
                 stored = searched.embedding(content)
             except ClipretError as error:
-                raise NotFoundError(str(error)) from None
+                raise NotFoundError(str(error)) from error
             parts.append((stored / (float(np.linalg.norm(stored)) or 1.0), weight))
         else:
             parts.append((known[content if isinstance(content, str) else id(content)], weight))

@@ -81,7 +81,7 @@ class _Copy(Gallery):
             ):
                 source.backup(target)
         except sqlite3.Error as error:
-            raise ClipretError(f"{held} cannot be read ({error}): restore it or index again") from None
+            raise ClipretError(f"{held} cannot be read ({error}): restore it or index again") from error
 
     @cached_property
     def database(self) -> Database:
@@ -102,10 +102,10 @@ class _Filters(Database):
             return np.isin(ids, self.select(where))
         except ClipretError as error:
             if time.monotonic() >= end:
-                raise ClipretError(f"where takes longer than {seconds:g} s: ask for something simpler") from None
+                raise ClipretError(f"where takes longer than {seconds:g} s: ask for something simpler") from error
             # The message names the folder of the copy, which is nobody's business.
             reason = str(error).replace(f" on {self._file.parent}", "").removeprefix("--")
-            raise ClipretError(reason) from None
+            raise ClipretError(reason) from error
         finally:
             clock.cancel()
             clock.join()

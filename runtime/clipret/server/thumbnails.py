@@ -58,9 +58,9 @@ def _media_type(content: bytes) -> str:
     """That of an image, with its header read and nothing decoded."""
     try:
         image = Image.open(io.BytesIO(content))
-    except Exception:  # a bomb's warning too, where warnings are errors
+    except Exception as error:  # a bomb's warning too, where warnings are errors
         decode(content)  # names what is wrong
-        raise ImageError("not an image") from None
+        raise ImageError("not an image") from error
     media_type = FORMATS.get(image.format or "", Format()).media_type
     if media_type is None:
         raise ImageError("not an image that a browser shows")

@@ -37,7 +37,7 @@ class GalleryWatch:
         try:
             status = (self.path / "gallery.db").stat()
         except OSError as error:
-            raise ClipretError(f"{self.path} cannot be read: {error.strerror}; restore it or index again") from None
+            raise ClipretError(f"{self.path} cannot be read: {error.strerror}; restore it or index again") from error
         file = (status.st_dev, status.st_ino)
         if self._gallery is None or self._seen[:2] != file:  # another file: a new gallery in the same place
             self.close()

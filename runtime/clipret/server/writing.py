@@ -79,9 +79,9 @@ def _writing(path: Path | str, name: str) -> Iterator[Gallery]:
         with Gallery.open(path) as gallery, gallery.writing():
             yield gallery
     except ClipretError as error:
-        raise ConflictError(str(error).replace(str(path), name)) from None
+        raise ConflictError(str(error).replace(str(path), name)) from error
     except OSError as error:
-        raise ConflictError(f"{name} cannot be written: {error.strerror}") from None
+        raise ConflictError(f"{name} cannot be written: {error.strerror}") from error
 
 
 def _suffix(content: bytes) -> str:

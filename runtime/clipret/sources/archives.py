@@ -135,12 +135,12 @@ def read_member(file: Path | RemoteFile, name: str) -> ImageFile:
             return _read_zip(archive, _zip_names(archive)[name], mtime)
         member = _tar_names(file, mtime)[name]
         return _read_tar(file, member.offset, member.size, mtime)
-    except KeyError:
-        raise ImageError(f"{file} has no member {name}") from None
+    except KeyError as error:
+        raise ImageError(f"{file} has no member {name}") from error
     except ImageError:
         raise
     except (OSError, tarfile.TarError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ImageError(f"its archive cannot be read: {error}") from None
+        raise ImageError(f"its archive cannot be read: {error}") from error
 
 
 def _name(name: str) -> str:
@@ -269,7 +269,7 @@ def _read_tar(file: Path | RemoteFile, offset: int, size: int, mtime: int) -> Im
     try:
         content = _bytes(file, offset, size)
     except OSError as error:
-        raise ImageError(f"its archive cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"its archive cannot be read: {error.strerror or error}") from error
     if len(content) < size:
         raise ImageError("its archive is truncated in the middle of it")
     return image_file(content, mtime)
@@ -317,5 +317,5 @@ def _read_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo, mtime: int) -> Im
             # Not read(), which would decompress up to 2 GiB of a member that is larger than its header says.
             content = stream.read(info.file_size + 1)
     except Exception as error:  # errors of zlib, a wrong checksum, an unknown method, a password
-        raise ImageError(f"cannot be read from its archive: {error}") from None
+        raise ImageError(f"cannot be read from its archive: {error}") from error
     return image_file(content, mtime)

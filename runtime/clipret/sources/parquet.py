@@ -98,7 +98,7 @@ class ImageTable:
         except (OSError, arrow.ArrowException) as error:
             raise ClipretError(
                 f"{path} is damaged after row {number} ({error}): the images before are done; create it again"
-            ) from None
+            ) from error
 
     def _item(self, name: str, image: object, mtime: int, metadata: dict[str, Value]) -> Item:
         content = _content(image)
@@ -139,7 +139,7 @@ def read_row(path: Path | RemoteFile, name: str, mtime_ns: int) -> ImageFile:
                 return image_file(_content(batch.column(0)[offset % _BATCH_ROWS].as_py()) or b"", mtime_ns)
             offset -= rows
     except (ClipretError, ValueError, OSError, StopIteration) as error:
-        raise ImageError(f"cannot be read from its Parquet file: {error}") from None
+        raise ImageError(f"cannot be read from its Parquet file: {error}") from error
     raise ImageError(f"{path} has no row {name}")
 
 
@@ -150,7 +150,7 @@ def _open(path: Path | RemoteFile) -> Any:
             return parquet.ParquetFile(path.open(), pre_buffer=True)
         return parquet.ParquetFile(path, memory_map=True)
     except (OSError, arrow.ArrowException) as error:
-        raise ClipretError(f"{path} cannot be read ({error}): give a Parquet file") from None
+        raise ClipretError(f"{path} cannot be read ({error}): give a Parquet file") from error
 
 
 def _image_column(path: Path | RemoteFile, schema: Any, column: str | None) -> tuple[str, bool]:

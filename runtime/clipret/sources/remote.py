@@ -143,7 +143,7 @@ def read_remote(file: RemoteFile) -> ImageFile:
         with file.open() as handle:
             content = handle.read()
     except OSError as error:
-        raise ImageError(f"cannot be read: {_plain(error)}") from None
+        raise ImageError(f"cannot be read: {_plain(error)}") from error
     return image_file(bytes(content), modified)
 
 
@@ -153,7 +153,7 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ClipretError(f"{uri} cannot be read ({_plain(error)}): {_advice(uri, str(error))}") from None
+        raise ClipretError(f"{uri} cannot be read ({_plain(error)}): {_advice(uri, str(error))}") from error
 
 
 def _plain(error: OSError) -> str:
@@ -212,4 +212,4 @@ def _other(uri: str) -> Any:
         raise ClipretError(
             f"{uri} cannot be opened ({one_line(error)}): hdfs:// needs Java and Hadoop's libraries on this machine; "
             "s3:// and gs:// need neither"
-        ) from None
+        ) from error

@@ -150,7 +150,7 @@ def read_stored(root: Path, stored: str) -> ImageFile:
                 try:
                     return read_row(parent, name, parent.stat().st_mtime_ns)
                 except OSError as error:
-                    raise ImageError(f"its archive cannot be read: {error.strerror or error}") from None
+                    raise ImageError(f"its archive cannot be read: {error.strerror or error}") from error
             return read_member(parent, name)
     return read_image(file)
 
@@ -202,7 +202,7 @@ def _sizes_and_times(files: Sequence[Path | RemoteFile]) -> list[tuple[int, int]
     try:
         return [modified(file) for file in files]
     except OSError as error:
-        raise ClipretError(f"{error.filename} cannot be read: {error.strerror}; check the name") from None
+        raise ClipretError(f"{error.filename} cannot be read: {error.strerror}; check the name") from error
 
 
 def _remote(uri: str, image_column: str | None, where: str | None) -> Source:
@@ -240,7 +240,7 @@ def _read_remote(uri: str) -> ImageFile:
             try:
                 return read_row(file, name, file.modified()[1])
             except OSError as error:
-                raise ImageError(f"its archive cannot be read: {error.strerror or error}") from None
+                raise ImageError(f"its archive cannot be read: {error.strerror or error}") from error
     return read_remote(RemoteFile(uri))
 
 

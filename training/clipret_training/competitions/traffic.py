@@ -97,9 +97,9 @@ def parse_labels(
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
-        raise ClipretError(f"{path} cannot be read: {error.strerror}") from None
+        raise ClipretError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from None
+        raise ClipretError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again") from error
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:

@@ -216,4 +216,4 @@ def _read(file: Path) -> _Vocabulary:
     try:
         return checked(msgspec.json.decode(file.read_bytes()), _Vocabulary)
     except (OSError, ValueError) as error:
-        raise ClipretError(f"vocabulary {file} cannot be read: {one_line(error)}; {_EXAMPLE}") from None
+        raise ClipretError(f"vocabulary {file} cannot be read: {one_line(error)}; {_EXAMPLE}") from error

@@ -130,7 +130,7 @@ def save_shards(
         reason = one_line(error)
         raise ClipretError(
             f"a checkpoint cannot be written to {folder}: {reason}; the one before is intact: free space, then resume"
-        ) from None
+        ) from error
     if world.writes:
         for old in folder.glob("shards-*"):
             if old.name != name:
@@ -156,5 +156,5 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     try:
         load(state, checkpoint_id=folder)
     except Exception as error:
-        raise ClipretError(f"checkpoint {folder} cannot be read: {one_line(error)}") from None
+        raise ClipretError(f"checkpoint {folder} cannot be read: {one_line(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -59,7 +59,7 @@ def join(device: str) -> Iterator[World]:
         else:
             dist.init_process_group(backend, device_id=device_id)
     except (RuntimeError, ValueError) as error:
-        raise ClipretError(f"process {rank} of {size} cannot reach the others: {one_line(error)}") from None
+        raise ClipretError(f"process {rank} of {size} cannot reach the others: {one_line(error)}") from error
     try:
         yield World(rank, size, place)
     finally:

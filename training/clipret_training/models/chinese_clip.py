@@ -299,14 +299,14 @@ def _vocabulary(folder: Path | None, size: int) -> list[str]:
     if not file.is_file():
         try:
             file = Path(hf_hub_download(_HUB, "vocab.txt"))
-        except Exception:  # the hub's errors have no common base
+        except Exception as error:  # the hub's errors have no common base
             advice = (
                 "install cn_clip, or name a checkpoint with vocab.txt next to it"
                 if folder is None
                 else "put Chinese RoBERTa's, 21,128 lines, next to the weights"
             )
             where = "" if folder is None else f"in {folder} "
-            raise ValueError(f"there is no vocab.txt {where}and none to be had from {_HUB}: {advice}") from None
+            raise ValueError(f"there is no vocab.txt {where}and none to be had from {_HUB}: {advice}") from error
     vocabulary = [line.strip() for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     if len(vocabulary) != size:
         raise ValueError(
@@ -334,12 +334,12 @@ def _readable(source: str) -> Iterator[None]:
             yield
     except ClipretError:
         raise
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
         raise ClipretError(
             f"{source} holds more than weights and could run code when it is loaded: save its state dict alone"
-        ) from None
+        ) from error
     except KeyError as error:
-        raise ClipretError(f"Chinese-CLIP model {source} cannot be loaded: it lacks {error}") from None
+        raise ClipretError(f"Chinese-CLIP model {source} cannot be loaded: it lacks {error}") from error
     except Exception as error:  # torch's, safetensors' and the hub's errors have no common base
         text = " ".join(str(error).split()) or type(error).__name__
-        raise ClipretError(f"Chinese-CLIP model {source} cannot be loaded: {text[:300]}") from None
+        raise ClipretError(f"Chinese-CLIP model {source} cannot be loaded: {text[:300]}") from error

@@ -246,4 +246,4 @@ def _readable_run(run: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         reason = one_line(error)
-        raise ClipretError(f"run {run} cannot be loaded: {reason}; train it again or name another") from None
+        raise ClipretError(f"run {run} cannot be loaded: {reason}; train it again or name another") from error

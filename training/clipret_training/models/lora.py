@@ -98,10 +98,10 @@ def _merged(base: Any, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
         raise ClipretError(
             f"adapter {folder} holds more than weights and could run code when it is loaded: save it as .safetensors"
-        ) from None
+        ) from error
     except Exception as error:  # PEFT's, torch's and safetensors' errors have no common base
         text = " ".join(str(error).split()) or type(error).__name__
-        raise ClipretError(f"adapter {folder} cannot be merged: {text[:300]}") from None
+        raise ClipretError(f"adapter {folder} cannot be merged: {text[:300]}") from error

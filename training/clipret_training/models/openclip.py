@@ -131,7 +131,7 @@ def _read_config(name: str) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         config["model_cfg"]["text_cfg"]  # a KeyError here is clearer than one in open_clip
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ClipretError(f"model {name} cannot be read: {one_line(error)}; check the name and the network") from None
+        raise ClipretError(f"model {name} cannot be read: {one_line(error)}; check the name and the network") from error
     return config
 
 
@@ -172,18 +172,18 @@ def _readable_errors(what: str) -> Iterator[None]:
             # Weights trained with QuickGELU give plausible, wrong embeddings with GELU; open_clip only warns.
             warnings.filterwarnings("error", message="QuickGELU mismatch")
             yield
-    except UserWarning:
+    except UserWarning as error:
         name, _, tag = what.removeprefix("model ").partition(":")
         raise ClipretError(
             f"{what}: these weights were trained with QuickGELU and {name} has GELU: use {name}-quickgelu:{tag}"
-        ) from None
-    except pickle.UnpicklingError:
+        ) from error
+    except pickle.UnpicklingError as error:
         raise ClipretError(
             f"{what}: the checkpoint holds more than weights and could run code when it is loaded: "
             "save its state dict alone, best as .safetensors"
-        ) from None
+        ) from error
     except Exception as error:  # the hub's, torch's and safetensors' errors have no common base
-        raise ClipretError(f"{what} cannot be loaded: {one_line(error)}") from None
+        raise ClipretError(f"{what} cannot be loaded: {one_line(error)}") from error
     finally:
         logging.disable(disabled)
 

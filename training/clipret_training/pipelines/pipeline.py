@@ -108,7 +108,7 @@ class Pipeline:
         try:
             file = checked(read_recipe(recipe, "pipeline"), _File)
         except ValueError as error:
-            raise ClipretError(f"pipeline {recipe}: {error}; {advice}") from None
+            raise ClipretError(f"pipeline {recipe}: {error}; {advice}") from error
         values, steps = file.values, file.step
         for name, text in (given or {}).items():
             if name not in values:
@@ -221,8 +221,8 @@ def _done(pipeline: Pipeline, step: Step, words: Sequence[str], digest: str, out
     if step.measures:
         try:
             metrics = msgspec.json.decode(ended.stdout, type=dict[str, float])
-        except ValueError:
-            raise ClipretError(f"step {step.name!r} measures but printed no JSON of numbers: add --json") from None
+        except ValueError as error:
+            raise ClipretError(f"step {step.name!r} measures but printed no JSON of numbers: add --json") from error
     return StepRecord(digest, True, step.against, round(time.perf_counter() - began, 1), round(cpu, 1), metrics)
 
 
@@ -251,8 +251,8 @@ def _records(file: Path) -> dict[str, StepRecord]:
         return {}
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, StepRecord])
-    except ValueError:  # msgspec's errors are
-        raise ClipretError(f"{file} is damaged: remove it and run again, every step is then done again") from None
+    except ValueError as error:  # msgspec's errors are
+        raise ClipretError(f"{file} is damaged: remove it and run again, every step is then done again") from error
 
 
 def _keep(file: Path, records: Mapping[str, StepRecord]) -> None:

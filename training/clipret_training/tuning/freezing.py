@@ -223,7 +223,7 @@ def _timm_groups(trunk: Any, names: list[str]) -> list[list[str]]:
         raise ClipretError(
             f"the image tower, {type(trunk).__name__} of timm, does not tell its blocks ({error}): lock the whole "
             "tower, and use a layer decay of 1"
-        ) from None
+        ) from error
     groups = [[f"visual.trunk.{name}" for name in numbered[number]] for number in sorted(numbered)]
     inside = {name for group in groups for name in group}
     head = [name for name in names if name not in inside]

@@ -25,7 +25,7 @@ def open_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either, with or without its CUDA build
         reason = one_line(error)
-        raise ClipretError(f"device {name!r} cannot be used ({reason}): use cpu, cuda or cuda:N") from None
+        raise ClipretError(f"device {name!r} cannot be used ({reason}): use cpu, cuda or cuda:N") from error
     return device
 
 
