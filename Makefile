@@ -32,9 +32,8 @@ PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n aut
 
 test: test-lean test-export test-runtime test-training  ## Run all tests; the runtime's also from a wheel without torch.
 
-# Those whose module is not marked slow.
 quick: $(VENV)/.full  ## Run the quick tests, in under a minute.
-	$(PYTEST) -m 'not slow' tests
+	$(PYTEST) -m 'not slow and not exhaustive' tests/runtime tests/training/test_config.py tests/training/test_loss.py
 
 # Processes of their own: TensorRT's builder has crashed next to the libraries that the other rooms load.
 test-export: $(VENV)/.full

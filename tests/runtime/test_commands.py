@@ -16,6 +16,8 @@ from PIL import Image
 from clipret import Gallery
 from clipret.cli import main
 
+pytestmark = pytest.mark.slow
+
 JSON_ALWAYS = {"merge"}  # a result file is JSON
 NO_RESULT = {"serve"}  # goes on until it is told to stop
 

@@ -1,12 +1,12 @@
 """The gallery: a folder of stored embeddings, readable with numpy and sqlite3 alone.
 
     gallery.json        format version, bundle fingerprint, dimension, where images and bundle lie
-    rows-000017.npy     immutable shard, float16 [n,D]: the truth that results are exact against
-    codes-000017.npy    uint8 [n,D], quantized embeddings: what the first stage of the exact search reads
+    rows-000017.npy     immutable shard of embeddings, float16 [n,D]; results are exact with respect to these
+    codes-000017.npy    the same quantized, uint8 [n,D], for the first stage of the exact search
     gallery.db          sqlite: shards, a row for each image, metadata (the schema is in clipret.gallery.database)
 
-A shard is written under a temporary name, synced and renamed; the sqlite transaction that names it is the commit.
-What no transaction names never happened and is swept by the next writer.
+A shard is written under a temporary name, synced and renamed. The sqlite transaction that lists it is the commit. The
+next writer removes files that no transaction lists.
 """
 
 import contextlib
@@ -45,8 +45,13 @@ T = TypeVar("T")
 
 
 class GalleryInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """gallery.json. `bundle` is where the bundle was at indexing time: the fingerprint decides, not the place.
-    `flipped`: each embedding is the mean of an image's and its horizontal flip's; "mirrored" on disk since format 2."""
+    """The content of gallery.json.
+
+    Attributes:
+        fingerprint: Of the bundle that made the embeddings.
+        bundle: Where the bundle was at indexing time. A bundle elsewhere with the same fingerprint is as good.
+        flipped: Each embedding is the mean of an image's and its horizontal flip's; "mirrored" in the file.
+    """
 
     format: int
     fingerprint: Hash
@@ -59,8 +64,14 @@ class GalleryInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Stored:
-    """What a gallery holds: shards float16 [n,D]; through all of them in order, each row's id (int64 [N],
-    ascending) and whether it is live (bool [N]; None when all are); the quantized embeddings of each shard."""
+    """The committed embeddings of a gallery.
+
+    Attributes:
+        shards: float16 [n,D] each, memory-mapped.
+        ids: The id of each embedding through all shards, int64 [N], ascending.
+        live: Whether each embedding is live, bool [N]; None if all are.
+        quantized: The quantized embeddings of each shard.
+    """
 
     shards: list[npt.NDArray[np.float16]]
     ids: Ids
@@ -69,7 +80,11 @@ class Stored:
 
 
 class Gallery:
-    """An opened gallery. Reading needs no lock and sees the last commit at the time of reading."""
+    """An open gallery: embeddings, paths and metadata of images, in a folder.
+
+    Reading needs no lock and sees the last commit at the time of reading. Methods that change a gallery must be called
+    inside `writing()`; there is one writer at a time, and nothing of an interrupted change is visible.
+    """
 
     def __init__(self, path: Path, info: GalleryInfo) -> None:
         self.path = path
@@ -77,7 +92,17 @@ class Gallery:
 
     @classmethod
     def create(cls, path: str | Path, bundle: Bundle, root: Path, flipped: bool = False) -> Self:
-        """Make an empty gallery in a folder that is new or empty. Raises ClipretError."""
+        """Create an empty gallery.
+
+        Args:
+            path: A folder that is new or empty.
+            bundle: The bundle that the embeddings will be made with.
+            root: What stored paths are relative to.
+            flipped: Whether embeddings will be means of an image's and its horizontal flip's.
+
+        Raises:
+            ClipretError: The folder is not empty or cannot be written.
+        """
         folder = Path(path).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +128,11 @@ class Gallery:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open for reading or appending. Raises ClipretError when `path` is no gallery or one of another format."""
+        """Open a gallery for reading or writing.
+
+        Raises:
+            ClipretError: `path` is not a gallery, is damaged, or has another format version.
+        """
         folder = Path(path).absolute()
         file = folder / "gallery.json"
         try:
@@ -124,7 +153,7 @@ class Gallery:
         return cls(folder, info)
 
     def rooted(self, root: Path) -> Self:
-        """The same gallery with another folder that its paths are relative to: for one that holds no image."""
+        """The same gallery with another root; only for a gallery without images."""
         info = msgspec.structs.replace(self.info, root=os.path.abspath(root))  # noqa: PTH100
         if info != self.info:
             write_file(self.path / "gallery.json", _json(info))
@@ -146,24 +175,29 @@ class Gallery:
             del self.__dict__["database"]
 
     def bundle(self, path: str | Path | None = None) -> Bundle:
-        """The bundle that made these rows: `path`, or where it lay when the gallery was made.
+        """The bundle that made the embeddings.
 
-        Raises ClipretError when none is found or the one given has another fingerprint.
+        Args:
+            path: The bundle, if it has moved. Default: where it was at indexing time.
+
+        Raises:
+            ClipretError: There is no bundle, or it has another fingerprint.
         """
         places = (self.path / self.info.bundle_relative, Path(self.info.bundle))
         return find_bundle(path, places, self.info.fingerprint, f"gallery {self.path}")
 
     def check(self, bundle: Bundle) -> None:
-        """Raise ClipretError unless `bundle` gives the embeddings that this gallery holds."""
+        """Raise ClipretError unless `bundle` made the embeddings of this gallery."""
         check_bundle(bundle, self.info.fingerprint, f"gallery {self.path}")
 
     def __len__(self) -> int:
         return self.database.count()
 
     def read(self) -> Stored:
-        """Everything that is committed at this moment, memory-mapped.
+        """Everything that is committed now, memory-mapped.
 
-        Raises ClipretError for a shard that is missing or of another shape than the database says.
+        Raises:
+            ClipretError: A shard is missing or does not have the shape in the database.
         """
         entries, deleted, shards, quantized = self.consistent(lambda entry: open_quantized(self.path, entry))
         return Stored(shards, *ids_and_live(entries, deleted), quantized)
@@ -171,7 +205,7 @@ class Gallery:
     def consistent(
         self, more: Callable[[ShardEntry], T]
     ) -> tuple[list[ShardEntry], Ids, list[npt.NDArray[np.float16]], list[T]]:
-        """The shards of one moment, the ids deleted by then, the shards' rows, and `more` of each shard."""
+        """The shards of one commit, the ids deleted by then, the shards' embeddings, and `more` of each shard."""
         for attempt in range(_RETRIES):
             entries, deleted = self.database.snapshot()
             try:
@@ -188,7 +222,7 @@ class Gallery:
         return [image.path for image in self.images_of(ids)]
 
     def images_of(self, ids: Sequence[int] | Ids) -> list[ImageRecord]:
-        """What is known of each image, deleted or not. Raises ClipretError for an id that compaction has removed."""
+        """The record of each image, deleted or not. Raises ClipretError for an id that compaction has removed."""
         found = self.database.images(ids)
         lost = next((int(number) for number in ids if int(number) not in found), None)
         if lost is not None:
@@ -196,7 +230,7 @@ class Gallery:
         return [found[int(number)] for number in ids]
 
     def metadata(self, ids: Sequence[int] | Ids) -> list[dict[str, Value]]:
-        """The metadata of each image: every column, None where it has no value."""
+        """The metadata of each image: all columns, None without a value."""
         found, empty = self.database.metadata(ids), dict.fromkeys(self.columns())
         return [dict(found.get(int(number), empty)) for number in ids]
 
@@ -205,18 +239,25 @@ class Gallery:
         return self.database.columns()
 
     def select(self, where: str) -> Ids:
-        """The ids of images for which an SQL expression holds, such as  camera = 'A3' and hour < 6;  ascending.
+        """The ids of the live images for which an SQL expression holds.
 
-        Its columns are id, path, size, mtime_ns, hash and those of the metadata. Raises ClipretError.
+        Args:
+            where: Such as  camera = 'A3' and hour < 6.  Columns are id, path, size, mtime_ns, hash and the metadata.
+
+        Returns:
+            Ids, int64, ascending.
+
+        Raises:
+            ClipretError: The expression is wrong.
         """
         return self.database.select(where)
 
     def ids_of(self, paths: Collection[str]) -> dict[str, int]:
-        """The ids of those of these stored paths that live images have."""
+        """The ids of live images by stored path, for those of `paths` that there are."""
         return {path: number for path, (number, *_) in self.database.by_path(list(paths)).items()}
 
     def id_of(self, name: str) -> int:
-        """The id of a live image, by its stored path or its place on disk. Raises ClipretError for no such one."""
+        """The id of a live image, by its stored path or its file. Raises ClipretError if there is none."""
         return id_of(name, Path(self.info.root), self.ids_of, str(self.path))
 
     def ids_by_path(self) -> dict[str, int]:
@@ -229,7 +270,7 @@ class Gallery:
         return {row[0]: ImageRecord(*row) for row in rows}
 
     def duplicates(self) -> list[list[str]]:
-        """The paths of live images whose files are equal byte for byte, oldest first, a list for each file."""
+        """Groups of live images with identical files: their paths, oldest first."""
         rows = self.database.query(
             "SELECT hash, path FROM rows WHERE deleted = 0 AND hash IN "
             "(SELECT hash FROM rows WHERE deleted = 0 AND hash <> '' GROUP BY hash HAVING count(*) > 1) ORDER BY id"
@@ -240,11 +281,11 @@ class Gallery:
         return list(groups.values())
 
     def stored_path(self, file: Path) -> str:
-        """How the database names a file: relative to the root where it lies below it, else absolute."""
+        """The path under which the database has a file: relative to the root if it is below it, else absolute."""
         return stored_path(file, Path(self.info.root))
 
     def file(self, stored: str) -> Path:
-        """Where the image with this stored path lies."""
+        """The file of a stored path."""
         return Path(self.info.root, stored)
 
     @contextlib.contextmanager
@@ -268,7 +309,7 @@ class Gallery:
             raise ClipretError(f"{self.path} cannot be written: {error}; fix its permissions") from error
 
     def sweep(self) -> None:
-        """Remove files that no transaction names. Only inside `writing()`."""
+        """Remove files that no transaction lists. Only inside `writing()`."""
         try:
             sweep(self.path, {number for (number,) in self.database.query("SELECT number FROM shards")})
         except OSError as error:
@@ -276,7 +317,7 @@ class Gallery:
 
     @contextlib.contextmanager
     def refusable(self) -> Iterator[None]:
-        """What the disk refuses inside the block becomes a ClipretError."""
+        """Turns an error of the disk inside the block into a ClipretError."""
         try:
             yield
         except (OSError, sqlite3.Error) as error:
@@ -289,19 +330,26 @@ class Gallery:
     def append(
         self,
         images: Sequence[ImageRecord],
-        rows: npt.NDArray[np.floating[Any]],
+        embeddings: npt.NDArray[np.floating[Any]],
         metadata: Sequence[Mapping[str, Value]] | None = None,
     ) -> None:
-        """Commit one shard: float32 or float16 rows [n,D] of n images. Only inside `writing()`.
+        """Commit one shard. Only inside `writing()`.
 
-        An image whose path is there already takes the old one's place. Raises ClipretError when the disk refuses or
-        a row is not finite; nothing is then changed.
+        An image whose path is already in the gallery replaces the old one.
+
+        Args:
+            images: The records of n images.
+            embeddings: float32 or float16 [n,D]; stored as float16.
+            metadata: Of each image; new names become columns.
+
+        Raises:
+            ClipretError: An embedding is not finite, the counts differ, or the disk refuses. Nothing is changed then.
         """
-        if len(images) != len(rows):
-            raise ClipretError(f"{len(rows)} rows for {len(images)} images: give one for each")
+        if len(images) != len(embeddings):
+            raise ClipretError(f"{len(embeddings)} embeddings for {len(images)} images: give one for each")
         if not len(images):
             return
-        stored = np.ascontiguousarray(rows, dtype=np.float16)
+        stored = np.ascontiguousarray(embeddings, dtype=np.float16)
         if not np.isfinite(stored).all():
             raise ClipretError("an embedding is not finite: the image tower overflowed; export the model again")
         number, first = self.database.next_shard(), self.database.next_id()
@@ -329,21 +377,22 @@ class Gallery:
                     write_metadata(transaction, ids.tolist(), metadata)
         _log.debug("committed shard %d of %s: %d embeddings", number, self.path, len(ids))
 
-    def _quantize(self, rows: npt.NDArray[np.float16]) -> QuantizedEmbeddings:
+    def _quantize(self, embeddings: npt.NDArray[np.float16]) -> QuantizedEmbeddings:
         """With the center and scale of the last shard, so that the search can scan the two as one, unless its center
-        comes from far fewer rows than these are."""
+        comes from far fewer embeddings than these."""
         last = self.database.query("SELECT center, scale FROM shards ORDER BY number DESC LIMIT 1")
         if last:
             center, scale = last[0]
             first = self.database.query("SELECT length(ids) / 8 FROM shards WHERE center = ? LIMIT 1", center)
-            if len(rows) < 4 * first[0][0]:
-                return quantize(rows, np.frombuffer(center, "<f4"), scale)
-        return quantize(rows, mean(rows))
+            if len(embeddings) < 4 * first[0][0]:
+                return quantize(embeddings, np.frombuffer(center, "<f4"), scale)
+        return quantize(embeddings, mean(embeddings))
 
     def update(self, changes: Mapping[int, tuple[ImageRecord, Mapping[str, Value]]]) -> None:
-        """Keep new records and metadata of images whose embeddings stay. Only inside `writing()`.
+        """Replace records and metadata of images, by id; their embeddings stay. Only inside `writing()`.
 
-        Raises ClipretError when the disk refuses; nothing is then changed.
+        Raises:
+            ClipretError: The disk refuses. Nothing is changed then.
         """
         if not changes:
             return
@@ -355,9 +404,16 @@ class Gallery:
             write_metadata(transaction, list(changes), [metadata for _, metadata in changes.values()])
 
     def remove(self, ids: Sequence[int] | Ids) -> int:
-        """Delete images; their rows stay in the files until `compact`. Only inside `writing()`.
+        """Delete images. Their embeddings stay in the files until `compact_gallery`. Only inside `writing()`.
 
-        Returns how many there were; ids of none are passed over. Raises ClipretError when the disk refuses.
+        Args:
+            ids: Ids of images; unknown ones are ignored.
+
+        Returns:
+            The number of deleted images.
+
+        Raises:
+            ClipretError: The disk refuses. Nothing is changed then.
         """
         with self.refusable(), self.database.transaction() as transaction:
             return transaction.executemany(
@@ -370,7 +426,7 @@ def _json(info: GalleryInfo) -> str:
 
 
 def id_of(name: str, root: Path, ids_of: Callable[[Collection[str]], dict[str, int]], owner: str) -> int:
-    """The id of an image, by its stored path or its place on disk.
+    """The id of an image, by its stored path or its file.
 
     Args:
         name: Either of the two; a stored path goes first.
@@ -390,7 +446,7 @@ def id_of(name: str, root: Path, ids_of: Callable[[Collection[str]], dict[str, i
 
 
 def stored_path(file: Path, root: Path) -> str:
-    """How a gallery with this root names a file: relative to the root where it lies below it, else absolute."""
+    """The stored path of a file: relative to the root if it is below it, else absolute."""
     # abspath takes .. out of it; Path.resolve would follow links out of the root.
     absolute = Path(os.path.abspath(file))  # noqa: PTH100
     return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.as_posix()

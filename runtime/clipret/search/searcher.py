@@ -1,4 +1,4 @@
-"""Search over a gallery: embed texts and images, mix them where asked, rank all stored embeddings exactly."""
+"""Search over a gallery: encode texts and images, combine them into queries, rank all embeddings exactly."""
 
 import logging
 import time
@@ -28,16 +28,18 @@ _log = logging.getLogger(__name__)
 
 ImageInput = Path | bytes | Image.Image | npt.NDArray[np.uint8]
 Forms = Sequence[str] | Callable[[str], Sequence[str]]
-"""Templates with a {}, or what gives each text the forms that are embedded in its place."""
+"""Templates with a {}, or a function from a text to the texts that are encoded in its place."""
 
-_REMEMBERED = 16384  # embedded texts that a searcher keeps: 64 MiB at 512 dimensions
+_REMEMBERED = 16384  # encoded texts that a searcher caches: 64 MiB at 512 dimensions
 
 
 @dataclass(frozen=True)
 class Part:
-    """A text, or an image (its path, its file's bytes, a Pillow image or uint8 [H,W,3]), and its weight in a query.
+    """One part of a query.
 
-    A negative weight moves the query away from it.
+    Attributes:
+        content: A text, or an image: its path, its file's bytes, a Pillow image or uint8 [H,W,3].
+        weight: Its weight; a negative one moves the query away from the content.
     """
 
     content: str | ImageInput
@@ -46,9 +48,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Query:
-    """A query of several parts: the weighted sum of their unit embeddings, brought to unit length.
+    """A query of several parts: the weighted sum of their embeddings, scaled to unit length.
 
-    Query((Part("red truck"), Part("fire engine", -0.5))) looks for red trucks that are no fire engines.
+    Example:
+        >>> query = Query((Part("red truck"), Part("fire engine", -0.5)))  # red trucks that are not fire engines
+        >>> [part.weight for part in query.parts]
+        [1.0, -0.5]
     """
 
     parts: tuple[Part, ...]
@@ -56,8 +61,15 @@ class Query:
 
 @dataclass(frozen=True)
 class Hit:
-    """One image found: rank from 1, its id and path in the gallery, the cosine of the stored embedding and the
-    query."""
+    """One result.
+
+    Attributes:
+        rank: From 1.
+        id: Of the image in the gallery.
+        path: Its stored path.
+        file: Where its file is.
+        score: The cosine similarity of its embedding and the query.
+    """
 
     rank: int
     id: int
@@ -67,16 +79,18 @@ class Hit:
 
 
 class Searcher:
-    """Searches a gallery, as it was when its embeddings were first needed, or a collection in Milvus.
+    """Searches a gallery, in its state at the first search, or a Milvus collection.
+
+    A searcher is a context manager, which closes what it searches.
 
     Args:
-        searched: What is searched; closed when the searcher is left as a context.
+        searched: A gallery, or anything else that implements `Searchable`.
         encoder: Of the bundle that made the embeddings.
-        templates: A text is embedded as the mean of its forms in all of them, such as "a photo of a {}."; each form is
-            normalised before the mean is taken and the mean after it (Radford et al., Learning Transferable Visual
-            Models From Natural Language Supervision, 2021, section 3.1.4). A function gives each text the forms that
-            suit it, such as `Prompts.forms`. A text is embedded once, however often it is asked for.
-        resident: Of a gallery, see `GallerySnapshot`; for searchers that live long.
+        templates: Templates such as "a photo of a {}.". A text's embedding is the mean over all templates, normalised
+            before and after the mean (Radford et al., Learning Transferable Visual Models From Natural Language
+            Supervision, 2021, section 3.1.4). Or a function from a text to its forms, such as `Prompts.forms`. Each
+            text is encoded once and cached.
+        resident: Keep quantized embeddings in memory, see `GallerySnapshot`; for long-lived searchers of a gallery.
 
     Raises:
         ClipretError: The encoder's bundle is not the one that made the embeddings, or a template has no {}.
@@ -95,7 +109,7 @@ class Searcher:
         check_bundle(encoder.bundle, self.searched.fingerprint, self.searched.name)
         for template in () if callable(templates) else templates:
             if "{}" not in template:
-                raise ClipretError(f"template {template!r} has no {{}}: put one where the text belongs")
+                raise ClipretError(f"template {template!r} has no {{}}: put it where the text belongs")
         self.encoder = encoder
         self.templates = templates if callable(templates) else tuple(templates) or ("{}",)
         self._known = OrderedDict[str, Floats]()
@@ -108,10 +122,10 @@ class Searcher:
 
     @property
     def snapshot(self) -> GallerySnapshot:
-        """What is searched, where that is a gallery: for what looks at every embedding. Raises ClipretError."""
+        """The snapshot of the gallery, for methods that need every embedding. Raises ClipretError for Milvus."""
         if isinstance(self.searched, GallerySnapshot):
             return self.searched
-        raise ClipretError(f"{self.searched.name} does not give all of its embeddings: use the gallery itself")
+        raise ClipretError(f"{self.searched.name} cannot return all embeddings: search the gallery instead")
 
     @property
     def gallery(self) -> Gallery:
@@ -134,11 +148,20 @@ class Searcher:
         exclude: Collection[int] = (),
         min_score: float | None = None,
     ) -> list[list[Hit]]:
-        """The k best images of each query, best first, ties by id; fewer where fewer are allowed.
+        """The k best images of each query, best first, ties by id.
 
-        `where`: an SQL expression over the columns of the gallery, such as  camera = 'A3' and hour < 6;  `exclude`: ids
-        that are not wanted; `min_score`: the least cosine that counts.
-        Raises ClipretError for a blank text, an image that cannot be decoded, k < 1 or a wrong expression.
+        Args:
+            queries: Texts, or queries of several parts.
+            k: Results per query; there are fewer if fewer images are allowed.
+            where: An SQL expression over the columns of the gallery, such as  camera = 'A3' and hour < 6.
+            exclude: Ids to leave out.
+            min_score: The lowest cosine similarity that is returned.
+
+        Returns:
+            The results of each query.
+
+        Raises:
+            ClipretError: A blank text, an image that cannot be decoded, k < 1 or a wrong expression.
         """
         embeddings = self.embed(queries)
         return self.search_embeddings(embeddings, k, where=where, exclude=exclude, min_score=min_score)
@@ -152,7 +175,7 @@ class Searcher:
         exclude: Collection[int] = (),
         min_score: float | None = None,
     ) -> list[list[Hit]]:
-        """The same for queries that are embedded already, [Q,D]."""
+        """The same for embeddings of queries, float [Q,D]."""
         began = time.perf_counter()
         scores, ids = self.searched.rank(queries, k, self.searched.filter(where, exclude), min_score)
         milliseconds = 1000 * (time.perf_counter() - began)
@@ -160,11 +183,11 @@ class Searcher:
         return self._hits(scores, ids)
 
     def hits(self, scores: Floats, positions: npt.NDArray[np.int64]) -> list[list[Hit]]:
-        """What a ranking, [Q,K] each as `Ranker.rank` returns them, found."""
+        """The results of a ranking: scores and positions [Q,K] as `Ranker.rank` returns them."""
         return self._hits(scores, self.snapshot.ids_at(positions))
 
     def _hits(self, scores: Floats, ids: npt.NDArray[np.int64]) -> list[list[Hit]]:
-        """Of an image that was deleted between the ranking and this there is no record and no hit."""
+        """Images that were deleted after the ranking have no record and are left out."""
         records, root = self.searched.records(np.unique(ids[ids >= 0]).tolist()), self.searched.root
         lines = []
         for line, line_scores in zip(ids.tolist(), scores.tolist(), strict=True):
@@ -178,14 +201,14 @@ class Searcher:
         return lines
 
     def among(self, where: str | None = None, exclude: Collection[int] = ()) -> npt.NDArray[np.bool_] | None:
-        """Which embeddings may be found, bool [N]; None for all. Raises ClipretError for a wrong expression."""
+        """The embeddings that a filter allows, bool [N]; None for all. Raises ClipretError for a wrong expression."""
         return self.snapshot.filter(where, exclude)
 
     def find(self, files: Mapping[str, Path]) -> dict[str, tuple[str, int]]:
-        """The stored path and the id of the images that names stand for, as far as they are there.
+        """The stored path and the id of images, for those that the gallery has.
 
         Args:
-            files: Where the file of each name may lie. A name may also be a stored path itself, which goes first.
+            files: The file of each name. A name may also be a stored path, which takes precedence.
         """
         places = {name: stored_path(file, self.searched.root) for name, file in files.items()}
         ids = self.searched.ids_of({*places, *places.values()})
@@ -193,12 +216,15 @@ class Searcher:
         return {name: (path, ids[path]) for name, path in stored.items() if path in ids}
 
     def id_of(self, name: str) -> int:
-        """The id of an image, by its stored path or its place on disk. Raises ClipretError for no such one."""
+        """The id of an image, by its stored path or its file. Raises ClipretError if there is none."""
         return id_of(name, self.searched.root, self.searched.ids_of, self.searched.name)
 
     def embed(self, queries: Sequence[str | Query]) -> Floats:
-        """Unit embeddings float64 [Q,D]. Raises ClipretError as `search` does, and where the parts of a query cancel
-        out."""
+        """Embeddings of unit length, float64 [Q,D].
+
+        Raises:
+            ClipretError: As `search`, and for a query whose parts cancel out.
+        """
         asked = [Query((Part(query),)) if isinstance(query, str) else query for query in queries]
         parts = [part for query in asked for part in query.parts]
         texts = self._embed_texts([part.content for part in parts if isinstance(part.content, str)])
@@ -210,7 +236,7 @@ class Searcher:
             length = np.linalg.norm(vector)
             if length < 1e-6:
                 named = " ".join(f"{part.weight:+g} x {_shown(part.content)}" for part in query.parts)
-                raise ClipretError(f"the query {named or 'without parts'} points nowhere: change its parts or weights")
+                raise ClipretError(f"the query {named or 'without parts'} has parts that cancel out: change them")
             if [part.weight for part in query.parts] != [1]:
                 vector /= length
         return embeddings

@@ -123,7 +123,7 @@ def members(file: Path | RemoteFile, root: Path) -> Iterator[Item]:
 def _damaged(file: Path | RemoteFile, error: Exception) -> NoReturn:
     raise ClipretError(
         f"{file} is damaged or not an archive ({error}): the images before the damage are done; create it again"
-    ) from None
+    ) from error
 
 
 def read_member(file: Path | RemoteFile, name: str) -> ImageFile:

@@ -13,6 +13,8 @@ from PIL import Image
 
 from clipret.cli.terminal import detect, kitty, link, sixel, strip
 
+pytestmark = pytest.mark.slow
+
 
 def decoded_sixel(text: str) -> np.ndarray:
     """What a terminal with a black background draws, float [H,W,3] in shares of full light."""

@@ -14,6 +14,8 @@ import clipret.ranking.scan
 from clipret.cli import main
 from clipret.diagnostics import doctor
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 

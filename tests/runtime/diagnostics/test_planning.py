@@ -20,6 +20,7 @@ def lines_of(**asked: Any) -> dict[str, Line]:
     return {line.name: line for line in plan(Workload(**asked), read_rates())}
 
 
+@pytest.mark.slow
 def test_the_rates_are_those_of_the_results() -> None:
     pytest.importorskip("open_clip", reason="needs the shapes of its models")
     spec = importlib.util.spec_from_file_location("make_rates", ROOT / "benchmarks" / "make_rates.py")

@@ -26,6 +26,8 @@ from clipret.images.walk import find_images
 from clipret.sources.item import Item, broken_item
 from clipret.sources.source import Source, open_source, read_stored
 
+pytestmark = pytest.mark.slow
+
 # Small shards, so that every run has many commits.
 COMMAND = "import clipret.indexing.index as i; i._SHARD_SIZE = 8; from clipret.cli import main; main()"
 

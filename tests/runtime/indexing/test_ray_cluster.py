@@ -27,9 +27,10 @@ from clipret.sources.item import Item
 pytest.importorskip("ray", reason="needs the extra ray")
 pytest.importorskip("pyarrow", reason="needs the extra ray")
 # Ray warns about its own settings, and leaves files and sockets open when its processes end.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ from clipret.milvus.search import MilvusCollection, agreement, open_milvus
 pytest.importorskip("pymilvus", reason="needs the extra milvus")
 pytest.importorskip("milvus_lite", reason="needs the extra milvus")
 # Its servers' threads and sockets end with the process, later than a test.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"),
+]
 
 ROWS = 3000
 
@@ -107,7 +108,7 @@ def test_flat_finds_what_the_gallery_finds(gallery: Gallery, address: Address, e
         for searcher in (there, exact):
             with pytest.raises(ClipretError, match="holds no image"):
                 searcher.id_of("2/im_0100.jpg")
-        with pytest.raises(ClipretError, match="does not give all of its embeddings: use the gallery"):
+        with pytest.raises(ClipretError, match="cannot return all embeddings: search the gallery"):
             _ = there.stored
 
 

@@ -15,6 +15,8 @@ from clipret.ranking.ranker import Ranker, snap
 
 pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.slow
+
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, int, Sequence[int]]
 
 

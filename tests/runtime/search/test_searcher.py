@@ -53,7 +53,7 @@ def test_a_negative_part_pushes_away(searcher: Searcher) -> None:
 
 
 def test_a_query_that_points_nowhere_is_an_error(searcher: Searcher) -> None:
-    with pytest.raises(ClipretError, match=r"\+1 x 'red' -1 x 'red' points nowhere"):
+    with pytest.raises(ClipretError, match=r"\+1 x 'red' -1 x 'red' has parts that cancel out"):
         searcher.search([Query((Part("red"), Part("red", -1)))])
     with pytest.raises(ClipretError, match="without parts"):
         searcher.search([Query(())])

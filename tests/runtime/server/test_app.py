@@ -26,6 +26,8 @@ from clipret.cli import main
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from clipret.server.limits import Limits
 
+pytestmark = pytest.mark.slow
+
 TOKEN = {"Authorization": "Bearer secret"}
 TEXTS = [f"{one} {two}" for one in ("red", "green", "blue", "grey") for two in ("car", "red", "blue", "truck")]
 

@@ -16,7 +16,10 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 api = pytest.importorskip("playwright.sync_api", reason="needs the extra dev")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from clipret.server.limits import Limits
 
+pytestmark = pytest.mark.slow
+
 SMALL = Limits(body=1 << 20, header_seconds=1, seconds=20)
 
 

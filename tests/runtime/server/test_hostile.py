@@ -20,6 +20,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from clipret.server.limits import Limits
 
+pytestmark = pytest.mark.slow
+
 SMALL = Limits(body=1 << 20, header_seconds=1, seconds=20, where_seconds=0.5)
 LONG = "hex(zeroblob(30000))"  # nearly the longest value there may be
 SECRET = b"nobody outside may read this"

@@ -23,6 +23,8 @@ from clipret import Gallery
 from clipret.gallery.database import ImageRecord
 from clipret.server.limits import Limits
 
+pytestmark = pytest.mark.slow
+
 # A search for what is not there that takes as long as the limits of a filter allow, for each image.
 SLOW = f"hex(zeroblob(32000)) || path not like '%{'0' * 190}z'"
 

@@ -24,6 +24,8 @@ from clipret.search.rerank import Rerank
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from clipret.server.snapshot import SearchSettings
 
+pytestmark = pytest.mark.slow
+
 RULES = """
 [[rule]]
 name = "vehicle"
