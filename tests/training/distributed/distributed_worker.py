@@ -1,6 +1,6 @@
-"""One of the processes that torchrun starts for test_distributed.py.
+"""A process that torchrun starts for test_distributed.py.
 
-FOLDER: writes FOLDER/gradients-RANK.pt. PARAMS OUT STEP: trains, and is gone after that step.
+FOLDER: writes FOLDER/gradients-RANK.pt. PARAMS OUT STEP: trains, and exits abruptly after that step.
 """
 
 import os
@@ -20,7 +20,7 @@ from clipret_training.step import GradientStep
 
 
 def gradients(folder: Path, world: World, *, local_loss: bool, parts: int) -> dict[str, torch.Tensor]:
-    """Those of the share of this process of a batch, averaged over the processes."""
+    """The gradients of this process's share of a batch, averaged over the processes."""
     model = load_model(str(folder / "tiny-clip")).model.train()
     saved = torch.load(folder / "batch.pt", weights_only=True)
     mine = slice(world.rank, None, world.size)
@@ -40,8 +40,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with join("cpu") as world:
         cases = [(local, parts) for local in (False, True) for parts in (1, 2)]
-        found = [gradients(folder, world, local_loss=local, parts=parts) for local, parts in cases]
-        torch.save(found, folder / f"gradients-{world.rank}.pt")
+        results = [gradients(folder, world, local_loss=local, parts=parts) for local, parts in cases]
+        torch.save(results, folder / f"gradients-{world.rank}.pt")
 
 
 def die(params: Path, out: Path, last: int) -> None:

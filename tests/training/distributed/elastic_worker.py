@@ -1,6 +1,6 @@
-"""One of the processes that torchrun starts, and starts again, for test_cluster.py: PARAMS OUT STEP.
+"""A process that torchrun starts and restarts for test_cluster.py: PARAMS OUT STEP.
 
-Process 1 is killed after that step, the first time that it gets there.
+Process 1 is killed when it first completes that step.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Training on many machines: shards in an object store, a process that is lost and started again, the examples."""
+"""Training on several machines: shards in an object store, a process that is killed and restarted, the examples."""
 
 import importlib
 import io
@@ -32,19 +32,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for number in range(2):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for one in range(12 * number, 12 * number + 12):
+            for index in range(12 * number, 12 * number + 12):
                 image = io.BytesIO()
                 Image.fromarray(np.full((40, 40, 3), rng.integers(0, 256, 3), np.uint8)).save(image, "PNG")
-                for name, content in ((f"{one:02d}.png", image.getvalue()), (f"{one:02d}.txt", b"image %d" % one)):
+                for name, content in (
+                    (f"{index:02d}.png", image.getvalue()),
+                    (f"{index:02d}.txt", b"image %d" % index),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return folder
 
 
-def settings(data: str, **given: Any) -> FitConfig:
+def settings(data: str, **options: Any) -> FitConfig:
     values: dict[str, Any] = {"epochs": 2, "batch_size": 8, "threads": 1, "precision": "fp32", "augment": "none"}
-    values |= {"lr": 1e-3, "val_split": 0.25, "cache_limit": 0.0, "model": "clipret-small", "data": data, **given}
+    values |= {"lr": 1e-3, "val_split": 0.25, "cache_limit": 0.0, "model": "clipret-small", "data": data, **options}
     return FitConfig.for_model(**values)
 
 
@@ -56,9 +59,11 @@ def torchrun(*command: object, restarts: int = 0) -> subprocess.CompletedProcess
     )
 
 
-def test_a_lost_process_is_started_again(shards: Path, tmp_path: Path, upload: Callable[[str, Path], None]) -> None:
-    """Two processes read their shards from a store. One of them is killed, torchrun starts both again, they go on from
-    the last checkpoint to the end. (That the weights are then those of a run that lost nobody: test_resume.py.)"""
+def test_a_killed_process_is_restarted(shards: Path, tmp_path: Path, upload: Callable[[str, Path], None]) -> None:
+    """Two processes read their shards from a store; one is killed, and torchrun restarts both from the last checkpoint.
+
+    test_resume.py checks that the weights are those of an uninterrupted run.
+    """
     pytest.importorskip("pyarrow", reason="needs the extra parquet")
     upload("training", shards)
     worker = Path(__file__).with_name("elastic_worker.py")
@@ -91,7 +96,7 @@ EXAMPLES = ROOT / "docs" / "cluster"
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.sbatch")), ids=lambda file: file.name)
 def test_slurm_examples(file: Path) -> None:
-    """Read by the shell and by shellcheck, and with options that sbatch has."""
+    """The shell and shellcheck accept them, and sbatch has their options."""
     parsed = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
     assert parsed.returncode == 0, parsed.stderr
     checker = Path(sys.executable).with_name("shellcheck")
@@ -115,12 +120,12 @@ def test_slurm_examples(file: Path) -> None:
             "exclusive",
         )
     }
-    assert text.index("#SBATCH") < text.index("set -euo pipefail")  # behind the first command sbatch reads none
+    assert text.index("#SBATCH") < text.index("set -euo pipefail")  # sbatch ignores options after the first command
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.name)
 def test_kubernetes_examples(file: Path) -> None:
-    """Valid by the schemas of the Kubernetes that kubernetes-validate knows, unknown fields included."""
+    """Valid by the schemas of kubernetes-validate, which also reject unknown fields."""
     validate = pytest.importorskip("kubernetes_validate")
     yaml = pytest.importorskip("yaml")
     documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
@@ -129,17 +134,17 @@ def test_kubernetes_examples(file: Path) -> None:
         validate.validate(document, "1.30", strict=True)
 
 
-def test_the_examples_commands_are_ours() -> None:
-    """Every option in them is one that the command has."""
-    found = 0
+def test_the_options_of_the_examples_exist() -> None:
+    """Every option is one that the command has."""
+    commands = 0
     for file in EXAMPLES.iterdir():
         for line in re.sub(r"\\\n", " ", file.read_text(encoding="utf-8")).splitlines():
             for program, module in (("clipret-train", "clipret_training.cli"), ("clipret-search", "clipret.cli")):
                 if (match := re.search(rf"{program} ([a-z]+) (.*)", line)) and not line.lstrip().startswith("#"):
                     group = importlib.import_module(module).main
                     command = group.get_command(click.Context(group), match[1])
-                    known = {option for parameter in command.params for option in parameter.opts}
-                    given = set(re.findall(r"(?<=\s)--[a-z-]+", " " + match[2]))
-                    assert given <= known, (file.name, given - known)
-                    found += 1
-    assert found >= 4
+                    valid = {option for parameter in command.params for option in parameter.opts}
+                    used = set(re.findall(r"(?<=\s)--[a-z-]+", " " + match[2]))
+                    assert used <= valid, (file.name, used - valid)
+                    commands += 1
+    assert commands >= 4

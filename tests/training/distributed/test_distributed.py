@@ -1,4 +1,4 @@
-"""Two processes that torchrun starts, with gloo: the gradients of one, whole runs, spread weights."""
+"""Two processes that torchrun starts, with gloo: the gradients of one process, whole runs, sharded weights."""
 
 import importlib.util
 import json
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(f"{number}.png,image {number}")
     (folder / "toy" / "broken.png").write_bytes(b"none")
     lines.append("broken.png,a broken image")
-    (folder / "toy" / "list.csv").write_text("\n".join(lines) + "\n")
+    (folder / "toy" / "captions.csv").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -72,17 +72,17 @@ def test_two_processes_have_the_gradients_of_one(folder: Path) -> None:
     expected = module.gradients(folder, World(0, 1, torch.device("cpu")), local_loss=False, parts=1)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
     for rank in (0, 1):
-        for found in torch.load(folder / f"gradients-{rank}.pt", weights_only=True):
-            assert found.keys() == expected.keys()
-            for name, gradient in found.items():
+        for gradients in torch.load(folder / f"gradients-{rank}.pt", weights_only=True):
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def settings(folder: Path, **given: Any) -> FitConfig:
+def settings(folder: Path, **options: Any) -> FitConfig:
     values: dict[str, Any] = {"epochs": 2, "batch_size": 8, "threads": 1, "precision": "fp32", "augment": "none"}
-    values |= {"lr": 1e-3, "val_split": 0.2, "val": str(folder / "toy" / "list.csv"), "where": "path <> '7.png'"}
+    values |= {"lr": 1e-3, "val_split": 0.2, "val": str(folder / "toy" / "captions.csv"), "where": "path <> '7.png'"}
     values |= {"val_where": "path like '%1.png'", "cache_limit": 0.0, "local_loss": True}
-    values |= {"model": str(folder / "tiny-clip"), "data": str(folder / "toy" / "list.csv"), **given}
+    values |= {"model": str(folder / "tiny-clip"), "data": str(folder / "toy" / "captions.csv"), **options}
     return FitConfig.for_model(**values)
 
 
@@ -94,7 +94,7 @@ def run_two(config: FitConfig, out: Path, *more: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    """Two processes that stream their images and score their own rows only."""
+    """Two processes that stream their images, each scoring only its own embeddings."""
     done = run_two(settings(folder), folder / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("text to image") == 2  # the table of one process
@@ -106,14 +106,14 @@ def test_a_run_of_two_processes(folder: Path, run: Path, tmp_path: Path) -> None
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[-1]["text_to_image"]["queries"] == 3
     assert "broken.png" in (run / "skipped.tsv").read_text()
-    # One process measures the same on the weights that two have trained.
+    # A single process measures the same recall with the weights that two have trained.
     last = run / "checkpoints" / "last.safetensors"
     again = fit(settings(folder, model=str(last), epochs=1, lr=0.0), tmp_path / "again")
     assert again.best["text_to_image"] == lines[-1]["text_to_image"]
 
 
 def interrupted(config: FitConfig, run: Path) -> Path:
-    """The checkpoints of a run that was killed in the second epoch and resumed from the shards of every process."""
+    """The checkpoints of a run that was killed in the second epoch and resumed from its sharded checkpoint."""
     params = run.with_suffix(".toml")
     params.write_text(tomli_w.dumps(config.to_dict()))
     killed = torchrun(Path(__file__).with_name("distributed_worker.py"), params, run, 3)
@@ -127,26 +127,26 @@ def interrupted(config: FitConfig, run: Path) -> Path:
     return checkpoints
 
 
-def test_spread_weights_train_as_whole_ones_and_export(folder: Path, run: Path, tmp_path: Path) -> None:
-    done = run_two(settings(folder, fsdp=True), tmp_path / "spread")
+def test_sharded_weights_train_as_whole_ones_and_export(folder: Path, run: Path, tmp_path: Path) -> None:
+    done = run_two(settings(folder, fsdp=True), tmp_path / "sharded")
     assert done.returncode == 0, done.stderr
-    ours, theirs = (load_file(path / "checkpoints" / "last.safetensors") for path in (tmp_path / "spread", run))
+    ours, theirs = (load_file(path / "checkpoints" / "last.safetensors") for path in (tmp_path / "sharded", run))
     start = load_file(folder / "tiny-clip" / "open_clip_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert (ours["visual.proj"] - start["visual.proj"]).abs().max() > 1e-3
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=2e-4)
-    bundle = export_bundle(str(tmp_path / "spread"), tmp_path / "bundle")
+    bundle = export_bundle(str(tmp_path / "sharded"), tmp_path / "bundle")
     assert bundle.manifest.image.size == 32
 
 
-def test_spread_weights_resume_exactly(folder: Path, tmp_path: Path) -> None:
-    """With the states of both optimisers: Muon moves the weights of layers, AdamW all others."""
+def test_sharded_weights_resume_exactly(folder: Path, tmp_path: Path) -> None:
+    """With the states of both optimizers: Muon updates the weights of layers, AdamW all others."""
     config = settings(folder, fsdp=True, save_every=2, optimizer="muon")
     done = run_two(config, tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     expected = load_file(tmp_path / "whole" / "checkpoints" / "last.safetensors")
-    found = load_file(interrupted(config, tmp_path / "spread") / "last.safetensors")
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
+    resumed = load_file(interrupted(config, tmp_path / "sharded") / "last.safetensors")
+    assert resumed.keys() == expected.keys()
+    for name, weight in resumed.items():
         assert torch.equal(weight, expected[name]), name

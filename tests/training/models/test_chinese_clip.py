@@ -39,7 +39,7 @@ TEXTS = ["一辆红色的轿车", "狗在草地上。", "reds, abc 车"]
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as save_pretrained writes it, with what the published ones have with it."""
+    """A folder as save_pretrained writes it, with the other files of the published folders."""
     folder = tmp_path_factory.mktemp("hub") / "model"
     torch.manual_seed(2)
     text = {"vocab_size": len(WORDS), "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -50,7 +50,7 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
         projection_dim=32,
     )
     model = ChineseCLIPModel(config).eval()
-    for parameter in model.parameters():  # as after training: nothing is zero or one
+    for parameter in model.parameters():  # as after training: no value is zero or one
         parameter.data += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
@@ -127,12 +127,12 @@ def test_texts_may_be_cut_to_the_longest(hugging_face: Path) -> None:
     short = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(TEXTS))
     padded = torch.nn.functional.pad(short, (0, 52 - short.shape[1]))
     with torch.inference_mode():
-        rows = [loaded.model.encode_text(ids, normalize=True) for ids in (short, padded)]
-    torch.testing.assert_close(*rows, rtol=0, atol=1e-5)
+        embeddings = [loaded.model.encode_text(ids, normalize=True) for ids in (short, padded)]
+    torch.testing.assert_close(*embeddings, rtol=0, atol=1e-5)
 
 
 def test_a_resnet_in_half(tmp_path: Path) -> None:
-    """The fifth size has a ResNet; published weights are partly half."""
+    """One of the five sizes has a ResNet; some published weights are in half precision."""
     config: dict[str, Any] = {
         "family": chinese.FAMILY,
         "embed_dim": 32,
@@ -188,7 +188,7 @@ def test_a_run_that_began_with_it_loads_again(hugging_face: Path, tmp_path: Path
     ],
 )
 def test_the_published_sizes(name: str, size: str, heads: int, millions: int) -> None:
-    """Heads of cn_clip's model_configs, parameters of its README; shapes alone tell the sizes apart."""
+    """Heads from cn_clip's model_configs, parameters from its README; shapes alone distinguish the sizes."""
     config = published(name)
     assert size_name(config) == f"Chinese-CLIP {size}"
     assert config["vision"]["heads"] == heads
@@ -201,7 +201,7 @@ def test_the_published_sizes(name: str, size: str, heads: int, millions: int) ->
 def test_a_size_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "chinese-clip-tiny", (32, 32, 16, 64, 1, 64, 1))
     monkeypatch.setattr(chinese, "hf_hub_download", lambda *_: 1 / 0)
-    with pytest.raises(ClipretError, match=r"no vocab\.txt and none to be had .* install cn_clip"):
+    with pytest.raises(ClipretError, match=r"no vocab\.txt and .* cannot be downloaded: install cn_clip"):
         load_model("chinese-clip-tiny")
     (tmp_path / "cn_clip" / "clip").mkdir(parents=True)
     (tmp_path / "cn_clip" / "__init__.py").write_text("1 / 0  # must not be imported")
@@ -264,11 +264,11 @@ def test_a_file_that_changes_later_leaves_the_model_alone(ofa_sys: Path, tmp_pat
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 def test_the_hub_sends_one_format(hugging_face: Path, tmp_path: Path, monkeypatch: Any, weights: str) -> None:
-    asked: list[str] = []
+    patterns: list[str] = []
 
     def download(repo: str, allow_patterns: list[str]) -> str:
         assert repo == "org/model"
-        asked.extend(allow_patterns)
+        patterns.extend(allow_patterns)
         for file in (hugging_face / "config.json", hugging_face / "vocab.txt"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
         if "*" + Path(weights).suffix in allow_patterns:
@@ -280,9 +280,9 @@ def test_the_hub_sends_one_format(hugging_face: Path, tmp_path: Path, monkeypatc
     loaded = load_model("hf-hub:org/model")
     assert loaded.source == "hf-hub:org/model"
     assert loaded.source_sha256 == load_model(str(hugging_face)).source_sha256
-    assert ("*.bin" in asked) == (weights == "pytorch_model.bin")
+    assert ("*.bin" in patterns) == (weights == "pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text("{}")
-    assert chinese.hub_folder("org/model") is None  # open_clip's to load
+    assert chinese.hub_folder("org/model") is None  # open_clip loads it
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_the_hub_sends_one_format(hugging_face: Path, tmp_path: Path, monkeypatc
         ({"resample": 0}, "resample 0"),
     ],
 )
-def test_preprocessing_that_a_bundle_cannot_say(
+def test_preprocessing_that_is_not_supported(
     hugging_face: Path, tmp_path: Path, settings: dict[str, Any], match: str
 ) -> None:
     for file in hugging_face.iterdir():
@@ -311,7 +311,7 @@ class Evil:
         return (print, ("code of the checkpoint ran",))
 
 
-def test_bad_files_are_said_in_one_line(
+def test_bad_files_are_reported_in_one_line(
     hugging_face: Path, ofa_sys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -331,7 +331,7 @@ def test_bad_files_are_said_in_one_line(
     monkeypatch.setattr(chinese, "hf_hub_download", lambda *_: 1 / 0)
     refuse("alone.pt", r"no vocab\.txt")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
-    refuse("alone.pt", "4 entries and its table")
+    refuse("alone.pt", "4 entries, but its embedding table")
     stored = torch.load(ofa_sys, weights_only=True)
     del stored["state_dict"]["module.visual.ln_post.weight"]
     torch.save(stored, tmp_path / "lacks.pt")
@@ -339,7 +339,7 @@ def test_bad_files_are_said_in_one_line(
     refuse("lacks.pt", r"1 weights are missing: visual\.ln_post\.weight;")
     stored["state_dict"] |= {"visual.ln_post.weight": torch.ones(128), "a": torch.ones(1), "b": torch.ones(1)}
     torch.save(stored, tmp_path / "more.pt")
-    refuse("more.pt", "2 weights belong nowhere: a, b")
+    refuse("more.pt", "2 weights are unknown: a, b")
     folder = tmp_path / "folder"
     folder.mkdir()
     for file in hugging_face.iterdir():
@@ -349,4 +349,4 @@ def test_bad_files_are_said_in_one_line(
     (folder / "model.safetensors").unlink()
     refuse("folder", "no weights")
     (folder / "config.json").write_text('{"model_type": "clip"}')
-    refuse("folder", "of a 'clip'")
+    refuse("folder", "that of a 'clip'")

@@ -1,3 +1,4 @@
+import doctest
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from clipret.bundle import ImageSpec, TextSpec
 from clipret.errors import ClipretError
 from clipret.images.decode import load
 from clipret.inference.tokenizer import Tokenizer
+from clipret_training.models import load as loading
 from clipret_training.models.load import architecture, load_model
 from clipret_training.tuning.precision import autocast
 
@@ -25,7 +27,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of open_clip's own format with random weights."""
+    """A folder in open_clip's format with random weights."""
     folder = tmp_path_factory.mktemp("tiny-clip")
     torch.manual_seed(3)
     model = open_clip.CLIP(**TINY)
@@ -46,23 +48,23 @@ def test_small_embeddings_ignore_padding_and_the_batch() -> None:
     loaded = load_model("clipret-small", captions=CAPTIONS)
     ids = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(CAPTIONS))
     together = loaded.model.encode_text(ids)
-    for row, text in zip(together, CAPTIONS, strict=True):
+    for embedding, text in zip(together, CAPTIONS, strict=True):
         alone = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)([text]))
         padded = torch.nn.functional.pad(alone, (0, 30))
-        torch.testing.assert_close(loaded.model.encode_text(alone)[0], row, rtol=0, atol=1e-5)
-        torch.testing.assert_close(loaded.model.encode_text(padded)[0], row, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded.model.encode_text(alone)[0], embedding, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded.model.encode_text(padded)[0], embedding, rtol=0, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
-def test_small_takes_any_image_size_and_normalises() -> None:
+def test_small_takes_any_image_size_and_normalizes() -> None:
     model = load_model("clipret-small", captions=CAPTIONS).model
     for size in (64, 80, 100):
-        rows = model.encode_image(torch.rand(2, 3, size, size), normalize=True)
-        assert rows.shape == (2, 256)
-        torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
+        embeddings = model.encode_image(torch.rand(2, 3, size, size), normalize=True)
+        assert embeddings.shape == (2, 256)
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
 
 
-def test_the_seed_decides_new_weights_and_leaves_torchs_alone() -> None:
+def test_the_seed_determines_new_weights_and_not_the_state_of_torch() -> None:
     state = torch.get_rng_state()
     first, same, other = (load_model("clipret-small", seed=seed, captions=CAPTIONS) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -100,11 +102,11 @@ def test_preprocessing_is_open_clips_pixel_for_pixel(
             torch.testing.assert_close((ours - mean) / std, transform(image), rtol=0, atol=1e-5)
 
 
-def test_what_an_image_spec_cannot_say_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_images_that_are_not_square_are_refused(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((tiny / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"]["image_size"] = [32, 48]
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ClipretError, match="supported are squares"):
+    with pytest.raises(ClipretError, match="only squares are supported"):
         load_model(str(tmp_path))
 
 
@@ -122,7 +124,7 @@ def test_checkpoint_file_for_a_named_architecture(tmp_path: Path, suffix: str, m
     pixels = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded.model.encode_image(pixels), model.encode_image(pixels))
     assert loaded.source == f"tiny-clip:{file}"
-    with pytest.raises(ClipretError, match="ViT-B-32:"):  # alone it does not say what it is
+    with pytest.raises(ClipretError, match="ViT-B-32:"):  # the file alone does not name its architecture
         load_model(str(file))
 
 
@@ -143,7 +145,7 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     [
         ("ViT-B-23", "did you mean .*ViT-B-32"),
         ("clipret-smal", "did you mean clipret-small"),
-        ("ViT-B-32:laion", "nearest: laion"),
+        ("ViT-B-32:laion", "similar: laion"),
         ("ViT-B-32:missing.pt", "missing.pt does not exist"),
         ("ViT-B-32:", "ends in a colon"),
         ("clipret-small", "train it"),
@@ -152,13 +154,13 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
         ("missing.safetensors", "does not exist"),
     ],
 )
-def test_what_cannot_be_loaded_is_said_in_one_line(source: str, message: str) -> None:
+def test_an_unknown_source_is_reported_in_one_line(source: str, message: str) -> None:
     with pytest.raises(ClipretError, match=message) as caught:
         load_model(source)
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_that_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_reported_in_one_line(tmp_path: Path) -> None:
     save_file({"visual.proj": torch.zeros(3, 3), "logit_scale": torch.zeros(())}, tmp_path / "other.safetensors")
     with pytest.raises(ClipretError, match="cannot be loaded") as caught:
         load_model(f"ViT-S-32:{tmp_path / 'other.safetensors'}")
@@ -192,7 +194,13 @@ def test_attention_stays_float32_under_bf16(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     layer, x = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.rand(3, 5, 8)
     with autocast("bf16", torch.device("cpu")):
-        rows, _ = layer(x, x, x, need_weights=False)
+        y, _ = layer(x, x, x, need_weights=False)
     assert seen == [torch.float32]
-    assert rows.dtype == torch.bfloat16  # the projections around it are not
+    assert y.dtype == torch.bfloat16  # the projections around it are in bf16
     assert F.scaled_dot_product_attention is spy
+
+
+def test_the_example_of_load_model_runs() -> None:
+    result = doctest.testmod(loading)
+    assert result.attempted
+    assert not result.failed

@@ -41,7 +41,7 @@ def base(tmp_path: Path) -> LoadedModel:
 
 @pytest.fixture
 def adapter(tmp_path: Path, base: LoadedModel) -> tuple[Path, Any]:
-    """A saved LoRA with random weights, and PEFT's own model with it."""
+    """A saved LoRA with random weights, and the model of PEFT with it."""
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS)
     adapted = peft.get_peft_model(copy.deepcopy(base.model), config).eval()
     torch.manual_seed(4)
@@ -111,10 +111,10 @@ def test_weights_in_a_pickle(adapter: tuple[Path, Any]) -> None:
     [
         ({"target_modules": [*TARGETS, "q_proj"]}, "target 'q_proj' matches no module"),
         ({"target_modules": ["q_proj"]}, "q_proj"),
-        ({"target_modules": ["attn"]}, "belongs to no module"),
+        ({"target_modules": ["attn"]}, "matches no module of the model"),
         ({"target_modules": [*TARGETS, "c_proj"]}, r"lacks the weight .*c_proj"),
         ({"r": 8}, "size mismatch"),
-        ({"base_model_name_or_path": None}, "does not say what model"),
+        ({"base_model_name_or_path": None}, "does not name its model"),
         ({"base_model_name_or_path": "../elsewhere"}, "unknown"),
         ({"base_model_name_or_path": "."}, "names itself"),
         ({"peft_type": "NONSENSE"}, "cannot be merged"),

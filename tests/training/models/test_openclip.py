@@ -1,4 +1,4 @@
-"""open_clip's models with towers and tokenizers of other libraries, as tiny folders with random weights."""
+"""Models of open_clip with towers and tokenizers of other libraries, as tiny folders with random weights."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def with_weights(folder: Path, hf_model: dict[str, Any] | None = None) -> torch.nn.Module:
-    """Random weights for the folder's model, which is returned. `hf_model`: configuration of its text tower."""
+    """Write random weights for the model of a folder and return it; `hf_model` configures its text tower."""
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     if hf_model is not None:
         text_model = folder / config["text_cfg"]["hf_model_name"]
@@ -119,7 +119,7 @@ def with_weights(folder: Path, hf_model: dict[str, Any] | None = None) -> torch.
     custom = config.pop("custom_text", False) or hf_model is not None
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
     model = kind(**config).eval()
-    with torch.no_grad():  # the usual random weights are so small that all texts look alike
+    with torch.no_grad():  # the usual random weights are so small that all texts get nearly the same embedding
         for parameter in model.text.parameters() if custom else model.transformer.parameters():
             parameter.mul_(5 if parameter.ndim > 1 else 1)
     state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
@@ -128,7 +128,7 @@ def with_weights(folder: Path, hf_model: dict[str, Any] | None = None) -> torch.
 
 
 def check_against_open_clip(folder: Path, reference: torch.nn.Module, pad_to: str) -> None:
-    """Ids and embeddings of `folder` are open_clip's, in whatever batch."""
+    """Compare ids and embeddings of a folder with those of open_clip, in batches of several sizes."""
     loaded = load_model(str(folder))
     theirs = open_clip.get_tokenizer(f"local-dir:{folder}")
     assert loaded.text.pad_to == pad_to
@@ -138,9 +138,9 @@ def check_against_open_clip(folder: Path, reference: torch.nn.Module, pad_to: st
     with torch.inference_mode():
         expected = reference.encode_text(theirs(TEXTS), normalize=False)
         assert expected.ndim == 2
-        for row, text in zip(expected, TEXTS, strict=True):
+        for embedding, text in zip(expected, TEXTS, strict=True):
             alone = loaded.model.encode_text(torch.from_numpy(ours([text])))[0]
-            torch.testing.assert_close(alone, row, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(alone, embedding, rtol=1e-4, atol=1e-5)
         pixels = torch.rand(2, 3, loaded.image.size, loaded.image.size)
         images = reference.encode_image(pixels, normalize=False)
         torch.testing.assert_close(loaded.model.encode_image(pixels), images, rtol=0, atol=1e-5)
@@ -315,7 +315,7 @@ def test_tokenizers_that_a_bundle_cannot_hold(
     [
         ({"reduction_mask": "random"}, "drops words"),
         ({"additional_special_tokens": ["<x>"]}, "additional special tokens"),
-        ({"clean": "whitespace"}, "case kept"),
+        ({"clean": "whitespace"}, "without lower-casing"),
     ],
 )
 def test_variants_of_clips_tokenizer_that_a_bundle_cannot_hold(
@@ -333,7 +333,7 @@ def test_clips_tokenizer_without_punctuation(make: Make) -> None:
 def test_other_ids_than_open_clips_are_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(TEXT, roberta_like())
     monkeypatch.setattr(hub_tokenizer.HFTokenizer, "__call__", lambda *_: torch.zeros(1, 77))
-    with pytest.raises(ClipretError, match="other ids than open_clip's for 'a red car'"):
+    with pytest.raises(ClipretError, match="other ids than open_clip for 'a red car'"):
         load_model(str(folder))
 
 

@@ -79,7 +79,7 @@ def test_clip_ids_of_open_clip(clip: Tokenizer, reference: Reference, text: str)
 
 
 def test_clip_ids_of_open_clip_over_all_of_unicode(clip: Tokenizer, reference: Reference) -> None:
-    """Every 61st code point, and all those of the scripts that Unicode got after the regex engine of `tokenizers`."""
+    """Every 61st code point, and all of the scripts that are newer than the regex library of `tokenizers`."""
     points = {*range(1, 0x110000, 61), *range(0x10940, 0x1095A), *range(0x16EA0, 0x16ED4), *range(0x323B0, 0x32400)}
     texts = [f"a{chr(point)}b1{chr(point)}!" for point in sorted(points) if not 0xD800 <= point < 0xE000]
     np.testing.assert_array_equal(clip(texts), reference(texts))
@@ -172,7 +172,7 @@ def test_the_same_captions_give_the_same_file_in_any_order_and_process() -> None
     assert run.stdout.decode() == LEARNED
 
 
-def test_nothing_to_learn_from_is_an_error() -> None:
+def test_no_captions_are_an_error() -> None:
     with pytest.raises(ClipretError, match="no caption"):
         learn_tokenizer([" "])
 

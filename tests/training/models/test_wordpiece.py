@@ -44,11 +44,11 @@ def basic_tokens(text: str) -> list[str]:
     kept = [c for c in text if c in "\t\n\r" or (c not in "\0\ufffd" and unicodedata.category(c) not in ("Cc", "Cf"))]
     blanks = [" " if c in "\t\n\r" or unicodedata.category(c) == "Zs" else c for c in kept]
     spaced = "".join(f" {c} " if chinese_character(c) else c for c in blanks)
-    found: list[str] = []
+    tokens: list[str] = []
     for word in spaced.split():
         plain = "".join(c for c in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(c) != "Mn")
-        found += re.sub(f"([{re.escape(SIGNS)}])", r" \1 ", plain).split()
-    return found
+        tokens += re.sub(f"([{re.escape(SIGNS)}])", r" \1 ", plain).split()
+    return tokens
 
 
 CJK = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F)]
@@ -62,13 +62,13 @@ SIGNS = "".join(
 
 @pytest.fixture(scope="module")
 def split() -> Callable[[str], list[str]]:
-    """A text's words, before they are looked up in the vocabulary."""
+    """Splits a text into words, before they are looked up in the vocabulary."""
     tokenizer = tokenizers.Tokenizer.from_str(wordpiece_tokenizer_json(WORDS[:4]))
     normalizer, cutter = tokenizer.normalizer, tokenizer.pre_tokenizer
     return lambda text: [word for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text))]
 
 
-# Without what this Python's Unicode does not know: the tokenizers library may know its lower case already.
+# Without code points that this Python's Unicode does not have: the tokenizers library may already lower-case them.
 @settings(max_examples=400, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12))
 def test_words_are_cut_as_bert_cuts_them(split: Callable[[str], list[str]], text: str) -> None:
@@ -83,7 +83,7 @@ def test_each_code_point_is_cut_as_bert_cuts_it(split: Callable[[str], list[str]
 
 
 def test_a_final_sigma_is_pythons(split: Callable[[str], list[str]]) -> None:
-    """Both sigmas are in the vocabulary, so a wrong one is a wrong id; Chinese texts hold them as signs: 求Σ."""
+    """Both sigmas are in the vocabulary, so a wrong one is a wrong id; Chinese texts use them as signs: 求Σ."""
     for length in (1, 2, 3):
         for text in map("".join, itertools.product("ΣAa车ｱʰⅷⒶ'.1\u0301\u200d ", repeat=length)):
             assert split(text) == basic_tokens(text), text

@@ -1,4 +1,5 @@
 import copy
+import doctest
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clipret.errors import ClipretError
+from clipret_training.optim import averaging, schedule
 from clipret_training.optim.averaging import MovingAverage, greedy_soup, interpolate, uniform_soup
 
 
@@ -34,13 +36,13 @@ def test_the_average_is_the_recursion() -> None:
         decay = min(0.6, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * net[2].weight.detach()
         mean = decay * mean + (1 - decay) * net[1].running_mean
-    own = copy.deepcopy(net.state_dict())
+    weights = copy.deepcopy(net.state_dict())
     with average.applied(net):
         torch.testing.assert_close(net[2].weight.detach(), expected)
         torch.testing.assert_close(net[1].running_mean, mean)
-        assert torch.equal(net[0].weight, own["0.weight"])  # frozen
-        assert not torch.allclose(net[2].weight, own["2.weight"])
-    assert all(torch.equal(value, own[name]) for name, value in net.state_dict().items())
+        assert torch.equal(net[0].weight, weights["0.weight"])  # frozen
+        assert not torch.allclose(net[2].weight, weights["2.weight"])
+    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
     assert "0.weight" not in average.state_dict()["averages"]
 
 
@@ -67,7 +69,7 @@ def test_weights_of_half_precision_are_averaged_in_float32() -> None:
     net = nn.Linear(2, 1, bias=False).bfloat16()
     net.weight.data.fill_(1.0)
     average = MovingAverage(net, 0.999)
-    for _ in range(2000):  # in bfloat16 a step of a thousandth would be lost
+    for _ in range(2000):  # in bfloat16, a step of one thousandth would be lost
         net.weight.data.fill_(2.0)
         average.update(net)
     with average.applied(net):
@@ -94,7 +96,7 @@ def test_interpolation_and_uniform_soup() -> None:
 
 
 def test_a_greedy_soup_takes_what_helps() -> None:
-    """The best weights are 2.0: 1.4 and 2.8 mix well, 9.0 spoils the soup, and the order of the names is no matter."""
+    """The best weights are 2.0: 1.4 and 2.8 mix well, 9.0 spoils the soup; the order of the names does not matter."""
     values = {"far": 9.0, "low": 1.4, "high": 2.8}
     lines: list[str] = []
     soup = greedy_soup(
@@ -109,7 +111,7 @@ def test_a_greedy_soup_takes_what_helps() -> None:
 
 def test_different_models_do_not_mix() -> None:
     other = {**state(1.0), "more": torch.zeros(1)}
-    with pytest.raises(ClipretError, match="a and b are different models: b has the weight more and a has not"):
+    with pytest.raises(ClipretError, match="a and b are different models: b has the weight more, a does not"):
         uniform_soup(["a", "b"], lambda name: other if name == "b" else state(1.0))
     wide = {**state(1.0), "w": torch.zeros(3, 2)}
     measured: list[Any] = []
@@ -118,3 +120,10 @@ def test_different_models_do_not_mix() -> None:
     assert not measured
     with pytest.raises(ClipretError, match=r"decay of a moving average is 1\.0"):
         MovingAverage(model(), 1.0)
+
+
+@pytest.mark.parametrize("module", [averaging, schedule])
+def test_the_examples_run(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed

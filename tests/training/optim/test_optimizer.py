@@ -52,15 +52,15 @@ def test_muon_makes_the_steps_of_layer_weights_orthogonal_and_leaves_the_rest_to
             if name not in weights:
                 assert torch.equal(ours, theirs), name
                 continue
-            # At the first step the momentum is the gradient: all of its directions that are no rounding of bf16's.
-            found = torch.linalg.svdvals((ours.grad / ours.grad.norm()).flatten(1))
-            directions = int((found > torch.finfo(torch.bfloat16).eps).sum())
+            # At the first step the momentum is the gradient: count its directions beyond the rounding of bf16.
+            singular = torch.linalg.svdvals((ours.grad / ours.grad.norm()).flatten(1))
+            directions = int((singular > torch.finfo(torch.bfloat16).eps).sum())
             kept = start[name] * (1 - LR * DECAY)
             both = (torch.linalg.svdvals(((kept - weight) / LR).flatten(1)) for weight in (ours, theirs))
             steps, plain = (values[:directions] / (0.2 * max(ours.flatten(1).shape) ** 0.5) for values in both)
             assert steps.min() > 0.9, name
-            assert steps.max() < 1.2, name  # all of them as long as AdamW's steps,
-            assert plain.max() > 5, name  # which follow a few directions
+            assert steps.max() < 1.2, name  # all directions move as far as in AdamW's steps,
+            assert plain.max() > 5, name  # which follow few directions
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -72,16 +72,16 @@ def test_a_restored_optimizer_goes_on_exactly(model: Any, muon: bool) -> None:
     theirs = optimizer(copied, muon=muon)
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
     for group in (*ours.param_groups, *theirs.param_groups):
-        group["lr"] = LR / 2  # as the schedule does, after the moments were restored
+        group["lr"] = LR / 2  # as a schedule does after the moments are restored
     learn(model, ours, 3)
     learn(copied, theirs, 3)
-    for one, other in zip(model.parameters(), copied.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for weight, copied_weight in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(weight, copied_weight)
     assert ours.state_dict()["state"].keys() == theirs.state_dict()["state"].keys()
 
 
 def test_either_may_have_nothing_to_do(model: Any) -> None:
-    add_adapters(model, AdapterConfig(2, 4, targets=("q",)))  # weights of layers only
+    add_adapters(model, AdapterConfig(2, 4, targets=("q",)))  # only weights of layers
     learn(model, optimizer(model, muon=True), 0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "positional_embedding")
@@ -109,13 +109,13 @@ def test_muon_is_timms_in_either_precision(precision: str, monkeypatch: pytest.M
     )
     draw = torch.Generator().manual_seed(1)
     for _ in range(3):
-        for one, other in zip(ours, theirs, strict=True):
-            one.grad = torch.randn(one.shape, generator=draw)
-            other.grad = one.grad.clone()
+        for our, their in zip(ours, theirs, strict=True):
+            our.grad = torch.randn(our.shape, generator=draw)
+            their.grad = our.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for before, one, other in zip(start, ours, theirs, strict=True):
-        moved, apart = ((weight - other).detach().norm() for weight in (before, one))
+    for before, our, their in zip(start, ours, theirs, strict=True):
+        moved, difference = ((weight - their).detach().norm() for weight in (before, our))
         assert moved > 0.1
-        # timm's is in bf16, and in what order it adds up is the processor's: rounded twice at most.
-        assert apart < 2 * torch.finfo(torch.bfloat16).eps * moved
+        # timm computes in bf16, with an order of summation that depends on the processor: two roundings at most.
+        assert difference < 2 * torch.finfo(torch.bfloat16).eps * moved

@@ -1,4 +1,4 @@
-"""Adapters on small random models of every kind of attention; what they save goes through lora.py's merge."""
+"""Adapters on small random models with every kind of attention; saved adapters are merged by lora.py."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def clip() -> nn.Module:
 
 
 def custom_text() -> nn.Module:
-    """A tower of timm with pooling by attention and a text tower of its own, as SigLIP has."""
+    """An image tower of timm with attention pooling and a separate text tower, as in SigLIP."""
     timm_cfg = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
     return open_clip.CustomTextCLIP(embed_dim=16, vision_cfg=timm_cfg, text_cfg=TEXT)
 
@@ -52,7 +52,7 @@ def small() -> nn.Module:
     model = SmallClip(SmallConfig(vocab_size=99, dim=16, widths=(8, 16), depths=(1, 1)))
     for name, parameter in model.named_parameters():
         if "norm2" in name:
-            nn.init.ones_(parameter)  # as after training: at zero the blocks are shut
+            nn.init.ones_(parameter)  # as after training: at zero, the blocks have no effect
     return model
 
 
@@ -65,12 +65,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def made(name: str, seed: int = 1) -> Any:
+def build(name: str, seed: int = 1) -> Any:
     torch.manual_seed(seed)
     return MODELS[name]().eval()
 
 
-def rows(model: Any) -> torch.Tensor:
+def embeddings(model: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     pixels = torch.rand(3, 3, 32, 32, generator=generator)
     ids = torch.randint(1, 98, (3, 12), generator=generator)
@@ -78,7 +78,7 @@ def rows(model: Any) -> torch.Tensor:
 
 
 def stir(model: nn.Module) -> None:
-    """As after training: no adapter is zero."""
+    """Change the adapters as training does: none is zero."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -88,35 +88,35 @@ def stir(model: nn.Module) -> None:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_equals_unmerged(name: str, dora: bool) -> None:
-    model = made(name)
-    before, names, kinds = rows(model), list(model.state_dict()), [*map(type, model.modules())]
+    model = build(name)
+    before, names, kinds = embeddings(model), list(model.state_dict()), [*map(type, model.modules())]
     parameters = {name for name, _ in model.named_parameters()}
     add_adapters(model, AdapterConfig(4, 8, targets=TARGETS[name], dora=dora))
-    torch.testing.assert_close(rows(model), before, rtol=0, atol=1e-5)  # they start as nothing
+    torch.testing.assert_close(embeddings(model), before, rtol=0, atol=1e-5)  # no effect at first
     stir(model)
-    unmerged, state = rows(model), base_state(model)
-    torch.testing.assert_close(rows(model), unmerged, rtol=0, atol=0)  # asking changes nothing
+    unmerged, state = embeddings(model), base_state(model)
+    torch.testing.assert_close(embeddings(model), unmerged, rtol=0, atol=0)  # base_state changes nothing
     assert (unmerged - before).abs().max() > 1e-2
     merge_adapters(model)
-    torch.testing.assert_close(rows(model), unmerged, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embeddings(model), unmerged, rtol=0, atol=1e-5)
     assert sorted(model.state_dict()) == sorted(names) == sorted(state)
     assert {name for name, _ in model.named_parameters()} == parameters
     assert [*map(type, model.modules())] == kinds
-    fresh = made(name, seed=7)
+    fresh = build(name, seed=7)
     fresh.load_state_dict(state)
-    torch.testing.assert_close(rows(fresh), unmerged, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embeddings(fresh), unmerged, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_only_adapters_get_gradients_and_all_of_them_do(name: str) -> None:
-    model = made(name)
+    model = build(name)
     add_adapters(model, AdapterConfig(2, 4, targets=TARGETS[name]))
     stir(model)
-    rows(model).square().sum().backward()
+    embeddings(model).square().sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in parameter_name)
         if parameter.grad is not None:
-            assert parameter.grad.abs().max() > 0, f"{parameter_name} takes no part"
+            assert parameter.grad.abs().max() > 0, f"{parameter_name} has no effect"
 
 
 @pytest.mark.parametrize(
@@ -134,29 +134,29 @@ def test_only_adapters_get_gradients_and_all_of_them_do(name: str) -> None:
         ("custom_text", ("q",), ("image",), {"visual.trunk.blocks.N.attn.qkv": {"q_proj"}}),
     ],
 )  # fmt: skip
-def test_a_target_hits_what_it_names_and_nothing_else(
+def test_a_target_matches_only_the_layers_it_names(
     name: str, targets: tuple[str, ...], towers: tuple[Any, ...], expected: dict[str, set[str]]
 ) -> None:
-    model = made(name)
+    model = build(name)
     chosen = add_adapters(model, AdapterConfig(2, 4, targets=targets, towers=towers))
     adapted = {key.partition(".lora_")[0] for key in model.state_dict() if ".lora_" in key}
     assert adapted == set(chosen)
-    found: dict[str, set[str]] = {}
+    layers: dict[str, set[str]] = {}
     for layer in chosen:
         parent, _, leaf = layer.rpartition(".")
-        found.setdefault(".".join("N" if part.isdigit() else part for part in parent.split(".")), set()).add(leaf)
-    assert found == expected
+        layers.setdefault(".".join("N" if part.isdigit() else part for part in parent.split(".")), set()).add(leaf)
+    assert layers == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "message"),
+    ("name", "values", "message"),
     [
-        ("clip", {"targets": ("q_prj",)}, "'q_prj' matches no layer of the image tower: near it are .*q_proj"),
+        ("clip", {"targets": ("q_prj",)}, "'q_prj' matches no layer of the image tower: similar names are .*q_proj"),
         ("clip", {"targets": ("q_proj", "image:c_fcc")}, "'image:c_fcc' matches no layer of the image .*c_fc"),
-        ("chinese", {"targets": ("q_proj",)}, "'q_proj' matches no layer of the text tower: near it are .*q"),
-        ("chinese", {"targets": ("querry",), "towers": ("text",)}, "near it are .*query"),
+        ("chinese", {"targets": ("q_proj",)}, "'q_proj' matches no layer of the text tower: similar names are .*q"),
+        ("chinese", {"targets": ("querry",), "towers": ("text",)}, "similar names are .*query"),
         ("small", {"targets": ("attention",)}, "'q' of target 'attention' matches no layer of the image .*projection"),
-        ("clip", {"targets": ("text:q",), "towers": ("image",)}, "names the text tower and the adapter is for image"),
+        ("clip", {"targets": ("text:q",), "towers": ("image",)}, "names the text tower, but the adapter is for image"),
         ("clip", {"targets": ("vision:q",)}, "names the tower 'vision': use image or text"),
         ("clip", {"targets": ()}, r"adapter_targets is \(\): it must be a list of strings, at least 1"),
         ("clip", {"rank": 0}, "adapter_rank is 0: it must be a whole number from 1"),
@@ -165,30 +165,30 @@ def test_a_target_hits_what_it_names_and_nothing_else(
         ("clip", {"towers": ("both",)}, "adapter_towers is .*: it must be a list of image, text"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_changed(name: str, given: dict[str, Any], message: str) -> None:
-    model = made(name)
+def test_wrong_settings_are_refused_and_change_nothing(name: str, values: dict[str, Any], message: str) -> None:
+    model = build(name)
     names = list(model.state_dict())
     with pytest.raises(ClipretError, match=message):
-        add_adapters(model, AdapterConfig(**given))
+        add_adapters(model, AdapterConfig(**values))
     assert list(model.state_dict()) == names
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
-    "given",
+    "values",
     [{"targets": ("q", "v")}, {"targets": ("attention", "mlp"), "dora": True}, {"targets": ("out",)}],
     ids=["q,v", "all, DoRA", "out"],
 )
-def test_what_is_saved_merges_into_the_base(given: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_adapter_merges_into_the_base(values: dict[str, Any], tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    text = {"width": 32, "heads": 2, "layers": 2}  # with the vocabulary that open_clip's tokenizer has
+    text = {"width": 32, "heads": 2, "layers": 2}  # with the vocabulary of open_clip's tokenizer
     model_cfg = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text}
     (base / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
     torch.manual_seed(3)
     save_file(dict(open_clip.CLIP(**model_cfg).state_dict()), base / "open_clip_model.safetensors")
     loaded: Any = load_model(str(base))
-    add_adapters(loaded.model, AdapterConfig(4, 8, **given))
+    add_adapters(loaded.model, AdapterConfig(4, 8, **values))
     stir(loaded.model)
     write_adapter(tmp_path / "adapter", loaded.model, "../base")
 
@@ -203,9 +203,9 @@ def test_what_is_saved_merges_into_the_base(given: dict[str, Any], tmp_path: Pat
     assert merged.model.state_dict().keys() == load_model(str(base)).model.state_dict().keys()
     assert all(parameter.requires_grad for parameter in merged.model.parameters())
 
-    # The state of an adapter goes into another model with the same layers, and into no other.
+    # The state of an adapter loads only into a model with the same adapted layers.
     again: Any = load_model(str(base))
-    add_adapters(again.model, AdapterConfig(4, 8, **given))
+    add_adapters(again.model, AdapterConfig(4, 8, **values))
     state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     load_adapter_state(again.model, state)
     assert all(torch.equal(value, adapter_state(again.model)[key]) for key, value in state.items())
@@ -216,7 +216,7 @@ def test_what_is_saved_merges_into_the_base(given: dict[str, Any], tmp_path: Pat
 
 
 def test_layers_that_are_never_called_are_no_targets() -> None:
-    """The pooling of a ResNet multiplies by the weights of its layers behind their back."""
+    """The attention pooling of a ResNet multiplies by the weights of its layers without calling them."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT)
@@ -226,16 +226,16 @@ def test_layers_that_are_never_called_are_no_targets() -> None:
 
 
 def test_a_model_in_bfloat16_gets_adapters_in_float32() -> None:
-    model = made("clip").bfloat16()
+    model = build("clip").bfloat16()
     add_adapters(model, AdapterConfig(2, 4, targets=("q",)))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert rows(model.float()).isfinite().all()
+    assert embeddings(model.float()).isfinite().all()
 
 
 @pytest.mark.parametrize("same_width", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_taken_apart_is_the_same(same_width: bool, bias: bool, batch_first: bool) -> None:
+def test_split_attention_is_the_same(same_width: bool, bias: bool, batch_first: bool) -> None:
     torch.manual_seed(5)
     kdim, vdim = (None, None) if same_width else (8, 12)
     packed = nn.MultiheadAttention(16, 4, bias=bias, kdim=kdim, vdim=vdim, batch_first=batch_first)
@@ -248,19 +248,19 @@ def test_attention_taken_apart_is_the_same(same_width: bool, bias: bool, batch_f
     call = {"need_weights": False}
     before = [packed(query, key, value, attn_mask=mask, **call)[0] for mask in masks]
     split_attention(model, splittable(model))
-    apart: Any = model[0]
+    split: Any = model[0]
     for mask, expected in zip(masks, before, strict=True):
-        ours = apart(query, key, value, attn_mask=mask, **call)[0]
+        ours = split(query, key, value, attn_mask=mask, **call)[0]
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     with pytest.raises(ClipretError, match="choose other targets"):
-        apart(query, key, value, need_weights=True)
+        split(query, key, value, need_weights=True)
     for again in (packed_state(model, model.state_dict()), (pack_attention(model), model.state_dict())[1]):
         assert again.keys() == state.keys()
         assert all(torch.equal(again[name], state[name]) for name in state)
     assert type(model[0]) is nn.MultiheadAttention
 
 
-def test_timms_attention_taken_apart_is_the_same() -> None:
+def test_split_attention_of_timm_is_the_same() -> None:
     torch.manual_seed(6)
     model = timm.create_model("test_vit", img_size=32).eval()
     original, pixels = copy.deepcopy(model), torch.rand(2, 3, 32, 32)

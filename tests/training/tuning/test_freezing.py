@@ -35,7 +35,7 @@ def chinese(vision: dict[str, Any]) -> nn.Module:
 
 
 class BertText(nn.Module):
-    """The names of open_clip's HFTextEncoder, which needs the hub to be made."""
+    """The parameter names of open_clip's HFTextEncoder, which cannot be created without the hub."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ MODELS: dict[str, Any] = {
     [
         ("clip", 5, 4),
         ("resnet", 7, 4),
-        ("timm", 8, 4),  # six blocks; timm's last group is the normalisation, open_clip's projection comes behind it
+        ("timm", 8, 4),  # six blocks; timm's last group is the normalization, then comes open_clip's projection
         ("bert", 5, 4),
         ("chinese", 5, 4),
         ("chinese resnet", 7, 4),
@@ -100,7 +100,7 @@ def test_unlocked_groups_are_those_of_open_clip() -> None:
 
 
 def test_a_locked_tower_is_not_changed_by_training() -> None:
-    """Neither its weights nor the statistics of its batch normalisations."""
+    """Neither its weights nor the statistics of its batch normalizations change."""
     torch.manual_seed(0)
     model = MODELS["resnet"]()
     lock_tower(model, "image")
@@ -123,27 +123,27 @@ def test_a_locked_tower_is_not_changed_by_training() -> None:
     assert all(module.training for module in model.modules())
 
 
-def rates(model: nn.Module, **given: float) -> dict[str, tuple[float, float]]:
+def rates(model: nn.Module, **options: float) -> dict[str, tuple[float, float]]:
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         name_of[id(parameter)]: (group["lr"], group["weight_decay"])
-        for group in parameter_groups(model, lr=1.0, weight_decay=0.2, **given)
+        for group in parameter_groups(model, lr=1.0, weight_decay=0.2, **options)
         for parameter in group["params"]
     }
 
 
 def test_rates_fall_with_depth_and_only_matrices_decay() -> None:
     model = MODELS["clip"]()
-    found = rates(model, layer_decay=0.5, image_lr_scale=0.1, text_lr_scale=3)
-    assert found["logit_scale"] == (1.0, 0.0)
-    assert found["visual.proj"] == pytest.approx((0.1, 0.2))
-    assert found["visual.ln_post.weight"] == pytest.approx((0.1 * 0.5, 0.0))
-    assert found["visual.transformer.resblocks.2.mlp.c_fc.weight"] == pytest.approx((0.1 * 0.5, 0.2))
-    assert found["visual.transformer.resblocks.0.attn.in_proj_bias"] == pytest.approx((0.1 * 0.5**3, 0.0))
-    assert found["visual.conv1.weight"] == pytest.approx((0.1 * 0.5**4, 0.2))
-    assert found["text_projection"] == (3.0, 0.2)
-    assert found["token_embedding.weight"] == pytest.approx((3 * 0.5**3, 0.2))
-    assert set(found) == {name for name, _ in model.named_parameters()}
+    rate_of = rates(model, layer_decay=0.5, image_lr_scale=0.1, text_lr_scale=3)
+    assert rate_of["logit_scale"] == (1.0, 0.0)
+    assert rate_of["visual.proj"] == pytest.approx((0.1, 0.2))
+    assert rate_of["visual.ln_post.weight"] == pytest.approx((0.1 * 0.5, 0.0))
+    assert rate_of["visual.transformer.resblocks.2.mlp.c_fc.weight"] == pytest.approx((0.1 * 0.5, 0.2))
+    assert rate_of["visual.transformer.resblocks.0.attn.in_proj_bias"] == pytest.approx((0.1 * 0.5**3, 0.0))
+    assert rate_of["visual.conv1.weight"] == pytest.approx((0.1 * 0.5**4, 0.2))
+    assert rate_of["text_projection"] == (3.0, 0.2)
+    assert rate_of["token_embedding.weight"] == pytest.approx((3 * 0.5**3, 0.2))
+    assert set(rate_of) == {name for name, _ in model.named_parameters()}
     for group in parameter_groups(model, lr=2.0, weight_decay=0.2, layer_decay=0.5):
         assert group["lr"] == 2.0 * group["lr_scale"]
     assert len(parameter_groups(model, lr=1.0, weight_decay=0.2)) == 2
@@ -164,9 +164,9 @@ def test_rates_fall_with_depth_and_only_matrices_decay() -> None:
 def test_weights_of_layers_are_all_matrices_but_embeddings(name: str, image: int, text: int) -> None:
     model = MODELS[name]()
     parameters, weights = dict(model.named_parameters()), layer_weights(model)
-    assert [sum(tower_of(each) == tower for each in weights) for tower in ("image", "text")] == [image, text]
-    others = [each for each in parameters.keys() - weights if parameters[each].ndim > 1]
-    assert all(re.search(r"embed|cls_token|^text\.weight\.", each) for each in others)
+    assert [sum(tower_of(weight) == tower for weight in weights) for tower in ("image", "text")] == [image, text]
+    others = [name for name in parameters.keys() - weights if parameters[name].ndim > 1]
+    assert all(re.search(r"embed|cls_token|^text\.weight\.", name) for name in others)
     marked = [group for group in parameter_groups(model, lr=1.0, weight_decay=0.2, muon=True) if "use_muon" in group]
     assert sum(len(group["params"]) for group in marked) == image + text
 
@@ -174,12 +174,12 @@ def test_weights_of_layers_are_all_matrices_but_embeddings(name: str, image: int
 def test_only_what_is_trained_is_in_a_group() -> None:
     model = MODELS["clip"]()
     add_adapters(model, AdapterConfig(2, 4, targets=("q",)))
-    found = rates(model, layer_decay=0.9)
-    assert found
-    assert all("lora_" in name for name in found)
-    assert found["visual.transformer.resblocks.2.attn.q_proj.lora_A.default.weight"][0] == pytest.approx(0.9)
+    rate_of = rates(model, layer_decay=0.9)
+    assert rate_of
+    assert all("lora_" in name for name in rate_of)
+    assert rate_of["visual.transformer.resblocks.2.attn.q_proj.lora_A.default.weight"][0] == pytest.approx(0.9)
     model.requires_grad_(False)
-    with pytest.raises(ClipretError, match="nothing is to be trained"):
+    with pytest.raises(ClipretError, match="there is nothing to train"):
         parameter_groups(model, lr=1.0, weight_decay=0.0)
 
 
@@ -202,9 +202,9 @@ class Strange(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
 
-def test_what_cannot_be_done_is_said() -> None:
+def test_wrong_requests_are_refused() -> None:
     model = MODELS["clip"]()
-    with pytest.raises(ClipretError, match="image tower has 5 groups and 6 are to stay unlocked"):
+    with pytest.raises(ClipretError, match="image tower has 5 groups, so 6 of them cannot stay unlocked"):
         lock_tower(model, "image", 6)
     with pytest.raises(ClipretError, match="-1 groups"):
         lock_tower(model, "image", -1)
@@ -215,9 +215,9 @@ def test_what_cannot_be_done_is_said() -> None:
     strange = Strange()
     lock_tower(strange, "image")  # needs no groups
     assert not strange.visual[0].weight.requires_grad
-    with pytest.raises(ClipretError, match=r"image tower cannot be taken apart by depth: visual\.0\.weight"):
+    with pytest.raises(ClipretError, match=r"image tower cannot be grouped by depth \(visual\.0\.weight"):
         lock_tower(strange, "image", 1)
     timm = MODELS["timm"]()
     timm.visual.trunk = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ClipretError, match="Sequential of timm, does not tell its blocks"):
+    with pytest.raises(ClipretError, match="timm cannot group the image tower, Sequential, by depth"):
         depth_groups(timm, "image")

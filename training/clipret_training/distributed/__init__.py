@@ -1,4 +1,4 @@
-"""A training of several processes: what they exchange, and weights that are spread over them."""
+"""Training with several processes: communication between them, and sharded weights (FSDP)."""
 
 from clipret_training.distributed.world import World, average_gradients, gather_objects, join, smallest
 

@@ -1,8 +1,8 @@
-"""FSDP2: weights, gradients and moments of a model that is too large for one device, spread over all of them.
+"""FSDP2: weights, gradients and moments of a model that is too large for one device, sharded over all devices.
 
-    shards-STEP-EPOCH/    a checkpoint: every process's own part (torch.distributed.checkpoint) and state.pt
+    shards-STEP-EPOCH/    a checkpoint: the shard of each process (torch.distributed.checkpoint) and state.pt
 
-The folder is written under another name and renamed, so one that is there is whole.
+The folder is written under a temporary name and renamed, so an existing one is complete.
 """
 
 import math
@@ -46,12 +46,19 @@ _BLOCKS = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "_PooledBlo
 
 
 def shard_model(model: Any, world: World) -> None:
-    """Spread the parameters of `model` over the processes, in place; a block is collected while it computes.
+    """Shard the parameters of a model over the processes. Each block is gathered while it computes.
 
-    The logit scale and bias have no dimension to spread and stay whole. Raises ClipretError in a single process.
+    The logit scale and bias have no dimension to shard and stay whole.
+
+    Args:
+        model: The model to change in place.
+        world: The processes.
+
+    Raises:
+        ClipretError: There is only one process.
     """
     if world.size == 1:
-        raise ClipretError("fsdp spreads a model over several processes: start them with torchrun, or leave fsdp out")
+        raise ClipretError("fsdp shards a model over several processes: start them with torchrun, or leave fsdp out")
     mesh = init_device_mesh(world.device.type, (world.size,))
     whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for module in list(model.modules()):
@@ -63,40 +70,59 @@ def shard_model(model: Any, world: World) -> None:
 
 
 def split_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups of an optimiser in which spread and whole parameters are apart: no kernel takes both at once."""
-    apart = []
+    """Separate sharded from whole parameters, because no kernel of an optimizer takes both.
+
+    Args:
+        groups: Parameter groups of an optimizer.
+
+    Returns:
+        Parameter groups with either sharded or whole parameters.
+    """
+    separated = []
     for group in groups:
-        for spread in (True, False):
-            parameters = [p for p in group["params"] if isinstance(p, DTensor) == spread]
+        for sharded in (True, False):
+            parameters = [p for p in group["params"] if isinstance(p, DTensor) == sharded]
             if parameters:
-                apart.append({**group, "params": parameters})
-    return apart
+                separated.append({**group, "params": parameters})
+    return separated
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Scale the gradients down to a norm of `limit` over all processes."""
-    spread, whole = list[Tensor](), list[Tensor]()
+    """Scale gradients to a maximum norm over all processes.
+
+    Args:
+        parameters: The parameters with gradients, sharded or whole.
+        limit: The maximum norm of all gradients together.
+    """
+    sharded, whole = list[Tensor](), list[Tensor]()
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            spread.append(gradient.to_local())
+            sharded.append(gradient.to_local())
         elif gradient is not None:
             whole.append(gradient)
-    squares = torch.zeros((), device=(spread or whole)[0].device)
-    for local in spread:
+    squares = torch.zeros((), device=(sharded or whole)[0].device)
+    for local in sharded:
         squares += local.square().sum()
     dist.all_reduce(squares)
     for gradient in whole:
         squares += gradient.square().sum()
     scale = limit / (math.sqrt(float(squares)) + 1e-6)
     if scale < 1:
-        for tensor in (*spread, *whole):
+        for tensor in (*sharded, *whole):
             tensor.mul_(scale)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the whole model on the CPU of the process with rank 0; {} on the others, which must call it."""
+    """Gather the state dict of a sharded model. Every process must call it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The whole state dict on the CPU in the process with rank 0, {} in the others.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     return weights
@@ -111,7 +137,19 @@ def save_shards(
     name: str,
     world: World,
 ) -> None:
-    """Write the checkpoint `name` into `folder` and remove those before. Raises ClipretError when the disk refuses."""
+    """Write a checkpoint and remove the earlier ones. Every process must call it.
+
+    Args:
+        folder: The folder of the checkpoints.
+        model: The sharded model.
+        optimizer: Its optimizer.
+        state: Further state of the training, for state.pt.
+        name: Name of the checkpoint, shards-STEP-EPOCH.
+        world: The processes.
+
+    Raises:
+        ClipretError: The checkpoint cannot be written.
+    """
     temporary = folder / f".{name}.tmp"
     if world.writes:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -126,11 +164,12 @@ def save_shards(
                     os.fsync(handle.fileno())
             temporary.rename(folder / name)
             sync_folder(folder)
-    except Exception as error:  # torch.distributed.checkpoint's has no base but this
+    except Exception as error:  # the errors of torch.distributed.checkpoint have no narrower base
         reason = one_line(error)
         raise ClipretError(
-            f"a checkpoint cannot be written to {folder}: {reason}; the one before is intact: free space, then resume"
-        ) from error
+            f"a checkpoint cannot be written to {folder}: {reason}; the previous one is intact: free some space, then "
+            "resume"
+        ) from None
     if world.writes:
         for old in folder.glob("shards-*"):
             if old.name != name:
@@ -139,18 +178,39 @@ def save_shards(
 
 
 def latest_shards(folder: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint and its state. Raises ClipretError when it is broken or of another run."""
-    found = sorted(folder.glob("shards-*"))
-    if not found:
+    """Find the latest checkpoint.
+
+    Args:
+        folder: The folder of the checkpoints.
+        identity: The identity of the run.
+
+    Returns:
+        The checkpoint and the content of its state.pt; None without a checkpoint.
+
+    Raises:
+        ClipretError: The checkpoint is broken, or belongs to another run.
+    """
+    checkpoints = sorted(folder.glob("shards-*"))
+    if not checkpoints:
         return None
-    state = read_state(found[-1] / "state.pt")
+    latest = checkpoints[-1]
+    state = read_state(latest / "state.pt")
     if state["identity"] != identity:
-        raise ClipretError(f"checkpoint {found[-1]} is of another run or model: train into a new folder")
-    return found[-1], state
+        raise ClipretError(f"checkpoint {latest} belongs to another run or model: train into a new folder")
+    return latest, state
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Undo `save_shards`. Raises ClipretError when the checkpoint does not fit."""
+    """Load a checkpoint that `save_shards` wrote. Every process must call it.
+
+    Args:
+        folder: The checkpoint.
+        model: The sharded model, changed in place.
+        optimizer: Its optimizer, changed in place.
+
+    Raises:
+        ClipretError: The checkpoint cannot be read, or does not fit the model.
+    """
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     try:

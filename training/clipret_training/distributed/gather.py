@@ -11,16 +11,24 @@ from clipret.errors import ClipretError
 
 __all__ = ["exchange_shapes", "gather_embeddings"]
 
-Shapes = list[tuple[int, int]]  # embeddings and width, of each process
+Shapes = list[tuple[int, int]]  # number and width of the embeddings, for each process
 
 
 def exchange_shapes(
     tensors: Mapping[str, Tensor | None], group: dist.ProcessGroup | None, *, like: Tensor
 ) -> dict[str, Shapes]:
-    """The shapes [embeddings, width] of these tensors on every process, by name, in one message on the device of
-    `like`.
+    """Exchange the shapes of tensors between all processes, in one message.
 
-    Raises ClipretError on every process when one has a tensor that another lacks.
+    Args:
+        tensors: Tensors [n,width] by name, or None where there is none; the same names in every process.
+        group: The processes; None for all.
+        like: A tensor on the device that sends the message.
+
+    Returns:
+        For each name the shape in every process, (-1, -1) for None.
+
+    Raises:
+        ClipretError: One process has a tensor that another lacks; raised in every process.
     """
     mine = [tuple(value.shape) if value is not None else (-1, -1) for value in tensors.values()]
     sent = torch.tensor(mine, dtype=torch.int64, device=like.device)
@@ -33,22 +41,30 @@ def exchange_shapes(
         if len({embeddings < 0 for embeddings, _ in shapes[name]}) > 1:
             has = next(rank for rank, (embeddings, _) in enumerate(shapes[name]) if embeddings >= 0)
             lacks = next(rank for rank, (embeddings, _) in enumerate(shapes[name]) if embeddings < 0)
-            raise ClipretError(f"process {has} has {name} and process {lacks} has none: give them to all or to none")
+            raise ClipretError(f"process {has} has {name}, process {lacks} does not: give them to all or to none")
     return shapes
 
 
 def gather_embeddings(
     embeddings: Tensor, shapes: Shapes, group: dist.ProcessGroup | None, fill: float | None = None
 ) -> Tensor:
-    """[embeddings,width] of this process -> the embeddings of all processes, in their order; gradients flow back to
-    each.
+    """Gather the embeddings of all processes, with gradients to each of them.
 
-    `shapes`: of every process; numbers of embeddings may differ, and with `fill` so may widths. Raises ClipretError on
-    every process when widths differ and there is no `fill`.
+    Args:
+        embeddings: The embeddings of this process, [n,width].
+        shapes: The shapes in all processes, from `exchange_shapes`. The numbers of embeddings may differ.
+        group: The processes; None for all.
+        fill: Value that pads narrower embeddings; None if all widths must be the same.
+
+    Returns:
+        The embeddings [N,width] of all processes, in the order of their ranks.
+
+    Raises:
+        ClipretError: The widths differ and there is no `fill`; raised in every process.
     """
     widths = [width for _, width in shapes]
     if fill is None and len(set(widths)) > 1:
-        raise ClipretError(f"the embeddings of the processes are {widths} wide: every process must use the same model")
+        raise ClipretError(f"the embeddings of the processes have widths {widths}: use the same model in every process")
     if embeddings.shape[1] < max(widths):
         embeddings = torch.nn.functional.pad(embeddings, (0, max(widths) - embeddings.shape[1]), value=fill or 0)
     gathered: Tensor = _Gather.apply(embeddings, [count for count, _ in shapes], group)
@@ -56,7 +72,7 @@ def gather_embeddings(
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward pass sums what all processes want of an embedding. Short parts travel padded."""
+    """all_gather with a backward pass that sums the gradients of all processes. Shorter parts are padded."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:

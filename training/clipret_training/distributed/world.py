@@ -1,4 +1,4 @@
-"""Several processes that train one model: torchrun starts them, each has a share of the images."""
+"""Several processes that train one model: torchrun starts them, and each gets a share of the images."""
 
 import contextlib
 import os
@@ -17,12 +17,18 @@ from clipret_training.tuning import open_device
 
 __all__ = ["World", "average_gradients", "gather_objects", "join", "smallest"]
 
-_BUCKET = 64 * 2**20 // 4  # values that travel in one message: 64 MiB of float32
+_BUCKET = 64 * 2**20 // 4  # values in one message: 64 MiB of float32
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training. `rank` counts from 0; the process with 0 writes what is written."""
+    """The processes of a training.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        device: Device of this process.
+    """
 
     rank: int
     size: int
@@ -30,38 +36,50 @@ class World:
 
     @property
     def writes(self) -> bool:
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
-    """Inside the block this process belongs to those that torchrun started, by NCCL on GPUs and by gloo elsewhere.
+    """Join the processes that torchrun started for the duration of the block, with NCCL on GPUs and gloo elsewhere.
 
-    Without torchrun it is alone. `device` cuda becomes the GPU of the process's own number on its machine. Raises
-    ClipretError as `open_device` does, and when the others cannot be reached.
+    Without torchrun, the process is alone.
+
+    Args:
+        device: cpu, cuda or cuda:N; cuda is the GPU with the number of the process on its machine.
+
+    Yields:
+        The processes.
+
+    Raises:
+        ClipretError: The device cannot be used, or the other processes cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, open_device(device))
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    place = open_device(f"cuda:{local}" if device == "cuda" else device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    opened = open_device(f"cuda:{local}" if device == "cuda" else device)
+    if opened.type == "cuda":
+        torch.cuda.set_device(opened)
     try:
-        backend, device_id = ("nccl", place) if place.type == "cuda" else ("gloo", None)
+        backend, device_id = ("nccl", opened) if opened.type == "cuda" else ("gloo", None)
         if os.environ.get("LOCAL_WORLD_SIZE") == str(size) and "TORCHELASTIC_RESTART_COUNT" in os.environ:
-            # torchrun keeps one store for all of its attempts, where the addresses of processes that are gone stand.
-            # On one machine all count the attempts alike; several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+            # torchrun keeps one store for all attempts, with the addresses of processes that have ended. On one machine
+            # all processes count the attempts alike; several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             store, _, _ = next(rendezvous("env://"))
             store = PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
         else:
             dist.init_process_group(backend, device_id=device_id)
     except (RuntimeError, ValueError) as error:
-        raise ClipretError(f"process {rank} of {size} cannot reach the others: {one_line(error)}") from error
+        raise ClipretError(
+            f"process {rank} of {size} cannot reach the others ({one_line(error)}): check the network and torchrun's "
+            "--rdzv-endpoint"
+        ) from None
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, opened)
     finally:
         dist.destroy_process_group()
 
@@ -69,8 +87,13 @@ def join(device: str) -> Iterator[World]:
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Replace each gradient by its mean over the processes.
 
-    After the backward pass, in a few large messages: a step may run several backward passes (cached features), and only
-    what is trained travels, of an adapter a hundredth. A parameter that a process did not use counts as zero.
+    Called after the backward pass, because a step may run several backward passes (cached features). It sends a few
+    large messages with trained parameters only, which are a hundredth of the model for an adapter. The gradient of a
+    parameter that a process did not use counts as zero.
+
+    Args:
+        parameters: The trained parameters.
+        world: The processes.
     """
     if world.size == 1:
         return
@@ -99,7 +122,15 @@ def _average(gradients: list[Tensor], size: int) -> None:
 
 
 def smallest(value: int, world: World) -> int:
-    """The least of the processes' values."""
+    """The minimum over all processes.
+
+    Args:
+        value: The value of this process.
+        world: The processes.
+
+    Returns:
+        The smallest value, in every process.
+    """
     if world.size == 1:
         return value
     tensor = torch.tensor(value, device=world.device)
@@ -108,7 +139,15 @@ def smallest(value: int, world: World) -> int:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """The value of every process, on every process."""
+    """Gather a value from every process.
+
+    Args:
+        value: The value of this process, which can be pickled.
+        world: The processes.
+
+    Returns:
+        The values in the order of the ranks, in every process.
+    """
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size

@@ -1,8 +1,8 @@
-"""Packed attention projections taken apart, so that each of queries, keys and values can be adapted on its own.
+"""Packed attention projections, split so that adapters can target queries, keys and values separately.
 
-nn.MultiheadAttention holds the three in one matrix and multiplies by it without calling a layer; timm's attention has
-one layer for all three. Taken apart they are layers named q_proj, k_proj and v_proj, as in transformers, and the
-result stays the same up to rounding. `pack_attention` and `packed_state` go back to the model's own names.
+nn.MultiheadAttention stores the three projections in one matrix and multiplies by it without calling a layer; timm's
+attention has one layer for all three. Split, they are layers named q_proj, k_proj and v_proj, as in transformers, and
+the result is the same up to rounding. `pack_attention` and `packed_state` restore the original names.
 """
 
 from collections.abc import Iterable
@@ -21,19 +21,31 @@ PARTS = ("q_proj", "k_proj", "v_proj")
 
 
 def splittable(model: nn.Module) -> list[str]:
-    """The names of the modules that `split_attention` can take apart."""
+    """The attention modules that `split_attention` can split.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names of its submodules.
+    """
     names = []
     for name, module in model.named_modules():
         if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
             names.append(name)
-        # Only where the layer is called: others multiply by its weight behind an adapter's back.
+        # Only attention that calls the layer: the other classes multiply by its weight and would bypass an adapter.
         elif isinstance(module, Attention | AttentionRope) and type(getattr(module, "qkv", None)) is nn.Linear:
             names.append(f"{name}.qkv" if name else "qkv")
     return names
 
 
 def split_attention(model: nn.Module, names: Iterable[str]) -> None:
-    """Take the modules of these names, out of `splittable`, apart in place."""
+    """Split attention modules in place.
+
+    Args:
+        model: The model to change.
+        names: Some of the names that `splittable` returned.
+    """
     for name in names:
         packed = model.get_submodule(name)
         split = _SplitAttention(packed) if isinstance(packed, nn.MultiheadAttention) else _SplitLinear(packed)
@@ -42,14 +54,26 @@ def split_attention(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def pack_attention(model: nn.Module) -> None:
-    """Undo `split_attention` in place: the stock modules, with the present weights."""
+    """Undo `split_attention` in place: restore the original modules with the current weights.
+
+    Args:
+        model: The model to change.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, _Split):
             _replace(model, name, module.pack())
 
 
 def packed_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of `model` under the names that it has after `pack_attention`. The model stays as it is."""
+    """Rename and merge the weights of split attention as `pack_attention` does. The model stays as it is.
+
+    Args:
+        model: The model with split attention.
+        state: Its state dict.
+
+    Returns:
+        The state dict that the model has after `pack_attention`.
+    """
     state = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, _Split):
@@ -58,7 +82,7 @@ def packed_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 class _Split(nn.Module):
-    """Three layers q_proj, k_proj and v_proj out of one matrix, or out of three."""
+    """Three layers q_proj, k_proj and v_proj, made from one packed matrix or from three."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -67,15 +91,15 @@ class _Split(nn.Module):
     def __init__(self, weights: Iterable[Tensor], bias: Tensor | None, trained: Iterable[bool]) -> None:
         super().__init__()
         biases = bias.chunk(3) if bias is not None else (None, None, None)
-        for part, weight, its_bias, train in zip(PARTS, weights, biases, trained, strict=True):
-            self.add_module(part, _linear(weight, its_bias, train))
+        for part, weight, part_bias, train in zip(PARTS, weights, biases, trained, strict=True):
+            self.add_module(part, _linear(weight, part_bias, train))
 
     def pack(self) -> nn.Module:
-        """The stock module again."""
+        """The original module with the current weights."""
         raise NotImplementedError
 
     def pack_state(self, state: dict[str, Tensor], prefix: str) -> None:
-        """The same for the entries of a state dict, in place."""
+        """Pack the entries of a state dict in place."""
         raise NotImplementedError
 
     def _take(self, state: dict[str, Tensor], prefix: str, what: str) -> list[Tensor]:
@@ -83,13 +107,13 @@ class _Split(nn.Module):
 
 
 class _SplitAttention(_Split):
-    """Call and result are those of nn.MultiheadAttention without its weights."""
+    """nn.MultiheadAttention with the same arguments and results, but without attention weights."""
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         self_attention = packed.in_proj_weight is not None
         if self_attention:
             weights, trained = packed.in_proj_weight.chunk(3), [packed.in_proj_weight.requires_grad] * 3
-        else:  # keys and values of another width than the queries'
+        else:  # keys and values differ in width from the queries
             weights = (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
             trained = [weight.requires_grad for weight in weights]
         super().__init__(weights, packed.in_proj_bias, trained)
@@ -111,8 +135,8 @@ class _SplitAttention(_Split):
     ) -> tuple[Tensor, None]:
         if need_weights or key_padding_mask is not None:
             raise ClipretError(
-                "this model asks its attention for weights or hides padding from it, which adapters on q, k and v"
-                " cannot follow: choose other targets: --set 'adapter_targets=[\"mlp\"]'"
+                "this model needs attention weights or a padding mask, which adapters on q, k and v do not support: "
+                "choose other targets: --set 'adapter_targets=[\"mlp\"]'"
             )
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
@@ -121,9 +145,9 @@ class _SplitAttention(_Split):
             for layer, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         if attn_mask is not None:
-            if attn_mask.dim() == 3:  # [B*H,L,L], as the stock module takes it
+            if attn_mask.dim() == 3:  # [B*H,L,L], as in the original module
                 attn_mask = attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:])
-            # There True forbids, here it allows.
+            # In nn.MultiheadAttention True masks a position, in scaled_dot_product_attention it keeps one.
             attn_mask = attn_mask.to(q.dtype) if attn_mask.is_floating_point() else ~attn_mask
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
@@ -181,7 +205,7 @@ class _SplitLinear(_Split):
 
 def _linear(weight: Tensor, bias: Tensor | None, train: bool) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    # Copies: parameters that share memory with each other cannot be saved.
+    # Copies, because parameters that share memory cannot be saved.
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=train)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=train)

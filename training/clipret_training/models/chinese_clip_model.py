@@ -1,4 +1,7 @@
-"""Chinese-CLIP's module and sizes (Yang et al., 2022, https://arxiv.org/abs/2211.01335); chinese.py reads its files."""
+"""The module and the published sizes of Chinese-CLIP (Yang et al., 2022, https://arxiv.org/abs/2211.01335).
+
+`chinese_clip` reads its files.
+"""
 
 import math
 import re
@@ -12,10 +15,10 @@ from transformers import BertConfig, BertModel
 
 __all__ = ["FAMILY", "SIZES", "ChineseClip", "describe_weights", "published", "size_name"]
 
-FAMILY = "chinese-clip"  # what `LoadedModel.config["family"]` says
+FAMILY = "chinese-clip"  # the value of `LoadedModel.config["family"]`
 
-# The published ones (cn_clip/clip/model_configs of OFA-Sys/Chinese-CLIP): embed_dim; size of an image and of a patch,
-# width and layers of the vision tower; width and layers of the text tower
+# From cn_clip/clip/model_configs of OFA-Sys/Chinese-CLIP: embed_dim; image size, patch size, width and layers of the
+# vision tower; width and layers of the text tower
 SIZES: dict[str, tuple[int, int, int | None, int, int | list[int], int, int]] = {
     "chinese-clip-rn50": (1024, 224, None, 64, [3, 4, 6, 3], 768, 3),
     "chinese-clip-vit-b-16": (512, 224, 16, 768, 12, 768, 12),
@@ -26,9 +29,10 @@ SIZES: dict[str, tuple[int, int, int | None, int, int | list[int], int, int]] = 
 
 
 class ChineseClip(nn.Module):
-    """encode_image(float32 [B,3,S,S]) and encode_text(int64 [B,L]) -> float32 [B,D]; see `LoadedModel`.
+    """A Chinese-CLIP model with the interface of `LoadedModel.model`.
 
-    `config`: a dictionary as `describe_weights` and `published` make it.
+    Args:
+        config: The architecture, as `describe_weights` or `published` returns it.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -45,11 +49,29 @@ class ChineseClip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Encode images.
+
+        Args:
+            image: float32 [B,3,S,S], normalized with the model's mean and standard deviation.
+            normalize: Scale the embeddings to unit length.
+
+        Returns:
+            Embeddings float32 [B,D].
+        """
         x: Tensor = self.visual(image)
         return nn.functional.normalize(x, dim=-1) if normalize else x
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        # The mask by hand: that of transformers differs from version to version and not each can be exported.
+        """Encode texts.
+
+        Args:
+            text: Token ids int64 [B,L]; 0 is padding.
+            normalize: Scale the embeddings to unit length.
+
+        Returns:
+            Embeddings float32 [B,D].
+        """
+        # Our own mask: that of transformers differs between versions, and not every version can be exported.
         pads = (text == 0)[:, None, None]  # [B,1,1,L]
         mask = torch.zeros_like(pads, dtype=torch.float32).masked_fill(pads, float("-inf"))
         x = self.bert.embeddings(input_ids=text)  # [B,L,W]
@@ -58,9 +80,19 @@ class ChineseClip(nn.Module):
 
 
 def describe_weights(state: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
-    """What rebuilds the model, from the shapes of its weights; `settings` are Hugging Face's config.json, if any.
+    """Derive the architecture from the shapes of the weights.
 
-    Only the number of heads is in no shape.
+    Args:
+        state: The state dict in the layout of OFA-Sys.
+        settings: The config.json of Hugging Face, or {}. Only the number of heads comes from it, because no shape shows
+            it.
+
+    Returns:
+        The `config` of `ChineseClip`.
+
+    Raises:
+        ValueError: `settings` has an activation or epsilon that is not supported.
+        KeyError: A weight is missing.
     """
     vision_settings, text_settings = settings.get("vision_config", {}), settings.get("text_config", {})
     for part, key, value in (
@@ -69,7 +101,7 @@ def describe_weights(state: dict[str, Tensor], settings: dict[str, Any]) -> dict
         (text_settings, "hidden_act", "gelu"),
     ):
         if part.get(key, value) != value:
-            raise ValueError(f"it has {key} {part[key]!r}: supported is {value!r}")
+            raise ValueError(f"it has {key} {part[key]!r}: only {value!r} is supported")
     table = state["bert.embeddings.word_embeddings.weight"]
     hidden = table.shape[1]
     text = {
@@ -104,7 +136,14 @@ def describe_weights(state: dict[str, Tensor], settings: dict[str, Any]) -> dict
 
 
 def published(name: str) -> dict[str, Any]:
-    """The same for one of `SIZES`."""
+    """The architecture of a published size.
+
+    Args:
+        name: One of `SIZES`.
+
+    Returns:
+        The `config` of `ChineseClip`.
+    """
     dim, size, patch, width, layers, hidden, text_layers = SIZES[name]
     vision: dict[str, Any] = {"image_size": size, "width": width, "layers": layers, "heads": width * 32 // 64}
     if patch is not None:
@@ -123,18 +162,26 @@ def published(name: str) -> dict[str, Any]:
 
 
 def _heads(width: int) -> int:
-    """OFA-Sys's heads are 64 wide but in the vision tower of ViT-H-14, 80."""
+    """The number of heads: OFA-Sys's heads have width 64, or 80 in the vision tower of ViT-H-14."""
     return width // (80 if width == 1280 else 64)
 
 
 def _count(state: dict[str, Tensor], pattern: str) -> int:
-    numbers = [int(found[1]) for name in state if (found := re.match(pattern, name))]
+    numbers = [int(match[1]) for name in state if (match := re.match(pattern, name))]
     if not numbers:
         raise KeyError(pattern.replace("\\", "").replace("(d+)", "0"))
     return 1 + max(numbers)
 
 
 def size_name(config: dict[str, Any]) -> str:
+    """Name an architecture.
+
+    Args:
+        config: The `config` of `ChineseClip`.
+
+    Returns:
+        A name such as "Chinese-CLIP ViT-B-16".
+    """
     vision = config["vision"]
     if isinstance(vision["layers"], list):
         return f"Chinese-CLIP RN{3 * sum(vision['layers']) + 2}"

@@ -1,7 +1,7 @@
-"""Pooling before the last block, in training: of its outputs a tower reads one token, so only that one is computed.
+"""Early pooling in training: a tower reads one token of its last block's output, so the block computes only that token.
 
-Its keys and values still come from every token; rows and gradients are the same. The classes of a few modules change,
-names and weights stay. (clipret_export.pooling does the same to graphs.)
+Keys and values still come from every token; embeddings and gradients are the same. A few modules change their class,
+but keep their names and weights. `clipret_export.pooling` does the same for exported graphs.
 """
 
 from typing import Any
@@ -16,7 +16,11 @@ __all__ = ["pool_early"]
 
 
 def pool_early(model: Any) -> None:
-    """Change in place the towers of open_clip's transformers that are known to read one token; others stay."""
+    """Change the towers of open_clip that read one token of their last block. Others stay as they are.
+
+    Args:
+        model: The model to change in place.
+    """
     for module in model.modules():
         if isinstance(module, VisionTransformer) and module.pool_type == "tok" and module.attn_pool is None:
             _pool_last(module.transformer)
@@ -33,14 +37,14 @@ def _pool_last(transformer: Any) -> bool:
 
 
 class _PooledBlock(ResidualAttentionBlock):  # type: ignore[misc]
-    """float32 [B,L,W] -> [B,1,W]: the first token, or those at the positions `at`, int64 [B]."""
+    """A block for one token: float32 [B,L,W] -> [B,1,W], the tokens at the positions `at`, int64 [B], or the first."""
 
     at: Tensor | None = None
 
     def forward(self, q_x: Tensor, *_: None, attn_mask: Tensor | None = None) -> Tensor:
         y = self.ln_1(q_x)
         if self.at is not None and attn_mask is not None:
-            # Each text's own row of the causal mask, once for each head: [B*H,1,L]
+            # The row of the causal mask for each text's token, once per head: [B*H,1,L]
             attn_mask = attn_mask[self.at][:, None].repeat_interleave(self.heads, dim=0)
         x = self._pick(q_x) + self.ls_1(self.attention(self._pick(y), y, y, attn_mask=attn_mask))
         pooled: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))

@@ -1,4 +1,4 @@
-"""open_clip's tokenizers, its own and those of the Hugging Face hub, as a file for clipret's `Tokenizer`."""
+"""Tokenizers of open_clip, its own and those of the Hugging Face hub, as a file for clipret's `Tokenizer`."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ from clipret_training.models.tokenizer import clip_tokenizer_json
 
 __all__ = ["PROBES", "tokenizer_file"]
 
-# What every conversion is checked with: case, signs, digits, scripts, entities, a text beyond any context.
+# Texts that check every conversion: case, punctuation, digits, scripts, entities, a text longer than any context.
 PROBES = (
     "a red car",
     "Two Dogs, one CAT & 3 birds; isn't it? (1,234.56)",
@@ -29,24 +29,31 @@ PROBES = (
 
 
 def tokenizer_file(tokenizer: Any) -> tuple[str, TextSpec]:
-    """The content of a `tokenizers` file and the TextSpec, padded to the context, that give the ids of `tokenizer`,
-    which is what open_clip.get_tokenizer returned.
+    """Convert a tokenizer of open_clip.
 
-    Raises ValueError for a tokenizer that cannot be said in this way, or whose ids turn out to differ.
+    Args:
+        tokenizer: The tokenizer that open_clip.get_tokenizer returned.
+
+    Returns:
+        The content of a `tokenizers` file, and a TextSpec that pads to the context length. Together they give the same
+        ids.
+
+    Raises:
+        ValueError: The tokenizer is not supported, or the converted one gives other ids.
     """
     if isinstance(tokenizer, SimpleTokenizer):
         converted, pad_id = _simple(tokenizer), 0
     elif isinstance(tokenizer, HFTokenizer | SigLipTokenizer):
         converted, pad_id = _hub(tokenizer)
     else:
-        raise ValueError(f"it is a {type(tokenizer).__name__}, of which nothing is known here")
+        raise ValueError(f"it is a {type(tokenizer).__name__}, which is not supported")
     if tokenizer.context_length is None:
         raise ValueError("it has no context length")
     spec = TextSpec(tokenizer.context_length, _clean_name(tokenizer), "context", pad_id)
     ours = Tokenizer(converted, spec)
     for text in PROBES:
         if ours([text]).tolist() != tokenizer([text]).tolist():
-            raise ValueError(f"it was converted, but gives other ids than open_clip's for {text[:40]!r}")
+            raise ValueError(f"its conversion gives other ids than open_clip for {text[:40]!r}")
     return converted, spec
 
 
@@ -59,28 +66,28 @@ def _clean_name(tokenizer: Any) -> CleanName:
 
 def _simple(tokenizer: SimpleTokenizer) -> str:
     if tokenizer.reduction_fn is not None:
-        raise ValueError("it drops words at random (reduction_mask), which is for training only")
+        raise ValueError("it drops words at random (reduction_mask), which only training may do")
     if len(tokenizer.all_special_ids) > 2:
         raise ValueError("it has additional special tokens, which are not supported")
     if tokenizer.clean_fn is get_clean_fn("whitespace"):
-        raise ValueError("it is CLIP's with the case kept")
+        raise ValueError("it is CLIP's tokenizer without lower-casing, which is not supported")
     return clip_tokenizer_json()
 
 
 def _hub(tokenizer: HFTokenizer | SigLipTokenizer) -> tuple[str, int]:
-    """File and pad id of a tokenizer of transformers."""
+    """The file and the padding id of a tokenizer of transformers."""
     inner = tokenizer.tokenizer
     if mode := getattr(tokenizer, "tokenizer_mode", ""):
-        raise ValueError(f"it has the mode {mode!r}")
+        raise ValueError(f"it has the mode {mode!r}, which is not supported")
     if not inner.is_fast:
-        raise ValueError(f"it is a {type(inner).__name__}, written in Python only: a bundle needs a tokenizer.json")
+        raise ValueError(f"it is a {type(inner).__name__}, which has no tokenizer.json: choose a fast tokenizer")
     sides = (inner.padding_side, inner.truncation_side)
     if sides != ("right", "right"):
-        raise ValueError(f"it pads and truncates on the {' and '.join(sides)}: supported is the right")
+        raise ValueError(f"it pads and truncates on the {' and '.join(sides)}: only the right is supported")
     if inner.pad_token_id is None:
         raise ValueError("it has no pad token: name one in its tokenizer_config.json")
     if getattr(inner, "split_special_tokens", False):
-        raise ValueError("it splits special tokens")
+        raise ValueError("it splits special tokens, which is not supported")
     plain = tokenizers.Tokenizer.from_str(inner.backend_tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()
@@ -91,14 +98,14 @@ def _hub(tokenizer: HFTokenizer | SigLipTokenizer) -> tuple[str, int]:
 
 
 def _renumber(tokenizer_json: str, old: int, new: int) -> str:
-    """The same tokenizer with the id `new` wherever it gave `old`; another token may have `new` as well.
+    """The same tokenizer with the id `new` instead of `old`; another token may have the id `new` as well.
 
-    CLIPA was trained with zeros in place of [SEP] (open_clip's strip_sep_token), those that a text spells out included.
+    CLIPA was trained with zeros in place of [SEP] (strip_sep_token in open_clip), even where a text spells it out.
     """
     value = json.loads(tokenizer_json)
     vocabulary = value["model"]["vocab"]
     if not isinstance(vocabulary, dict):
-        raise ValueError("it strips separators from a Unigram vocabulary")
+        raise ValueError("it strips separators from a Unigram vocabulary, which is not supported")
     value["model"]["vocab"] = {token: new if number == old else number for token, number in vocabulary.items()}
     for token in value["added_tokens"]:
         token["id"] = new if token["id"] == old else token["id"]
@@ -107,7 +114,7 @@ def _renumber(tokenizer_json: str, old: int, new: int) -> str:
 
 
 def _replaced(value: Any, old: int, new: int) -> Any:
-    """JSON with one integer replaced. In a post processor all are token ids but the type ids, which nothing reads."""
+    """JSON with one integer replaced. In a post-processor, all integers are token ids, except for unused type ids."""
     if isinstance(value, dict):
         return {key: _replaced(item, old, new) for key, item in value.items()}
     if isinstance(value, list):

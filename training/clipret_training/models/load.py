@@ -1,4 +1,4 @@
-"""One loader for every model: clipret-small, open_clip's, a run folder, a checkpoint of a run."""
+"""One loader for all models: clipret-small, open_clip, Chinese-CLIP, adapters, and runs with their checkpoints."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ class _Version(msgspec.Struct):
 
 
 class _Description(msgspec.Struct):
-    """model.json: a LoadedModel without its weights. `small` or `chinese` is its `config` if it is one of these."""
+    """model.json: a LoadedModel without weights. `small` or `chinese` is the `config` of a model of that family."""
 
     format: int
     name: str
@@ -58,24 +58,42 @@ class _Description(msgspec.Struct):
 
 
 def model_names() -> list[str]:
-    """Every name that `load_model` takes: clipret-small, Chinese-CLIP's sizes, OpenCLIP's architectures and tags."""
+    """The names of all models that `load_model` knows.
+
+    Returns:
+        clipret-small, the sizes of Chinese-CLIP, the architectures of OpenCLIP, and those with a pretrained tag.
+    """
     tagged = [f"{name}:{tag}" for name, tag in open_clip.list_pretrained()]
     return [SMALL, *SIZES, *open_clip.list_models(), *tagged]
 
 
 def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = None) -> LoadedModel:
-    """Load a model from
+    """Load a model in eval mode.
 
-    - a run folder (its best checkpoint), or a .safetensors file in a run's `checkpoints`;
-    - MODEL or MODEL:PRETRAINED, where MODEL is `clipret-small` or an architecture of open_clip and PRETRAINED one
-      of its tags or a checkpoint file (.safetensors, or .pt loaded as weights only);
-    - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json;
-    - a folder (or hf-hub:ORG/REPO) of Hugging Face's ChineseCLIPModel, or a clip_cn_*.pt of OFA-Sys, with a vocab.txt
-      next to it; chinese-clip-SIZE[:FILE], SIZE being rn50, vit-b-16, vit-l-14, vit-l-14-336 or vit-h-14;
-    - a folder with a LoRA adapter in PEFT's layout, which names the model that it is merged into.
+    Args:
+        source: One of
 
-    Weights that `source` does not name are random, drawn with `seed`. `captions` are what a new clipret-small learns
-    its vocabulary from. The model is in eval mode. Raises ClipretError.
+            - a run folder, for its best checkpoint, or a .safetensors file in the `checkpoints` of a run;
+            - MODEL or MODEL:PRETRAINED, where MODEL is `clipret-small` or an architecture of open_clip, and PRETRAINED
+              is one of its tags or a checkpoint file (.safetensors, or .pt, which is loaded as weights only);
+            - `hf-hub:ORG/REPO`, `local-dir:FOLDER`, or a folder with an open_clip_config.json;
+            - a folder (or hf-hub:ORG/REPO) with a ChineseCLIPModel of Hugging Face, or a clip_cn_*.pt of OFA-Sys with a
+              vocab.txt next to it; chinese-clip-SIZE[:FILE], where SIZE is rn50, vit-b-16, vit-l-14, vit-l-14-336 or
+              vit-h-14;
+            - a folder with a LoRA adapter in the layout of PEFT, which names the model that it is merged into.
+        seed: Seed of random weights, for a source without weights.
+        captions: Captions from which a new clipret-small learns its vocabulary.
+
+    Returns:
+        The model.
+
+    Raises:
+        ClipretError: The source is unknown, broken or not supported.
+
+    Example:
+        >>> loaded = load_model("clipret-small", captions=["a red car", "two dogs on a beach"])
+        >>> loaded.model.encode_image(torch.zeros(2, 3, 80, 80)).shape
+        torch.Size([2, 256])
     """
     _log.info("loading the model %s", source)
     path = Path(source)
@@ -91,8 +109,8 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     if path.is_dir():
         kind = chinese.model_type(path)
         raise ClipretError(
-            f"{path} is no model: it holds neither {MODEL} (a run), {CONFIG}, {ADAPTER_CONFIG} nor a Chinese-CLIP"
-            + (f" (its config.json is of a {kind!r})" if kind else "")
+            f"{path} is not a model: it has neither {MODEL} (a run), {CONFIG}, {ADAPTER_CONFIG} nor a Chinese-CLIP"
+            + (f" (its config.json is that of a {kind!r})" if kind else "")
         )
     if path.suffix in _WEIGHTS and ":" not in source:
         if _is_chinese_checkpoint(path):
@@ -102,7 +120,7 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
         return _new_small(captions, seed)
     name, pretrained = _split(source)
     if name == SMALL:
-        raise ClipretError(f"{SMALL} has no pretrained weights: train it, then name the run's folder")
+        raise ClipretError(f"{SMALL} has no pretrained weights: train it, then name the run folder")
     if name.startswith(f"{chinese.FAMILY}-"):
         return chinese.new_chinese_clip(name, pretrained, seed=seed)
     if name.startswith("hf-hub:") and (folder := chinese.hub_folder(name.removeprefix("hf-hub:"))) is not None:
@@ -111,7 +129,17 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
 
 
 def architecture(source: str) -> tuple[str, bool]:
-    """The architecture's name and whether it starts from weights, without loading anything."""
+    """Identify a model without loading it.
+
+    Args:
+        source: The model; see `load_model`.
+
+    Returns:
+        The name of its architecture, and whether it has trained weights.
+
+    Raises:
+        ClipretError: As `load_model`, for files that must be read.
+    """
     path = Path(source)
     if (path / ADAPTER_CONFIG).is_file():
         return architecture(base_of(path))[0], True
@@ -125,11 +153,18 @@ def architecture(source: str) -> tuple[str, bool]:
 
 
 def anchored(source: str) -> str:
-    """The same model whatever the working folder: a folder's or file's part made absolute, other names as they are."""
+    """Make the name of a model independent of the working folder.
+
+    Args:
+        source: The model; see `load_model`.
+
+    Returns:
+        The same source with the path of its folder or file made absolute; other names as they are.
+    """
     if Path(source).exists():
         return str(Path(source).absolute())
     scheme, colon, place = source.partition(":")
-    is_file = Path(place).suffix in _WEIGHTS and Path(place).is_file()  # and no tag
+    is_file = Path(place).suffix in _WEIGHTS and Path(place).is_file()  # not a tag
     if (scheme == "local-dir" and place) or (is_file and scheme != "hf-hub"):
         return f"{scheme}{colon}{Path(place).absolute()}"
     return source
@@ -140,7 +175,14 @@ def _is_chinese_checkpoint(path: Path) -> bool:
 
 
 def describe(loaded: LoadedModel) -> dict[str, str]:
-    """The files, by name, that a run folder needs in addition to its checkpoints."""
+    """Describe a model for a run folder.
+
+    Args:
+        loaded: The model.
+
+    Returns:
+        The contents of the files that the run needs in addition to its checkpoints, by name.
+    """
     description: dict[str, Any] = {
         "format": _FORMAT,
         "name": loaded.name,
@@ -167,13 +209,13 @@ def _split(source: str) -> tuple[str, str | None]:
         return source, None
     name, colon, pretrained = source.partition(":")
     if colon and not pretrained:
-        raise ClipretError(f"model {source!r} ends in a colon: name a tag or a checkpoint file after it")
+        raise ClipretError(f"model {source!r} ends in a colon: add a tag or a checkpoint file after it")
     return name, pretrained or None
 
 
 def _new_small(captions: Sequence[str] | None, seed: int) -> LoadedModel:
     if captions is None:
-        raise ClipretError(f"{SMALL} has no weights of its own: train it with clipret-train fit, then name the run")
+        raise ClipretError(f"{SMALL} has no pretrained weights: train it with clipret-train fit, then name the run")
     tokenizer_json = learn_tokenizer(captions, _VOCABULARY)
     config = SmallConfig(vocab_size=len(json.loads(tokenizer_json)["model"]["vocab"]))
     with torch.random.fork_rng(devices=[]):
@@ -199,8 +241,7 @@ def _run_of(checkpoint: Path) -> Path:
         raise ClipretError(f"checkpoint {checkpoint} does not exist: check the path")
     if not (run / MODEL).is_file():
         raise ClipretError(
-            f"{checkpoint} does not say what model it belongs to: put the architecture before it, as in "
-            f"ViT-B-32:{checkpoint}"
+            f"{checkpoint} does not name its model: put the architecture before it, as in ViT-B-32:{checkpoint}"
         )
     return run
 
@@ -236,7 +277,7 @@ def _read_description(run: Path) -> _Description:
     with _readable_run(run):
         content = (run / MODEL).read_bytes()
         if (version := msgspec.json.decode(content, type=_Version).format) != _FORMAT:
-            raise ValueError(f"its format is {version}, this clipret reads format {_FORMAT}")
+            raise ValueError(f"it has format {version}, but this version of clipret reads format {_FORMAT}")
         return checked(msgspec.json.decode(content), _Description)
 
 

@@ -1,7 +1,6 @@
-"""Adapters in the layout of Hugging Face's PEFT, merged into the model that they were trained on.
+"""LoRA adapters in the layout of PEFT, merged into their base model (Hu et al., 2021, arXiv:2106.09685).
 
-A merged model has no trace of PEFT: the same classes and parameter names as its base, so it trains and exports as
-any other. LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685
+A merged model has the same classes and parameter names as its base, so it trains and exports like any other.
 """
 
 import contextlib
@@ -22,36 +21,53 @@ from clipret_training.models.loaded import LoadedModel, file_sha256
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "base_of", "merge_adapter"]
 
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's own names
+ADAPTER_CONFIG = "adapter_config.json"  # the names of PEFT
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def base_of(folder: Path) -> str:
-    """What `load_model` calls the model under the adapter in `folder`: its `base_model_name_or_path`, where a path may
-    be relative to `folder`. Raises ClipretError when the adapter names none."""
+    """The base model of an adapter.
+
+    Args:
+        folder: The adapter. A path in its `base_model_name_or_path` may be relative to this folder.
+
+    Returns:
+        The base model as `load_model` takes it.
+
+    Raises:
+        ClipretError: The adapter names no base model.
+    """
     with _readable(folder):
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
-            raise ValueError(
-                f"its {ADAPTER_CONFIG} does not say what model it belongs to: write it there as base_model_name_or_path"
-            )
+            raise ValueError(f"its {ADAPTER_CONFIG} does not name its model: add it as base_model_name_or_path")
     scheme, colon, place = base.rpartition(":")  # local-dir:FOLDER and MODEL:FILE too
     local = folder / place
     if place and local.resolve() == folder.resolve():
-        raise ClipretError(f"adapter {folder} names itself as its base: put it into a folder of its own")
+        raise ClipretError(f"adapter {folder} names itself as its base: move it to a folder of its own")
     return f"{scheme}{colon}{local}" if place and local.exists() else base
 
 
 def merge_adapter(folder: Path, base: LoadedModel) -> LoadedModel:
-    """`base` with the adapter in `folder` added to its weights; they are in adapter_model.safetensors or .bin.
+    """Merge an adapter into its base model.
 
-    The module of `base` is changed in place and is that of the result. Raises ClipretError when a file is missing,
-    broken or holds code, when a target matches no module of the model, and when weights and modules do not pair off;
-    PEFT passes over most of these in silence and leaves a tower as it was.
+    PEFT ignores most mismatches between an adapter and its model silently, and leaves a tower unchanged. Here they are
+    errors.
+
+    Args:
+        folder: The adapter, with its weights in adapter_model.safetensors or adapter_model.bin.
+        base: The base model, whose module is changed in place.
+
+    Returns:
+        The merged model, with the module of `base`.
+
+    Raises:
+        ClipretError: A file is missing, broken or contains code, a target matches no module, or weights and modules do
+            not match one to one.
     """
     file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ClipretError(f"adapter {folder} has no weights: expected {' or '.join(ADAPTER_WEIGHTS)} in it")
+        raise ClipretError(f"adapter {folder} has no weights: put {' or '.join(ADAPTER_WEIGHTS)} into the folder")
     with _readable(folder):
         if file.suffix == ".safetensors":
             weights = load_file(file)
@@ -69,8 +85,8 @@ def _merged(base: Any, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
 
     config = PeftConfig.from_pretrained(str(folder))
     trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-    targets = getattr(config, "target_modules", None)  # of adapters that have some
-    # An adapter of our own may sit on queries, keys or values alone, for which the model has no layers.
+    targets = getattr(config, "target_modules", None)  # not every type of adapter has targets
+    # An adapter of ours may target only queries, keys or values, for which the model has no layers before the split.
     named = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights}
     split_attention(base, [name for name in splittable(base) if any(f"{name}.{part}" in named for part in PARTS)])
     adapted: Any = PeftModel(base, config)
@@ -80,10 +96,12 @@ def _merged(base: Any, folder: Path, weights: dict[str, torch.Tensor]) -> Any:
         matched: list[str] = adapted.base_model.targeted_module_names
         unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in matched)]
         if unmatched:
-            raise ValueError(f"its target {sorted(unmatched)[0]!r} matches no module of the model")
+            raise ValueError(
+                f"its target {sorted(unmatched)[0]!r} matches no module of the model; check the base model"
+            )
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if extra := sorted(weights.keys() - expected.keys()):
-        raise ValueError(f"its weight {extra[0]} belongs to no module of the model ({len(extra)} such weights)")
+        raise ValueError(f"its weight {extra[0]} matches no module of the model ({len(extra)} such weights)")
     if missing := sorted(expected.keys() - weights.keys()):
         raise ValueError(f"it lacks the weight {missing[0]} ({len(missing)} such weights)")
     set_peft_model_state_dict(adapted, weights)
@@ -100,8 +118,8 @@ def _readable(folder: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ClipretError(
-            f"adapter {folder} holds more than weights and could run code when it is loaded: save it as .safetensors"
-        ) from error
+            f"adapter {folder} contains more than weights and could run code when loaded: save it as .safetensors"
+        ) from None
     except Exception as error:  # PEFT's, torch's and safetensors' errors have no common base
         text = " ".join(str(error).split()) or type(error).__name__
         raise ClipretError(f"adapter {folder} cannot be merged: {text[:300]}") from error

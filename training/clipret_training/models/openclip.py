@@ -27,25 +27,35 @@ from clipret_training.models.loaded import LoadedModel, file_sha256, weights_sha
 
 __all__ = ["CONFIG", "ShortTextCLIP", "load_open_clip", "model_names", "rebuild_open_clip"]
 
-CONFIG = "open_clip_config.json"  # open_clip's own name for the file that rebuilds a model
-_TEXT_MODEL = "text_model"  # our addition to it: the configuration of a text tower of transformers
+CONFIG = "open_clip_config.json"  # open_clip's name for the file that rebuilds a model
+_TEXT_MODEL = "text_model"  # a key that we add to it: the configuration of a text tower of transformers
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def model_names() -> list[str]:
+    """The names of the built-in architectures of open_clip."""
     names: list[str] = open_clip.list_models()
     return names
 
 
 def load_open_clip(name: str, pretrained: str | None, *, seed: int) -> LoadedModel:
-    """An open_clip model with the weights of `pretrained` (a tag or a file), of its folder or hub, or random ones.
+    """Load a model of open_clip.
 
-    `name`: a built-in architecture, `local-dir:FOLDER` or `hf-hub:ORG/REPO`. A text tower of transformers gets its
-    configuration from the hub, or from a folder that `hf_model_name` names, seen from FOLDER; a tokenizer other than
-    CLIP's from the hub or, as in open_clip, from FOLDER.
+    The configuration of a text tower of transformers comes from the hub, or from the folder `hf_model_name` relative to
+    FOLDER. A tokenizer other than CLIP's comes from the hub or, as in open_clip, from FOLDER.
 
-    Raises ClipretError for an unknown name or tag, a hub that cannot be reached, a checkpoint that is broken, holds
-    code, or does not fit, and for preprocessing or a tokenizer that a bundle cannot describe.
+    Args:
+        name: A built-in architecture, `local-dir:FOLDER` or `hf-hub:ORG/REPO`.
+        pretrained: A tag of open_clip or a checkpoint file; None for the weights of the folder or repository, or for
+            random weights of a built-in architecture.
+        seed: Seed of random weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        ClipretError: The name or tag is unknown, the hub cannot be reached, the checkpoint is broken, contains code or
+            does not fit, or a bundle cannot describe the preprocessing or the tokenizer.
     """
     config = _read_config(name)
     if pretrained is not None:
@@ -72,24 +82,32 @@ def load_open_clip(name: str, pretrained: str | None, *, seed: int) -> LoadedMod
 
 
 def rebuild_open_clip(folder: Path, weights: Path) -> Any:
-    """The module of a `LoadedModel.config` that lies in `folder`, with the state dict in `weights`; no hub is asked.
+    """Rebuild a model of a run, without access to the hub.
 
-    Raises ClipretError when either cannot be read or they do not fit.
+    Args:
+        folder: The folder with the `CONFIG` file.
+        weights: The checkpoint.
+
+    Returns:
+        The module in eval mode.
+
+    Raises:
+        ClipretError: A file cannot be read, or the two do not fit each other.
     """
     name = f"local-dir:{folder}"
     return _build(name, None, _read_config(name), seed=0, weights=weights)
 
 
 def _build(name: str, pretrained: str | None, config: dict[str, Any], seed: int, weights: Path | None = None) -> Any:
-    """open_clip's model in eval mode, with the class that takes short texts where there is one."""
+    """The model of open_clip in eval mode, with a class that supports short texts if there is one."""
     with (
         torch.random.fork_rng(devices=[]),
         _readable_errors(f"model {name}" if pretrained is None else f"model {name}:{pretrained}"),
         _readable_text_cfg(name, config) as text_cfg,
     ):
         torch.manual_seed(seed)
-        made = open_clip.create_model(name, pretrained=pretrained, load_weights=weights is None, text_cfg=text_cfg)
-        model = cast(Any, made)  # a CLIP, a CustomTextCLIP or a CoCa
+        created = open_clip.create_model(name, pretrained=pretrained, load_weights=weights is None, text_cfg=text_cfg)
+        model = cast(Any, created)  # a CLIP, a CustomTextCLIP or a CoCa
         if weights is not None:
             open_clip.load_checkpoint(model, str(weights))
     _adapt(model)
@@ -98,23 +116,23 @@ def _build(name: str, pretrained: str | None, config: dict[str, Any], seed: int,
 
 @contextlib.contextmanager
 def _readable_text_cfg(name: str, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The `text_cfg` with an `hf_model_name` that transformers finds, and without weights from there."""
+    """The `text_cfg` with an `hf_model_name` that transformers finds, without loading its weights."""
     text_cfg = config["model_cfg"]["text_cfg"]
-    place = text_cfg.get("hf_model_name")
-    if not place:
+    text_model = text_cfg.get("hf_model_name")
+    if not text_model:
         yield text_cfg
     elif _TEXT_MODEL in config:
         with tempfile.TemporaryDirectory(prefix="clipret-") as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config[_TEXT_MODEL]), encoding="utf-8")
             yield {**text_cfg, "hf_model_name": folder, "hf_model_pretrained": False}
     else:
-        local = Path(name.removeprefix("local-dir:")) / place
-        found = str(local) if name.startswith("local-dir:") and local.is_dir() else place
-        yield {**text_cfg, "hf_model_name": found, "hf_model_pretrained": False}
+        local = Path(name.removeprefix("local-dir:")) / text_model
+        text_model = str(local) if name.startswith("local-dir:") and local.is_dir() else text_model
+        yield {**text_cfg, "hf_model_name": text_model, "hf_model_pretrained": False}
 
 
 def _read_config(name: str) -> dict[str, Any]:
-    """The content of an open_clip_config.json; for a built-in architecture only its `model_cfg`."""
+    """The content of an open_clip_config.json; only the `model_cfg` for a built-in architecture."""
     scheme, _, place = name.partition(":")
     try:
         if scheme == "local-dir":
@@ -139,9 +157,9 @@ _LIST_MODELS = "see  clipret-train models"
 
 
 def _tokenizer(name: str, text_cfg: dict[str, Any]) -> tuple[str, TextSpec]:
-    """The tokenizer's file and a TextSpec that pads to the context."""
+    """The tokenizer's file, and a TextSpec that pads to the context length."""
     source = text_cfg.get("hf_tokenizer_name")
-    # A configuration that was downloaded must not switch on code from the hub.
+    # A downloaded configuration must not enable code from the hub.
     options: dict[str, Any] = {"trust_remote_code": False} if source else {}
     with _readable_errors(f"the tokenizer {source or ''} of {name}".replace("  ", " ")):
         return tokenizer_file(open_clip.get_tokenizer(name, **options))
@@ -155,7 +173,7 @@ def _check_pretrained(name: str, pretrained: str) -> None:
     if file.suffix not in _WEIGHTS:
         near = difflib.get_close_matches(pretrained, tags, n=3, cutoff=0) or ["none"]
         raise ClipretError(
-            f"{name} has no pretrained weights {pretrained!r} (nearest: {', '.join(near)}): name one of its tags "
+            f"{name} has no pretrained weights {pretrained!r} (similar: {', '.join(near)}): name one of its tags "
             f"or a file ({', '.join(_WEIGHTS)})"
         )
     if not file.is_file():
@@ -164,24 +182,24 @@ def _check_pretrained(name: str, pretrained: str) -> None:
 
 @contextlib.contextmanager
 def _readable_errors(what: str) -> Iterator[None]:
-    """What open_clip raises, in any of a dozen types, or merely warns of, as one line; its log lines are muted."""
+    """Turn the errors of open_clip, of a dozen types, and one of its warnings into a ClipretError; mute its log."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # Weights trained with QuickGELU give plausible, wrong embeddings with GELU; open_clip only warns.
+            # Weights trained with QuickGELU give plausible but wrong embeddings with GELU; open_clip only warns.
             warnings.filterwarnings("error", message="QuickGELU mismatch")
             yield
     except UserWarning as error:
         name, _, tag = what.removeprefix("model ").partition(":")
         raise ClipretError(
-            f"{what}: these weights were trained with QuickGELU and {name} has GELU: use {name}-quickgelu:{tag}"
-        ) from error
-    except pickle.UnpicklingError as error:
+            f"{what}: these weights were trained with QuickGELU, but {name} has GELU: use {name}-quickgelu:{tag}"
+        ) from None
+    except pickle.UnpicklingError:
         raise ClipretError(
-            f"{what}: the checkpoint holds more than weights and could run code when it is loaded: "
-            "save its state dict alone, best as .safetensors"
-        ) from error
+            f"{what}: the checkpoint contains more than weights and could run code when loaded: "
+            "save only its state dict, preferably as .safetensors"
+        ) from None
     except Exception as error:  # the hub's, torch's and safetensors' errors have no common base
         raise ClipretError(f"{what} cannot be loaded: {one_line(error)}") from error
     finally:
@@ -189,23 +207,23 @@ def _readable_errors(what: str) -> Iterator[None]:
 
 
 def _image_spec(name: str, preprocess: dict[str, Any]) -> ImageSpec:
-    """open_clip's preprocessing as an ImageSpec. Raises ClipretError for what it cannot say."""
+    """The preprocessing of open_clip as an ImageSpec. Raises ClipretError if it is not supported."""
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    known = {
+    supported = {
         "interpolation": ("bilinear", "bicubic", "random"),
         "resize_mode": get_args(Resize),
         "mode": ("RGB",),
     }
-    for key, values in known.items():
+    for key, values in supported.items():
         if preprocess[key] not in values:
-            raise ClipretError(f"model {name} wants {key} {preprocess[key]!r}: supported are {', '.join(values)}")
+            raise ClipretError(f"model {name} needs {key} {preprocess[key]!r}: supported are {', '.join(values)}")
     if height != width:
-        raise ClipretError(f"model {name} wants images of {height} x {width} pixels: supported are squares")
+        raise ClipretError(f"model {name} needs images of {height} x {width} pixels: only squares are supported")
     return ImageSpec(
         size=height,
         resize=preprocess["resize_mode"],
-        # `random` is for training; open_clip itself takes bicubic when it does not train
+        # `random` is for training; in inference, open_clip uses bicubic
         interpolation="bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
         fill=preprocess["fill_color"],
     )
@@ -217,13 +235,13 @@ def _per_channel(value: float | Sequence[float]) -> tuple[float, float, float]:
 
 
 class ShortTextCLIP(open_clip.CLIP):  # type: ignore[misc]
-    """open_clip.CLIP whose encode_text also takes texts shorter than the context.
+    """open_clip.CLIP with an encode_text that also takes texts shorter than the context length.
 
-    The original adds its whole positional embedding and so computes all 77 positions of "a red car". A causal tower
-    reads its result at the end-of-text token, which no later position reaches: cutting them changes nothing.
+    The original adds its whole positional embedding, so "a red car" takes 77 positions. A causal tower pools at the
+    end-of-text token, which no later position influences: leaving them out changes nothing.
     """
 
-    # What open_clip.CLIP takes from its text tower, whose types it does not say.
+    # Attributes that open_clip.CLIP takes from its text tower without declaring their types.
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
     transformer: Any
@@ -234,6 +252,15 @@ class ShortTextCLIP(open_clip.CLIP):  # type: ignore[misc]
     text_eos_id: int
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Encode texts.
+
+        Args:
+            text: Token ids int64 [B,L], with L at most the context length.
+            normalize: Scale the embeddings to unit length.
+
+        Returns:
+            Embeddings float32 [B,D].
+        """
         L = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:L]  # [B,L,W]
         x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:L, :L]))
@@ -246,7 +273,7 @@ class ShortTextCLIP(open_clip.CLIP):  # type: ignore[misc]
 
 
 class _ShortTextTransformer(TextTransformer):  # type: ignore[misc]
-    """The same for the text tower of open_clip.CustomTextCLIP, which only forgets to cut its mask."""
+    """The same for the text tower of open_clip.CustomTextCLIP, where only the mask has to be cut."""
 
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor]:
         L = text.shape[1]
@@ -256,26 +283,26 @@ class _ShortTextTransformer(TextTransformer):  # type: ignore[misc]
 
 
 class _RawCoCa(open_clip.CoCa):  # type: ignore[misc]
-    """open_clip.CoCa that, like the other models, normalises on request only."""
+    """open_clip.CoCa that does not normalize by default, like the other models."""
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        rows: Tensor = super().encode_image(images, normalize)
-        return rows
+        embeddings: Tensor = super().encode_image(images, normalize)
+        return embeddings
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        rows: Tensor = super().encode_text(text, normalize)
-        return rows
+        embeddings: Tensor = super().encode_text(text, normalize)
+        return embeddings
 
 
 def _adapt(model: Any) -> None:
-    """Give `model` the one interface of `LoadedModel`. Only classes change: weights and names stay."""
+    """Give a model the interface of `LoadedModel.model`. Only classes change: weights and names stay."""
     text: Any = getattr(model, "text", None)
     if isinstance(model, open_clip.CoCa):
         model.__class__ = _RawCoCa
         return
     for tower in (model.visual, text):
         if hasattr(tower, "output_tokens"):
-            tower.output_tokens = False  # or encode_image and encode_text would return a tuple
+            tower.output_tokens = False  # otherwise encode_image and encode_text return a tuple
     if text is None and model.attn_mask is not None and model.text_pool_type in ("argmax", "eos"):
         model.__class__ = ShortTextCLIP
     if type(text) is TextTransformer and _reads_one_token_causally(text):
@@ -288,12 +315,14 @@ def _reads_one_token_causally(text: TextTransformer) -> bool:
 
 @torch.inference_mode()
 def _takes_short_texts(model: Any, tokenizer_json: str, spec: TextSpec) -> bool:
-    """Whether texts may be cut to the longest of their batch: known from the towers and measured all the same."""
+    """Whether texts may be cut to the longest of their batch: decided by the architecture, then measured."""
     text = getattr(model, "text", None)
     if isinstance(text, HFTextEncoder):
-        safe = getattr(text.config, "pad_token_id", None) == spec.pad_id  # else its attention mask lets pads in
+        safe = (
+            getattr(text.config, "pad_token_id", None) == spec.pad_id
+        )  # otherwise its attention mask includes padding
     elif isinstance(model, ShortTextCLIP) or isinstance(text, _ShortTextTransformer):
-        # The largest id of a text may be its first pad, unless that is zero.
+        # With argmax pooling, padding other than 0 may be the largest id of a text.
         safe = spec.pad_id == 0 or (model.text_pool_type if text is None else text.pool_type) == "eos"
     else:
         safe = False

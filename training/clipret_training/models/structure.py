@@ -1,18 +1,24 @@
-"""Which part of a CLIP model a weight belongs to, told from its name."""
+"""Which part of a CLIP model a weight belongs to, by its name."""
 
 from clipret_training.choices import Tower
 
 __all__ = ["tower_of"]
 
 _SHARED = ("logit_scale", "logit_bias")
-_UNUSED = ("text_decoder.",)  # CoCa's captioner, which no embedding goes through
+_UNUSED = ("text_decoder.",)  # CoCa's captioner, which the embeddings do not use
 
 
 def tower_of(name: str) -> Tower | None:
-    """The tower of a parameter or module; None for the logit scale and bias and for what no embedding needs.
+    """Find the tower of a parameter or module.
 
-    Everything under `visual` is the image tower; open_clip.CLIP and Chinese-CLIP keep the parts of the text tower
-    next to it, under many names.
+    Everything under `visual` is the image tower. The parts of the text tower have many names in open_clip.CLIP and
+    Chinese-CLIP.
+
+    Args:
+        name: Dotted name in the model.
+
+    Returns:
+        The tower; None for the logit scale and bias, and for parts that the embeddings do not use.
     """
     if name == "visual" or name.startswith("visual."):
         return "image"

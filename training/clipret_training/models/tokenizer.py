@@ -1,4 +1,4 @@
-"""Tokenizer files for `clipret.inference.tokenizer.Tokenizer`: CLIP's own, and one learned from the user's captions."""
+"""Tokenizer files for `clipret.inference.tokenizer.Tokenizer`: of CLIP, of Chinese-CLIP, or learned from captions."""
 
 import gzip
 import unicodedata
@@ -13,17 +13,20 @@ from clipret.inference.tokenizer import clean
 
 __all__ = ["clip_tokenizer_json", "learn_tokenizer", "wordpiece_tokenizer_json"]
 
-_CLIP_MERGES = 49152 - 256 - 2  # CLIP was trained with the first part of its vocabulary file
+_CLIP_MERGES = 49152 - 256 - 2  # CLIP was trained with only the first part of its vocabulary file
 
 
 def clip_tokenizer_json() -> str:
-    """CLIP's byte-level BPE as a Hugging Face `tokenizers` file, for `TextSpec(clean="clip")`.
+    """CLIP's byte-level BPE as a Hugging Face `tokenizers` file.
 
-    Built from the vocabulary that open_clip ships, with start-of-text (49406) and end-of-text (49407, the largest
-    id, at which CLIP pools) around each text. Its ids equal those of the open_clip and the `regex` installed here,
-    and stay so: the file leans on no other library's Unicode tables.
+    It is built from the vocabulary of open_clip. Each text is enclosed in start-of-text (49406) and end-of-text (49407,
+    the largest id, where CLIP pools). The ids are those of the installed open_clip and `regex`, and do not change
+    later: the file does not use the Unicode tables of another library.
+
+    Returns:
+        The content of the file, for `TextSpec(clean="clip")`.
     """
-    from open_clip.tokenizer import default_bpe  # imports torch, which learning a tokenizer can do without
+    from open_clip.tokenizer import default_bpe  # imports torch, which learning a tokenizer does not need
 
     lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
     merges = [(left, right) for left, right in map(str.split, lines[1 : _CLIP_MERGES + 1])]
@@ -31,13 +34,13 @@ def clip_tokenizer_json() -> str:
     tokens = [*alphabet, *(character + "</w>" for character in alphabet), *(left + right for left, right in merges)]
     start, end = len(tokens), len(tokens) + 1
 
-    # A caption may spell a special token out, and open_clip then takes it for one. Of such a literal the pattern below
-    # keeps `t>` or `xt>` only; no other word mixes letters and signs like that, so these merges apply to nothing else.
+    # If a caption spells out a special token, open_clip uses the special token. The pattern below keeps only `t>` or
+    # `xt>` of such a literal. No other word mixes letters and signs like that, so these merges apply to nothing else.
     tokens += ["t></w>", "xt></w>"]
     merges += [("t", "></w>"), ("x", "t></w>")]
 
-    # open_clip's pattern is matched by `regex` without regard to case, which in lower-cased text matters for ſ alone.
-    # Its classes are spelled out because the regex engine of `tokenizers` lags behind in Unicode.
+    # open_clip matches its pattern with `regex` and ignores case, which in lower-cased text matters only for ſ. The
+    # character classes are spelled out, because the regex library of `tokenizers` has an older version of Unicode.
     letters, numbers, others = map(_ranges, [r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]"])
     words = (
         r"<start_of_tex\Kt>|<end_of_te\Kxt>|<ſtart_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
@@ -59,11 +62,20 @@ def clip_tokenizer_json() -> str:
 
 
 def wordpiece_tokenizer_json(vocabulary: Sequence[str]) -> str:
-    """Chinese-CLIP's WordPiece as a Hugging Face `tokenizers` file, for `TextSpec(clean="none")`.
+    """Chinese-CLIP's WordPiece as a Hugging Face `tokenizers` file.
 
-    `vocabulary`: token by id, [PAD] [UNK] [CLS] [SEP] among them. The rules are those of BERT's basic tokenizer in
-    lower case, with Chinese-CLIP's limit of 200 characters a word. The ready-made BertNormalizer and BertPreTokenizer
-    are not the same: they drop unassigned and private code points, and their Unicode tables lag behind Python's.
+    The rules are those of BERT's basic tokenizer in lower case, with Chinese-CLIP's limit of 200 characters per word.
+    BertNormalizer and BertPreTokenizer of `tokenizers` differ from them: they drop unassigned and private code points,
+    and their Unicode tables are older than those of Python.
+
+    Args:
+        vocabulary: The tokens by id, with [PAD], [UNK], [CLS] and [SEP].
+
+    Returns:
+        The content of the file, for `TextSpec(clean="none")`.
+
+    Raises:
+        ClipretError: One of the four special tokens is missing.
     """
     ids = {token: number for number, token in enumerate(vocabulary)}
     if missing := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in ids]:
@@ -84,7 +96,7 @@ def wordpiece_tokenizer_json(vocabulary: Sequence[str]) -> str:
     chinese = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in _CHINESE)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            # What str.split() splits at: blanks, and two separators that the normalizer leaves alone
+            # Where str.split() splits: at blanks, and at two separators that the normalizer keeps
             pre_tokenizers.Split(Regex(r"[ \x{2028}\x{2029}]+"), "removed"),
             pre_tokenizers.Split(Regex(f"[{chinese}]"), "isolated"),
             pre_tokenizers.Split(Regex(signs), "isolated"),
@@ -96,7 +108,7 @@ def wordpiece_tokenizer_json(vocabulary: Sequence[str]) -> str:
     return tokenizer.to_str()
 
 
-# What BERT surrounds with blanks: CJK ideographs, without kana and hangul
+# Characters that BERT surrounds with blanks: CJK ideographs, without kana and hangul
 _CHINESE = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -110,16 +122,18 @@ _CHINESE = (
 
 
 def _category(*names: str) -> str:
-    """The code points of some Unicode categories, by Python's table, as the inside of a character class."""
+    """The code points of some Unicode categories, by Python's tables, as the inside of a character class."""
     return _runs(
         code for code in range(0x110000) if unicodedata.category(chr(code)) in names and chr(code) not in "\t\n\r"
     )
 
 
 def _final_sigma() -> str:
-    """Where Python's lower() makes a capital sigma a final one, by its own answers: after a cased letter and not before
-    one, whatever lies between that has no case to it. A Chinese character is no cased letter, and both sigmas are in
-    the vocabulary."""
+    """A pattern for capital sigmas that Python's lower() turns into a final sigma, derived from its results.
+
+    Such a sigma follows a cased letter and does not precede one, regardless of caseless characters in between. A
+    Chinese character is not a cased letter, and the vocabulary has both sigmas.
+    """
     letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     cased = {c for c in letters if f"{c}Σ".lower()[-1] == "ς"}
     between = f"[{_runs(ord(c) for c in letters if c not in cased and f'A{c}Σ'.lower()[-1] == 'ς')}]*"
@@ -139,24 +153,32 @@ def _runs(inside: Iterable[int]) -> str:
 
 
 def _ranges(characters: str) -> str:
-    """What `regex` matches with `characters`, case ignored, as the inside of a character class."""
-    every = "".join(map(chr, range(0x110000)))
-    runs = regex.findall(f"{characters}+", every, regex.IGNORECASE)  # neighbours in `every` are consecutive code points
+    """The code points that `regex` matches with `characters`, ignoring case, as the inside of a character class."""
+    unicode = "".join(map(chr, range(0x110000)))
+    runs = regex.findall(f"{characters}+", unicode, regex.IGNORECASE)  # neighbours are consecutive code points
     return "".join(f"\\x{{{ord(run[0]):x}}}-\\x{{{ord(run[-1]):x}}}" for run in runs)
 
 
 def learn_tokenizer(captions: Iterable[str], vocab_size: int = 8000) -> str:
-    """BPE of at most `vocab_size` tokens as a Hugging Face `tokenizers` file, for `TextSpec(clean="lower")`.
+    """Learn a BPE tokenizer from captions, as a Hugging Face `tokenizers` file.
 
-    Ids: [PAD] 0, [UNK] 1 (any character that no caption has), then the characters, then what they merge to, most
-    frequent first; no start or end token. Words end at blanks, at signs, and around each Chinese character. The same
-    captions in any order give the same file.
+    The ids are [PAD] 0, [UNK] 1 for characters that no caption has, then the characters, then their merges, the most
+    frequent first. There is no start or end token. Words end at blanks, at signs, and around each Chinese character.
+    The order of the captions does not matter.
 
-    BPE rather than Unigram: it keeps English words whole. Chinese stays in single characters as in BERT: merged
-    across words, they turn into phrases that hide the colour in them from a pooled text tower (on the
-    Chinese captions of Flickr8k single characters were the best of all lengths tried).
+    BPE keeps English words whole, Unigram does not. Chinese characters stay separate as in BERT: merged across words,
+    they become phrases, in which a text tower with pooling does not see the colour. On the Chinese captions of
+    Flickr8k, single characters were the best of all lengths tried.
 
-    Raises ClipretError when there is no caption, or when the characters alone fill the vocabulary.
+    Args:
+        captions: The captions.
+        vocab_size: Maximum number of tokens.
+
+    Returns:
+        The content of the file, for `TextSpec(clean="lower")`.
+
+    Raises:
+        ClipretError: There is no caption, or the characters alone exceed the vocabulary.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.NFKC()  # full-width letters and signs are those of ASCII
@@ -170,6 +192,6 @@ def learn_tokenizer(captions: Iterable[str], vocab_size: int = 8000) -> str:
     if learned > vocab_size:
         raise ClipretError(
             f"a vocabulary of {vocab_size} cannot hold the {learned - 2} different characters of the captions: "
-            f"ask for {2 * learned} or more"
+            f"use {2 * learned} or more"
         )
     return tokenizer.to_str()

@@ -1,4 +1,4 @@
-"""Steps of the optimiser, the learning rate of each, and averages of weights."""
+"""Optimizers, learning rate schedules, and averages of weights."""
 
 from clipret_training.optim.averaging import MovingAverage, Soup, greedy_soup, interpolate, uniform_soup
 from clipret_training.optim.optimizer import make_optimizer

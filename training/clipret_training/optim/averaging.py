@@ -1,11 +1,11 @@
 """Averages of weights: over the steps of a training, of a model with its original, of several trainings.
 
-State dicts are averaged in float32 and come back in the type that they had; what is no float (counters, positions) is
-that of the first.
+State dicts are averaged in float32 and keep their dtypes. Integers (counters, positions) come from the first.
 
-The moving average is torch's own, but not its AveragedModel: this copies frozen weights as well, of which an adapter
-leaves 99 in 100, averages all buffers or none, counters included, and has no warm-up. Given ours it gave the same
-digits; an update took it 1.45 times as long for clipret-small and as long for a ViT-B-32 (2 cores of an AMD EPYC).
+The moving average uses torch's function, but not its AveragedModel. That class also copies frozen weights, which are
+99 of 100 weights of a model with adapters; it averages either all buffers, counters included, or none; and it has no
+warm-up. With our warm-up it gave the same digits; an update took 1.45 times as long for clipret-small and the same time
+for a ViT-B-32 (2 cores of an AMD EPYC).
 """
 
 import contextlib
@@ -26,15 +26,36 @@ State = Mapping[str, Tensor]
 
 
 class MovingAverage:
-    """The exponential moving average of what is trained, and of the statistics of batch normalisation.
+    """Exponential moving average of the trained weights and of the statistics of batch normalization.
 
-    After each step it moves by 1 - `decay` towards the weights; by more in the first steps, min(decay, (1 + n) /
-    (10 + n)) after n of them, lest it remember the random start. Frozen weights are not kept twice.
+    Each step moves the average by 1 - decay towards the weights. After n steps the decay is min(decay, (1 + n) /
+    (10 + n)), so that the random initial weights do not persist. Frozen weights are not copied.
+
+    Args:
+        model: The model before training.
+        decay: The decay, from 0 to below 1.
+
+    Raises:
+        ClipretError: The decay is out of range.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> layer.weight.data.fill_(0.0)
+        tensor([[0.]])
+        >>> average = MovingAverage(layer, decay=0.999)
+        >>> layer.weight.data.fill_(11.0)
+        tensor([[11.]])
+        >>> average.update(layer)  # n is 1: the decay is 2 / 11
+        >>> with average.applied(layer):
+        ...     round(layer.weight.item(), 4)
+        9.0
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ClipretError(f"the decay of a moving average is {decay}: use a number from 0 to below 1, as 0.999")
+            raise ClipretError(
+                f"the decay of a moving average is {decay}: use a number from 0 to below 1, such as 0.999"
+            )
         self._decay, self._updates = decay, 0
         self._averages = {
             name: value.detach().float().clone(memory_format=torch.preserve_format)
@@ -43,34 +64,49 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """After each step of the optimiser."""
+        """Update the average after a step of the optimizer.
+
+        Args:
+            model: The model that is trained.
+        """
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
-        now = _moving(model)
-        current = [now[name].detach().float() for name in self._averages]
+        moving = _moving(model)
+        current = [moving[name].detach().float() for name in self._averages]
         move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         move(list(self._averages.values()), current, self._updates)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averages inside the block, to be measured or saved, and its own weights after it."""
+        """Give the model the averaged weights inside the block, and its own weights back after it.
+
+        Args:
+            model: The model that is trained.
+        """
         moving = _moving(model)
-        own = {name: moving[name].data for name in self._averages}
+        weights = {name: moving[name].data for name in self._averages}
         for name, average in self._averages.items():
-            moving[name].data = average.to(own[name].dtype)
+            moving[name].data = average.to(weights[name].dtype)
         try:
             yield
         finally:
-            for name, value in own.items():
+            for name, value in weights.items():
                 moving[name].data = value
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly, as tensors and numbers."""
+        """The state that `load_state_dict` needs to continue exactly, as tensors and numbers."""
         return {"updates": self._updates, "averages": dict(self._averages)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ClipretError when it is of another model."""
+        """Restore the state.
+
+        Args:
+            state: The result of `state_dict`.
+
+        Raises:
+            ClipretError: The state belongs to another model.
+        """
         averages: State = state["averages"]
         _check_alike("the model", self._averages, "the saved moving average", averages)
         self._updates = state["updates"]
@@ -80,8 +116,14 @@ class MovingAverage:
 
 @dataclass(frozen=True)
 class Soup:
-    """The weights, the names of the ingredients in the order in which they went in, and the quality of each name
-    alone and of the soup, where they were measured."""
+    """A soup: averaged weights of several trainings.
+
+    Attributes:
+        weights: The averaged state dict.
+        ingredients: The names of the averaged models, in the order in which they were added.
+        alone: The quality of each model by its name, if it was measured.
+        quality: The quality of the soup, if it was measured.
+    """
 
     weights: dict[str, Tensor]
     ingredients: tuple[str, ...]
@@ -90,19 +132,38 @@ class Soup:
 
 
 def interpolate(original: State, tuned: State, alpha: float) -> dict[str, Tensor]:
-    """(1 - alpha) * original + alpha * tuned (Wortsman et al., Robust fine-tuning of zero-shot models, 2022).
+    """Interpolate linearly between two models (Wortsman et al., Robust fine-tuning of zero-shot models, 2022).
 
-    Raises ClipretError for an `alpha` outside 0 to 1 and for weights of different models.
+    Args:
+        original: State dict of the original model.
+        tuned: State dict of the fine-tuned model.
+        alpha: Weight of the fine-tuned model, from 0 to 1.
+
+    Returns:
+        (1 - alpha) * original + alpha * tuned.
+
+    Raises:
+        ClipretError: `alpha` is out of range, or the models differ.
     """
     if not 0 <= alpha <= 1:
-        raise ClipretError(f"alpha is {alpha}: use a number from 0, the original, to 1, the tuned model")
+        raise ClipretError(f"alpha is {alpha}: use a number from 0 (the original) to 1 (the tuned model)")
     _check_alike("the original", original, "the tuned model", tuned)
     return _mixed(original, tuned, alpha)
 
 
 def uniform_soup(names: Sequence[str], load: Callable[[str], State]) -> Soup:
-    """The mean of all (Wortsman et al., Model soups, 2022). `load` gives a name's weights; one is in memory at a time,
-    next to the soup. Raises ClipretError for weights of different models."""
+    """Average all models (Wortsman et al., Model soups, 2022).
+
+    Args:
+        names: The names of the models.
+        load: Returns the state dict of a name. Only one is in memory at a time, in addition to the soup.
+
+    Returns:
+        The soup.
+
+    Raises:
+        ClipretError: The models differ.
+    """
     weights = dict(load(names[0]))
     for count, name in enumerate(names[1:], start=1):
         more = load(name)
@@ -117,10 +178,19 @@ def greedy_soup(
     measure: Callable[[State], Any],
     report: Callable[[str], None] = lambda _: None,
 ) -> Soup:
-    """From the best down, each goes in if the soup is no worse with it (Wortsman et al., 2022, Recipe 1).
+    """Add models from the best to the worst, each if the soup does not get worse (Wortsman et al., 2022, Recipe 1).
 
-    `measure` gives weights a quality, the larger the better; it is asked 2 n - 1 times. `report` is told in a line what
-    happened. Raises ClipretError for weights of different models, before anything is measured.
+    Args:
+        names: The names of the models.
+        load: Returns the state dict of a name.
+        measure: Returns the quality of a state dict, larger is better. It is called 2 n - 1 times for n models.
+        report: Gets a line about each step.
+
+    Returns:
+        The soup.
+
+    Raises:
+        ClipretError: The models differ; raised before anything is measured.
     """
     first = load(names[0])
     for name in names[1:]:
@@ -129,21 +199,23 @@ def greedy_soup(
     for name in names:
         alone[name] = measure(load(name))
         report(f"{name}: {alone[name]}")
-    order = sorted(dict.fromkeys(names), key=lambda name: alone[name], reverse=True)  # equal ones as they were named
+    order = sorted(
+        dict.fromkeys(names), key=lambda name: alone[name], reverse=True
+    )  # equal ones in the order of the names
     weights, ingredients, quality = dict(load(order[0])), [order[0]], alone[order[0]]
     for name in order[1:]:
-        tried = _mixed(weights, load(name), 1 / (len(ingredients) + 1))
-        its_quality = measure(tried)
-        taken = its_quality >= quality
-        report(f"with {name}: {its_quality}, {'taken' if taken else 'left out'}")
-        if taken:
-            weights, quality = tried, its_quality
+        candidate = _mixed(weights, load(name), 1 / (len(ingredients) + 1))
+        candidate_quality = measure(candidate)
+        added = candidate_quality >= quality
+        report(f"with {name}: {candidate_quality}, {'added' if added else 'left out'}")
+        if added:
+            weights, quality = candidate, candidate_quality
             ingredients.append(name)
     return Soup(weights, tuple(ingredients), alone, quality)
 
 
 def _moving(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained and running statistics, by name."""
+    """Trained parameters and running statistics, by name."""
     moving: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
@@ -164,12 +236,12 @@ def _mixed(first: State, second: State, share: float) -> dict[str, Tensor]:
 
 
 def _check_alike(name: str, state: State, other_name: str, other: State) -> None:
-    """Raises ClipretError unless both have the same weights in the same shapes."""
+    """Raise ClipretError unless both have the same weights in the same shapes."""
     for missing in sorted(state.keys() ^ other.keys())[:1]:
         has, lacks = (name, other_name) if missing in state else (other_name, name)
         count = len(state.keys() ^ other.keys())
         raise ClipretError(
-            f"{name} and {other_name} are different models: {has} has the weight {missing} and {lacks} has not "
+            f"{name} and {other_name} are different models: {has} has the weight {missing}, {lacks} does not "
             f"({count} differ): average models of one architecture"
         )
     for key, value in state.items():

@@ -1,12 +1,13 @@
 """AdamW, alone or with Muon for the weights of layers.
 
-Muon (Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024) makes the momentum of a weight
-orthogonal before it is added: all directions of a matrix are learned at one speed. Its steps are scaled to be as long
-as AdamW's (Liu et al., Muon is Scalable for LLM Training, 2025), so that learning rates and decay stay what they are.
+Muon (Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024) orthogonalizes the momentum of a
+weight matrix before the step, so that all directions of the matrix are learned at the same speed. Its steps are scaled
+to the length of AdamW's (Liu et al., Muon is Scalable for LLM Training, 2025), so the same learning rates and decay
+apply.
 
-torch.optim.Muon would not do: it takes matrices only, no convolutions; has one polynomial for all iterations, so that a
-step differs from ours by 18 to 19 percent of its length; and multiplies in bf16 everywhere, which takes 20 times as
-long where a processor emulates it. Where it does not, torch's took 0.95 of our time (2 cores of an AMD EPYC).
+torch.optim.Muon is no alternative. It takes only matrices, not convolutions. It uses one polynomial for all iterations,
+so a step differs from ours by 18 to 19 percent of its length. And it always multiplies in bf16, which takes 20 times as
+long on a processor that emulates bf16. With native bf16, it took 0.95 of our time (2 cores of an AMD EPYC).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +21,9 @@ from clipret_training.tuning import native_precision
 
 __all__ = ["make_optimizer"]
 
-_MOMENTUM = 0.95  # Jordan's
-_LENGTH = 0.2  # of an element of AdamW's steps, as Liu et al. found it
-# Polynomials that bring singular values of 0.001 to 1 close to 1 (Cesista et al., Squeezing 1-2% Efficiency Gains Out
+_MOMENTUM = 0.95  # from Jordan et al.
+_LENGTH = 0.2  # root mean square of an element of AdamW's steps, from Liu et al.
+# Polynomials that map singular values from 0.001 to 1 close to 1 (Cesista et al., Squeezing 1-2% Efficiency Gains Out
 # of Muon by Optimizing the Newton-Schulz Coefficients, 2025).
 _POLYNOMIALS = (
     (4.0848, -6.8946, 2.9270),
@@ -36,10 +37,20 @@ _POLYNOMIALS = (
 def make_optimizer(
     groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], epsilon: float
 ) -> torch.optim.Optimizer:
-    """The optimiser of `clipret_training.tuning.freezing.parameter_groups`: Muon for groups that are so marked."""
+    """Make the optimizer of a training.
+
+    Args:
+        groups: The result of `parameter_groups`; groups marked with `use_muon` get Muon, the others AdamW.
+        lr: Learning rate of AdamW for groups without one.
+        betas: AdamW's decay rates of the two moments.
+        epsilon: AdamW's epsilon.
+
+    Returns:
+        One optimizer for all groups.
+    """
 
     def adamw(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        # The fused kernel is six times faster on a CPU.
+        # On a CPU, the fused kernel is six times faster.
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=epsilon, fused=True)
 
     marked = [group for group in groups if group.get("use_muon")]
@@ -49,7 +60,7 @@ def make_optimizer(
 
 
 class _Muon(torch.optim.Optimizer):
-    """Of weights with two dimensions or more; a convolution's kernels are the rows of a matrix."""
+    """Muon for weights with two dimensions or more; the kernels of a convolution are the rows of a matrix."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(groups, {})
@@ -57,7 +68,7 @@ class _Muon(torch.optim.Optimizer):
         self._dtype = torch.bfloat16 if native else torch.float32
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # noqa: ARG002 (it is None wherever this is called)
+    def step(self, closure: Any = None) -> Any:  # noqa: ARG002 (always None)
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
@@ -75,7 +86,7 @@ class _Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """[M,N] with all singular values near 1, its singular vectors kept."""
+    """The matrix [M,N] with the same singular vectors and all singular values near 1."""
     if tall := matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.mT
     matrix = matrix / matrix.norm().clamp(min=1e-7)
@@ -86,7 +97,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 class _Joined(torch.optim.Optimizer):
-    """Several optimisers, of groups of their own, as one: one state to save, one scaled gradient to step over."""
+    """Several optimizers, each with its own groups, as one optimizer with one state."""
 
     def __init__(
         self,
@@ -97,7 +108,7 @@ class _Joined(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the parts see the groups and moments that are kept here."""
+        """Share the groups and moments with the optimizers."""
         groups = iter(self.param_groups)
         for part in self._parts:
             part.state = self.state
@@ -108,6 +119,6 @@ class _Joined(torch.optim.Optimizer):
         self._share()
 
     def step(self, closure: Any = None) -> Any:
-        """`closure` is None wherever this is called."""
+        """Run a step of each optimizer. `closure` is always None."""
         for part in self._parts:
             part.step(closure)

@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""Learning rate schedules."""
 
 import math
 
@@ -8,9 +8,23 @@ __all__ = ["learning_rate"]
 
 
 def learning_rate(step: int, steps: int, *, lr: float, warmup: float, schedule: Schedule) -> float:
-    """A linear rise to `lr` over the share `warmup` of all steps; then `lr`, or half a cosine from it towards zero.
+    """The learning rate of a step: a linear warm-up, then a constant rate or a cosine decay to zero.
 
-    `step` counts from 1 to `steps`. The cosine begins behind the rise, as in open_clip's trainer.
+    The decay begins after the warm-up, as in the trainer of open_clip.
+
+    Args:
+        step: Number of the step, from 1 to `steps`.
+        steps: Number of all steps.
+        lr: The peak rate.
+        warmup: Share of the steps that the warm-up takes, from 0 to 1.
+        schedule: "constant" or "cosine".
+
+    Returns:
+        The learning rate.
+
+    Example:
+        >>> [round(learning_rate(step, 10, lr=1.0, warmup=0.2, schedule="cosine"), 2) for step in (1, 2, 6, 10)]
+        [0.5, 1.0, 0.69, 0.04]
     """
     rise = warmup * steps
     if step <= rise:

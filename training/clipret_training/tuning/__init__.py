@@ -1,4 +1,4 @@
-"""What of a model is trained, and in which precision: adapters, locked towers, techniques."""
+"""What is trained in a model, and in which precision: adapters, locked towers, techniques."""
 
 from clipret_training.tuning.adapters import AdapterConfig, add_adapters, base_state, write_adapter
 from clipret_training.tuning.freezing import freeze_unused, lock_tower, parameter_groups, train_mode

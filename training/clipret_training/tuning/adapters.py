@@ -1,7 +1,7 @@
-"""LoRA (Hu et al., 2021) and DoRA (Liu et al., 2024) through PEFT, on either tower or both.
+"""LoRA (Hu et al., 2021) and DoRA (Liu et al., 2024) through PEFT, on one tower or both.
 
-Targets are told by what a layer does, so that one word means the same in every architecture, or by its name. PEFT
-itself passes over a target that matches nothing as long as another one matches; here it is an error.
+A target names the role of a layer, which means the same in every architecture, or the layer itself. PEFT silently
+ignores a target without a matching layer if another target has one; here it is an error.
 """
 
 import copy
@@ -49,17 +49,26 @@ ROLES = {
     "fc2": r"mlp\.c_proj|(?<!attention\.)output\.dense|mlp\.fc2|lin2|wo",
 }
 _GROUPS = {"attention": ("q", "k", "v", "out"), "mlp": ("fc1", "fc2")}
-_NAME = "default"  # PEFT's name for an adapter that has none
-_PREFIX = "base_model.model."  # what PEFT puts before every name in a file
+_NAME = "default"  # PEFT's name for an unnamed adapter
+_PREFIX = "base_model.model."  # PEFT's prefix of every name in a file
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """`rank` rows and columns a layer, whose product is added times `alpha` / `rank`; `dropout` of what goes into it.
+    """Settings of an adapter.
 
-    A target is a role (q, k, v, out, fc1, fc2), a group of them (attention, mlp) or the end of a layer's dotted name
-    as PEFT takes it, * and ? allowed; `image:` or `text:` before it restricts it to a tower. Each must match in every
-    tower that it names. Raises ClipretError for a value out of range.
+    Attributes:
+        rank: Rank of the two matrices of each layer.
+        alpha: The product of the matrices is scaled by `alpha` / `rank`.
+        dropout: Dropout of the adapter's input.
+        targets: The layers to adapt. A target is a role (q, k, v, out, fc1, fc2), a group of roles (attention, mlp), or
+            the end of a layer's dotted name as in PEFT, in which * and ? are allowed. The prefix `image:` or `text:`
+            restricts it to one tower. A target must match a layer in each of its towers.
+        towers: The towers to adapt.
+        dora: Use DoRA instead of LoRA.
+
+    Raises:
+        ClipretError: A value is out of range.
     """
 
     rank: Count = 16
@@ -74,11 +83,20 @@ class AdapterConfig:
 
 
 def add_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Put adapters that change nothing yet into `model`, in place, and freeze everything else. The adapted layers.
+    """Add adapters to a model and freeze everything else. At first the adapters do not change the embeddings.
 
-    Attention with packed projections is taken apart where one of them is a target. Adapters are float32 whatever the
-    model is. `base_state` gives the weights under the model's own names. Raises ClipretError when a target matches
-    no layer of a tower that it names; then the model is as it was.
+    Packed attention is split if one of its projections is a target. Adapters are float32, whatever the precision of the
+    model. `base_state` returns the weights under the original names.
+
+    Args:
+        model: The model to change in place.
+        config: The settings.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        ClipretError: A target matches no layer of one of its towers. The model is unchanged then.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
@@ -89,7 +107,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only divides it
         lora_dropout=config.dropout,
-        # A list would match ends of names: "transformer.x" is one of "visual.transformer.x" too.
+        # A list would match the ends of names: "transformer.x" would also match "visual.transformer.x".
         target_modules="|".join(map(re.escape, chosen)),
         use_dora=config.dora,
     )
@@ -101,7 +119,14 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the adapters in `model` under the names that they have in PEFT's files."""
+    """The weights of the adapters in a model.
+
+    Args:
+        model: A model with adapters.
+
+    Returns:
+        The weights by their names in PEFT's files.
+    """
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
@@ -109,36 +134,51 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Undo `adapter_state` into a model with the same adapters. Raises ClipretError when the names differ."""
+    """Load the result of `adapter_state`.
+
+    Args:
+        model: A model with the same adapters, changed in place.
+        state: The weights.
+
+    Raises:
+        ClipretError: The names of the weights differ.
+    """
     from peft import set_peft_model_state_dict
 
     expected = adapter_state(model)
     if wrong := sorted(expected.keys() ^ state.keys()):
-        whose = "lacks" if wrong[0] in expected else "has no place for"
-        raise ClipretError(f"the adapter {whose} the weight {wrong[0]} ({len(wrong)} differ): it has other targets")
+        what = "lacks the weight" if wrong[0] in expected else "has the unknown weight"
+        raise ClipretError(f"the adapter {what} {wrong[0]} ({len(wrong)} differ): use one with the same targets")
     set_peft_model_state_dict(model, {name.removeprefix(_PREFIX): value for name, value in state.items()}, _NAME)
 
 
 def write_adapter(folder: Path, model: nn.Module, base: str) -> None:
-    """Write the adapters in `model` to `folder` in PEFT's layout; `load_model` and clipret-export take it.
+    """Save adapters in the layout of PEFT, which `load_model` and clipret-export read.
 
-    base: what `load_model` calls the model that they were added to; a path may be relative to `folder`.
+    Args:
+        folder: The new folder, which replaces an existing one.
+        model: A model with adapters.
+        base: The model without adapters, as `load_model` takes it. A path may be relative to `folder`.
     """
     adapted: Any = model
     config = copy.copy(adapted.peft_config[_NAME])
     config.base_model_name_or_path, config.inference_mode = base, True
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     weights = {name: value.cpu().contiguous() for name, value in adapter_state(model).items()}
-    with new_folder(folder, overwrite=True) as made:
-        write_file(made / ADAPTER_WEIGHTS[0], save(weights, metadata={"format": "pt"}))
-        write_file(made / ADAPTER_CONFIG, json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+    with new_folder(folder, overwrite=True) as new:
+        write_file(new / ADAPTER_WEIGHTS[0], save(weights, metadata={"format": "pt"}))
+        write_file(new / ADAPTER_CONFIG, json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
 
 
 @torch.no_grad()
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of `model` as if its adapters were merged, under the names that it had without any.
+    """The state dict of a model with its adapters merged. The model stays as it is.
 
-    Leaves the model as it is. Without adapters it is the model's own state dict.
+    Args:
+        model: A model, with or without adapters.
+
+    Returns:
+        The weights by the names in the original model.
     """
     state = model.state_dict()
     for name, layer in _adapted(model):
@@ -152,7 +192,11 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Add the adapters to the weights, in place: the classes and names that the model had before, still frozen."""
+    """Merge the adapters into the weights and restore the original classes and names. Frozen weights stay frozen.
+
+    Args:
+        model: A model with adapters, changed in place.
+    """
     for name, layer in _adapted(model):
         layer.merge()
         parent, _, leaf = name.rpartition(".")
@@ -172,25 +216,25 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _candidates(model: nn.Module, apart: list[str]) -> dict[Tower, list[str]]:
-    """The layers that an adapter can go to, by tower, with those that `split_attention` will make of `apart`."""
-    # These multiply by the weights of their layers without calling them: an adapter would do nothing.
-    aloof = tuple(
+    """The layers that can have an adapter, by tower, including those that `split_attention` will create."""
+    # These modules multiply by the weights of their layers without calling them: an adapter would have no effect.
+    bypassing = tuple(
         f"{name}."
         for name, module in model.named_modules()
         if isinstance(module, AttentionPool2d | nn.MultiheadAttention)
         or (isinstance(module, EvaAttention) and module.qkv is not None and not module.qkv_bias_separate)
     )
-    found: dict[Tower, list[str]] = {tower: [] for tower in TOWERS}
+    candidates: dict[Tower, list[str]] = {tower: [] for tower in TOWERS}
     for name, module in model.named_modules():
         tower = tower_of(name)
         if tower is None:
             continue
         if name in apart:
             out = ["out_proj"] if isinstance(module, nn.MultiheadAttention) else []
-            found[tower] += [f"{name}.{part}" for part in (*PARTS, *out)]
-        elif type(module) in (nn.Linear, nn.Conv2d) and not name.startswith(aloof):
-            found[tower].append(name)
-    return found
+            candidates[tower] += [f"{name}.{part}" for part in (*PARTS, *out)]
+        elif type(module) in (nn.Linear, nn.Conv2d) and not name.startswith(bypassing):
+            candidates[tower].append(name)
+    return candidates
 
 
 def _match(candidates: dict[Tower, list[str]], config: AdapterConfig) -> list[str]:
@@ -198,10 +242,9 @@ def _match(candidates: dict[Tower, list[str]], config: AdapterConfig) -> list[st
     for target in config.targets:
         scope, colon, pattern = target.rpartition(":")
         if colon and scope not in config.towers:
-            known = scope in TOWERS
             raise ClipretError(
-                f"target {target!r} names the {scope} tower and the adapter is for {' and '.join(config.towers)}"
-                if known
+                f"target {target!r} names the {scope} tower, but the adapter is for {' and '.join(config.towers)}"
+                if scope in TOWERS
                 else f"target {target!r} names the tower {scope!r}: use {' or '.join(TOWERS)}"
             )
         for tower in config.towers:
@@ -228,4 +271,4 @@ def _no_match(target: str, role: str, tower: Tower, names: list[str]) -> str:
     near = difflib.get_close_matches(role, [word for word in words if word != role], n=4, cutoff=0.5)
     near = near or list(dict.fromkeys(part[-1] for part in parts))[:8]
     which = f"target {target!r}" if role == target else f"{role!r} of target {target!r}"
-    return f"{which} matches no layer of the {tower} tower: near it are {', '.join(near) or 'none'}"
+    return f"{which} matches no layer of the {tower} tower: similar names are {', '.join(near) or 'none'}"

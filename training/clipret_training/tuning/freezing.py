@@ -1,7 +1,7 @@
-"""What is trained and how fast: locked towers, learning rates by depth, and what is not decayed.
+"""What is trained and how fast: locked towers, layer-wise learning rates, and parameters without weight decay.
 
-Locking a tower and unlocking its last groups is open_clip's `lock` (Zhai et al., LiT, 2021); learning rates that fall
-from the head to the embeddings are those of ELECTRA (Clark et al., 2020) and BEiT (Bao et al., 2021).
+Locking a tower except for its last groups is `lock` in open_clip (Zhai et al., LiT, 2021). Learning rates that decrease
+from the head to the embeddings come from ELECTRA (Clark et al., 2020) and BEiT (Bao et al., 2021).
 """
 
 import re
@@ -20,11 +20,11 @@ __all__ = ["depth_groups", "freeze_unused", "layer_weights", "lock_tower", "para
 
 @dataclass(frozen=True)
 class _Layout:
-    """Regular expressions over the names of a tower's parameters, matched from their start."""
+    """Regular expressions for the names of a tower's parameters, matched from the start."""
 
-    block: str  # its groups are the block's number
+    block: str  # its capturing groups are the number of the block
     stem: str
-    norm: str  # what comes after the last block and is grouped with it
+    norm: str  # after the last block, and grouped with it
     head: str
 
 
@@ -63,7 +63,7 @@ _LAYOUTS: dict[Tower, tuple[_Layout, ...]] = {
             norm=r"text\.(transformer\.(encoder\.)?(final_layer_norm|layer_norm|pooler)|pooler)\.",
             head=r"text\.proj\.",
         ),
-        _Layout(  # clipret-small has a bag of tokens and no blocks
+        _Layout(  # clipret-small: a bag of tokens, without blocks
             block=r"$.", stem=r"text\.(embedding|weight)\.", norm=r"text\.norm\.", head=r"text\.projection\."
         ),
     ),
@@ -71,10 +71,20 @@ _LAYOUTS: dict[Tower, tuple[_Layout, ...]] = {
 
 
 def depth_groups(model: nn.Module, tower: Tower) -> list[list[str]]:
-    """The names of a tower's parameters from its input to its output: the embeddings, each block, the projection.
+    """Group the parameters of a tower by depth: the embeddings, each block, the projection.
 
-    The last block's group holds the normalisation after it, too, as in open_clip. Towers of timm are grouped as timm
-    groups them. Raises ClipretError for a tower whose blocks cannot be told from its names.
+    The group of the last block includes the normalization after it, as in open_clip. Towers of timm have the groups of
+    timm.
+
+    Args:
+        model: The model.
+        tower: The tower.
+
+    Returns:
+        The names of the parameters in each group, from the input to the output.
+
+    Raises:
+        ClipretError: The names do not show the blocks of the tower.
     """
     names = [name for name, _ in model.named_parameters() if tower_of(name) == tower]
     trunk = getattr(getattr(model, "visual", None), "trunk", None)
@@ -86,35 +96,41 @@ def depth_groups(model: nn.Module, tower: Tower) -> list[list[str]]:
         last = (10**6,)  # beyond every block
         unknown = None
         for name in names:
-            if found := re.match(layout.block, name):
-                place = tuple(map(int, found.groups()))
+            if match := re.match(layout.block, name):
+                depth = tuple(map(int, match.groups()))
             elif re.match(layout.stem, name):
-                place = (-1,)
+                depth = (-1,)
             elif re.match(layout.norm, name):
-                place = last
+                depth = last
             elif re.match(layout.head, name):
-                place = (*last, 1)
+                depth = (*last, 1)
             else:
                 unknown = name
                 break
-            groups.setdefault(place, []).append(name)
+            groups.setdefault(depth, []).append(name)
         if unknown is None and groups:
-            blocks = [place for place in groups if (-1,) < place < last]
+            blocks = [depth for depth in groups if (-1,) < depth < last]
             if blocks and last in groups:
                 groups[max(blocks)] += groups.pop(last)
-            return [groups[place] for place in sorted(groups)]
+            return [groups[depth] for depth in sorted(groups)]
         reasons.append(unknown)
-    unknown = max(filter(None, reasons), key=names.index, default="")  # of the layout that came furthest
+    unknown = max(filter(None, reasons), key=names.index, default="")  # of the layout that matched the most names
     raise ClipretError(
-        f"the {tower} tower cannot be taken apart by depth: {unknown or 'it has no parameters'} fits no layout that is "
-        "known; lock the whole tower, and use a layer decay of 1"
+        f"the {tower} tower cannot be grouped by depth ({unknown or 'no parameters'} is in no known layout): lock the "
+        "whole tower, and use a layer decay of 1"
     )
 
 
 def lock_tower(model: nn.Module, tower: Tower, unlocked_groups: int = 0) -> None:
-    """Freeze a tower but for its last `unlocked_groups` groups: 1 is its projection, 2 its last block as well.
+    """Freeze a tower except for its last groups.
 
-    Raises ClipretError when it has fewer groups, and, where some stay unlocked, for a tower that cannot be grouped.
+    Args:
+        model: The model to change in place.
+        tower: The tower.
+        unlocked_groups: Number of groups that are trained: 1 for the projection, 2 for the last block as well.
+
+    Raises:
+        ClipretError: The tower has fewer groups, or cannot be grouped although some groups stay unlocked.
     """
     if unlocked_groups < 0:
         raise ClipretError(f"{unlocked_groups} groups of the {tower} tower cannot be unlocked: use 0 or more")
@@ -123,8 +139,8 @@ def lock_tower(model: nn.Module, tower: Tower, unlocked_groups: int = 0) -> None
         groups = depth_groups(model, tower)
         if unlocked_groups > len(groups):
             raise ClipretError(
-                f"the {tower} tower has {len(groups)} groups and {unlocked_groups} are to stay unlocked: "
-                f"use at most {len(groups)}, or do not lock it"
+                f"the {tower} tower has {len(groups)} groups, so {unlocked_groups} of them cannot stay unlocked: "
+                f"use at most {len(groups)}, or do not lock the tower"
             )
         unlocked = {name for group in groups[-unlocked_groups:] for name in group}
     for name, parameter in model.named_parameters():
@@ -133,14 +149,22 @@ def lock_tower(model: nn.Module, tower: Tower, unlocked_groups: int = 0) -> None
 
 
 def freeze_unused(model: nn.Module) -> None:
-    """Freeze what no embedding goes through and no gradient reaches, such as CoCa's captioner."""
+    """Freeze the parts that the embeddings do not use and no gradient reaches, such as CoCa's captioner.
+
+    Args:
+        model: The model to change in place.
+    """
     for name, parameter in model.named_parameters():
         if tower_of(name) is None and not name.startswith("logit_"):
             parameter.requires_grad_(False)
 
 
 def train_mode(model: nn.Module) -> None:
-    """`model.train()`, in which batch normalisations that are frozen keep their running statistics, too."""
+    """Call `model.train()`, but keep frozen batch normalizations in eval mode, with their running statistics.
+
+    Args:
+        model: The model to change in place.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -150,9 +174,15 @@ def train_mode(model: nn.Module) -> None:
 
 
 def layer_weights(model: nn.Module) -> set[str]:
-    """The names of the matrices that something is multiplied by: linear layers, projections, convolutions' kernels.
+    """The weight matrices of a model: linear layers, projections, kernels of convolutions.
 
-    Embeddings are looked up or added and are none of them; nor are kernels of one channel.
+    Embeddings, which are looked up or added, and kernels with one channel are not among them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names of the parameters.
     """
     looked_up = {
         id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()
@@ -177,13 +207,27 @@ def parameter_groups(
     text_lr_scale: float = 1.0,
     muon: bool = False,
 ) -> list[dict[str, Any]]:
-    """What is trained, as an optimizer of torch takes it: groups with `params`, `lr`, `weight_decay` and `lr_scale`.
+    """Group the trained parameters for an optimizer.
 
-    A schedule sets `lr` of a group to its rate times `lr_scale`: the tower's, times `layer_decay` for each group of
-    `depth_groups` between the parameter and the tower's output. No decay for biases, normalisations, the logit scale:
-    all that has fewer than two dimensions. With `muon` the groups of `layer_weights` have `use_muon`. Raises
-    ClipretError when nothing is to be trained, for values out of range, and, with a `layer_decay` below 1, for a tower
-    that cannot be grouped.
+    A schedule sets the `lr` of a group to its own rate times `lr_scale`, which is the factor of the tower, times
+    `layer_decay` for each group of `depth_groups` between the parameter and the output of the tower. Parameters with
+    fewer than two dimensions (biases, normalizations, the logit scale) have no weight decay.
+
+    Args:
+        model: The model.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        layer_decay: Factor of the learning rate from one group to the one before it, above 0 and at most 1.
+        image_lr_scale: Factor of the learning rate of the image tower.
+        text_lr_scale: Factor of the learning rate of the text tower.
+        muon: Mark the groups of `layer_weights` with `use_muon`.
+
+    Returns:
+        Groups with `params`, `lr`, `lr_scale` and `weight_decay`, as optimizers of torch take them.
+
+    Raises:
+        ClipretError: Nothing would be trained, a value is out of range, or `layer_decay` is below 1 and a tower cannot
+            be grouped.
     """
     if not 0 < layer_decay <= 1:
         raise ClipretError(f"layer_decay is {layer_decay}: use a number above 0 and at most 1")
@@ -201,29 +245,29 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        its_tower = tower_of(name)
-        scale = (scale_of[its_tower] if its_tower else 1.0) * layer_decay ** depth.get(name, 0)
+        parameter_tower = tower_of(name)
+        scale = (scale_of[parameter_tower] if parameter_tower else 1.0) * layer_decay ** depth.get(name, 0)
         decay = weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault((scale, decay, name in matrices), {"params": []})
         group |= {"lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
         group |= {"use_muon": True} if name in matrices else {}
         group["params"].append(parameter)
     if not groups:
-        raise ClipretError("nothing is to be trained: both towers are locked and there is no adapter")
+        raise ClipretError("there is nothing to train: unlock a tower, or add an adapter")
     return list(groups.values())
 
 
 def _timm_groups(trunk: Any, names: list[str]) -> list[list[str]]:
-    """timm's own groups of the trunk; what open_clip puts behind it is the projection."""
+    """The groups of a trunk by timm, and the projection that open_clip adds."""
     from timm.models import group_parameters
 
     try:
         numbered = group_parameters(trunk, trunk.group_matcher())
     except (AttributeError, TypeError) as error:
         raise ClipretError(
-            f"the image tower, {type(trunk).__name__} of timm, does not tell its blocks ({error}): lock the whole "
-            "tower, and use a layer decay of 1"
-        ) from error
+            f"timm cannot group the image tower, {type(trunk).__name__}, by depth ({error}): lock the whole tower, and "
+            "use a layer decay of 1"
+        ) from None
     groups = [[f"visual.trunk.{name}" for name in numbered[number]] for number in sorted(numbered)]
     inside = {name for group in groups for name in group}
     head = [name for name in names if name not in inside]

@@ -1,4 +1,4 @@
-"""bf16 or fp16 where the processor multiplies in it; on a CPU attention stays in float32."""
+"""bf16 or fp16 where the hardware supports it; on a CPU, attention stays in float32."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,17 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_device(name: str) -> torch.device:
-    """Raises ClipretError when this torch or this machine has no such device."""
+    """Open a device of torch.
+
+    Args:
+        name: cpu, cuda or cuda:N.
+
+    Returns:
+        The device.
+
+    Raises:
+        ClipretError: This version of torch, or this machine, has no such device.
+    """
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -30,7 +40,14 @@ def open_device(name: str) -> torch.device:
 
 
 def native_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies in it; elsewhere it is emulated and slower than fp32."""
+    """The fastest training precision of a device.
+
+    Args:
+        device: The device.
+
+    Returns:
+        bf16 if the hardware multiplies in it. Elsewhere bf16 is emulated and slower than fp32.
+    """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if only_avx2():
@@ -40,7 +57,12 @@ def native_precision(device: torch.device) -> Precision:
 
 @contextlib.contextmanager
 def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Run matrix products and convolutions in `precision` inside the block; weights stay float32."""
+    """Run matrix products and convolutions in a precision inside the block. Weights stay float32.
+
+    Args:
+        precision: The precision.
+        device: The device of the model.
+    """
     if precision == "fp32":
         yield
         return
@@ -50,11 +72,17 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_attention(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Keep scaled_dot_product_attention in float32 where its backward pass would be slow: in half precision on a CPU,
-    twice to four times. A backward pass that computes activations again must run inside, as the forward pass did.
+    """Keep scaled_dot_product_attention in float32 inside the block, if the device is a CPU.
 
-    The function is replaced in torch's module, where nn.MultiheadAttention, open_clip and timm all look it up. A
-    TorchFunctionMode would see nn.MultiheadAttention as one call and not look inside.
+    In half precision on a CPU its backward pass takes two to four times as long. A backward pass that recomputes
+    activations must run inside the block, like the forward pass.
+
+    The function is replaced in torch's module, where nn.MultiheadAttention, open_clip and timm look it up. A
+    TorchFunctionMode would see nn.MultiheadAttention as a single call.
+
+    Args:
+        precision: The precision of the training.
+        device: The device of the model.
     """
     if precision == "fp32" or device.type != "cpu":
         yield
@@ -64,8 +92,8 @@ def float32_attention(precision: Precision, device: torch.device) -> Iterator[No
     def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
             named = {key: _widen(value) for key, value in kwargs.items()}
-            rows: torch.Tensor = original(_widen(query), *map(_widen, args), **named)
-        return rows.to(query.dtype)
+            attended: torch.Tensor = original(_widen(query), *map(_widen, args), **named)
+        return attended.to(query.dtype)
 
     F.scaled_dot_product_attention = attention
     try:
