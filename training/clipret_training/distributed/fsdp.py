@@ -169,7 +169,7 @@ def save_shards(
         raise ClipretError(
             f"a checkpoint cannot be written to {folder}: {reason}; the previous one is intact: free some space, then "
             "resume"
-        ) from None
+        ) from error
     if world.writes:
         for old in folder.glob("shards-*"):
             if old.name != name:

@@ -77,7 +77,7 @@ def join(device: str) -> Iterator[World]:
         raise ClipretError(
             f"process {rank} of {size} cannot reach the others ({one_line(error)}): check the network and torchrun's "
             "--rdzv-endpoint"
-        ) from None
+        ) from error
     try:
         yield World(rank, size, opened)
     finally:

@@ -361,7 +361,7 @@ def _vocabulary(folder: Path | None, size: int) -> list[str]:
                 else "put that of Chinese RoBERTa, with 21,128 lines, next to the weights"
             )
             where = "" if folder is None else f"in {folder} "
-            raise ValueError(f"there is no vocab.txt {where}and {_HUB} cannot be downloaded: {advice}") from None
+            raise ValueError(f"there is no vocab.txt {where}and {_HUB} cannot be downloaded: {advice}") from error
     vocabulary = [line.strip() for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     if len(vocabulary) != size:
         raise ValueError(
@@ -392,7 +392,7 @@ def _readable(source: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise ClipretError(
             f"{source} contains more than weights and could run code when loaded: save only its state dict"
-        ) from None
+        ) from error
     except KeyError as error:
         raise ClipretError(f"Chinese-CLIP model {source} cannot be loaded: it lacks {error}") from error
     except Exception as error:  # torch's, safetensors' and the hub's errors have no common base

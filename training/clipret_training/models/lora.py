@@ -119,7 +119,7 @@ def _readable(folder: Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise ClipretError(
             f"adapter {folder} contains more than weights and could run code when loaded: save it as .safetensors"
-        ) from None
+        ) from error
     except Exception as error:  # PEFT's, torch's and safetensors' errors have no common base
         text = " ".join(str(error).split()) or type(error).__name__
         raise ClipretError(f"adapter {folder} cannot be merged: {text[:300]}") from error

@@ -194,12 +194,12 @@ def _readable_errors(what: str) -> Iterator[None]:
         name, _, tag = what.removeprefix("model ").partition(":")
         raise ClipretError(
             f"{what}: these weights were trained with QuickGELU, but {name} has GELU: use {name}-quickgelu:{tag}"
-        ) from None
-    except pickle.UnpicklingError:
+        ) from error
+    except pickle.UnpicklingError as error:
         raise ClipretError(
             f"{what}: the checkpoint contains more than weights and could run code when loaded: "
             "save only its state dict, preferably as .safetensors"
-        ) from None
+        ) from error
     except Exception as error:  # the hub's, torch's and safetensors' errors have no common base
         raise ClipretError(f"{what} cannot be loaded: {one_line(error)}") from error
     finally:

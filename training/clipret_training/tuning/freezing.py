@@ -267,7 +267,7 @@ def _timm_groups(trunk: Any, names: list[str]) -> list[list[str]]:
         raise ClipretError(
             f"timm cannot group the image tower, {type(trunk).__name__}, by depth ({error}): lock the whole tower, and "
             "use a layer decay of 1"
-        ) from None
+        ) from error
     groups = [[f"visual.trunk.{name}" for name in numbered[number]] for number in sorted(numbered)]
     inside = {name for group in groups for name in group}
     head = [name for name in names if name not in inside]
