@@ -26,7 +26,7 @@ from machine import keep
 from clipret import Encoder, EncoderConfig, Gallery, Ranker, Searcher
 from clipret.evaluation.evaluate import GroundTruth, measure, read_attribute_truth, read_ground_truth
 from clipret.evaluation.metrics import Metric
-from clipret.gallery.gallery import Stored
+from clipret.gallery.info import Stored
 from clipret.ranking.quantization import mean, quantize
 from clipret.search.rerank import Rerank, Reranker
 

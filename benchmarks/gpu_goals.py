@@ -21,7 +21,7 @@ def goals(questions: dict[str, Any]) -> list[dict[str, Any]]:
             what = "end to end, of the slower of decoding and towers"
             rows.append(_row(what, way, _OVERLAP, found["share_of_the_slower"]))
     ranking = results.get("ranking", {})
-    for form in ("halves", "codes"):
+    for form in ("halves", "quantized"):
         for scan, found in ranking.get(form, {}).items():
             if scan == "scan 1 query":
                 rows.append(_row("one query, of the bandwidth", form, _BANDWIDTH, found["share_of_bandwidth"]))

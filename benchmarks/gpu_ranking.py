@@ -42,7 +42,7 @@ def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
     queries = rng.standard_normal((many, dim))
     queries = snap(queries / np.linalg.norm(queries, axis=1, keepdims=True))
     result: dict[str, Any] = {"rows": rows, "dim": dim, "k": K}
-    for form in ("halves", "codes"):
+    for form in ("halves", "quantized"):
         if card.late:
             result[form] = {"failed": "no time left"}
             continue
@@ -50,7 +50,7 @@ def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
             result[form] = _form(card, form, shards, quantized, queries)
         except Exception as error:  # the other form has its turn
             result[form] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    if rate := result["codes"].get("scan 1 query", {}).get("gb_a_second"):
+    if rate := result["quantized"].get("scan 1 query", {}).get("gb_a_second"):
         milliseconds = 100e6 * dim / rate / 1e6
         result["100 million rows quantized, computed"] = {"gib": round(100e6 * dim / 2**30, 1), "scan_ms": milliseconds}
     if not card.small:
@@ -62,7 +62,7 @@ def ranking(card: Any, rows: int, dim: int) -> dict[str, Any]:
 def _form(
     card: Any, form: str, shards: list[np.ndarray], quantized: list[QuantizedEmbeddings], queries: np.ndarray
 ) -> dict[str, Any]:
-    coded, (rows, dim) = form == "codes", (sum(map(len, shards)), shards[0].shape[1])
+    coded, (rows, dim) = form == "quantized", (sum(map(len, shards)), shards[0].shape[1])
     began = time.perf_counter()
     scan = DeviceScan(shards, card.device, quantized=quantized, coded=coded)
     found: dict[str, Any] = {

@@ -155,7 +155,7 @@ def test_the_gpu_questions_in_their_reduced_form(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     asked = json.loads(Path(done.stdout.strip().splitlines()[-1]).read_text())["questions"]
     assert not [question["failed"] for question in asked.values() if "failed" in question]
-    for form in ("halves", "codes"):
+    for form in ("halves", "quantized"):
         assert asked["ranking"]["results"]["ranking"][form]["same as the CPU's"] is True
     towers = asked["towers ViT-B-32"]["results"]["towers ViT-B-32"]
     assert not towers["failed"]

@@ -24,7 +24,7 @@ import clipret
 from clipret import Bundle, Encoder, EncoderConfig, Gallery, Searcher
 from clipret.bundle import FileEntry, ImageSpec, Manifest, TextSpec
 from clipret.cli import main
-from clipret.gallery.gallery import GalleryInfo
+from clipret.gallery.info import GalleryInfo
 from clipret_export.cli import main as export
 from clipret_training.cli import main as train
 

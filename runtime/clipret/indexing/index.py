@@ -16,7 +16,8 @@ import numpy as np
 from clipret.arrays import StoredEmbeddings
 from clipret.errors import ClipretError, printable
 from clipret.files import write_file
-from clipret.gallery.gallery import Gallery, ImageRecord, Stored
+from clipret.gallery.gallery import Gallery, ImageRecord
+from clipret.gallery.info import Stored
 from clipret.images.walk import ImageError
 from clipret.inference.encoder import EncodedBatch, Encoder, EncodeStats
 from clipret.locations import is_remote

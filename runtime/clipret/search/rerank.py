@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
-from clipret.gallery.gallery import Stored
+from clipret.gallery.info import Stored
 from clipret.ranking.candidates import place
 from clipret.ranking.embedding_shards import EmbeddingShards, widened
 from clipret.ranking.ranker import Ranker, snap

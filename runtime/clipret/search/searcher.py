@@ -15,7 +15,8 @@ from PIL import Image
 from clipret.arrays import Floats
 from clipret.bundle import check_bundle
 from clipret.errors import ClipretError
-from clipret.gallery.gallery import Gallery, Stored, id_of, stored_path
+from clipret.gallery.gallery import Gallery
+from clipret.gallery.info import Stored, id_of, stored_path
 from clipret.images.walk import ImageFile
 from clipret.inference.encoder import Encoder
 from clipret.ranking.ranker import Ranker

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.gallery.database import ImageRecord
-from clipret.gallery.gallery import Gallery, Stored
+from clipret.gallery.gallery import Gallery
+from clipret.gallery.info import Stored
 from clipret.inference.encoder import Encoder
 from clipret.ort.session import has_device
 from clipret.ranking.embedding_shards import EmbeddingShards

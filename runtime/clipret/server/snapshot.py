@@ -26,7 +26,8 @@ import numpy.typing as npt
 from clipret.arrays import Floats, Ids, Mask
 from clipret.errors import ClipretError
 from clipret.gallery.database import Database, ImageRecord
-from clipret.gallery.gallery import Gallery, GalleryInfo
+from clipret.gallery.gallery import Gallery
+from clipret.gallery.info import GalleryInfo
 from clipret.inference.encoder import Encoder
 from clipret.search.rerank import Rerank, Reranker
 from clipret.search.searcher import Forms

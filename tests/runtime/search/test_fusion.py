@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipret.errors import ClipretError
-from clipret.gallery.gallery import Stored
+from clipret.gallery.info import Stored
 from clipret.ranking.ranker import Ranker, snap
 from clipret.search.fusion import FusionSource, merge
 from clipret.search.results import RankedPaths, as_results, read_results

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clipret.errors import ClipretError
-from clipret.gallery.gallery import Stored
+from clipret.gallery.info import Stored
 from clipret.ranking.quantization import mean, quantize
 from clipret.ranking.ranker import Ranker, snap
 from clipret.search.rerank import Rerank, Reranker, adapted, k_reciprocal_order
