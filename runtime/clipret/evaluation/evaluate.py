@@ -1,4 +1,4 @@
-"""Evaluating a gallery: queries with their relevant images from a list, and what the search makes of them."""
+"""Evaluating a gallery: queries with their relevant images, and metrics of the search results."""
 
 import re
 from collections import defaultdict
@@ -34,7 +34,7 @@ _PLACES = 1 << 22  # ranks held at a time: of 41 queries over 100,000 images, 32
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Each distinct text with the stored paths of all its images."""
+    """Each distinct query with the stored paths of all its relevant images."""
 
     relevant: dict[str, list[str]]
     missing: int  # images of the list that the gallery does not hold
@@ -47,11 +47,13 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the queries of `truth`, in its order, found.
+    """The results of the queries of a ground truth, in its order.
 
-    `rows` float64 [Q,D]; `relevant`: the positions of the rows that answer each; `scores` and `found` [Q,K], K = 10 or
-    what the gallery holds: the first ones as `Ranker.rank` gives them; `first` int64 [Q]: the rank, from 1, of the
-    first relevant row.
+    Attributes:
+        embeddings: Of the queries, float64 [Q,D].
+        relevant: The positions of each query's relevant embeddings.
+        scores, found: Scores and positions of the first results, [Q,K] with K = 10 or the size of the gallery.
+        first: The rank, from 1, of each query's first relevant image, int64 [Q].
     """
 
     metrics: Metrics
@@ -72,10 +74,21 @@ def read_ground_truth(
     image_root: Path | None = None,
     where: str | None = None,
 ) -> GroundTruth:
-    """Read a list with a caption and an image a row; rows with the same caption are one query with several answers.
+    """Read an annotations file with a caption and an image per row.
 
-    An image is found by the path that the gallery stores or by its place on disk (relative to `image_root`, by
-    default the list's folder). Raises ClipretError when no image of the list is in the gallery.
+    Rows with the same caption are one query with several relevant images. An image is found by its stored path or by
+    its file.
+
+    Args:
+        searcher: Of the gallery.
+        path: The file.
+        caption_column: Column of the captions. Default: detected.
+        image_column: Column of the image paths. Default: detected.
+        image_root: What relative paths start from. Default: the file's folder.
+        where: An SQL expression: only rows for which it holds.
+
+    Raises:
+        ClipretError: No image of the file is in the gallery, or a row lacks a caption.
     """
     table = read_table(path, where)
     caption, image = pick_column(table, caption_column, "caption"), pick_column(table, image_column, "image")
@@ -110,14 +123,23 @@ def read_attribute_truth(
     caption_column: str | None = None,
     where: str | None = None,
 ) -> GroundTruth:
-    """Read a list with a caption a row and the attributes that it asks for; images answer by their own attributes.
+    """Read an annotations file with a caption per row and the attributes that it asks for.
 
-    An image answers when its value in every column of `equal` is the query's (colour, brand, type), and when what it
-    holds in every column of `includes` includes what the query holds there: names between commas or semicolons,
-    such as  hat, backpack.  Where the query has no value it asks for nothing. Images have the columns
-    that the list they were indexed from had. Raises ClipretError for a column that the list or the gallery lacks, a
-    query that asks for nothing, two rows with the same caption that ask for different things, and when no
-    image answers any query.
+    An image is relevant if its metadata has the query's value in every column of `equal` (color, brand, type) and
+    contains the query's names in every column of `includes`: names separated by commas or semicolons, such as  hat,
+    backpack.  An empty value asks for nothing.
+
+    Args:
+        searcher: Of the gallery, whose metadata has these columns.
+        path: The file.
+        equal: Columns that must be equal.
+        includes: Columns that must include the query's names.
+        caption_column: Column of the captions. Default: detected.
+        where: An SQL expression: only rows for which it holds.
+
+    Raises:
+        ClipretError: The file or the gallery lacks a column, a query asks for nothing, two rows with the same caption
+            ask for different things, or no image is relevant to any query.
     """
     table = read_table(path, where)
     caption = pick_column(table, caption_column, "caption")
@@ -157,24 +179,24 @@ def read_attribute_truth(
 
 
 def _answers(asked: Sequence[str], has: Sequence[str], equal: int) -> bool:
-    """Whether an image has what a query asks for: the first `equal` values alike, the others among its own."""
+    """Whether an image is relevant: the first `equal` values are the same and it includes the others."""
     if any(want and want != own for want, own in zip(asked[:equal], has[:equal], strict=True)):
         return False
     return all(names(want) <= names(own) for want, own in zip(asked[equal:], has[equal:], strict=True))
 
 
 def names(value: str) -> set[str]:
-    """The names in a value that holds several, between commas or semicolons."""
+    """The names in a value, separated by commas or semicolons."""
     return {as_text(name) for name in re.split("[,;]", value) if name.strip()}
 
 
 def as_text(value: Any) -> str:
-    """A value of a list or of a gallery's metadata, so that both say the same: a gallery holds 007 as the number 7."""
+    """A value as text, so that a file's 007 equals the number 7 in a gallery's metadata."""
     return "" if value is None else str(as_number(value)).strip()
 
 
 def evaluate_search(searcher: Searcher, truth: GroundTruth) -> Evaluation:
-    """Encode every text, rank the whole gallery, and measure."""
+    """Encode every query, rank the whole gallery, and compute the metrics."""
     rows, relevant = _embedded(searcher, truth)
     scores, found = searcher.ranker.rank(rows, 10)
     first = searcher.ranker.first_ranks(rows, relevant)
@@ -184,10 +206,17 @@ def evaluate_search(searcher: Searcher, truth: GroundTruth) -> Evaluation:
 def measure(
     searcher: Searcher, truth: GroundTruth, metrics: Sequence[Metric], find: Find | None = None
 ) -> dict[str, float]:
-    """Each metric by its name, the mean over the queries.
+    """Compute metrics as means over the queries.
 
-    `find(queries [Q,D], k)` gives scores and positions [Q,K] as `Ranker.rank` does, the default; another one measures
-    what re-ranking makes of the same queries, and is called once, for all of them.
+    Args:
+        searcher: Of the gallery.
+        truth: The queries and their relevant images.
+        metrics: Which metrics.
+        find: A function from queries [Q,D] and k to scores and positions [Q,K], such as `Reranker.rank`; it is called
+            once for all queries. Default: `Ranker.rank`.
+
+    Returns:
+        The value of each metric by its name.
     """
     rows, relevant = _embedded(searcher, truth)
     depth = max((metric.k or len(searcher.stored.ids) for metric in metrics), default=1)
@@ -205,9 +234,16 @@ def measure(
 def measure_lists(
     truth: GroundTruth, found: Mapping[str, Sequence[str]], metrics: Sequence[Metric], origin: str
 ) -> dict[str, float]:
-    """The same of what each text has found already, by stored paths; `origin` is for messages.
+    """Compute metrics of given rankings.
 
-    A list that ends before the metric's depth misses what it leaves out. Raises ClipretError for a text without one.
+    Args:
+        truth: The queries and their relevant images.
+        found: The ranked stored paths of each query. Images after the end of a short ranking count as not found.
+        metrics: Which metrics.
+        origin: Where the rankings come from, for messages.
+
+    Raises:
+        ClipretError: A query has no ranking.
     """
     lost = next((text for text in truth.relevant if text not in found), None)
     if lost is not None:
@@ -219,7 +255,7 @@ def measure_lists(
 
 
 def _embedded(searcher: Searcher, truth: GroundTruth) -> tuple[npt.NDArray[np.float64], list[list[int]]]:
-    """The queries' rows [Q,D], and for each of them the positions of the rows that answer it."""
+    """The queries' embeddings [Q,D], and the positions of each query's relevant embeddings."""
     position = {int(number): at for at, number in enumerate(searcher.stored.ids)}
     ids = searcher.gallery.ids_by_path()
     relevant = [[position[ids[path]] for path in paths] for paths in truth.relevant.values()]

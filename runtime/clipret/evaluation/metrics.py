@@ -1,4 +1,4 @@
-"""Retrieval quality with many-to-many ground truth, computed by the same exact ranking that answers queries."""
+"""Retrieval metrics with many-to-many ground truth, computed from the exact ranking."""
 
 import dataclasses
 import re
@@ -18,11 +18,14 @@ __all__ = ["Metric", "Metrics", "average_precision", "challenge_precision", "eva
 
 @dataclass(frozen=True)
 class Metrics:
-    """Shares lie between 0 and 1.
+    """Retrieval metrics; shares are from 0 to 1.
 
-    recall_at_k: the share of queries with a relevant image among the first k, as image-text retrieval papers
-    count it. median_rank: of the first relevant image, from 1. map_at_10: mean over the queries of
-    sum(precision at each relevant rank <= 10) / min(10, relevant images), the standard mAP@k.
+    Attributes:
+        recall_at_1, recall_at_5, recall_at_10: Share of queries with a relevant image among the first k, as image-text
+            retrieval papers count it.
+        median_rank: Median rank, from 1, of the first relevant image.
+        map_at_10: Mean over the queries of  sum(precision at each relevant rank <= 10) / min(10, relevant images),  the
+            standard mAP@k.
     """
 
     queries: int
@@ -37,9 +40,15 @@ class Metrics:
 
 
 def evaluate(ranker: Ranker, queries: npt.ArrayLike, relevant: Sequence[Sequence[int]]) -> Metrics:
-    """Metrics of `queries` [Q,D]; `relevant[q]` holds the positions of the rows that answer query q (at least one).
+    """Metrics of queries.
 
-    Raises ClipretError when there are no queries or one has no relevant row.
+    Args:
+        ranker: Of the gallery's embeddings.
+        queries: Float [Q,D].
+        relevant: The positions of each query's relevant embeddings, at least one.
+
+    Raises:
+        ClipretError: There are no queries, or one has no relevant embedding.
     """
     grid = np.asarray(queries)
     if not len(grid):
@@ -51,7 +60,9 @@ def evaluate(ranker: Ranker, queries: npt.ArrayLike, relevant: Sequence[Sequence
 
 
 def summarise(found: npt.NDArray[np.int64], first: npt.NDArray[np.int64], relevant: Sequence[Sequence[int]]) -> Metrics:
-    """Metrics of ranked queries: `found` [Q,10], their first ten rows, `first` [Q], the first relevant ones' ranks."""
+    """Metrics of ranked queries: `found` [Q,10] are their first ten positions, `first` [Q] the ranks of the first
+    relevant ones.
+    """
     precisions = [average_precision(list(row), set(rows)) for row, rows in zip(found, relevant, strict=True)]
     return Metrics(
         queries=len(first),
@@ -65,10 +76,10 @@ def summarise(found: npt.NDArray[np.int64], first: npt.NDArray[np.int64], releva
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a ranking, over its first `k` images, or over the whole order where `k` is None.
+    """A metric of a ranking, over its first `k` images, or over the whole ranking if `k` is None.
 
-    `mAP`: see `average_precision`. `recall`: the share of queries with a relevant image among the first k.
-    `challenge`: see `challenge_precision`.
+    `mAP`: see `average_precision`. `recall`: the share of queries with a relevant image among the first k. `challenge`:
+    see `challenge_precision`.
     """
 
     kind: Literal["mAP", "recall", "challenge"]
@@ -76,9 +87,10 @@ class Metric:
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """From mAP, mAP@K, recall@K, challenge (of ten, as the challenge asks for) or challenge@K.
+        """Parse mAP, mAP@K, recall@K, challenge (of the first ten) or challenge@K.
 
-        Raises ClipretError that lists them.
+        Raises:
+            ClipretError: For any other text; the message lists the metrics.
         """
         kinds: dict[str, Literal["mAP", "recall", "challenge"]] = {
             "map": "mAP",
@@ -95,7 +107,7 @@ class Metric:
         return self.kind if self.k is None or (self.kind, self.k) == ("challenge", 10) else f"{self.kind}@{self.k}"
 
     def of(self, found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
-        """Of one query: what it found, best first, and what it should have found."""
+        """The metric of one query: its results, best first, and its relevant images."""
         if self.kind == "mAP":
             # Of the whole order every relevant image counts, be the list as short as it may.
             return average_precision(found, relevant, self.k or max(len(found), len(relevant)))
@@ -105,9 +117,9 @@ class Metric:
 
 
 def average_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable], k: int | None = None) -> float:
-    """AP@k of one ranking: the sum of the precision at each hit among the first k over min(k, relevant).
+    """AP@k of one ranking: the sum of the precision at each hit among the first k over min(k, relevant images).
 
-    `k` is by default the length of `found`; a ranking that stops before k misses what it leaves out.
+    `k` is by default the length of `found`; images after the end of a shorter ranking count as not found.
     """
     k = len(found) if k is None else k
     if not relevant or not found:
@@ -117,10 +129,10 @@ def average_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable]
 
 
 def challenge_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
-    """AP as the scorer published for the CVPR 2023 foundation model challenge (track 2, traffic retrieval) computes it.
+    """Average precision as the published scorer of the CVPR 2023 foundation model challenge (track 2) computes it.
 
-    It divides by the hits found rather than by the images that could have been found. So it does not see what is
-    missing: of a hundred relevant images, three in front of seven wrong ones score 1.0, and a tenth right image
+    It divides by the number of relevant images found instead of the number of relevant images, so it does not see what
+    is missing: with a hundred relevant images, three of them before seven wrong ones score 1.0, and another right image
     on rank 10 lowers the score. Use it to compare with that challenge's figures, not to choose a model.
     """
     hits, total = _precisions(found, relevant)

@@ -1,4 +1,4 @@
-"""Compaction: the live embeddings of a gallery into few large shards, the deleted ones forgotten."""
+"""Compaction: the live embeddings of a gallery in few large shards, without the deleted ones."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -22,11 +22,20 @@ _ROWS = 65536  # 64 MiB a shard at 512 dimensions
 def compact_gallery(
     gallery: Gallery, progress: Callable[[Iterable[int]], Iterable[int]] = lambda starts: starts
 ) -> int:
-    """Write the live embeddings again, quantized around their own mean, and drop the deleted ones; return how many.
+    """Rewrite the live embeddings, quantized around their own mean, and drop the deleted ones.
 
-    Ids and order stay, so that every search finds the same. Searches that are open go on with what they hold; one
-    that finds an image deleted since has to be opened again. Takes room for the embeddings a second time while it runs.
-    Raises ClipretError if there is another writer or the disk refuses; nothing is changed then.
+    Ids and order stay the same, and so do search results. Open searches continue with their snapshot; one that meets an
+    image deleted since must be opened again. Needs disk space for a second copy of the embeddings.
+
+    Args:
+        gallery: The gallery.
+        progress: Called with the numbers of the blocks, such as tqdm.
+
+    Returns:
+        The number of embeddings dropped.
+
+    Raises:
+        ClipretError: There is another writer, or the disk refuses. Nothing is changed then.
     """
     with gallery.writing():
         entries, deleted, shards, _ = gallery.consistent(lambda _: None)

@@ -1,4 +1,4 @@
-"""Embeddings that others made, with the images that they belong to: .npy, .npz, Parquet, arrays."""
+"""Embeddings computed elsewhere, with their images: .npy, .npz, Parquet, arrays."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,13 @@ Rows = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Rows that others made, with the image of each. `blocks` reads them again: rows [b,D] as they are, and b records,
-    whose `image_column` is the path. `fingerprint` is that of the bundle, where the file tells."""
+    """Embeddings with their images.
+
+    Attributes:
+        blocks: Reads them again on each call: embeddings [b,D] as they are, and b records, whose `image_column` is the
+            path.
+        fingerprint: Of the bundle, if the file has it.
+    """
 
     name: str
     folder: Path
@@ -38,7 +43,7 @@ class Embeddings:
 
 
 def list_beside(file: Path) -> Path:
-    """The list that says what the rows of an exported .npy or faiss index are."""
+    """The file that describes the rows of an exported .npy file or faiss index."""
     return file.with_name(file.name + ".jsonl")
 
 
@@ -49,14 +54,19 @@ def open_embeddings(
     image_column: str | None = None,
     embedding_column: str | None = None,
 ) -> Embeddings:
-    """Open embeddings for `import_embeddings` and check what can be checked before a gallery is touched.
+    """Open embeddings for `import_embeddings`, and check them before a gallery is changed.
 
-    `source` is an array float16, float32 or float64 [N,D], an .npy of one, an .npz with one, or a .parquet with a
-    column of float lists. `paths` names the image of each row: a .csv, .tsv or .jsonl list, a .txt with one path
-    a line, or a sequence. It is left out for a .parquet, which has a column for that, and may be for an .npz with an
-    array of strings and for an .npy that `export_gallery` wrote. Every further column is metadata.
+    Args:
+        source: An array float16, float32 or float64 [N,D], an .npy file of one, an .npz file with one, or a .parquet
+            file with a column of float lists.
+        paths: The image of each embedding: a .csv, .tsv or .jsonl file, a .txt file with a path per line, or a
+            sequence. Not for .parquet, which has a column of paths; optional for an .npz file with an array of strings
+            and for an .npy file of `export_gallery`. Further columns become metadata.
+        image_column: Column of the paths. Default: detected.
+        embedding_column: Column of the embeddings, needed if there are several.
 
-    Raises ClipretError: a file that cannot be read, another number of paths than rows, no such column.
+    Raises:
+        ClipretError: A file that cannot be read, a different number of paths and embeddings, or a missing column.
     """
     if isinstance(source, np.ndarray):
         return _from_array("the array", Path.cwd(), source, paths, image_column)
@@ -75,7 +85,7 @@ def open_embeddings(
 
 
 def _load(source: Path) -> tuple[Rows, Path | list[str] | None]:
-    """The rows of an .npy (memory-mapped) or .npz, and the paths that come with them."""
+    """The embeddings of an .npy (memory-mapped) or .npz file, and the paths that come with them."""
     if source.suffix.lower() == ".npy":
         listed = list_beside(source)
         return np.lib.format.open_memmap(source, mode="r"), listed if listed.is_file() else None
@@ -174,7 +184,7 @@ def _is_vector(pa: Any, type_: Any) -> bool:
 
 
 def _vectors(column: Any, dimension: int, where: str) -> Rows:
-    """Lists of floats as rows [b,D]; a list that is missing becomes not-a-number."""
+    """Lists of floats as embeddings [b,D]; a missing list becomes NaN."""
     lengths = set(column.drop_null().value_lengths().to_pylist()) - {dimension}
     if lengths:
         raise ClipretError(

@@ -1,7 +1,7 @@
-"""Embeddings out of a gallery for other tools, and embeddings that others made into one.
+"""Export of embeddings to other tools, and import of embeddings computed elsewhere.
 
-Both ways go block by block, so that memory does not grow with the number of rows: an import holds the paths, and
-only a faiss index is built in memory as a whole, since faiss can build it nowhere else.
+Both work block by block, so memory does not grow with the number of embeddings. An import keeps the paths in memory; a
+faiss index is built in memory, because faiss cannot build it elsewhere.
 """
 
 import contextlib
@@ -44,18 +44,28 @@ def export_gallery(
     where: str | None = None,
     progress: Progress = lambda blocks: blocks,
 ) -> int:
-    """Write the live rows of a gallery, in ascending order of their ids, for other tools; return their number.
-
-    `kind` follows from the target's suffix where it is not given:
+    """Write the live embeddings of a gallery, in ascending order of their ids.
 
     - .parquet: columns id, path, size, mtime_ns, hash, the metadata, and embedding (float32 lists of length D).
     - .npy: float16 [N,D], and TARGET.jsonl, whose line n describes row n with the same columns.
-    - .faiss, .index: an exact inner product index under the gallery's ids (IndexIDMap2 over IndexFlatIP), and
-      TARGET.jsonl. It takes 4 N D bytes of memory, here and wherever it is loaded.
+    - .faiss, .index: an exact inner-product index with the gallery's ids (IndexIDMap2 over IndexFlatIP), and
+    TARGET.jsonl. It takes 4 N D bytes of memory, here and wherever it is loaded.
 
-    Every kind keeps the rows bit for bit. `where` is an SQL expression as `Gallery.select` takes it. A target that
-    exists is replaced once the new one is whole. Raises ClipretError: unknown suffix, missing package, nothing to
-    export, a disk that refuses; the target is then as it was.
+    All formats keep every bit of the embeddings.
+
+    Args:
+        gallery: The gallery.
+        target: The file. An existing one is replaced when the new one is complete.
+        kind: The format. Default: by the extension.
+        where: An SQL expression as for `Gallery.select`.
+        progress: Called with the blocks, such as tqdm.
+
+    Returns:
+        The number of embeddings.
+
+    Raises:
+        ClipretError: An unknown extension, a missing package, nothing to export, or an error of the disk. The target is
+            unchanged then.
     """
     kind = kind or _KINDS.get(target.suffix.lower())
     if kind is None:
@@ -71,7 +81,7 @@ def export_gallery(
 
 
 class _Source:
-    """The live rows of a gallery for which `where` holds, as of now, block by block."""
+    """The live embeddings of a gallery for which `where` holds, block by block."""
 
     def __init__(self, gallery: Gallery, where: str | None) -> None:
         self.gallery = gallery
@@ -135,7 +145,7 @@ def _write_parquet(source: _Source, target: Path, progress: Progress) -> None:
 
 
 def _metadata_types(source: _Source, pa: Any) -> dict[str, Any]:
-    """The Arrow type of each metadata column: int64 or float64 where every value is such a number, else string."""
+    """The Arrow type of each metadata column: int64 or float64 if all values are such numbers, else string."""
     seen: dict[str, set[type]] = {}
     for start in source.starts:
         for record in source.records(start):
@@ -177,7 +187,7 @@ def _write_lines(file: IO[bytes], records: Iterable[Record]) -> None:
 
 @contextlib.contextmanager
 def _replacing(*targets: Path) -> Iterator[list[IO[bytes]]]:
-    """Yield a new file for each target; all of them take their places when the block ends well, else none."""
+    """Yield a new file for each target; all of them replace their targets if the block succeeds, else none."""
     temporary = [target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp") for target in targets]
     try:
         with contextlib.ExitStack() as stack:
@@ -201,8 +211,14 @@ def _replacing(*targets: Path) -> Iterator[list[IO[bytes]]]:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did. `replaced`: of the imported rows, those whose image the gallery held already;
-    `normalised`: those that were not of unit length; `skipped`: path and reason of each row that was not taken."""
+    """The result of an import.
+
+    Attributes:
+        imported: Number of embeddings.
+        replaced: Those of images that the gallery already had.
+        normalised: Those that were not of unit length.
+        skipped: Path and reason of each embedding that was not imported.
+    """
 
     imported: int
     replaced: int
@@ -217,19 +233,24 @@ def import_embeddings(
     image_root: Path | None = None,
     progress: Progress = lambda blocks: blocks,
 ) -> ImportReport:
-    """Append embeddings that others made, 8192 rows a commit.
+    """Append embeddings that were computed elsewhere, 8,192 per commit.
 
-    They must come from the image tower of the model whose text tower the gallery's bundle holds: nothing else can be
-    compared with its texts, and no check can tell. Rows are stored as float16. Those that are of unit length up to
-    float16's rounding keep their bits, others are normalised. A row that is zero or not finite, or whose image
-    a row before it named, is skipped.
+    They must come from the image tower of the model whose text tower is in the gallery's bundle; no check can tell
+    whether they do. They are stored as float16. Embeddings of unit length, up to the rounding of float16, keep every
+    bit; others are normalised. An embedding that is zero or not finite, or whose image appeared before, is skipped. An
+    image that the gallery already has is replaced.
 
-    Paths are relative to `image_root`, by default the gallery's. What later tells whether an image has changed is
-    taken from its file; an image that cannot be read has size 0 and the hash "", which equals no file's. A row
-    whose image the gallery holds already takes its place.
+    Args:
+        gallery: The gallery.
+        embeddings: From `open_embeddings`.
+        image_root: What relative paths start from. Default: the gallery's root. The files are read for the size, time
+            and hash that tell later whether an image has changed; an image that cannot be read gets size 0 and an empty
+            hash.
+        progress: Called with the blocks, such as tqdm.
 
-    Raises ClipretError: another dimension or bundle than the gallery's, no usable row, a second writer, a full disk;
-    what was committed by then is kept.
+    Raises:
+        ClipretError: Another dimension or bundle than the gallery's, no usable embedding, another writer, or a full
+            disk. What was committed by then is kept.
     """
     info = gallery.info
     if embeddings.dimension != info.embedding_dim:
@@ -277,7 +298,8 @@ def import_embeddings(
 
 
 def _unit(block: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float64]]:
-    """Rows float16 [b,D] of unit length, and the lengths [b] that they had: 0 or not finite where none can be made."""
+    """Embeddings float16 [b,D] of unit length, and their lengths before [b]: 0 or not finite if they have no
+    direction."""
     rows = block.astype(np.float64)
     largest = np.abs(rows).max(axis=1)
     usable = np.isfinite(largest) & (largest > 0)
@@ -292,7 +314,7 @@ def _unit(block: npt.NDArray[np.floating[Any]]) -> tuple[npt.NDArray[np.float16]
 
 
 def _is_unit(lengths: npt.NDArray[np.float64], dimension: int) -> npt.NDArray[np.bool_]:
-    """Whether rows are of unit length but for the rounding of the length and of each value to float16."""
+    """Whether embeddings are of unit length but for the rounding of the length and of each value to float16."""
     rounding = (
         2**-11 + math.sqrt(dimension) * 2**-25
     )  # of an embedding of unit length: 2^-11 of a value, 2^-25 of a subnormal one
@@ -300,7 +322,7 @@ def _is_unit(lengths: npt.NDArray[np.float64], dimension: int) -> npt.NDArray[np
 
 
 def _reason(name: str, length: float, again: bool) -> str | None:
-    """Why a row cannot be taken."""
+    """Why an embedding cannot be imported, or None."""
     if not name:
         return "it names no image"
     if not math.isfinite(length):
@@ -311,8 +333,9 @@ def _reason(name: str, length: float, again: bool) -> str | None:
 
 
 def _identity(gallery: Gallery, stored: str, record: Record) -> ImageRecord:
-    """An image as its file is now. What an exported record says saves reading a file that has not changed since, and
-    stands for one that is not there."""
+    """The record of an image's file. An exported record saves reading a file that has not changed since, and is used
+    for a missing file.
+    """
     recorded = None
     if set(OWN_COLUMNS) <= record.keys():
         recorded = ImageRecord(
@@ -330,6 +353,6 @@ def _identity(gallery: Gallery, stored: str, record: Record) -> ImageRecord:
 
 
 def _metadata(record: Record, image_column: str) -> dict[str, Value]:
-    """The columns that are the user's own; of a list, an empty field is no value."""
+    """The user's columns; an empty field of a text file is no value."""
     own = {image_column, *(OWN_COLUMNS if set(OWN_COLUMNS) <= record.keys() else ())}
     return {name: None if value == "" else value for name, value in record.items() if name not in own}

@@ -1,16 +1,16 @@
 """One ranking from several: galleries of different models, and result files, over the same images.
 
-Images are matched by their stored path. Of several galleries those images count that all of them hold.
+Images are matched by stored path. With several galleries, only images that all of them have count.
 
-    sum   the weighted sum of the similarities; right where the models have similar scales
-    z     the same with each query's similarities brought to mean 0 and deviation 1 over the gallery, or over the
-          list where the source is a file; no model then outweighs another by its scale alone
+    sum   the weighted sum of the similarities, for models with similar scales
+    z     the same with each query's similarities standardised to mean 0 and deviation 1 over the gallery, or over the
+          ranking of a result file, so that no model dominates by its scale alone
     rrf   reciprocal rank fusion (Cormack, Clarke and Buettcher, 2009): the sum of weight / (60 + rank) over the
           sources that have the image among their first `depth`; needs no scores
 
-The first two are exact: lists are lengthened until no image outside them could still be among the first k (the
-threshold algorithm of Fagin, Lotem and Naor, 2001), which is seldom far. Where a result file does not
-list an image, its score there is taken to be that of the last image that it lists.
+The first two are exact: rankings are extended until no other image could be among the first k (the threshold algorithm
+of Fagin, Lotem and Naor, 2001), which is rarely far. An image that a result file does not list gets the score of the
+last one that it lists.
 """
 
 from collections import defaultdict
@@ -40,9 +40,12 @@ _ROWS = 16384  # embeddings whose scores are summed up at a time
 
 @dataclass
 class FusionSource:
-    """A gallery or a result file, its weight, and the texts that it answers (None: all).
+    """A gallery or a result file to merge; exactly one of `searcher` and `results` is set.
 
-    `name` is for messages. Exactly one of `searcher` and `results` is given.
+    Attributes:
+        name: For messages.
+        weight: Its weight.
+        answers: The queries that it takes part in; None for all.
     """
 
     name: str
@@ -62,10 +65,21 @@ class FusionSource:
 def merge(
     sources: Sequence[FusionSource], texts: Sequence[str], k: int = 10, *, how: How = "z", depth: int = 1000
 ) -> list[RankedPaths]:
-    """The k best images of each text by all sources that answer it, best first; ties by age in the first gallery.
+    """Rank images by several sources together.
 
-    `depth` is of rrf alone. Raises ClipretError when a text has no source, a result file lacks a text or has no
-    scores where they are needed, and when the galleries have no image in common.
+    Args:
+        sources: Galleries and result files.
+        texts: The queries.
+        k: Results per query.
+        how: "sum", "z" or "rrf", see above.
+        depth: Images of each source that count, for rrf.
+
+    Returns:
+        The k best images of each query by all sources that answer it, best first; ties by age in the first gallery.
+
+    Raises:
+        ClipretError: A query has no source, a result file lacks a query or has no scores where they are needed, or the
+            galleries have no image in common.
     """
     if k < 1:
         raise ClipretError(f"k is {k}: ask for at least one result")
@@ -91,7 +105,7 @@ def merge(
 
 
 class _CommonImages:
-    """The images that count, numbered: all that every gallery holds, or all that some result lists."""
+    """The images that count, numbered: those that every gallery has, or those that some result file lists."""
 
     def __init__(self, sources: Sequence[FusionSource], texts: Sequence[str] | None) -> None:
         searchers = [source.searcher for source in sources if source.searcher is not None]
@@ -120,7 +134,7 @@ class _CommonImages:
 
 
 class _Fusion:
-    """The merging of some sources; they are the same for all texts that it is asked for."""
+    """The merging of a set of sources, which is the same for all its queries."""
 
     def __init__(self, sources: Sequence[FusionSource], how: How, depth: int) -> None:
         self.how: How = how
@@ -139,8 +153,9 @@ class _Fusion:
 
     @cached_property
     def moments(self) -> list[tuple[Floats, Floats]]:
-        """Of each gallery the mean [D] and the covariance [D,D] of the embeddings that count: a query's similarities
-        have the mean q·m and the variance q·C·q."""
+        """Mean [D] and covariance [D,D] of each gallery's embeddings that count: a query's similarities have mean q·m
+        and variance q·C·q.
+        """
         found = []
         for embeddings, positions in zip(self.embeddings, self.images.positions, strict=True):
             D = embeddings.shards[0].shape[1]
@@ -192,7 +207,7 @@ class _Fusion:
         return [one for one in found if one is not None]
 
     def _scale(self, at: int, queries: Floats) -> tuple[Floats, Floats]:
-        """What is taken off each query's similarities and what they are divided by, [Q] each."""
+        """What is subtracted from each query's similarities and what they are divided by, [Q] each."""
         if self.how == "sum":
             return np.zeros(len(queries)), np.ones(len(queries))
         mean, covariance = self.moments[at]
@@ -200,7 +215,7 @@ class _Fusion:
         return queries @ mean, _or_one(np.sqrt(variance))
 
     def _top(self, images: _CommonImages, at: int, queries: Floats, depth: int) -> tuple[Floats, Ids]:
-        """The first images of a gallery, by their numbers, among those that count."""
+        """The first images of a gallery among those that count, by their numbers."""
         _, searcher = self.galleries[at]
         scores, positions = searcher.ranker.rank(queries, depth, among=images.numbers[at] >= 0)
         return scores, images.numbers[at][positions]
@@ -225,7 +240,7 @@ class _Fusion:
 
 @dataclass(frozen=True)
 class _Listed:
-    """What a file says of one text: numbers of images, ascending, their scores, and the score of any other."""
+    """What a result file says about one query: image numbers, ascending, their scores, and the score of any other."""
 
     numbers: Ids
     values: Floats
@@ -249,5 +264,5 @@ def _listed(found: RankedPaths, images: _CommonImages, how: How) -> _Listed:
 
 
 def _or_one(deviation: Floats) -> Floats:
-    """Where all similarities are the same there is nothing to divide by."""
+    """1 where a deviation is 0: all similarities are the same."""
     return np.where(deviation > 1e-12, deviation, 1.0)

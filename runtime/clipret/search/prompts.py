@@ -52,7 +52,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class PromptRule:
-    """One rule; see the head of this file. `fits` is None for a rule that fits every text."""
+    """One rule, see above. `fits` is None for a rule that fits every text."""
 
     name: str
     fits: re.Pattern[str] | None = None
@@ -67,13 +67,13 @@ class PromptRule:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The rules of a file, in their order."""
+    """The rules of a file, in order."""
 
     rules: tuple[PromptRule, ...] = field(default=())
 
     @classmethod
     def of_templates(cls, templates: Sequence[str]) -> Self:
-        """Every text in all of these templates, each with a {}. Raises ClipretError for one without."""
+        """Rules that put every text into all of these templates. Raises ClipretError for one without {}."""
         for template in templates:
             if "{}" not in template:
                 raise ClipretError(f"template {template!r} has no {{}}: put one where the text belongs")
@@ -81,7 +81,9 @@ class Prompts:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Raises ClipretError for a file that cannot be read and for what is wrong in it, with the rule's name."""
+        """Read a file of rules. Raises ClipretError for a file that cannot be read, and for a mistake in it, with the
+        rule's name.
+        """
         path = Path(path)
         try:
             text = path.read_bytes().decode("utf-8")
@@ -110,7 +112,7 @@ class Prompts:
         return next((rule for rule in self.rules if rule.fits is None or rule.fits.search(text)), None)
 
     def forms(self, text: str) -> list[str]:
-        """The texts that are embedded in place of `text`, one or more."""
+        """The texts that are encoded in place of `text`, one or more."""
         rule = self.rule(text)
         return [text] if rule is None else rule.forms(text)
 
@@ -135,7 +137,7 @@ def _compiled(path: Path, rule: _Rule) -> PromptRule:
 
 
 def _any_word(words: Sequence[str]) -> re.Pattern[str]:
-    """Any of the words or phrases, as whole words; Chinese, which puts nothing between words, anywhere."""
+    """Matches any of the words or phrases, as whole words; Chinese, which has no spaces, anywhere."""
 
     def bounded(word: str) -> str:
         before = r"(?<![A-Za-z0-9_])" if re.match("[A-Za-z0-9_]", word) else ""

@@ -1,8 +1,8 @@
-"""Result files: what queries found, as JSON that `clipret-search query --json` and `merge` write and others read.
+"""Result files: the results of queries as JSON, as `clipret-search query --json` and `merge` write it.
 
     [{"query": "a red sedan", "hits": [{"rank": 1, "score": 0.31, "path": "0017.jpg", …}, …]}, …]
 
-An answer to the traffic challenge, {"results": [{"text": …, "image_names": […]}]}, is read as well. It has no scores.
+Answers to the traffic challenge, {"results": [{"text": …, "image_names": […]}]}, can be read too. They have no scores.
 """
 
 import itertools
@@ -21,7 +21,7 @@ __all__ = ["RankedPaths", "as_results", "read_results"]
 
 
 class _Hit(msgspec.Struct, frozen=True):
-    """Further keys are passed over, here and in `_Entry`."""
+    """Further keys are ignored, here and in `_Entry`."""
 
     rank: int
     score: float
@@ -38,7 +38,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """Of the traffic challenge."""
+    """One query of an answer to the traffic challenge."""
 
     query: str = msgspec.field(name="text")
     image_names: list[str]
@@ -53,14 +53,14 @@ class _Answers(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class RankedPaths:
-    """The images that one query found, best first; `scores` is None where the file has none."""
+    """The results of one query, best first; `scores` is None if the file has none."""
 
     paths: tuple[str, ...]
     scores: tuple[float, ...] | None
 
 
 def as_results(queries: Iterable[str], found: Iterable[RankedPaths]) -> list[dict[str, object]]:
-    """What a result file holds."""
+    """The content of a result file."""
     return [
         {
             "query": query,
@@ -74,10 +74,11 @@ def as_results(queries: Iterable[str], found: Iterable[RankedPaths]) -> list[dic
 
 
 def read_results(path: Path) -> dict[str, RankedPaths]:
-    """What each query of a file found.
+    """Read the results of each query of a file.
 
-    Raises ClipretError for what is no result file and, naming the query, for an image that is listed twice, scores
-    that rise, and a query that is there twice with different images.
+    Raises:
+        ClipretError: Not a result file; or, naming the query, an image listed twice, scores that rise, or a query
+            listed twice with different images.
     """
     try:
         value = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What can be searched, as the rooms above see it: a snapshot of a gallery, or a collection in Milvus."""
+"""The protocol of what can be searched: a snapshot of a gallery, or a Milvus collection."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,16 +14,16 @@ __all__ = ["Searchable"]
 
 
 class Searchable(Protocol):
-    """Embeddings that can be ranked, and what is known of their images. An image goes by its id."""
+    """Embeddings that can be ranked, with the records and metadata of their images. Images are named by id."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name for messages."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """That of the bundle its embeddings come from."""
+        """Of the bundle that made the embeddings."""
         ...
 
     @property
@@ -37,15 +37,15 @@ class Searchable(Protocol):
         ...
 
     def count(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         ...
 
     def filter(self, where: str | None, exclude: Collection[int] = ()) -> Any:
-        """What `rank` takes as `allowed`; None for all images.
+        """A filter for `rank`; None allows all images.
 
         Args:
             where: An SQL expression over the columns, such as  camera = 'A3' and hour < 6.
-            exclude: Ids that are not wanted.
+            exclude: Ids to leave out.
 
         Raises:
             ClipretError: The expression is wrong.
@@ -58,34 +58,34 @@ class Searchable(Protocol):
 
         Args:
             queries: Float [Q,D].
-            k: How many images are asked for.
-            allowed: What `filter` gave.
-            min_score: The least cosine that counts.
+            k: Results per query.
+            allowed: A result of `filter`.
+            min_score: The lowest cosine similarity that is returned.
 
         Returns:
-            Scores float64 [Q,K] and ids int64 [Q,K]; -inf and -1 where there are fewer.
+            Scores, float64 [Q,K], and ids, int64 [Q,K]; -inf and -1 if there are fewer results.
 
         Raises:
-            ClipretError: k is out of range, or a query is no vector of this model.
+            ClipretError: k is out of range, or a query has another dimension.
         """
         ...
 
     def records(self, ids: Sequence[int]) -> dict[int, ImageRecord]:
-        """Path, size, time and hash of those of these images that are there."""
+        """Path, size, time and hash of those of the images that exist."""
         ...
 
     def metadata(self, ids: Sequence[int]) -> dict[int, dict[str, Value]]:
-        """Every column of those of these images that are there, None where an image has no value."""
+        """All columns of those of the images that exist; None without a value."""
         ...
 
     def embedding(self, number: int) -> Floats:
-        """The stored embedding of an image, float64 [D]. Raises ClipretError where there is no such image."""
+        """The stored embedding of an image, float64 [D]. Raises ClipretError if there is no such image."""
         ...
 
     def ids_of(self, paths: Collection[str]) -> dict[str, int]:
-        """The ids of those of these stored paths that are there."""
+        """The ids of those of the stored paths that exist."""
         ...
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         ...

@@ -1,4 +1,4 @@
-"""A gallery as it was at one moment, ready to be ranked."""
+"""A snapshot of a gallery, ready to be ranked."""
 
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -22,12 +22,12 @@ __all__ = ["GallerySnapshot"]
 
 
 class GallerySnapshot:
-    """The embeddings that a gallery held when they were first needed; a `Searchable`.
+    """The embeddings of a gallery at the time of the first search; a `Searchable`.
 
     Args:
-        gallery: Closed with this.
-        encoder: Of its queries: its device and its threads are those of the ranking, too.
-        resident: Keep quantized embeddings in memory in the order that makes a single query fastest.
+        gallery: Closed with the snapshot.
+        encoder: Of the queries. Its device and threads are used for the ranking, too.
+        resident: Keep quantized embeddings in memory, which makes single queries fastest.
     """
 
     def __init__(self, gallery: Gallery, encoder: Encoder, *, resident: bool = False) -> None:
@@ -57,7 +57,7 @@ class GallerySnapshot:
 
     @cached_property
     def stored(self) -> Stored:
-        """The shards, ids and quantized embeddings of the moment."""
+        """The shards, ids and quantized embeddings of the snapshot."""
         return self.gallery.read()
 
     @cached_property
@@ -95,13 +95,13 @@ class GallerySnapshot:
         return scores, self.ids_at(positions)
 
     def ids_at(self, positions: Ids) -> Ids:
-        """The ids at positions in `stored`, -1 where a position is -1; of any shape."""
+        """The ids at positions in `stored`, -1 for position -1; of any shape."""
         if not len(self.stored.ids):
             return positions
         return np.where(positions >= 0, self.stored.ids[positions], -1)
 
     def position(self, number: int) -> int:
-        """Where the embedding of a live image is in `stored`. Raises ClipretError for no such image."""
+        """The position of a live image's embedding in `stored`. Raises ClipretError if there is no such image."""
         ids, live = self.stored.ids, self.stored.live
         at = int(np.searchsorted(ids, number))
         if at >= len(ids) or ids[at] != number or (live is not None and not live[at]):
