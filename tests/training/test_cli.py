@@ -121,7 +121,7 @@ def test_a_run_is_gone_on_with_by_its_folder(captions: Path, tmp_path: Path) -> 
     assert json.loads(again.stdout)["last"] == json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     refused = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
     assert refused.exit_code == 1
-    assert "pass --resume to go on" in refused.stderr
+    assert "pass --resume to continue" in refused.stderr
 
 
 def test_resume_says_what_a_folder_is_that_is_no_run(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_one_process_trains_a_run_at_a_time(toy: Path, tmp_path: Path) -> None:
             fit(config(toy, epochs=40), run, resume=resume)
     process.kill()
     process.join()
-    with pytest.raises(ClipretError, match="pass --resume to go on"):
+    with pytest.raises(ClipretError, match="pass --resume to continue"):
         fit(config(toy, epochs=40), run)
     with claimed(run):
         pass

@@ -60,19 +60,19 @@ def test_each_kind_of_line(tmp_path: Path) -> None:
         ("$Truck$text", "has no image"),
         ("a.jpg$ $text", "has no attribute"),
         ("a.jpg$Truck$ ", "has no text"),
-        ("a.jpg$silver Audi$text", "attribute 'silver Audi' is no type (Bus, "),
-        ("a.jpg$Lorry$text", "attribute 'Lorry' is no type"),
+        ("a.jpg$silver Audi$text", "attribute 'silver Audi' is not a type (Bus, "),
+        ("a.jpg$Lorry$text", "attribute 'Lorry' is not a type"),
         ("a.jpg$white$text", "is a colour without a brand"),
-        ("a.jpg$white Audi SUV$text", "has 'SUV' where the brand stands"),
-        ("a.jpg$white black Audi$text", "has 'black' where the brand stands"),
+        ("a.jpg$white Audi SUV$text", "has 'SUV' in place of a brand"),
+        ("a.jpg$white black Audi$text", "has 'black' in place of a brand"),
         (f"a.jpg${WOMAN},0$text", "has 22 values of a person, not 21"),
         (f"a.jpg${WOMAN[:-2]}$text", "has 20 values"),
         ("a.jpg$1$text", "has 1 values"),
-        (f"a.jpg${WOMAN[:-1]}2$text", "value 21 (skirt or dress) is '2': it is 0 or 1"),
+        (f"a.jpg${WOMAN[:-1]}2$text", "value 21 (skirt or dress) is '2': it must be 0 or 1"),
         (f"a.jpg${WOMAN.replace('1,0,1', '1,,1', 1)}$text", "value 2 (age over 60) is ''"),
         ("v/2.jpg$Bus$A bus.", "v/2.jpg is Truck on line 2 and Bus here"),
-        ("v/2.jpg$Truck$This is a truck.", "says the same as line 2"),
-        (f"v/2.jpg${WOMAN}$A woman.", "v/2.jpg is something else on line 2"),
+        ("v/2.jpg$Truck$This is a truck.", "is the same as line 2"),
+        (f"v/2.jpg${WOMAN}$A woman.", "v/2.jpg has a different attribute on line 2"),
         ("v/1.jpg$red Audi$A red Audi.", "v/1.jpg is white on line 1 and red here"),
     ],
 )
@@ -92,7 +92,7 @@ def test_contradictions_are_found_among_all_lines_of_an_image(tmp_path: Path) ->
     _, problems = parse_labels(write(tmp_path, text))
     assert [str(problem) for problem in problems] == [
         "line 3: a is red on line 2 and blue here: correct one of them",
-        "line 4: says the same as line 2: remove it",
+        "line 4: is the same as line 2: remove it",
     ]
 
 
@@ -151,7 +151,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     assert sum("label.txt line " in line for line in result.stderr.splitlines()) == 20
     assert "10 more lines have a fault" in result.stderr
     assert "no line without a fault" in result.stderr
-    assert "holds no lines" in run(write(tmp_path, "\n \n"), tmp_path / "out", code=1).stderr
+    assert "is empty" in run(write(tmp_path, "\n \n"), tmp_path / "out", code=1).stderr
     (tmp_path / "label.txt").write_bytes(b"a$Truck$\xff\n")
     assert "is not UTF-8 (byte 8)" in run(tmp_path / "label.txt", tmp_path / "out", code=1).stderr
     assert "cannot be read" in run(tmp_path / "none.txt", tmp_path / "out", code=1).stderr

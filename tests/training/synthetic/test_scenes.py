@@ -124,7 +124,7 @@ def test_captions_end_where_there_is_no_more_to_say() -> None:
     )
     for lang in LANGS:
         assert len(set(captions(plain, np.random.default_rng(0), lang, 4))) == 4
-        with pytest.raises(ClipretError, match="ask for 4 at most"):
+        with pytest.raises(ClipretError, match="use 4 at most"):
             captions(plain, np.random.default_rng(0), lang, 5)
 
 

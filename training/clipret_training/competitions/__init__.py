@@ -1,4 +1,4 @@
-"""The label files of a contest, checked line by line."""
+"""The label files of the traffic retrieval challenge."""
 
 from clipret_training.competitions.traffic import (
     COLORS,

@@ -1,10 +1,10 @@
-"""The traffic retrieval challenge's label lines, checked one by one: `image$attribute$text`.
+"""The label files of the traffic retrieval challenge. A line has one of three forms, `image$attribute$text`:
 
     vehicles/0001.jpg$white Audi.$A white Audi drives along the road.     colour and brand
     vehicles/0002.jpg$Truck$This is a truck.                              a type
     people/0001.jpg$1,0,1,0,…,0$A woman with a backpack.                  21 values of a person, 0 or 1
 
-The parser never guesses: a line that is none of the three is named with its number and what is wrong with it.
+The parser does not guess. It reports every other line with its number and what is wrong.
 """
 
 import hashlib
@@ -62,7 +62,18 @@ COLUMNS: tuple[str, ...] = ("path", "caption", "kind", "color", "brand", "type",
 
 @dataclass(frozen=True)
 class Label:
-    """A line. Of a vehicle `color` and `brand`, or `type`, are set; of a person `attributes`, by their names."""
+    """A line of a label file.
+
+    Args:
+        line: Its number, from 1.
+        image: The path of the image.
+        text: The caption.
+        kind: What the image shows.
+        color: The colour of a vehicle with a brand.
+        brand: The brand of a vehicle with a colour.
+        type: The type of a vehicle.
+        attributes: The names of a person's attributes.
+    """
 
     line: int
     image: str
@@ -76,7 +87,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a line, and what to do about it."""
+    """A line with an error, and how to correct it."""
 
     line: int
     reason: str
@@ -88,11 +99,21 @@ class Problem:
 def parse_labels(
     path: Path, *, colors: Sequence[str] = COLORS, types: Sequence[str] = TYPES, images: Path | None = None
 ) -> tuple[list[Label], list[Problem]]:
-    """The labels of a file and what is wrong with the lines that are none, both in the order of the lines.
+    """Read a label file.
 
-    Colours and types are compared without regard to capitals and come out as they are spelt in `colors` and `types`;
-    brands are free. `images`: the folder that must hold every image. An image may have several lines
-    as long as they do not contradict each other. Raises ClipretError for a file that cannot be read or is empty.
+    An image may have several lines if they do not contradict each other.
+
+    Args:
+        path: The label file.
+        colors: The allowed colours. Case does not matter; labels have the spelling of this argument.
+        types: The allowed types, likewise. Brands are free.
+        images: A folder that must have every image; None to skip this check.
+
+    Returns:
+        The labels, and the lines with an error, both in the order of the lines.
+
+    Raises:
+        ClipretError: The file cannot be read or is empty.
     """
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
@@ -103,15 +124,15 @@ def parse_labels(
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
-        raise ClipretError(f"{path} holds no lines: nothing to do")
-    words = {color.lower(): color for color in colors}, {kind.lower(): kind for kind in types}
+        raise ClipretError(f"{path} is empty: pass a file with lines such as image$attribute$text")
+    vocabulary = {color.lower(): color for color in colors}, {kind.lower(): kind for kind in types}
     labels: list[Label] = []
     problems: list[Problem] = []
-    seen = defaultdict[str, list[Label]](list)
+    of_image = defaultdict[str, list[Label]](list)
     for number, line in enumerate(lines, 1):
-        label = _parse(number, line.rstrip("\r"), *words)
+        label = _parse(number, line.rstrip("\r"), *vocabulary)
         if isinstance(label, Label):
-            label = _placed(label, seen, images)
+            label = _consistent(label, of_image, images)
         if isinstance(label, Label):
             labels.append(label)
         else:
@@ -120,7 +141,7 @@ def parse_labels(
 
 
 def _parse(number: int, line: str, colors: Mapping[str, str], types: Mapping[str, str]) -> Label | str:
-    """The label of a line, or what is wrong with it."""
+    """The label of a line, or the error in it."""
     fields = [field.strip() for field in line.split("$")]
     if len(fields) != 3:
         return f"has {len(fields)} fields between $ signs, not the three of image$attribute$text"
@@ -137,69 +158,78 @@ def _parse(number: int, line: str, colors: Mapping[str, str], types: Mapping[str
     brand = " ".join(brand.split())
     if color.lower() not in colors:
         return (
-            f"attribute {attribute!r} is no type ({', '.join(types.values())}), does not begin with a colour "
-            f"({', '.join(colors.values())}) and is no list of 0 and 1: correct it or extend the vocabulary"
+            f"attribute {attribute!r} is not a type ({', '.join(types.values())}), does not start with a colour "
+            f"({', '.join(colors.values())}) and is not a list of 0 and 1: correct it or extend the vocabulary"
         )
     if not brand:
-        return f"attribute {attribute!r} is a colour without a brand: add one"
-    strange = [word for word in brand.split() if word.lower() in types or word.lower() in colors]
-    if strange:
+        return f"attribute {attribute!r} is a colour without a brand: add the brand"
+    not_brand = [word for word in brand.split() if word.lower() in types or word.lower() in colors]
+    if not_brand:
         return (
-            f"attribute {attribute!r} has {strange[0]!r} where the brand stands: it is a colour and a brand, or a type"
+            f"attribute {attribute!r} has {not_brand[0]!r} in place of a brand: write a colour and a brand, or a type"
         )
     return Label(number, image, text, "vehicle", color=colors[color.lower()], brand=brand)
 
 
 def _person(number: int, image: str, attribute: str, text: str) -> Label | str:
     values = [value.strip() for value in attribute.removesuffix(".").split(",")]
-    wanted = len(PERSON_ATTRIBUTES)
-    if len(values) != wanted:
-        return f"has {len(values)} values of a person, not {wanted}"
-    for place, value in enumerate(values, 1):
+    count = len(PERSON_ATTRIBUTES)
+    if len(values) != count:
+        return f"has {len(values)} values of a person, not {count}"
+    for number_of_value, value in enumerate(values, 1):
         if value not in ("0", "1"):
-            return f"value {place} ({PERSON_ATTRIBUTES[place - 1]}) is {value!r}: it is 0 or 1"
-    held = tuple(name for name, value in zip(PERSON_ATTRIBUTES, values, strict=True) if value == "1")
-    return Label(number, image, text, "person", attributes=held)
+            return f"value {number_of_value} ({PERSON_ATTRIBUTES[number_of_value - 1]}) is {value!r}: it must be 0 or 1"
+    attributes = tuple(name for name, value in zip(PERSON_ATTRIBUTES, values, strict=True) if value == "1")
+    return Label(number, image, text, "person", attributes=attributes)
 
 
-def _placed(label: Label, seen: dict[str, list[Label]], images: Path | None) -> Label | str:
-    """The label, or why it does not fit the images or an earlier line."""
+def _consistent(label: Label, of_image: dict[str, list[Label]], images: Path | None) -> Label | str:
+    """The label, or how it contradicts the images or an earlier line of its image."""
     if images is not None and not (images / label.image).is_file():
         return f"{images} has no image {label.image}: correct the name or add the image"
-    for before in seen[label.image]:
-        if before.kind != label.kind or before.attributes != label.attributes:
-            return f"{label.image} is something else on line {before.line}: correct one of them"
+    for earlier in of_image[label.image]:
+        if earlier.kind != label.kind or earlier.attributes != label.attributes:
+            return f"{label.image} has a different attribute on line {earlier.line}: correct one of them"
         for slot in ("color", "brand", "type"):
-            old, new = getattr(before, slot), getattr(label, slot)
+            old, new = getattr(earlier, slot), getattr(label, slot)
             if old and new and old != new:
-                return f"{label.image} is {old} on line {before.line} and {new} here: correct one of them"
-        if (before.text, before.color, before.type) == (label.text, label.color, label.type):
-            return f"says the same as line {before.line}: remove it"
-    seen[label.image].append(label)
+                return f"{label.image} is {old} on line {earlier.line} and {new} here: correct one of them"
+        if (earlier.text, earlier.color, earlier.type) == (label.text, label.color, label.type):
+            return f"is the same as line {earlier.line}: remove it"
+    of_image[label.image].append(label)
     return label
 
 
-def vocabulary_of(labels: Iterable[Label], given: Vocabulary | None = None) -> dict[str, object]:
-    """What a vocabulary file holds (see `clipret.competitions.completion.Vocabulary`).
+def vocabulary_of(labels: Iterable[Label], base: Vocabulary | None = None) -> dict[str, object]:
+    """Return the content of a vocabulary file (see `clipret.competitions.completion.Vocabulary`).
 
-    The challenge's words or those of `given`, the brands of the labels, the most frequent first, and the names of a
-    person's values.
+    Args:
+        labels: Their brands are added, the most frequent first.
+        base: A vocabulary to extend; None for the colours and types of the challenge.
+
+    Returns:
+        The words of each slot, and the names of a person's attributes.
     """
     brands = Counter(label.brand for label in labels if label.brand)
     slots: dict[str, Sequence[str]] = {"color": COLORS, "brand": (), "type": TYPES}
-    slots |= {} if given is None else given.slots
-    more = sorted(set(brands).difference(slots["brand"]), key=lambda brand: (-brands[brand], brand))
+    slots |= {} if base is None else base.slots
+    new_brands = sorted(set(brands).difference(slots["brand"]), key=lambda brand: (-brands[brand], brand))
     return {
-        "slots": {slot: [*words, *(more if slot == "brand" else ())] for slot, words in slots.items()},
-        "other": {} if given is None else {slot: list(words) for slot, words in given.other.items()},
+        "slots": {slot: [*words, *(new_brands if slot == "brand" else ())] for slot, words in slots.items()},
+        "other": {} if base is None else {slot: list(words) for slot, words in base.other.items()},
         "persons": list(PERSON_ATTRIBUTES),
     }
 
 
 def rows_of(labels: Iterable[Label], val_share: float, seed: int) -> list[dict[str, str]]:
-    """Rows with the COLUMNS of a training list.
+    """Return the rows of an annotations file with the COLUMNS.
 
-    An image is in `split` val by a hash of its name and the seed, so that it stays there when images are added.
+    A hash of its name and the seed decides whether an image is held out, so this does not change when images are added.
+
+    Args:
+        labels: The labels.
+        val_share: Share of the images with `split` val, 0 to 1.
+        seed: Decides which.
     """
     rows = []
     for label in labels:
@@ -212,14 +242,14 @@ def rows_of(labels: Iterable[Label], val_share: float, seed: int) -> list[dict[s
 
 
 def statistics(labels: Sequence[Label]) -> dict[str, object]:
-    """Counts: lines and images, vehicles and persons, each word, different texts, and what may be a slip.
+    """Count lines, images, vehicles, persons, words and different texts, and likely mistakes.
 
-    `unclear persons`: those with none or several of what everybody has one of (an age, a side, a length of sleeve).
-    `brands spelt in several ways`: those that differ in capitals only.
+    Likely mistakes are `unclear persons`, who have none or several of the attributes of which everybody has exactly one
+    (an age, a side, a length of sleeves), and `brands spelt in several ways`, which differ in case only.
     """
     persons = [label for label in labels if label.kind == "person"]
     brands = Counter(label.brand for label in labels if label.brand)
-    spelt = Counter(brand.lower() for brand in brands)
+    spellings = Counter(brand.lower() for brand in brands)
     unclear = {
         " / ".join(group): sum(len(set(label.attributes).intersection(group)) != 1 for label in persons)
         for group in _ONE_OF
@@ -236,5 +266,5 @@ def statistics(labels: Sequence[Label]) -> dict[str, object]:
         "brand": dict(brands.most_common()),
         "attributes": dict(Counter(name for label in persons for name in label.attributes).most_common()),
         "unclear persons": unclear,
-        "brands spelt in several ways": sorted(brand for brand in brands if spelt[brand.lower()] > 1),
+        "brands spelt in several ways": sorted(brand for brand in brands if spellings[brand.lower()] > 1),
     }

@@ -1,4 +1,4 @@
-"""Pipelines: recipes of commands, from raw files to an answer."""
+"""Pipelines: TOML files of commands, from raw files to a contest's answer."""
 
 from clipret_training.pipelines.pipeline import Pipeline, Step, StepRecord, run_pipeline
 

@@ -1,25 +1,24 @@
-"""Pipelines: a TOML file of steps, from raw files to an answer, each of them done once.
+"""Pipelines: a TOML file of steps, from raw files to an answer. Each step runs once.
 
-    [values]                                  # what --set may change; a list stands for several words of a command
+    [values]                                  # --set changes them; a list becomes several arguments of a command
     labels = "train_label.txt"
     fit = ["--epochs", "40"]
 
     [[step]]
     name = "train"
     run = ["clipret-train", "fit", "{out}/data/captions.csv", "--out", "{out}/run", "{fit}", "--resume"]
-    makes = "{out}/run"                       # removed before the step is done again
-    keeps = true                              # but left as it is where the step was interrupted: it goes on by itself
+    makes = "{out}/run"                       # the output, removed before the step runs again
+    keeps = true                              # but not removed if the step was interrupted and can resume
 
     [[step]]
     name = "baseline"
     run = ["clipret-search", "eval", "{out}/gallery", "{queries}", "--json"]
-    measures = true                           # its JSON is a line of the table,
-    against = "…"                             # compared with this step's, by default with the measurement before it
-    needs = ["queries"]                       # only where these values are given
+    measures = true                           # its JSON output is a line of the table of metrics,
+    against = "…"                             # compared with this step; default: the previous measurement
+    needs = ["queries"]                       # the step runs only if these values are not empty
 
-A step is done again when its command, a file that the command names, or a step before it that makes something has
-changed. What was done, how long it took and what was measured lies in OUT/steps.json; OUT/logs has what each step
-printed.
+A step runs again if its command, a file in its command, or an earlier step with an output has changed. OUT/steps.json
+records finished steps, their duration and metrics. OUT/logs has the output of each step.
 """
 
 import hashlib
@@ -57,13 +56,24 @@ _COMMANDS = {
     "clipret-export": "clipret_export.cli",
     "clipret-search": "clipret.cli",
 }
-_KNOWN = f"{', '.join(_COMMANDS)}, in quotes, and a word each"
+_USAGE = f"{', '.join(_COMMANDS)}, each argument in quotes"
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`run`: the words of a command of clipret's. `into`: a file that takes its standard output. See the head."""
+    """A step of a pipeline; see the description of the module.
 
-    name: Annotated[str, Meta(pattern=r"^[\w .+-]+$")]  # of its file in OUT/logs
+    Args:
+        name: Its name, also of its file in OUT/logs.
+        run: A command of clipret and its arguments.
+        makes: The file or folder that the command creates.
+        into: A file for the standard output of the command.
+        keeps: Whether the command can resume, so that `makes` is kept after an interruption.
+        measures: Whether the command prints a JSON object of metrics.
+        needs: Names of values; the step runs only if all are not empty.
+        against: The name of the step to compare the metrics with.
+    """
+
+    name: Annotated[str, Meta(pattern=r"^[\w .+-]+$")]
     run: Annotated[tuple[str, ...], Meta(min_length=1)]
     makes: str = ""
     into: str = ""
@@ -79,7 +89,16 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True):
-    """What is kept of a step: the digest of all that decides it, whether it is done, its time, what it measured."""
+    """The record of a step in steps.json.
+
+    Args:
+        digest: A hash of the command and its inputs.
+        done: Whether the step is finished.
+        against: The name of the step to compare the metrics with.
+        seconds: Its duration.
+        cpu_seconds: Its CPU time, user and system.
+        metrics: What it measured, by name.
+    """
 
     digest: str
     done: bool
@@ -91,51 +110,75 @@ class StepRecord(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Pipeline:
+    """A pipeline.
+
+    Args:
+        name: Its name or the path of its file.
+        values: Strings and lists by name, which commands refer to as {name}.
+        steps: The steps in their order.
+    """
+
     name: str
     values: dict[str, Value]
     steps: tuple[Step, ...]
 
     @classmethod
-    def read(cls, recipe: str, given: Mapping[str, str] | None = None) -> Self:
-        """A pipeline of clipret's by its name, or a file's; with values that are `given`, lists as TOML.
+    def read(cls, recipe: str, overrides: Mapping[str, str] | None = None) -> Self:
+        """Read and check a pipeline.
 
-        Raises ClipretError for what is wrong in it and for a value that it does not have.
+        Args:
+            recipe: The name of a built-in pipeline, or the path of a TOML file.
+            overrides: New values by name; lists are written in TOML.
+
+        Raises:
+            ClipretError: The file has an error, or the pipeline does not have one of the values.
         """
         advice = (
-            f"a pipeline has [values] and [[step]], a step has {', '.join(Step.__struct_fields__)}; in its name are "
-            "letters, digits, blanks, dots and dashes"
+            f"a pipeline has [values] and [[step]], a step has {', '.join(Step.__struct_fields__)}; its name consists "
+            "of letters, digits, blanks, dots and dashes"
         )
         try:
             file = checked(read_recipe(recipe, "pipeline"), _File)
         except ValueError as error:
             raise ClipretError(f"pipeline {recipe}: {error}; {advice}") from error
         values, steps = file.values, file.step
-        for name, text in (given or {}).items():
+        for name, text in (overrides or {}).items():
             if name not in values:
                 raise ClipretError(f"pipeline {recipe} has no value {name!r}: it has {', '.join(values)}")
             value = _parsed(text) if isinstance(values[name], tuple) else text
             check(f"the value {name} of pipeline {recipe}", value, Value)
             values[name] = tuple(value) if isinstance(value, list) else value
         names = [step.name for step in steps]
-        double = next((name for name in names if names.count(name) > 1), None)
-        if double is not None:
-            raise ClipretError(f"pipeline {recipe} has two steps {double!r}: name one otherwise")
-        made = cls(recipe, values, steps)
-        for step in steps:  # whatever is misspelt is found before hours of training
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate is not None:
+            raise ClipretError(f"pipeline {recipe} has two steps {duplicate!r}: rename one")
+        pipeline = cls(recipe, values, steps)
+        for step in steps:  # finds mistakes before hours of training
             if step.run[0] not in _COMMANDS:
-                raise ClipretError(f"pipeline {recipe}: step {step.name!r} runs {step.run[0]!r}: use {_KNOWN}")
-            made.words(step, Path("out"))
+                raise ClipretError(f"pipeline {recipe}: step {step.name!r} runs {step.run[0]!r}: use {_USAGE}")
+            pipeline.words(step, Path("out"))
             if step.against and step.against not in names:
                 raise ClipretError(
-                    f"pipeline {recipe}: step {step.name!r} is against {step.against!r}, which is no step"
+                    f"pipeline {recipe}: step {step.name!r} is against {step.against!r}, which is no step: use "
+                    f"{', '.join(names)}"
                 )
-            strange = [name for name in step.needs if name not in values]
-            if strange:
-                raise ClipretError(f"pipeline {recipe}: step {step.name!r} needs {strange[0]!r}, which is no value")
-        return made
+            missing = [name for name in step.needs if name not in values]
+            if missing:
+                raise ClipretError(
+                    f"pipeline {recipe}: step {step.name!r} needs {missing[0]!r}, which is no value: add it to [values]"
+                )
+        return pipeline
 
     def words(self, step: Step, out: Path) -> list[str]:
-        """The command of a step. Raises ClipretError for a value that is not there."""
+        """Return the command of a step with all values filled in.
+
+        Args:
+            step: A step of this pipeline.
+            out: The value of {out}.
+
+        Raises:
+            ClipretError: The pipeline does not have a value.
+        """
         words: list[str] = []
         for word in step.run:
             name = word[1:-1]
@@ -144,7 +187,11 @@ class Pipeline:
         return words
 
     def filled(self, text: str, out: Path) -> str:
-        """A text with {out} and the values in it filled in; a value may name others."""
+        """Replace {out} and the names of values in a text. Values may refer to other values.
+
+        Raises:
+            ClipretError: The pipeline does not have a value, or the value is a list.
+        """
 
         def value(match: re.Match[str]) -> str:
             name = match[1]
@@ -152,14 +199,15 @@ class Pipeline:
                 return str(out)
             if name not in self.values:
                 raise ClipretError(f"pipeline {self.name} has no value {name!r}: it has {', '.join(self.values)}")
-            found = self.values[name]
-            if isinstance(found, tuple):
+            filling = self.values[name]
+            if isinstance(filling, tuple):
                 raise ClipretError(
-                    f"pipeline {self.name}: {name} is a list and stands in {text!r}: give it a word alone"
+                    f"pipeline {self.name}: {name} is a list and cannot be part of {text!r}: write it as an argument "
+                    "of its own"
                 )
-            return self.filled(found, out)
+            return self.filled(filling, out)
 
-        # Slots of captions, such as {color}, are written {{color}}.
+        # Doubled braces are for slots of captions: {{color}} becomes {color}.
         parts = re.split(r"(\{\{\w+\}\})", text)
         return "".join(p[1:-1] if p.startswith("{{") else re.sub(r"\{(\w+)\}", value, p) for p in parts)
 
@@ -167,83 +215,93 @@ class Pipeline:
 def run_pipeline(
     pipeline: Pipeline, out: Path, report: Callable[[str, str], None] = lambda *_: None
 ) -> dict[str, StepRecord]:
-    """Do every step that is not done, in order; the records of all steps that apply.
+    """Run all steps that are not done, in their order.
 
-    `report(step, state)` is called with "kept", "running" and "done". Raises ClipretError when a step fails;
-    the steps before it are kept and another call goes on there.
+    Args:
+        pipeline: The pipeline.
+        out: The folder of all outputs; it is created if necessary.
+        report: Called with the name of a step and "kept", "running" or "done".
+
+    Returns:
+        The records of all steps whose values are set, by name.
+
+    Raises:
+        ClipretError: A step failed. The steps before it are kept, and another call continues with the failed step.
     """
     out = out.absolute()
     (out / "logs").mkdir(parents=True, exist_ok=True)
     records = _records(out / "steps.json")
-    applied = []
-    digest = ""
+    names = []
+    previous_digest = ""
     for step in pipeline.steps:
         if not all(pipeline.values[name] for name in step.needs):
             continue
-        applied.append(step.name)
+        names.append(step.name)
         words = pipeline.words(step, out)
-        own = _digest(digest, words, out)
-        if not step.measures:  # which changes nothing that others read
-            digest = own
-        before = records.get(step.name)
-        if before is not None and before.done and before.digest == own:
+        digest = _digest(previous_digest, words, out)
+        if not step.measures:  # a measurement does not change the input of later steps
+            previous_digest = digest
+        record = records.get(step.name)
+        if record is not None and record.done and record.digest == digest:
             report(step.name, "kept")
             _log.info("step %s is done already", step.name)
             continue
-        if step.makes and not (step.keeps and before is not None and before.digest == own):
+        if step.makes and not (step.keeps and record is not None and record.digest == digest):
             _remove(Path(pipeline.filled(step.makes, out)), out)
-        records[step.name] = StepRecord(own, done=False)
-        _keep(out / "steps.json", records)
+        records[step.name] = StepRecord(digest, done=False)
+        _write_records(out / "steps.json", records)
         report(step.name, "running")
         _log.info("step %s: %s", step.name, " ".join(step.run))
-        records[step.name] = _done(pipeline, step, words, own, out)
-        _keep(out / "steps.json", records)
+        records[step.name] = _run_step(pipeline, step, words, digest, out)
+        _write_records(out / "steps.json", records)
         report(step.name, "done")
-    return {name: records[name] for name in applied}
+    return {name: records[name] for name in names}
 
 
-def _done(pipeline: Pipeline, step: Step, words: Sequence[str], digest: str, out: Path) -> StepRecord:
+def _run_step(pipeline: Pipeline, step: Step, words: Sequence[str], digest: str, out: Path) -> StepRecord:
     module = _COMMANDS[words[0]]
     code = f"import sys; sys.argv[0] = {words[0]!r}; from {module} import main; main()"
-    began, before = time.perf_counter(), os.times()
-    ended = subprocess.run([sys.executable, "-c", code, *words[1:]], stdout=subprocess.PIPE, check=False)
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    (out / "logs" / f"{step.name}.txt").write_bytes(ended.stdout)
-    if ended.returncode:
+    start, times_before = time.perf_counter(), os.times()
+    process = subprocess.run([sys.executable, "-c", code, *words[1:]], stdout=subprocess.PIPE, check=False)
+    times = os.times()
+    cpu = times.children_user + times.children_system - times_before.children_user - times_before.children_system
+    (out / "logs" / f"{step.name}.txt").write_bytes(process.stdout)
+    if process.returncode:
         raise ClipretError(
-            f"step {step.name!r} ended with status {ended.returncode}: {' '.join(words)}; correct it and run the "
+            f"step {step.name!r} ended with status {process.returncode}: {' '.join(words)}; fix the cause and run the "
             "pipeline again, the steps before it are kept"
         )
     if step.into:
-        write_file(Path(pipeline.filled(step.into, out)), ended.stdout)
+        write_file(Path(pipeline.filled(step.into, out)), process.stdout)
     metrics = None
     if step.measures:
         try:
-            metrics = msgspec.json.decode(ended.stdout, type=dict[str, float])
-        except ValueError as error:
-            raise ClipretError(f"step {step.name!r} measures but printed no JSON of numbers: add --json") from error
-    return StepRecord(digest, True, step.against, round(time.perf_counter() - began, 1), round(cpu, 1), metrics)
+            metrics = msgspec.json.decode(process.stdout, type=dict[str, float])
+        except ValueError:
+            raise ClipretError(
+                f"step {step.name!r} measures but did not print a JSON object of numbers: add --json"
+            ) from None
+    return StepRecord(digest, True, step.against, round(time.perf_counter() - start, 1), round(cpu, 1), metrics)
 
 
-def _digest(before: str, words: Sequence[str], out: Path) -> str:
-    """Of the step before, the command, and the size and time of each file that it names outside `out`."""
+def _digest(previous: str, words: Sequence[str], out: Path) -> str:
+    """A hash of the previous digest, the command, and the size and time of each of its files outside `out`."""
     stamps = []
     for word in words:
         file = Path(word)
         if not word.startswith("-") and not file.absolute().is_relative_to(out) and file.is_file():
             stamps.append([file.stat().st_size, file.stat().st_mtime_ns])
-    text = json.dumps([before, list(words), stamps])
+    text = json.dumps([previous, list(words), stamps])
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _remove(made: Path, out: Path) -> None:
-    if not made.absolute().is_relative_to(out):
-        raise ClipretError(f"a step makes {made}, which is outside {out}: write {{out}}/… in the pipeline")
-    if made.is_dir():
-        shutil.rmtree(made)
+def _remove(output: Path, out: Path) -> None:
+    if not output.absolute().is_relative_to(out):
+        raise ClipretError(f"a step makes {output}, which is outside {out}: write {{out}}/… in the pipeline")
+    if output.is_dir():
+        shutil.rmtree(output)
     else:
-        made.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)
 
 
 def _records(file: Path) -> dict[str, StepRecord]:
@@ -251,11 +309,11 @@ def _records(file: Path) -> dict[str, StepRecord]:
         return {}
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict[str, StepRecord])
-    except ValueError as error:  # msgspec's errors are
-        raise ClipretError(f"{file} is damaged: remove it and run again, every step is then done again") from error
+    except ValueError:  # the base class of msgspec's errors
+        raise ClipretError(f"{file} is damaged: remove it and run the pipeline again from its first step") from None
 
 
-def _keep(file: Path, records: Mapping[str, StepRecord]) -> None:
+def _write_records(file: Path, records: Mapping[str, StepRecord]) -> None:
     write_file(file, json.dumps(msgspec.to_builtins(records), indent=2) + "\n")
 
 

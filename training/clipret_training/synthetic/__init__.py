@@ -1,4 +1,4 @@
-"""Drawn traffic scenes: data to try the whole line on, with nothing to download."""
+"""Drawn traffic scenes: training data to try everything without a download."""
 
 from clipret_training.choices import Style
 from clipret_training.synthetic.draw import draw

@@ -1,4 +1,4 @@
-"""Where a scene plays: sky, what stands at the roadside, the road. All from a few parameters and the generator."""
+"""The surroundings of a scene: sky, roadside and road, drawn from a few parameters and random numbers."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,7 @@ _SKIES: dict[str, tuple[Color, Color]] = {
     "dusk": ((92, 92, 168), (255, 186, 134)),
     "night": ((18, 26, 58), (62, 72, 120)),
 }
-# What the light does to what lies under it: a tint, how much of it on the backdrop, and how much on the subject,
-# which gets less so that its colour keeps its name.
+# A tint for each light, its share on the backdrop, and its smaller share on the subject, whose colour must stay clear.
 _TINTS: dict[str, tuple[Color, float, float]] = {
     "day": ((255, 250, 235), 0.0, 0.0),
     "overcast": ((150, 156, 166), 0.12, 0.04),
@@ -42,7 +41,7 @@ _LAMP: Color = (255, 226, 150)
 
 @dataclass(frozen=True)
 class _Stage:
-    """What all painters need. Heights in pixels of the canvas, from the top."""
+    """The canvas and the scene. Heights are in pixels from the top."""
 
     image: Image.Image
     scene: Scene
@@ -65,12 +64,21 @@ class _Stage:
 
 
 def draw_backdrop(image: Image.Image, scene: Scene, rng: np.random.Generator) -> float:
-    """Paint the whole canvas, in its light. Returns the height of the near kerb, in pixels from the top."""
+    """Draw the surroundings on the whole canvas.
+
+    Args:
+        image: The canvas.
+        scene: The scene.
+        rng: Random numbers.
+
+    Returns:
+        The height of the near kerb in pixels from the top.
+    """
     height = image.height
     horizon = height * rng.uniform(0.42, 0.52)
     stage = _Stage(image, scene, rng, horizon, horizon + height * 0.08, height * rng.uniform(0.86, 0.93))
     _sky(stage)
-    lights: list[tuple[float, float, float]] = []  # x, y, radius of what shines in the dark
+    lights: list[tuple[float, float, float]] = []  # x, y and radius of lights
     if scene.place == "tunnel":
         _tunnel(stage)
     elif scene.place == "country":
@@ -119,7 +127,7 @@ def _sky(stage: _Stage) -> None:
 
 
 def _houses(stage: _Stage, lights: list[tuple[float, float, float]]) -> None:
-    """A row of houses; with shops on a street, far away along a highway."""
+    """A row of houses, with shops on a street and far away along a highway."""
     rng, horizon = stage.rng, stage.horizon
     far = stage.scene.place == "highway"
     scale = 0.45 if far else 1.0
@@ -298,7 +306,7 @@ def _tree(stage: _Stage, x: float, ground: float, size: float) -> None:
 
 
 def _traffic_behind(stage: _Stage) -> None:
-    """Small grey vehicles and passers-by far behind: traffic, but nothing that a caption would name."""
+    """Small grey vehicles and pedestrians far behind, which no caption would mention."""
     rng, width, height = stage.rng, stage.image.width, stage.image.height
     for _ in range(int(rng.integers(0, 3))):
         kind = str(rng.choice(TYPES))
@@ -320,7 +328,14 @@ def _passer_by(image: Image.Image, rng: np.random.Generator, x: float, ground: f
 
 
 def draw_foreground(image: Image.Image, scene: Scene, subject: tuple[float, float], rng: np.random.Generator) -> None:
-    """Now and then something before one edge of the subject, whose left and right side are given."""
+    """Sometimes draw an object in front of one edge of the subject.
+
+    Args:
+        image: The canvas.
+        scene: The scene.
+        subject: The left and right side of the subject in pixels.
+        rng: Random numbers.
+    """
     width, height = image.size
     left, right = subject
     reach = (right - left) * rng.uniform(0.0, 0.13)
@@ -341,12 +356,12 @@ def draw_foreground(image: Image.Image, scene: Scene, subject: tuple[float, floa
             cone.polygon(((0.14, 0.05), (0.86, 0.05), (0.58, 1.0), (0.42, 1.0)), (222, 112, 70))
             cone.polygon(((0.26, 0.38), (0.74, 0.38), (0.65, 0.64), (0.35, 0.64)), (244, 240, 232))
             cone.box(0.0, 0.0, 1.0, 0.1, (70, 72, 78))
-    elif chance < 0.33 and scene.kind == "vehicle":  # with a person as subject, two would be ambiguous
+    elif chance < 0.33 and scene.kind == "vehicle":  # a second person would be ambiguous
         _passer_by(image, rng, edge, height * 1.02, height * 0.5)
 
 
 def relight(image: Image.Image, light: str, *, subject: bool) -> Image.Image:
-    """The image in the light of the hour; with `subject`, the mild tint that falls on what the scene is about."""
+    """Return the image in a light (see `LIGHTS`), with the strong tint of the backdrop or the mild one of subjects."""
     tint, behind, on_subject = _TINTS[light]
     share = on_subject if subject else behind
     return Image.blend(image, Image.new("RGB", image.size, tint), share) if share else image

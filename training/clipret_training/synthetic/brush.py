@@ -1,4 +1,4 @@
-"""Drawing in a box of one's own: coordinates from 0 to 1, y upwards, on a canvas of twice the final size."""
+"""Drawing in a box with coordinates from 0 to 1 and y upwards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,21 +14,29 @@ Point = tuple[float, float]
 
 
 def mix(a: Color, b: Color, share: float) -> Color:
-    """`a` with `share` of `b` in it."""
+    """Mix `a` with a share of `b`."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
 
 def shade(color: Color, amount: float) -> Color:
-    """Lighter for amount > 0, darker below."""
+    """Make a colour lighter (amount above 0) or darker."""
     return mix(color, (255, 255, 255), amount) if amount >= 0 else mix(color, (0, 0, 0), -amount)
 
 
 @dataclass(frozen=True)
 class Brush:
-    """Draws in the box that stands with its lower left corner on (left, ground), in pixels of the image.
+    """Draws in a box of an image.
 
-    Lengths that have no direction (a radius, a thickness, the rounding of corners) are shares of the box's height.
+    Lengths without a direction (radius, thickness, rounding of corners) are shares of the height of the box.
+
+    Args:
+        image: The canvas, twice as large as the final image.
+        left: The left side of the box in pixels of the canvas.
+        ground: Its lower side.
+        width: Its width.
+        height: Its height.
+        flipped: Whether to flip everything horizontally in the box.
     """
 
     image: Image.Image
@@ -43,14 +51,16 @@ class Brush:
         return ImageDraw.Draw(self.image)
 
     def at(self, point: Point) -> Point:
+        """Convert a point from the box to pixels of the canvas."""
         x = 1 - point[0] if self.flipped else point[0]
         return self.left + x * self.width, self.ground - point[1] * self.height
 
     def polygon(self, points: Sequence[Point], color: Color, round_by: float = 0.0) -> None:
+        """Draw a polygon."""
         self._canvas.polygon(self._outline(points, round_by), fill=color)
 
     def gradient(self, points: Sequence[Point], stops: Sequence[tuple[float, Color]], round_by: float = 0.0) -> None:
-        """A polygon filled from bottom to top with the colours of `stops`, which rise in y."""
+        """Draw a polygon with a vertical gradient. `stops` are heights and colours from bottom to top."""
         outline = self._outline(points, round_by)
         left, top = (int(min(axis)) for axis in zip(*outline, strict=True))
         right, bottom = (int(max(axis)) + 1 for axis in zip(*outline, strict=True))
@@ -63,35 +73,37 @@ class Brush:
         self.image.paste(fill.resize(mask.size, Image.Resampling.NEAREST), (left, top), mask)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, color: Color, round_by: float = 0.0) -> None:
+        """Draw a rectangle."""
         (a, b), (c, d) = self.at((x0, y0)), self.at((x1, y1))
         edges = (min(a, c), min(b, d), max(a, c), max(b, d))
         radius = min(round_by * self.height, (edges[2] - edges[0]) / 2, (edges[3] - edges[1]) / 2)
         self._canvas.rounded_rectangle(edges, radius, fill=color)
 
     def disc(self, x: float, y: float, radius: float, color: Color, tall: float = 1.0) -> None:
-        """A disc, or an ellipse that is `tall` times as high as wide."""
+        """Draw a disc, or an ellipse that is `tall` times as high as wide."""
         (cx, cy), r = self.at((x, y)), radius * self.height
         self._canvas.ellipse((cx - r, cy - r * tall, cx + r, cy + r * tall), fill=color)
 
     def line(self, points: Sequence[Point], color: Color, thickness: float) -> None:
+        """Draw a line."""
         width = max(1, round(thickness * self.height))
         self._canvas.line([self.at(point) for point in points], fill=color, width=width, joint="curve")
 
     def limb(self, points: Sequence[Point], color: Color, thickness: float) -> None:
-        """A line with round ends."""
+        """Draw a line with round ends."""
         self.line(points, color, thickness)
         for x, y in (points[0], points[-1]):
             self.disc(x, y, thickness / 2, color)
 
     def glow(self, x: float, y: float, radius: Point, color: Color, strength: float) -> None:
-        """Light (or, with a dark colour, shadow) that fades out; `radius` in x as a share of the width, then in y."""
+        """Draw light, or shadow with a dark colour, that fades out. `radius` is (share of width, share of height)."""
         (cx, cy), rx, ry = self.at((x, y)), radius[0] * self.width, radius[1] * self.height
         size = max(2, round(2 * rx)), max(2, round(2 * ry))
         mask = _spot().resize(size, Image.Resampling.BILINEAR).point([round(n * strength) for n in range(256)])
         self.image.paste(color, (round(cx - rx), round(cy - ry)), mask)
 
     def _outline(self, points: Sequence[Point], round_by: float) -> list[Point]:
-        """The polygon in pixels; each corner gives way to a parabola that starts `round_by` away from it."""
+        """The polygon in pixels, with corners rounded by parabolas that start `round_by` away from them."""
         corners = np.array([self.at(point) for point in points])
         if not round_by:
             return [(float(x), float(y)) for x, y in corners]

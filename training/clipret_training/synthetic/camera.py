@@ -1,4 +1,4 @@
-"""What a camera on a pole does to an image: low light, blur, noise, few pixels, hard compression."""
+"""The effects of a surveillance camera: low light, blur, noise, low resolution, strong compression."""
 
 import io
 
@@ -7,16 +7,23 @@ from PIL import Image, ImageDraw, ImageFilter
 
 __all__ = ["degrade"]
 
-_SODIUM = np.array((1.03, 0.99, 0.91), np.float32)  # the tint of sodium lamps, mild enough to leave colours nameable
+_SODIUM = np.array((1.03, 0.99, 0.91), np.float32)  # the tint of sodium lamps, mild so that colours stay clear
 
 
 def degrade(image: Image.Image, rng: np.random.Generator, strength: float = 1.0) -> Image.Image:
-    """An RGB image as a surveillance camera would deliver it, at most as large as it was.
+    """Apply the effects in the order of a camera: light, optics, sensor, overlay, codec.
 
-    `strength` 0 leaves it nearly as it is, 1 is hard. The order is that of a camera: light, optics, sensor,
-    overlay, codec. Low light stays mild enough for colours to keep their names: a dark orange would be called brown.
+    Low light is mild, because people would call a dark orange brown.
+
+    Args:
+        image: An RGB image.
+        rng: Random numbers.
+        strength: 0 changes almost nothing, 1 is strong.
+
+    Returns:
+        An RGB image of at most the same size.
     """
-    levels = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, axis=1)  # one curve a channel
+    levels = np.linspace(0, 1, 256, dtype=np.float32)[:, None].repeat(3, axis=1)  # a curve for each channel
     dark = rng.random() < 0.4
     if dark:
         levels = levels ** (1 + 0.15 * strength) * (1 - rng.uniform(0.06, 0.26) * strength)
@@ -52,7 +59,7 @@ def degrade(image: Image.Image, rng: np.random.Generator, strength: float = 1.0)
 
 
 def _motion(image: Image.Image, length: int) -> Image.Image:
-    """Horizontal motion blur: the mean of `length` neighbours."""
+    """Horizontal motion blur: the mean of `length` neighbouring pixels."""
     pixels = np.asarray(image, np.float32)
     before = length // 2
     padded = np.pad(pixels, ((0, 0), (before + 1, length - before - 1), (0, 0)), mode="edge")

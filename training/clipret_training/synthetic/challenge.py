@@ -1,8 +1,8 @@
-"""Drawn scenes as the files of the traffic retrieval challenge, with the truth.
+"""Drawn scenes as the files of the traffic retrieval challenge, with the ground truth.
 
-Its gap is kept: training labels name colour and brand or only the type, test texts name all three; and its two domains:
-training images are clean, test images are what a camera on a pole sees. A brand is not to be seen in a drawing,
-so the truth is colour and type for vehicles and the attributes that a text names for persons.
+As in the challenge, training labels name colour and brand or only the type, and test texts name all three; training
+images are clean, and test images look like those of surveillance cameras. A drawing does not show a brand, so the
+ground truth is the colour and type of vehicles and, for persons, the attributes in the text.
 """
 
 import csv
@@ -39,8 +39,8 @@ _WHO |= {("elder", True): "elderly woman", ("elder", False): "elderly man"}
 _AGES = {"elder": "age over 60", "adult": "age 18-60", "child": "age under 18"}
 _PATTERNS = {"stripes": "upper stripe", "logo": "upper logo", "plaid": "upper plaid"}
 _GARMENTS = {"coat": "long coat", "skirt": "skirt or dress", "dress": "skirt or dress"}
-# How a text says it; who it is comes first, and what everybody has one of (a side, a sleeve) is said of some.
-_SAID = {
+# How a text describes each attribute. Texts also start with the person (a man, a girl, …).
+_PHRASES = {
     "front": "seen from the front",
     "side": "seen from the side",
     "back": "seen from behind",
@@ -58,43 +58,54 @@ _SAID = {
 }
 _VEHICLE = ("{}.", "This is {}.", "{} drives along the road.", "There is {} on the road.")
 
-Seen = tuple[str, Scene]
+Drawn = tuple[str, Scene]
 Fields = tuple[str, ...]
 
 
 def attributes_of(person: Person) -> tuple[str, ...]:
-    """What the challenge's label of somebody says, by its names and in their order."""
-    held = {_AGES[person.age], person.view, f"{person.sleeves} sleeve"}
-    held |= {"female"} if person.female else set()
-    held |= {name for name in ("hat", "glasses") if getattr(person, name)}
-    held |= {person.bag} - {"none"}
-    held |= {_PATTERNS[person.pattern]} if person.pattern in _PATTERNS else set()
-    held |= {_GARMENTS[person.garment]} if person.garment in _GARMENTS else set()
-    return tuple(name for name in PERSON_ATTRIBUTES if name in held)
+    """Return the attributes of a person, with the names and in the order of the challenge."""
+    attributes = {_AGES[person.age], person.view, f"{person.sleeves} sleeve"}
+    attributes |= {"female"} if person.female else set()
+    attributes |= {name for name in ("hat", "glasses") if getattr(person, name)}
+    attributes |= {person.bag} - {"none"}
+    attributes |= {_PATTERNS[person.pattern]} if person.pattern in _PATTERNS else set()
+    attributes |= {_GARMENTS[person.garment]} if person.garment in _GARMENTS else set()
+    return tuple(name for name in PERSON_ATTRIBUTES if name in attributes)
 
 
 def write_challenge(out: Path, *, train: int, test: int, seed: int, workers: int = 1) -> None:
-    """Draw both parts into the new folder `out`.
+    """Draw training and test scenes and write their files.
 
-        train_images/000000.jpg …   train_label.txt   image$attribute$text, as the challenge has it
-        test_images/000000.jpg …    test_text.txt     a query a line
-        test_images.csv   path,kind,color,type,attributes: the truth, to index the test images with
-        test_queries.csv    caption,kind,color,type,attributes: what each line of test_text.txt asks for
+        train_images/000000.jpg …
+        train_label.txt     image$attribute$text, as in the challenge
+        test_images/000000.jpg …
+        test_text.txt       a query on each line
+        test_images.csv     path,kind,color,type,attributes: the ground truth, to index the test images with
+        test_queries.csv    caption,kind,color,type,attributes: the attributes of the answers to each query
 
-    The same seed gives the same bytes with any number of `workers` (processes). Raises ClipretError when `out` is not
-    empty; a run that is interrupted leaves nothing.
+    The seed decides all bytes, whatever the number of workers. An interruption leaves no folder.
+
+    Args:
+        out: The folder to create.
+        train: Number of training scenes.
+        test: Number of test scenes.
+        seed: Decides the scenes.
+        workers: Number of processes.
+
+    Raises:
+        ClipretError: The folder is not empty.
     """
     with new_folder(out) as folder:
-        parts: dict[str, list[Seen]] = {}
+        parts: dict[str, list[Drawn]] = {}
         styles: dict[str, tuple[int, Style]] = {"train": (train, "web"), "test": (test, "surveillance")}
         for part, (count, style) in styles.items():
             (folder / f"{part}_images").mkdir()
-            # The parts draw from different streams: no scene is in both.
+            # The parts have different random streams: no scene is in both.
             seeds = np.random.SeedSequence([seed, int(part == "test")]).spawn(count)
             make = partial(_make, folder=folder / f"{part}_images", style=style)
             pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
             with pool as executor:
-                apply: Callable[..., Iterable[Seen]] = map
+                apply: Callable[..., Iterable[Drawn]] = map
                 if executor is not None:
                     apply = partial(executor.map, chunksize=8)
                 drawn = apply(make, range(count), seeds)
@@ -109,7 +120,7 @@ def write_challenge(out: Path, *, train: int, test: int, seed: int, workers: int
         _write(folder / "test_queries.csv", "caption", queries)
 
 
-def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Style) -> Seen:
+def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Style) -> Drawn:
     rng = np.random.default_rng(seed)
     person = number % _PERSON_EVERY == _PERSON_EVERY - 1
     scene = Scene.pedestrian(rng) if person else Scene.vehicle(rng, number - number // _PERSON_EVERY)
@@ -120,10 +131,10 @@ def _make(number: int, seed: np.random.SeedSequence, *, folder: Path, style: Sty
 
 def _line(number: int, name: str, scene: Scene, rng: np.random.Generator) -> str:
     if scene.person is not None:
-        held = attributes_of(scene.person)
-        values = ",".join("1" if attribute in held else "0" for attribute in PERSON_ATTRIBUTES)
-        return f"{name}${values}${_person_text(scene.person, held, rng, 4)[0]}"
-    # The pairs of colour and type go round in order, so that every second one would always leave the same word out.
+        attributes = attributes_of(scene.person)
+        values = ",".join("1" if attribute in attributes else "0" for attribute in PERSON_ATTRIBUTES)
+        return f"{name}${values}${_person_text(scene.person, attributes, rng, 4)[0]}"
+    # The 66 pairs of colour and type come in order, so without the offset a pair would always have the same form.
     if (number + number // 66) % 2:
         return f"{name}${scene.type}${_vehicle_text(scene.type, rng)}"
     brand = str(rng.choice(_BRANDS[scene.type]))
@@ -131,38 +142,38 @@ def _line(number: int, name: str, scene: Scene, rng: np.random.Generator) -> str
 
 
 def _queries(scenes: Sequence[Scene], rng: np.random.Generator) -> list[Fields]:
-    """A text for each colour and type there is, and one for what some of the persons show."""
-    made: dict[str, Fields] = {}
+    """A text for each pair of colour and type, and for the attributes of every fourth person."""
+    queries: dict[str, Fields] = {}
     for color, kind in dict.fromkeys((scene.color, scene.type) for scene in scenes if scene.person is None):
         text = _vehicle_text(f"{color} {rng.choice(_BRANDS[kind])} {kind}", rng)
-        made[text] = (text, "vehicle", color, kind, "")
+        queries[text] = (text, "vehicle", color, kind, "")
     for person in [scene.person for scene in scenes if scene.person is not None][::4]:
-        text, said = _person_text(person, attributes_of(person), rng, 2)
-        made.setdefault(text, (text, "person", "", "", "; ".join(said)))
-    return list(made.values())
+        text, attributes = _person_text(person, attributes_of(person), rng, 2)
+        queries.setdefault(text, (text, "person", "", "", "; ".join(attributes)))
+    return list(queries.values())
 
 
 def _vehicle_text(words: str, rng: np.random.Generator) -> str:
-    named = f"{'an' if words.startswith(('orange', 'SUV')) else 'a'} {words}"
-    text = str(rng.choice(_VEHICLE)).format(named)
+    vehicle = f"{'an' if words.startswith(('orange', 'SUV')) else 'a'} {words}"
+    text = str(rng.choice(_VEHICLE)).format(vehicle)
     return text[0].upper() + text[1:]
 
 
 def _person_text(
-    person: Person, held: Sequence[str], rng: np.random.Generator, most: int
+    person: Person, attributes: Sequence[str], rng: np.random.Generator, most: int
 ) -> tuple[str, tuple[str, ...]]:
-    """A text that says up to `most` things of somebody, and the attributes that it names."""
-    sayable = [name for name in held if name in _SAID]
-    said = [sayable[at] for at in sorted(rng.permutation(len(sayable))[:most])]
+    """A text with up to `most` attributes of a person in addition to sex and age, and all attributes in it."""
+    candidates = [name for name in attributes if name in _PHRASES]
+    chosen = [candidates[number] for number in sorted(rng.permutation(len(candidates))[:most])]
     who = _WHO[person.age, person.female]
-    text = f"{'An' if who[0] == 'e' else 'A'} {who} {', '.join(_SAID[name] for name in said)}."
-    who_is = (("female",) if person.female else ()) + (_AGES[person.age],)
-    return text, (*who_is, *said)
+    text = f"{'An' if who[0] == 'e' else 'A'} {who} {', '.join(_PHRASES[name] for name in chosen)}."
+    sex_and_age = (("female",) if person.female else ()) + (_AGES[person.age],)
+    return text, (*sex_and_age, *chosen)
 
 
 def _truth(scene: Scene) -> Fields:
-    held = () if scene.person is None else attributes_of(scene.person)
-    return scene.kind, scene.color, scene.type, "; ".join(held)
+    attributes = () if scene.person is None else attributes_of(scene.person)
+    return scene.kind, scene.color, scene.type, "; ".join(attributes)
 
 
 def _write(file: Path, first: str, rows: Iterable[Fields]) -> None:

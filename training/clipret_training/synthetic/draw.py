@@ -1,4 +1,4 @@
-"""A scene as an image, in either style."""
+"""Drawing a scene as an image."""
 
 import numpy as np
 from PIL import Image
@@ -14,14 +14,23 @@ from clipret_training.synthetic.vehicles import aspect, draw_vehicle
 __all__ = ["draw"]
 
 _SIZES = ((320, 240), (320, 214), (280, 280))  # width, height
-_SCALE = 2  # the canvas is twice as large, which gives smooth edges when it is reduced
-_WIDEST = 3.0  # a crop is at most so many times as wide as high, or as high as wide
+_SCALE = 2  # the canvas is twice as large as the image, for smooth edges
+_WIDEST = 3.0  # the largest aspect ratio of a crop, either way
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom on the canvas, in pixels
 
 
 def draw(scene: Scene, rng: np.random.Generator, style: Style) -> Image.Image:
-    """An RGB image. `web`: the whole scene, clean. `surveillance`: a camera's crop around the subject."""
+    """Draw a scene.
+
+    Args:
+        scene: The scene.
+        rng: Random numbers.
+        style: `web` is the whole scene, clean; `surveillance` is the crop of a surveillance camera around the subject.
+
+    Returns:
+        An RGB image.
+    """
     width, height = _SIZES[int(rng.integers(len(_SIZES)))]
     image = Image.new("RGB", (width * _SCALE, height * _SCALE))
     kerb = draw_backdrop(image, scene, rng)
@@ -52,7 +61,7 @@ def _place_vehicle(image: Image.Image, scene: Scene, kerb: float, rng: np.random
 
 
 def _variant(name: str, rng: np.random.Generator) -> Color:
-    """A shade of the colour that nobody would call by another name; white and black leave the least room."""
+    """A random shade that people would still call by the same name; white and black vary the least."""
     reach = 0.03 if name in ("white", "black") else 0.08
     red, green, blue = (
         int(level) for level in rng.integers(-5, 6, 3) + shade(COLORS[name], rng.uniform(-reach, reach))
@@ -70,13 +79,13 @@ def _place_person(image: Image.Image, person: Person, flipped: bool, kerb: float
 
 
 def _crop(box: Box, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """The subject with margins that a detector might leave: from a little too tight to generous."""
+    """The box of the subject with the margins of an imperfect detector."""
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     margins = rng.uniform(-0.03, 0.3, 4) * rng.choice([0.4, 1.0])
     left, right = max(0.0, left - margins[0] * width), min(size[0], right + margins[2] * width)
     top, bottom = max(0.0, top - margins[1] * height), min(size[1], bottom + margins[3] * height)
-    # What is still too long is cut at its end.
+    # Limit the aspect ratio.
     return (
         round(left),
         round(top),

@@ -1,4 +1,4 @@
-"""A pedestrian, put together from simple parts, as the Person says. All lengths are shares of an adult's height."""
+"""Drawing a pedestrian from simple parts. All lengths are shares of the height of an adult."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from clipret_training.synthetic.scene import COLORS, Person
 
 __all__ = ["HALF_WIDTH", "draw_person"]
 
-HALF_WIDTH = 0.21  # of a figure with its arms and bags, as a share of its height
+HALF_WIDTH = 0.21  # of a person with arms and bags
 
 _SKINS: tuple[Color, ...] = ((250, 214, 184), (232, 182, 142), (180, 124, 88), (124, 84, 60))
 _HAIR: dict[str, tuple[Color, ...]] = {
@@ -22,18 +22,24 @@ _NECK = 0.81  # height of the neck's foot
 
 
 def draw_person(brush: Brush, person: Person, tone: int) -> None:
-    """Draw into a square box, feet on the ground, in the middle of its width; `tone` picks skin and hair."""
+    """Draw a person.
+
+    Args:
+        brush: A square box. The person stands in the middle of its lower side.
+        person: The attributes of the person.
+        tone: Selects the colours of skin and hair.
+    """
     skin, hat = _SKINS[tone % len(_SKINS)], _HATS[tone // 2 % len(_HATS)]
     hair = _HAIR[person.age][tone % len(_HAIR[person.age])]
     brush.glow(0.5, 0.01, (0.2, 0.035), (16, 16, 22), 0.9)
-    # Children have large heads: the body shrinks, the head grows.
+    # Children have a smaller body and a larger head.
     body, head = (0.9, 1.42) if person.age == "child" else (1.0, 1.14)
     _draw_body(_scaled(brush, body, 0.0), person, skin)
     _draw_head(_scaled(brush, head, _NECK * (body - head)), person, skin, hair, hat)
 
 
 def _scaled(brush: Brush, scale: float, lift: float) -> Brush:
-    """The same box enlarged about the middle of its foot, and raised."""
+    """The box enlarged around the middle of its lower side, and raised."""
     size = brush.height * scale
     left = brush.left + (brush.width - size) / 2
     return replace(brush, left=left, ground=brush.ground - lift * brush.height, width=size, height=size)
@@ -63,7 +69,7 @@ def _draw_body(brush: Brush, person: Person, skin: Color) -> None:
 
 
 def _dim(color: Color) -> Color:
-    """The same cloth, a little darker, so that a limb stands out from the trunk; black gets lighter."""
+    """The colour a little darker, or lighter if it is black, so that a limb stands out from the trunk."""
     return shade(color, -0.13) if sum(color) > 150 else shade(color, 0.09)
 
 

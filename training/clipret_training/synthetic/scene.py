@@ -1,4 +1,4 @@
-"""What a scene is: one vehicle or one person, somewhere, at some time of day."""
+"""Scenes: a vehicle or a person at a place and in a light."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -7,8 +7,7 @@ import numpy as np
 
 __all__ = ["COLORS", "LIGHTS", "PLACES", "TYPES", "Person", "Scene"]
 
-# The vocabulary of the traffic retrieval challenge. Nominal colours are far enough apart that a shade of one
-# is never a shade of another.
+# The vocabulary of the traffic retrieval challenge. The colours differ so much that their shades do not overlap.
 COLORS: dict[str, tuple[int, int, int]] = {
     "black": (36, 38, 44),
     "blue": (34, 92, 200),
@@ -29,14 +28,17 @@ _WALKS = ("street", "parking", "country", "coast")  # places where people walk
 
 
 def _pick(rng: np.random.Generator, **weights: float) -> str:
-    """One of the names, `_` for a space, by weight."""
+    """A random name by its weight, with spaces for underscores."""
     shares = np.array(list(weights.values()))
     return str(rng.choice(list(weights), p=shares / shares.sum())).replace("_", " ")
 
 
 @dataclass(frozen=True)
 class Person:
-    """What is to be seen of a person. `upper` and `lower` are colour names; a dress and a coat are all `upper`."""
+    """The visible attributes of a person.
+
+    `upper` and `lower` are names of colours. A dress or a coat has the colour `upper`.
+    """
 
     female: bool
     age: str  # child | adult | elder
@@ -52,7 +54,7 @@ class Person:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Self:
-        """Somebody of whom every attribute can be seen: no glasses from behind, no logo from the side."""
+        """Draw a random person whose attributes are all visible: no glasses from behind, no logo from the side."""
         female = bool(rng.random() < 0.5)
         upper, lower = (str(name) for name in rng.choice(list(COLORS), 2, replace=False))
         view = _pick(rng, front=1, side=1, back=1)
@@ -77,7 +79,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Scene:
-    """`color`, `type` and `view` are empty for a person, whose own `person` is None for a vehicle."""
+    """A vehicle with `color`, `type` and `view`, or a `person`, at a place and in a light."""
 
     kind: Literal["vehicle", "person"]
     color: str = ""
@@ -90,12 +92,17 @@ class Scene:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Self:
-        """Four times out of five a vehicle, else a pedestrian."""
+        """Draw a random scene: a vehicle with probability 0.8, otherwise a pedestrian."""
         return cls.pedestrian(rng) if rng.random() < 0.2 else cls.vehicle(rng, int(rng.integers(66)))
 
     @classmethod
     def vehicle(cls, rng: np.random.Generator, pair: int) -> Self:
-        """A vehicle somewhere; colour and type are the `pair`-th of the 66, counted round and round."""
+        """Draw a random scene with a vehicle.
+
+        Args:
+            rng: Random numbers.
+            pair: The number of its colour and type among the 66 pairs, modulo 66.
+        """
         color, kind = list(COLORS)[pair % len(COLORS)], TYPES[pair // len(COLORS) % len(TYPES)]
         return cls(
             kind="vehicle",
@@ -109,6 +116,7 @@ class Scene:
 
     @classmethod
     def pedestrian(cls, rng: np.random.Generator) -> Self:
+        """Draw a random scene with a person."""
         return cls(
             kind="person",
             person=Person.sample(rng),

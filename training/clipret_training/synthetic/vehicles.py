@@ -1,4 +1,4 @@
-"""The six types of vehicles, as data, and how they are painted: from the side (front to the right), front and rear."""
+"""The six types of vehicles as data, and drawing them from the side (front to the right), front and rear."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ Polygon = tuple[Point, ...]
 
 @dataclass(frozen=True)
 class _Side:
-    """A silhouette in a box of 1 x 1. `aspect` is the box's width over its height."""
+    """The side of a vehicle in a box of 1 x 1, whose aspect ratio (width over height) is `aspect`."""
 
     aspect: float
     body: Polygon
@@ -38,7 +38,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Face:
-    """Front and rear: the right half of the outline and of the panes, as distances from the middle."""
+    """Front and rear of a vehicle: the right half of outline and panes, as distances from the middle."""
 
     aspect: float
     half: Polygon
@@ -132,12 +132,21 @@ _FACES = {
 
 
 def aspect(kind: str, view: str) -> float:
-    """Width over height of the box that a vehicle fills."""
+    """Return the aspect ratio (width over height) of a vehicle."""
     return _SIDES[kind].aspect if view == "side" else _FACES[kind].aspect
 
 
 def draw_vehicle(brush: Brush, kind: str, view: str, color: Color, rng: np.random.Generator, lamps: bool) -> None:
-    """Draw a vehicle of type `kind`, its wheels on the ground; `lamps` when it is dark."""
+    """Draw a vehicle.
+
+    Args:
+        brush: A box with the aspect ratio of `aspect`. The wheels stand on its lower side.
+        kind: The type.
+        view: side, front or rear.
+        color: The colour of the body.
+        rng: Random numbers.
+        lamps: Whether the lamps are on.
+    """
     brush.glow(0.5, 0.01, (0.66, 0.17), (12, 12, 18), 1.0)  # its shadow
     if view == "side":
         _draw_side(brush, kind, color, rng, lamps)
@@ -146,14 +155,14 @@ def draw_vehicle(brush: Brush, kind: str, view: str, color: Color, rng: np.rando
 
 
 def _paint(brush: Brush, outline: Polygon, color: Color, round_by: float) -> None:
-    """A panel of the body: the top catches light, the foot lies in shade."""
-    foot = -0.26 if sum(color) < 680 else -0.15  # white would be grey there
+    """A panel of the body, lighter at the top and darker at the bottom."""
+    foot = -0.26 if sum(color) < 680 else -0.15  # a darker white would be grey
     stops = ((0.1, shade(color, foot)), (0.34, shade(color, -0.06)), (0.5, color), (1.0, shade(color, 0.13)))
     brush.gradient(outline, stops, round_by)
 
 
 def _seam(color: Color) -> Color:
-    """A line on the body that can be seen on black too."""
+    """The colour of a line on the body, visible on black too."""
     return shade(color, -0.32) if sum(color) > 150 else shade(color, 0.17)
 
 
@@ -214,7 +223,7 @@ def _draw_side(brush: Brush, kind: str, color: Color, rng: np.random.Generator, 
 
 
 def _load(brush: Brush, color: Color, tipper: bool) -> None:
-    """What a truck carries, on its chassis: a box, or an open tipper with earth in it."""
+    """The load of a truck: a box, or an open tipper with earth."""
     brush.box(0.02, 0.16, 0.98, 0.27, _TRIM)
     if tipper:
         brush.polygon(((0.06, 0.7), (0.2, 0.84), (0.42, 0.88), (0.64, 0.7)), (128, 104, 82), 0.1)
@@ -250,7 +259,7 @@ def _wheel(brush: Brush, x: float, radius: float, arch: Color) -> None:
 
 
 def _whole(half: Polygon) -> Polygon:
-    """Both halves of an outline that is given as distances from the middle."""
+    """Both halves of an outline, from distances from the middle."""
     return (*((0.5 + x, y) for x, y in half), *((0.5 - x, y) for x, y in reversed(half)))
 
 
@@ -272,7 +281,7 @@ def _draw_face(brush: Brush, kind: str, color: Color, front: bool, lamps: bool) 
             brush.line(((x, 0.3), (x, 0.95)), mix(color, _RIM, 0.6), 0.014)
     else:
         if front:
-            for x in (-0.045, 1.0):  # mirrors
+            for x in (-0.045, 1.0):  # rear-view mirrors
                 brush.box(x, face.screen[0][1] + 0.02, x + 0.045, face.screen[0][1] + 0.12, _TRIM, 0.02)
         _paint(brush, _whole(face.half), color, 0.07)
         _pane(brush, _whole(face.screen if front else face.rear))

@@ -1,4 +1,4 @@
-"""Captions: only what is to be seen, in English and Chinese, from the bare name to a whole sentence."""
+"""Captions in English and Chinese, from a name to a whole sentence. They mention only what is visible."""
 
 from collections.abc import Callable
 from typing import get_args
@@ -12,7 +12,7 @@ from clipret_training.synthetic.scene import COLORS, Person, Scene
 __all__ = ["LANGS", "PERSON_QUERIES", "captions", "query"]
 
 LANGS: tuple[Language, ...] = get_args(Language)
-_MOST = 4  # captions: one fact, with or without the place, with or without the side
+_MOST = 4  # captions of a person with one attribute: with or without the place, with or without the side
 
 _COLORS_ZH = {
     "black": "黑色",
@@ -52,7 +52,7 @@ _LIGHTS = {
 }
 _VIEWS = {"side": ("side", "侧面"), "front": ("front", "正面"), "rear": ("rear", "尾部")}
 
-# The first three of each language name colour and type. {light} is empty in a tunnel, where no hour is to be seen.
+# The first three of each language name colour and type. {light} is empty in a tunnel, where the time is not visible.
 _VEHICLE = {
     "en": (
         "{a_color} {type}",
@@ -96,27 +96,34 @@ _LOWERS = {"skirt": ("skirt", "裙子"), "trousers": ("trousers", "裤子")}
 
 
 def captions(scene: Scene, rng: np.random.Generator, lang: Language, n: int) -> list[str]:
-    """`n` different captions; the first of a vehicle always names colour and type.
+    """Return different captions of a scene. The first caption of a vehicle always names colour and type.
 
-    Raises ClipretError when `n` is over 4: of somebody with one thing to be seen there is no more to say.
+    Args:
+        scene: The scene.
+        rng: Random numbers.
+        lang: en or zh.
+        n: How many, up to 4: a person with one attribute has no more.
+
+    Raises:
+        ClipretError: `n` is too large.
     """
     if n > _MOST:
-        raise ClipretError(f"a scene has no {n} different captions in each language: ask for {_MOST} at most")
-    made: list[str] = []
-    while len(made) < n:
-        text = _of_vehicle(scene, rng, lang, full=not made) if scene.person is None else _of_person(scene, rng, lang)
-        if text not in made:
-            made.append(text)
-    return made
+        raise ClipretError(f"a scene does not have {n} different captions in each language: use {_MOST} at most")
+    texts: list[str] = []
+    while len(texts) < n:
+        text = _of_vehicle(scene, rng, lang, full=not texts) if scene.person is None else _of_person(scene, rng, lang)
+        if text not in texts:
+            texts.append(text)
+    return texts
 
 
 def query(color: str, kind: str, lang: Language) -> str:
-    """What somebody who looks for vehicles of this colour and type would type."""
+    """Return a query for vehicles of a colour and type."""
     return _a(f"{color} {_type_en(kind)}") if lang == "en" else f"一辆{_COLORS_ZH[color]}的{_TYPES_ZH[kind][0]}"
 
 
 def _of_vehicle(scene: Scene, rng: np.random.Generator, lang: Language, full: bool) -> str:
-    at = LANGS.index(lang)
+    language = LANGS.index(lang)
     template = str(rng.choice(_VEHICLE[lang][:3] if full else _VEHICLE[lang]))
     names = (_type_en(scene.type),) if lang == "en" else _TYPES_ZH[scene.type]
     kind = str(rng.choice(names))
@@ -125,47 +132,47 @@ def _of_vehicle(scene: Scene, rng: np.random.Generator, lang: Language, full: bo
         a_color=_a(scene.color),
         type=kind,
         a_type=_a(kind),
-        place=_PLACES[scene.place][at],
-        light="" if scene.place == "tunnel" else _LIGHTS[scene.light][at],
-        view=_VIEWS[scene.view][at],
+        place=_PLACES[scene.place][language],
+        light="" if scene.place == "tunnel" else _LIGHTS[scene.light][language],
+        view=_VIEWS[scene.view][language],
     )
     return text.strip()
 
 
 def _of_person(scene: Scene, rng: np.random.Generator, lang: Language) -> str:
-    """Who it is, with one to three of the things to be seen, and now and then the place or the side."""
+    """The person with one to three attributes, and sometimes the place or the side."""
     person = scene.person
     assert person is not None
-    at = LANGS.index(lang)
-    facts = _facts(person, at)
+    language = LANGS.index(lang)
+    facts = _facts(person, language)
     chosen = [facts[n] for n in sorted(rng.permutation(len(facts))[: int(rng.integers(1, 4))])]
-    who = _WHO[person.age][0 if person.female else 1][at]
-    place = _PLACES[scene.place][at] if rng.random() < 0.35 else ""
-    view = _PERSON_VIEWS[person.view][at] if rng.random() < 0.4 else ""
+    who = _WHO[person.age][0 if person.female else 1][language]
+    place = _PLACES[scene.place][language] if rng.random() < 0.35 else ""
+    view = _PERSON_VIEWS[person.view][language] if rng.random() < 0.4 else ""
     if lang == "en":
         return ", ".join(part for part in (f"{_a(who)} {place or chosen.pop(0)}", *chosen, view) if part)
     return f"{place}{'有' if place else ''}一位{'、'.join(chosen)}的{who}{'，' if view else ''}{view}"
 
 
-def _facts(person: Person, at: int) -> list[str]:
-    """Each thing to be seen of somebody, as a phrase; `at` is the language's index."""
-    pattern = _PATTERNS[person.pattern][at]
-    top = pattern + _UPPERS.get(person.garment, ("top", "上衣"))[at]
-    facts = [(f"in {_a(f'{person.upper} {top}')}", f"穿{_COLORS_ZH[person.upper]}{top}")[at]]
+def _facts(person: Person, language: int) -> list[str]:
+    """A phrase for each visible attribute of a person. `language` is an index of `LANGS`."""
+    pattern = _PATTERNS[person.pattern][language]
+    top = pattern + _UPPERS.get(person.garment, ("top", "上衣"))[language]
+    facts = [(f"in {_a(f'{person.upper} {top}')}", f"穿{_COLORS_ZH[person.upper]}{top}")[language]]
     if person.garment in _LOWERS:
-        name = _LOWERS[person.garment][at]
+        name = _LOWERS[person.garment][language]
         english = f"{person.lower} {name}" if person.garment == "trousers" else _a(f"{person.lower} {name}")
-        facts.append((f"wearing {english}", f"穿{_COLORS_ZH[person.lower]}{name}")[at])
+        facts.append((f"wearing {english}", f"穿{_COLORS_ZH[person.lower]}{name}")[language])
     if person.sleeves == "short":
-        facts.append(("with short sleeves", "穿短袖")[at])
+        facts.append(("with short sleeves", "穿短袖")[language])
     if person.pattern == "logo":
-        facts.append((f"with a logo on the {'chest' if person.view == 'front' else 'back'}", "衣服上有图案")[at])
+        facts.append((f"with a logo on the {'chest' if person.view == 'front' else 'back'}", "衣服上有图案")[language])
     if person.hat:
-        facts.append(("with a hat", "戴帽子")[at])
+        facts.append(("with a hat", "戴帽子")[language])
     if person.glasses:
-        facts.append(("with glasses", "戴眼镜")[at])
+        facts.append(("with glasses", "戴眼镜")[language])
     if person.bag != "none":
-        facts.append((f"with a {person.bag}", _BAGS_ZH[person.bag])[at])
+        facts.append((f"with a {person.bag}", _BAGS_ZH[person.bag])[language])
     return facts
 
 
@@ -185,7 +192,7 @@ def _wears(color: str) -> Callable[[Person], bool]:
     return lambda person: person.upper == color and person.garment in _LOWERS
 
 
-# What somebody who looks for a person would type, and the rule that says who answers.
+# Queries for persons in English and Chinese, and for each the rule that decides who is an answer.
 PERSON_QUERIES: tuple[tuple[str, str, Callable[[Person], bool]], ...] = (
     *((f"a person in {_a(name)} top", f"穿{_COLORS_ZH[name]}上衣的人", _wears(name)) for name in COLORS),
     ("a woman with a backpack", "背着双肩包的女士", lambda who: _is(who, "adult", True) and who.bag == "backpack"),

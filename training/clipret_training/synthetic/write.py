@@ -1,4 +1,4 @@
-"""Sets of scenes on disk: images, captions, queries with their answers."""
+"""Writing drawn scenes as a data set: images, captions, and queries with their answers."""
 
 import csv
 import io
@@ -21,25 +21,34 @@ from clipret_training.synthetic.words import LANGS, PERSON_QUERIES, captions, qu
 
 __all__ = ["write_set"]
 
-_EACH = 3  # captions a scene and language
+_EACH = 3  # captions per scene and language
 _PERSON_EVERY = 5  # one scene in five shows a person
 
 
 def write_set(out: Path, *, count: int, style: Style, seed: int, workers: int = 1) -> None:
-    """Draw `count` scenes into the new folder `out`.
+    """Draw scenes and write their files.
 
         images/000000.jpg …
-        captions.csv        path,lang,caption,kind,color,type: three English and three Chinese captions an image
+        captions.csv        path,lang,caption,kind,color,type: three English and three Chinese captions per image
         queries.csv         caption,path,lang,color,type: a query for each colour and type, a row for each answer
         person_queries.csv  caption,path,lang: queries for people, a row for each answer
 
-    Every scene has a generator of its own, so the same seed gives the same bytes with any number of `workers`
-    (processes). The 66 pairs of colour and type occur equally often, to one. Raises ClipretError when `out` is not
-    empty; a run that is interrupted leaves nothing.
+    The seed decides all bytes, whatever the number of workers. The counts of the 66 pairs of colour and type differ by
+    at most one. An interruption leaves no folder.
+
+    Args:
+        out: The folder to create.
+        count: Number of scenes.
+        style: See `draw`.
+        seed: Decides the scenes.
+        workers: Number of processes.
+
+    Raises:
+        ClipretError: The folder is not empty.
     """
     with new_folder(out) as folder:
         (folder / "images").mkdir()
-        # Styles draw from different streams: the same seed must not give the same scenes twice.
+        # Each style has its own random stream, so that the same seed does not give the same scenes.
         seeds = np.random.SeedSequence([seed, int(style == "surveillance")]).spawn(count)
         make = partial(_make, folder=folder, style=style)
         pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
