@@ -100,11 +100,11 @@ def test_the_code_of_the_format_pages_reads_what_clipret_reads() -> None:
     bundle = Bundle.open("bundle")
     assert names["fingerprint"] == bundle.fingerprint == names["info"]["fingerprint"]
     encoder = Encoder(bundle, EncoderConfig(device="cpu", threads=1))
-    np.testing.assert_allclose(names["rows"].shape, (10, bundle.manifest.embedding_dim))
+    np.testing.assert_allclose(names["embeddings"].shape, (10, bundle.manifest.embedding_dim))
     with Gallery.open("gallery") as gallery:
         searcher = Searcher(gallery, encoder)
         [hits] = searcher.search_embeddings(names["query"][None], 3)
-    assert [hit.path for hit in hits] == names["found"]
+    assert [hit.path for hit in hits] == names["best_paths"]
     assert sorted(names["paths"]) == sorted(names["ids"].tolist())
 
 
@@ -122,7 +122,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
 def test_the_bundle_page_names_every_key_and_file(tiny_bundle: Path) -> None:
     assert sorted(column(DOCS / "bundle.md", "## bundle.json")) == sorted(keys(Manifest))
     assert set(FileEntry.__struct_fields__) == {"bytes", "sha256"}
-    listed = column(DOCS / "bundle.md", "# The bundle")
+    listed = column(DOCS / "bundle.md", "# Bundle format")
     assert {file.name for file in tiny_bundle.iterdir()} <= set(listed)
 
 
@@ -144,7 +144,7 @@ def test_the_gallery_page_names_every_key_table_and_column() -> None:
     for name, fields in told.items():
         table = text.partition(f"Table `{name}`")[2].partition("\n\n")[2].partition("\n\n")[0]
         assert re.findall(r"^\| `(\w+)` \| (\w+) \|", table, re.MULTILINE) == fields
-    listed = column(DOCS / "gallery.md", "# The gallery")
+    listed = column(DOCS / "gallery.md", "# Gallery format")
     assert {re.sub(r"\d{6}", "000001", file.name) for file in Path("gallery").iterdir()} <= set(listed)
 
 
