@@ -18,7 +18,7 @@ else
 install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(2)
 endif
 
-.PHONY: demo quick test test-export test-runtime test-training test-lean test-avx2 lint types bench bench-gpu clean help
+.PHONY: demo quick test test-export test-runtime test-training test-lean test-avx2 lint types docs bench bench-gpu clean help
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -68,6 +68,10 @@ lint: $(VENV)/.full  ## Check style, the direction of imports, and the glossary.
 types: $(VENV)/.full  ## Check types.
 	$(BIN)/mypy
 
+# The variable silences mkdocs-material's notice about its successor.
+docs: $(VENV)/.docs  ## Build the documentation site in site/, without warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # In venvs of their own: peers bring packages that nothing else here needs, and a GPU another onnxruntime.
 bench: $(BENCH)/.peers  ## Ask every question of benchmarks/; goes on where it was cut off. QUESTIONS="--quick" for minutes.
 	$(BENCH)/bin/python benchmarks/suite.py bench-work $(QUESTIONS)
@@ -76,7 +80,7 @@ bench-gpu: $(GPU)/.wheels  ## All that waits for an NVIDIA GPU, in eight minutes
 	$(GPU)/bin/python benchmarks/bench_gpu.py bench-gpu-work $(QUESTIONS)
 
 clean:  ## Remove what make has made.
-	rm -rf $(VENV) $(LEAN) $(BENCH) $(GPU) bench-work bench-gpu-work build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEAN) $(BENCH) $(GPU) bench-work bench-gpu-work build dist demo site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +92,10 @@ $(VENV)/.full: $(VENV)/bin/python pyproject.toml constraints.txt
 # What the demo needs and nothing else; a venv with everything has it already.
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	test -e $(VENV)/.full || { $(call install,$(VENV),-e '.[cpu$(comma)train$(comma)export]'); }
+	touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(call install,$(VENV),-e '.[docs]')
 	touch $@
 
 # The wheel as a user gets it, in a venv that holds the runtime and pytest and nothing else.
