@@ -20,7 +20,7 @@ WORDS = {
     r"[Ii]mage titles?\b|\btitles? of (an|the|its) image|title[_-]column": "caption (training), query (search)",
     r"[Uu]nit rows?\b|[Ss]tored rows?\b|StoredRows|(image|text|query)_rows|\brows of the tower": "embeddings",
     r"EngineWarning|EngineChoice|engine_seconds|\b(other|each|every|which) engine\b": "backend",
-    r"\b[Pp]lans?\b(?=.*TensorRT)|TensorRT('s)? plans?": "TensorRT engine",
+    r"(?<!\.)\b[Pp]lans?\b(?=.*TensorRT)|TensorRT('s)? plans?": "TensorRT engine",
     r"\b[Cc]odes\b": "quantized embeddings",
     r"\b[Dd]esks?\b|\bManner\b|\bGuard\b|\bAsk\b(?=\()": "served gallery, search settings, request, middleware",
     r"\b[Gg]ate[sd]?\b": "parity check",

@@ -1,8 +1,8 @@
 """Hooks of mkdocs: links from docs/ to other files of the repository work on the site as they do in the repository.
 
-`../deploy/Dockerfile.cpu` leads out of docs/, which mkdocs does not publish. Every file that a page links to in this way is
-added to the site below `repository/`, Markdown files as pages, and the links are rewritten. Links to folders become plain
-text. A link to a file that does not exist stays as it is, and mkdocs warns about it.
+`../deploy/Dockerfile.cpu` leads out of docs/, which mkdocs does not publish. Every file that a page links to in this
+way is added to the site below `repository/`, Markdown files as pages, and the links are rewritten. Links to folders
+become plain text. A link to a file that does not exist stays as it is, and mkdocs warns about it.
 """
 
 import posixpath
