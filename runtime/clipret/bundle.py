@@ -177,7 +177,7 @@ class Bundle:
         path: Absolute path of the folder.
         manifest: The content of bundle.json.
 
-    Example:
+    Examples:
         >>> bundle = Bundle.open("bundle/")  # doctest: +SKIP
         >>> bundle.manifest.embedding_dim  # doctest: +SKIP
         512

@@ -207,7 +207,7 @@ def stages() -> Iterator[Callable[[str], None]]:
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format rows as aligned text; numbers are right-aligned, wide (Chinese) characters count as two columns.
 
-    Example:
+    Examples:
         >>> print(show_table(("name", "n"), [("a", "7"), ("b", "12")]))
         name   n
         a      7

@@ -40,7 +40,7 @@ def printable(text: str) -> str:
 
     Control characters, line breaks and the non-UTF-8 bytes of file names become escapes.
 
-    Example:
+    Examples:
         >>> printable("a\nb")
         'a\\nb'
     """

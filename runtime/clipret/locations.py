@@ -21,7 +21,7 @@ def remote_in(path: str | Path) -> str | None:
     Returns:
         The URI, or None if the path is local.
 
-    Example:
+    Examples:
         >>> remote_in("/root/s3:/bucket/key")
         's3://bucket/key'
     """

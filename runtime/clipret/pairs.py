@@ -22,7 +22,7 @@ class PairSet:
         captions: The caption texts.
         of_image: For `paths[i]`, the positions of its captions in `captions`.
 
-    Example:
+    Examples:
         >>> pairs = PairSet((Path("a.jpg"), Path("b.jpg")), ("a car", "a red car"), ((0, 1), (0,)))
         >>> pairs.of_caption()
         [[0, 1], [0]]

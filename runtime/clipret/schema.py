@@ -31,7 +31,7 @@ def checked(value: object, schema: type[T]) -> T:
     Raises:
         ValueError: The value does not match. The message is one line with the field, its value and what is allowed.
 
-    Example:
+    Examples:
         >>> checked(0, Count)
         Traceback (most recent call last):
         ValueError: it is 0: expected int >= 1

@@ -178,7 +178,7 @@ def _filter(path: Path, columns: Sequence[str], rows: list[dict[str, str]], wher
 def as_number(value: str | int | float | None) -> str | int | float | None:
     """Convert a value as sqlite does in a NUMERIC column: a string that looks like a number becomes one.
 
-    Example:
+    Examples:
         >>> as_number("7.0"), as_number("7.5"), as_number("7 cars")
         (7, 7.5, '7 cars')
     """
@@ -193,7 +193,7 @@ def as_number(value: str | int | float | None) -> str | int | float | None:
 def quoted(name: str) -> str:
     """Quote a column name for SQL.
 
-    Example:
+    Examples:
         >>> quoted("day of week")
         '"day of week"'
     """

@@ -42,7 +42,7 @@ class FitConfig(Settings):
     Raises:
         ClipretError: A value has the wrong type or is out of range, or two settings exclude each other.
 
-    Example:
+    Examples:
         >>> config = FitConfig(data="captions.csv", model="ViT-B-32", lr=1e-4)
         >>> config.epochs
         5
@@ -179,7 +179,7 @@ def parse_value(name: str, text: str) -> Any:
     Raises:
         ClipretError: There is no such setting.
 
-    Example:
+    Examples:
         >>> parse_value("epochs", "10"), parse_value("where", "split = 'train'")
         (10, "split = 'train'")
     """

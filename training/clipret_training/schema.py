@@ -60,7 +60,7 @@ def check(what: str, value: Any, hint: Any) -> None:
     Raises:
         ClipretError: The value is wrong. The message has the allowed values and the closest one.
 
-    Example:
+    Examples:
         >>> check("epochs", 0, Count)
         Traceback (most recent call last):
         clipret.errors.ClipretError: epochs is 0: it must be a whole number from 1 to 1e+09
@@ -98,7 +98,7 @@ def hints(kind: Any) -> Mapping[str, Any]:
 def describe(hint: Any) -> str:
     """Describe a type in words.
 
-    Example:
+    Examples:
         >>> describe(Share | None)
         'a finite number from 0 to 1 or left out'
     """

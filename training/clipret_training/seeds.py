@@ -14,7 +14,7 @@ __all__ = ["generator", "seed_of"]
 def seed_of(*parts: int | str) -> int:
     """Hash these values to a seed from 0 to 2^63 - 1.
 
-    Example:
+    Examples:
         >>> seed_of(0, "captions") == seed_of(0, "captions") != seed_of(1, "captions")
         True
     """

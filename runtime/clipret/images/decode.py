@@ -52,7 +52,7 @@ def load(source: Path | bytes | Image.Image | Pixels, spec: ImageSpec, fast: boo
     Raises:
         ImageError: The image cannot be decoded completely.
 
-    Example:
+    Examples:
         >>> load(np.zeros((30, 40, 3), np.uint8), ImageSpec(size=8)).shape
         (8, 8, 3)
     """

@@ -68,7 +68,7 @@ def fit_box(image: Image.Image, spec: ImageSpec, box: Box) -> Pixels:
 def resized(width: float, height: float, spec: ImageSpec) -> tuple[int, int]:
     """Compute the size that an image is resized to before it is cropped or padded.
 
-    Example:
+    Examples:
         >>> resized(400, 300, ImageSpec(size=30))
         (40, 30)
     """

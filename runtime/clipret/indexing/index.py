@@ -126,7 +126,7 @@ def index_images(
         ClipretError: The encoder has another bundle, another process is writing, the disk is full, or no image could be
             read. What has been committed is kept, and the next run continues from there.
 
-    Example:
+    Examples:
         >>> gallery = Gallery.open("gallery/")  # doctest: +SKIP
         >>> report = index_images(gallery, Encoder(gallery.bundle()), open_source("images/"))  # doctest: +SKIP
         >>> report.added  # doctest: +SKIP

@@ -27,7 +27,7 @@ class EncoderConfig:
     Raises:
         ClipretError: A value is out of range, or two settings exclude each other.
 
-    Example:
+    Examples:
         >>> EncoderConfig(threads=4).thread_count
         4
     """

@@ -59,7 +59,7 @@ class EncodeStats:
         compute_seconds: Time of the towers, summed over them; may exceed `seconds`.
         seconds: Time from the start to the last batch.
 
-    Example:
+    Examples:
         >>> EncodeStats(images=100, wait_seconds=1.0, compute_seconds=3.0, seconds=4.0).bottleneck
         'decode'
     """
@@ -95,7 +95,7 @@ class Encoder:
     Raises:
         ClipretError: As for `open_tower`, when a tower is first used.
 
-    Example:
+    Examples:
         >>> encoder = Encoder(Bundle.open("bundle/"))  # doctest: +SKIP
         >>> encoder.encode_texts(["a red car"]).shape  # doctest: +SKIP
         (1, 512)

@@ -30,7 +30,7 @@ def clean(text: str, how: CleanName) -> str:
 
     The last two replace lone surrogates, which no tokenizer accepts, with `?`; ftfy replaces them with U+FFFD.
 
-    Example:
+    Examples:
         >>> clean("A  red car &amp; a blue BIKE", "clip")
         'a red car & a blue bike'
     """
@@ -60,7 +60,7 @@ class Tokenizer:
     Raises:
         ClipretError: `tokenizer_json` cannot be used, or the context length has no room for words.
 
-    Example:
+    Examples:
         >>> tokenizer = Tokenizer.from_bundle(Bundle.open("bundle/"))  # doctest: +SKIP
         >>> tokenizer(["a red car"]).shape  # doctest: +SKIP
         (1, 5)

@@ -61,7 +61,7 @@ def model(
         outputs: Outputs of the graph.
         constants: Initializers by name.
 
-    Example:
+    Examples:
         >>> value = [Value(name, "float32", ("N",)) for name in "ab"]
         >>> len(model([Node("Neg", ["a"], ["b"])], value[:1], value[1:]))
         66

@@ -60,7 +60,7 @@ class Ranker:
     Raises:
         ClipretError: The shards are not float16 of one width, or `live` or `quantized` do not match them.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> ranker = Ranker(np.eye(3, dtype=np.float16))
         >>> scores, positions = ranker.rank([[0.0, 1.0, 0.5]], k=2)

@@ -51,7 +51,7 @@ class Part:
 class Query:
     """A query of several parts: the weighted sum of their embeddings, scaled to unit length.
 
-    Example:
+    Examples:
         >>> query = Query((Part("red truck"), Part("fire engine", -0.5)))  # red trucks that are not fire engines
         >>> [part.weight for part in query.parts]
         [1.0, -0.5]

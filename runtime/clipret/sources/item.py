@@ -104,7 +104,7 @@ def image_file(content: bytes, mtime_ns: int) -> ImageFile:
 def free_names(columns: Sequence[str]) -> dict[str, str]:
     """Name input columns in a gallery: a name that is taken, in any case, gets underscores at its end.
 
-    Example:
+    Examples:
         >>> free_names(["ID", "hour"])
         {'ID': 'ID_', 'hour': 'hour'}
     """
@@ -128,7 +128,7 @@ def scalar(value: object) -> Value:
 
     Dates and integers beyond 64 bits become strings; NaN and numbers beyond a float become None.
 
-    Example:
+    Examples:
         >>> scalar(1 << 64), scalar(float("nan")), scalar(True)
         ('18446744073709551616', None, 1)
     """

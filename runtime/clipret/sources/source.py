@@ -97,7 +97,7 @@ def open_source(
         ClipretError: There is no such file, it contains no images, a column is missing, or a package that reads it is
             not installed.
 
-    Example:
+    Examples:
         >>> source = open_source("images/")  # doctest: +SKIP
         >>> [item.path for item in source]  # doctest: +SKIP
         ['a.jpg', 'b.jpg']

@@ -55,7 +55,7 @@ class AttributeSwap:
         groups: By name, entries that exclude each other. An entry is a list of synonyms; the first is inserted.
         keep: Words in which nothing is swapped, such as 斑马线 (zebra crossing), which is not about a horse.
 
-    Example:
+    Examples:
         >>> swap = AttributeSwap({"colour": [["red"], ["blue", "navy"]]})
         >>> swap("A red car", positives=[], generator=torch.Generator())
         'A blue car'

@@ -90,7 +90,7 @@ def load_model(source: str, *, seed: int = 0, captions: Sequence[str] | None = N
     Raises:
         ClipretError: The source is unknown, broken or not supported.
 
-    Example:
+    Examples:
         >>> loaded = load_model("clipret-small", captions=["a red car", "two dogs on a beach"])
         >>> loaded.model.encode_image(torch.zeros(2, 3, 80, 80)).shape
         torch.Size([2, 256])

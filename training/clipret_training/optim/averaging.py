@@ -38,7 +38,7 @@ class MovingAverage:
     Raises:
         ClipretError: The decay is out of range.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> layer.weight.data.fill_(0.0)
         tensor([[0.]])

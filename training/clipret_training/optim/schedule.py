@@ -22,7 +22,7 @@ def learning_rate(step: int, steps: int, *, lr: float, warmup: float, schedule: 
     Returns:
         The learning rate.
 
-    Example:
+    Examples:
         >>> [round(learning_rate(step, 10, lr=1.0, warmup=0.2, schedule="cosine"), 2) for step in (1, 2, 6, 10)]
         [0.5, 1.0, 0.69, 0.04]
     """
