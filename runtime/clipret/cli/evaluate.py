@@ -156,7 +156,7 @@ def eval_command(
         if isinstance(gallery, str):
             if equal or includes or page is not None or rerank.steps:
                 raise ClipretError(
-                    "--equal, --includes, --html and --rerank need every image: use the gallery, not Milvus"
+                    "--equal, --includes, --html and --rerank need every image: search the gallery, not Milvus"
                 )
             chosen = chosen or [Metric.parse(name) for name in ("recall@1", "recall@5", "recall@10", "mAP@10")]
         if equal or includes:

@@ -302,9 +302,9 @@ def test_by_command(gallery: Gallery, tmp_path: Path) -> None:
     assert "queries a second" in run("eval", collection, queries, "--against", "exact", "--device", "cpu")
     # What cannot be done is one line.
     for words, reason in (
-        (("eval", collection, queries, "--equal", "camera"), "use the gallery"),
+        (("eval", collection, queries, "--equal", "camera"), "search the gallery"),
         (("eval", folder, queries, "--against", "exact"), "name the collection as milvus"),
-        (("query", collection, "red", "--rerank", "k_reciprocal=20"), "use the gallery"),
+        (("query", collection, "red", "--rerank", "k_reciprocal=20"), "search the gallery"),
         (("query", collection, "red", "--where", "lower(camera) = 'x'"), "it has no function lower"),
         (("query", f"milvus+{target}#nothing", "red"), "does not exist: clipret-search export --to milvus makes it"),
         (("query", f"milvus+{tmp_path}/none.db", "red"), "does not exist"),
@@ -360,8 +360,9 @@ def test_a_service_of_a_collection(listed_gallery: Path, serving: Callable[..., 
         for mine, its in zip(here.json["results"][0]["hits"], there.json["results"][0]["hits"], strict=True):
             assert {**mine, "image": "", "thumbnail": ""} == {**its, "image": "", "thumbnail": ""}
     image = there.json["results"][0]["hits"][0]["image"]
-    assert client.ask("GET", "/" + image).body == client.ask("GET", "/" + image.replace("colours", "gallery")).body
+    local = image.replace("colours", "gallery")
+    assert client.request("GET", "/" + image).body == client.request("GET", "/" + local).body
     assert "no function lower" in client.get("/search", gallery="colours", q="red", where="lower(colour) = 'x'").error
     assert client.get("/images/99", gallery="colours").status == 404
-    removed = client.ask("DELETE", "/galleries/colours/images/1", headers={"Authorization": "Bearer secret"})
+    removed = client.request("DELETE", "/galleries/colours/images/1", headers={"Authorization": "Bearer secret"})
     assert "change its gallery, then export" in removed.error
