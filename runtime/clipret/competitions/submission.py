@@ -1,10 +1,10 @@
-"""Answers to two competitions, written only if their scorers would take them.
+"""Answers to two competitions, written only if their scorers would accept them.
 
-Traffic retrieval (CVPR 2023 foundation model challenge, track 2): JSON, the texts in their order, ten images each:
+Traffic retrieval (CVPR 2023 foundation model challenge, track 2): JSON, the texts in order, ten images each:
 
     {"results": [{"text": "a white Audi sedan.", "image_names": ["0017.jpg", …]}, …]}
 
-Product retrieval (iFLYTEK 2024 multimodal retrieval): a CSV in the shape of the sample submission, one image a query.
+Product retrieval (iFLYTEK 2024 multimodal retrieval): a CSV in the form of the sample submission, one image per query.
 """
 
 import csv
@@ -32,9 +32,8 @@ _NAMING: dict[Form, Callable[[str], str]] = {
 
 
 def named(paths: Iterable[str], form: Form) -> dict[str, str]:
-    """What an answer calls each image: its stored path, its file name, or that without the suffix.
-
-    Raises ClipretError when two images would have the same name.
+    """The name of each image in an answer: its stored path, its file name, or that without the suffix. Raises
+    ClipretError for duplicates.
     """
     names = {path: _NAMING[form](path) for path in paths}
     owners = defaultdict[str, list[str]](list)
@@ -67,9 +66,8 @@ def traffic_answer(
 
 @dataclass(frozen=True)
 class Sample:
-    """The shape of a sample submission: its columns, how it separates and ends lines, and what it calls images.
-
-    `caption` is None where it has images alone; they then stand in the order of the queries.
+    """The form of a sample submission: its columns, separator, line ends, and how it names images. `caption` is None if
+    it has images only, in the order of the queries.
     """
 
     table: Table

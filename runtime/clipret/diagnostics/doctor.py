@@ -1,4 +1,4 @@
-"""What works on this machine: packages, engines, devices, and the exactness of the ranking, each by trying it."""
+"""What works on this machine: packages, backends, devices, and the exactness of the ranking, each by trying it."""
 
 import importlib.metadata
 import importlib.util
@@ -43,7 +43,7 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "a
 
 @dataclass(frozen=True)
 class Finding:
-    """What trying something showed. `state`: "idle" is installed and whole, without the device that it is for."""
+    """The result of a trial. `state` "idle": installed and intact, but its device is missing."""
 
     name: str
     state: State
@@ -65,7 +65,7 @@ class Extra:
 
 
 def extras() -> list[Extra]:
-    """Every extra as the installed package declares it, and its own requirements under the name ""."""
+    """Every extra of the installed package, and its own requirements under the name ""."""
     wanted = defaultdict[str, dict[str, SpecifierSet]](dict)
     for line in importlib.metadata.requires("clipret") or ():
         one = Requirement(line)
@@ -92,9 +92,9 @@ def _version(package: str) -> str | None:
 
 
 def machine(folder: Path) -> dict[str, Any]:
-    """Processor, memory, GPUs, and the disk that `folder` lies on; sizes in bytes, None where the system does not tell.
+    """Processor, memory, GPUs, and the disk of `folder`; sizes in bytes, None if the system does not say.
 
-    `vnni`: whether 8-bit products are exact without a detour (always where the processor is no x86).
+    `vnni`: whether 8-bit products are exact without a slower method (always on processors other than x86).
     """
     facts = _read("/proc/cpuinfo")
     flags = set((re.search(r"^flags\s*:(.*)$", facts, re.MULTILINE) or ["", ""])[1].split())
@@ -125,9 +125,9 @@ def _read(path: str) -> str:
 
 
 def check_engines(names: Iterable[Backend] = BACKENDS) -> Iterator[Finding]:
-    """Each engine that is installed runs a tower of three products, in the code that searches.
+    """Run a tower of three products on each installed backend, in the code that searches.
 
-    In a process of its own, because a library that does not fit its driver can take the process with it, or hang.
+    In a process of its own, because a library that does not fit its driver can end the process, or hang.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -183,7 +183,9 @@ def _weights() -> npt.NDArray[np.float32]:
 
 
 def _checked(tower: Tower, most: float) -> None:
-    """Raises ClipretError unless the tower gives the right rows, to within `most`, for batches of several sizes."""
+    """Raises ClipretError unless the tower returns the right embeddings, to within `most`, for batches of several
+    sizes.
+    """
     for count in (1, 5):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
         expected = pixels.mean(axis=(1, 2)) @ _weights()
@@ -242,10 +244,10 @@ def _probe_tensorrt(path: Path, library: TensorRTLibrary) -> tuple[State, str]:
 
 
 def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
-    """Every form of the ranking that this machine has, against a float64 brute force over the same rows.
+    """Compare every method of the ranking on this machine with a float64 brute force over the same embeddings.
 
-    The rows, float16 [count,64], are what is hard to order: two thirds of them come twice or more, and many more tie. A
-    tenth is deleted. Raises nothing: a form that is wrong, or fails, is a finding.
+    The embeddings, float16 [count,64], are hard to order: two thirds of them are duplicates, and many more tie. A tenth
+    is deleted. A method that is wrong or fails is a finding, not an error.
     """
     rng = np.random.default_rng(seed)
     distinct = rng.standard_normal((count // 3, 64))

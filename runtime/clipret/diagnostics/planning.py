@@ -1,7 +1,8 @@
-"""What a gallery of a given size takes: hours, processors, storage, memory, each with its formula and where it is from.
+"""The hardware for a gallery of a given size: hours, processors, storage and memory, each with its formula and origin.
 
 A line is "measured" (on this model, in benchmarks/results/), "computed" (from another measurement, by the formula
-shown), or "given" by the user. Nothing is guessed: what was never measured, such as a GPU's rate, is asked for.
+shown), or "given" by the user. Nothing is guessed: values that were never measured, such as a GPU's rate, must be
+given.
 """
 
 import importlib.resources
@@ -27,9 +28,21 @@ _BATCH = "16"  # queries ranked together: what a service under load gathers
 
 @dataclass(frozen=True)
 class Workload:
-    """What is planned. `hours`: to encode in; None where the machines are given instead. `rate`: images a second of
-    one GPU with this model, as measured by the user; `tflops`: 10^12 operations a second that a GPU sustains there.
-    `milvus_qps`: queries a second that one query node answers, from eval --against on the user's own index."""
+    """What to plan for.
+
+    Attributes:
+        images: Number of images.
+        model: Name of the model.
+        precision: Of encoding on processors.
+        qps: Queries per second.
+        gpus, cores: The hardware that encodes; how long does it take?
+        hours: The time for encoding; how much hardware does it take?
+        rate: Images per second of one GPU with this model, as measured by the user.
+        tflops: TFLOP/s that a GPU sustains, instead of `rate`.
+        image: Size of the images.
+        kilobytes: Size of an image's file.
+        milvus_qps: Queries per second of one Milvus query node, from eval --against on the user's own index.
+    """
 
     images: int
     model: str
@@ -47,7 +60,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Line:
-    """`value` in `unit`; None where something is missing, which `formula` then says."""
+    """One figure: `value` in `unit`; None if something is missing, which `formula` then names."""
 
     part: str
     name: str
@@ -58,7 +71,7 @@ class Line:
 
 
 class Model(msgspec.Struct, frozen=True):
-    """Length of its embeddings, and 10^9 operations of an image and of a query."""
+    """Dimension of its embeddings, and GFLOP per image and per query."""
 
     dim: Count
     image_gflop: Amount
@@ -81,14 +94,14 @@ class Decoding(msgspec.Struct, frozen=True):
 
 
 class DecodeRates(msgspec.Struct, frozen=True):
-    """By size of the images."""
+    """By image size."""
 
     measured_on: str
     core_ms_a_image: dict[str, Decoding]
 
 
 class RankRates(msgspec.Struct, frozen=True):
-    """Of so many embeddings of length `dim`, by the number of queries that are ranked together."""
+    """For a number of embeddings of dimension `dim`, by the number of queries ranked together."""
 
     measured_on: str
     rows: Count
@@ -102,7 +115,7 @@ class GalleryRates(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """rates.json. Further keys are passed over."""
+    """rates.json. Further keys are ignored."""
 
     models: dict[str, Model]
     encode: EncodeRates
@@ -112,7 +125,7 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 def read_rates(file: Path | None = None) -> Rates:
-    """The rates that came with the package, or those of a file of the same form. Raises ClipretError."""
+    """The rates of the package, or of a file of the same form. Raises ClipretError."""
     source = importlib.resources.files("clipret.diagnostics") / "rates.json" if file is None else file
     try:
         return checked(json.loads(source.read_bytes()), Rates)
@@ -123,7 +136,7 @@ def read_rates(file: Path | None = None) -> Rates:
 
 
 def plan(ask: Workload, rates: Rates) -> list[Line]:
-    """The lines of a plan, in the order in which they build on each other. Raises ClipretError for what has no rate."""
+    """The figures, in the order in which they depend on each other. Raises ClipretError if there is no rate."""
     model = _pick(rates.models, ask.model, "model")
     encode = _Encoding(ask, model, rates)
     lines = [*encode.lines(), *_storage(ask, model, rates)]

@@ -1,7 +1,7 @@
-"""Charts of an evaluation for a template to draw: SVG with its numbers in a table beneath, and matrices.
+"""Charts of an evaluation as SVG with a table of its numbers, drawn by a template.
 
-Not matplotlib's: it is larger than the rest of the lean runtime, and its colours would not follow the page's light and
-dark. What a drawing shows is said in words to those who cannot see it, and series differ in more than their colour.
+Not by matplotlib, which is larger than the rest of the lean runtime, and whose colours would not follow the page's
+light and dark themes. Each drawing has a text alternative, and series differ in more than colour.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""A Milvus collection that holds what a gallery holds: where it is, what it says of itself, and its errors in one line.
+"""A Milvus collection with the content of a gallery: its address, its properties, and its errors in one line.
 
-A collection has a gallery's ids as primary keys, the rows as float32 (which keeps every float16), path, size, mtime_ns
-and hash as fields, and the metadata as dynamic fields. What clipret must know of it stands in the collection's
-properties: the model's fingerprint, the columns, and whether an export was finished.
+Primary keys are the gallery's ids. Embeddings are float32, which keeps every float16; path, size, mtime_ns and hash are
+fields, and the metadata are dynamic fields. The collection's properties have the model's fingerprint, the columns, and
+whether an export was finished.
 """
 
 import contextlib
@@ -36,7 +36,9 @@ _BUFFER = 8192  # entities a page of an iteration
 
 @dataclass(frozen=True)
 class Address:
-    """URI[#COLLECTION][?ef=64&…]: a .db file for Milvus Lite, else http://HOST:PORT; what follows is for searches."""
+    """URI[#COLLECTION][?ef=64&…]: a .db file for Milvus Lite, else http://HOST:PORT; parameters after ? are for
+    searches.
+    """
 
     uri: str
     name: str = "clipret"
@@ -70,7 +72,7 @@ class Address:
 
 
 class Collection:
-    """One collection of a server or a file. Every method raises ClipretError for what Milvus refuses."""
+    """One collection of a server or a file. Every method raises ClipretError when Milvus refuses."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -112,7 +114,8 @@ class Collection:
             return bool(self.client.has_collection(self.address.name))
 
     def facts(self) -> dict[str, Any]:
-        """What an export wrote. Raises ClipretError where there is no collection, or none of clipret's."""
+        """The properties that an export wrote. Raises ClipretError if there is no collection, or not one of
+        clipret's."""
         if not self.there:
             raise ClipretError(f"{self.address} does not exist: clipret-search export --to milvus makes it")
         with self.told():
@@ -128,7 +131,7 @@ class Collection:
         return found
 
     def note(self, **facts: Any) -> None:
-        """Change what the collection says of itself."""
+        """Change properties of the collection."""
         with self.told():
             self.client.alter_collection_properties(self.address.name, _properties(facts))
 
@@ -156,7 +159,7 @@ class Collection:
         return made
 
     def index(self) -> str:
-        """The type of the index that the collection has."""
+        """The type of the collection's index."""
         with self.told():
             return str(self.client.describe_index(self.address.name, "embedding")["index_type"])
 
@@ -189,7 +192,7 @@ class Collection:
         return int(self.query("", ["count(*)"])[0]["count(*)"])
 
     def among(self, field: str, values: Sequence[Any], fields: Sequence[str]) -> list[dict[str, Any]]:
-        """The entities whose field is one of these values."""
+        """The entities whose field has one of these values."""
         found = list[dict[str, Any]]()
         for low in range(0, len(values), _AT_ONCE):
             part = json.dumps(list(values[low : low + _AT_ONCE]), ensure_ascii=False)
@@ -212,7 +215,7 @@ class Collection:
             pages.close()
 
     def search(self, rows: Sequence[Any], k: int, expression: str, fields: Sequence[str]) -> list[list[dict[str, Any]]]:
-        """The nearest entities of each row, with their fields, by the index."""
+        """The nearest entities of each embedding, with their fields, by the index."""
         with self.told():
             found = self.client.search(
                 self.address.name,

@@ -1,7 +1,7 @@
-"""A gallery into Milvus: what is new or changed is sent, what is gone is deleted, and nothing else.
+"""Export of a gallery to Milvus: sends new and changed images, deletes others, and nothing else.
 
-The truth about what Milvus holds is asked of Milvus, not remembered here: an export that was broken off anywhere is
-completed by the next one, whichever machine it runs on.
+What is in Milvus is asked of Milvus, not stored here: an interrupted export is completed by the next one, on any
+machine.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _BLOCK = 1024  # entities a message: 8 MiB at 2048 dimensions, where servers tak
 
 @dataclass(frozen=True)
 class MilvusReport:
-    """What an export changed there: entities `sent` (new ones and those with another record), `deleted`, and in all."""
+    """The result of an export: entities `sent` (new ones and those with another record), `deleted`, and in all."""
 
     sent: int
     deleted: int
@@ -48,12 +48,20 @@ def export_to_milvus(
     take_over: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda starts: starts,
 ) -> MilvusReport:
-    """Make a collection hold the live images of a gallery for which `where` holds, and no others.
+    """Make a collection contain the live images of a gallery for which `where` holds, and no others.
 
-    `index`: FLAT (the default), IVF_FLAT, HNSW and so on, with its `parameters` (nlist, M, efConstruction); of a
-    collection that exists it is changed. A collection belongs to one gallery, known by its place; `take_over` gives it
-    to this one. Raises ClipretError: another model's or gallery's collection, an index that is not there, a
-    server that refuses; what was sent by then is kept, and the next export sends the rest.
+    Args:
+        gallery: The gallery.
+        address: The collection.
+        where: An SQL expression. Default: all images.
+        index: FLAT (the default), IVF_FLAT, HNSW and so on. The index of an existing collection is changed.
+        parameters: Of the index, such as nlist, M and efConstruction.
+        take_over: Let the collection of another gallery belong to this one. A gallery is known by its folder.
+        progress: Called with the numbers of the blocks, such as tqdm.
+
+    Raises:
+        ClipretError: A collection of another model or gallery, an unknown index, or an error of the server. What was
+            sent is kept, and the next export sends the rest.
     """
     collection = Collection(address)
     try:
@@ -117,7 +125,7 @@ def _export(
 
 
 def _check(gallery: Gallery, collection: Collection, take_over: bool) -> None:
-    """Whether a collection is this gallery's."""
+    """Check that a collection belongs to this gallery."""
     facts = collection.facts()
     if facts["fingerprint"] != gallery.info.fingerprint:
         raise ClipretError(
@@ -132,7 +140,7 @@ def _check(gallery: Gallery, collection: Collection, take_over: bool) -> None:
 
 
 def _held(collection: Collection) -> tuple[Ids, Ids]:
-    """The ids that Milvus holds, ascending, and the record of each."""
+    """The ids in Milvus, ascending, and the record of each."""
     pages = [
         np.array([(one["id"], one[RECORD]) for one in page], np.int64) for page in collection.every(("id", RECORD))
     ]
@@ -147,7 +155,7 @@ def _at(ids: Ids, records: Ids, number: int) -> int | None:
 
 
 def _record(image: ImageRecord, metadata: Mapping[str, Value]) -> int:
-    """A number that changes with anything but the row, which never does under one id."""
+    """A number that changes with every field but the embedding, which never changes for an id."""
     said = sorted((name, value) for name, value in _plain(metadata).items() if value is not None)  # of any columns
     known = [image.path, image.size, image.mtime_ns, image.hash, said]
     return int.from_bytes(hashlib.blake2b(json.dumps(known).encode(), digest_size=7).digest(), "big")

@@ -1,7 +1,6 @@
-"""--where for Milvus: the part of SQL that its expressions can say, with the meaning that it has in a gallery.
+"""--where for Milvus: the part of SQL that Milvus can express with the meaning that it has for a gallery.
 
-What would mean something else there is refused, with the reason: a filter that finds other images than the gallery
-would, and says nothing, is worse than none.
+Anything else is refused with the reason: a filter that silently finds other images is worse than none.
 """
 
 import json
@@ -77,10 +76,10 @@ class _Node:
 
 
 def translate(where: str, columns: Sequence[str]) -> str:
-    """The expression of Milvus that finds what `where` finds in a gallery with these metadata columns.
+    """The Milvus expression that finds what `where` finds in a gallery with these metadata columns.
 
-    Comparisons of a column with a value, IN, BETWEEN, GLOB, LIKE without letters, IS NULL, AND, OR, NOT. Raises
-    ClipretError for what is no such expression, names the place, and says what to write where that can be said.
+    Supports comparisons of a column with a value, IN, BETWEEN, GLOB, LIKE without letters, IS NULL, AND, OR, NOT.
+    Raises ClipretError for other expressions, with the position and, where possible, what to write instead.
     """
     return str(_Parser(where, columns).parsed())
 

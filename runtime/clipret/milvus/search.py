@@ -1,8 +1,8 @@
-"""Searching a Milvus collection as a gallery is searched: the same queries, prompts, filters and hits.
+"""Search in a Milvus collection with the same queries, prompts, filters and results as in a gallery.
 
-Milvus finds the candidates by its index; their embeddings come back with them and are scored here, in the arithmetic of
-`clipret.ranking.ranker`: a score is that of the gallery bit for bit, and ties go by age. What an approximate index
-does not find is lost all the same; `agreement` measures how much that is.
+Milvus finds candidates by its index. Their embeddings are returned too and scored here with the arithmetic of
+`clipret.ranking.ranker`: scores are bit for bit those of the gallery, and ties are ordered by age. Images that an
+approximate index misses are still missing; `agreement` measures how many.
 """
 
 import time
@@ -34,10 +34,10 @@ _BYTES = 32 << 20  # of an answer
 
 
 class MilvusCollection:
-    """A collection that an export filled; a `Searchable`. Nothing can be written through it.
+    """A collection that an export filled; a read-only `Searchable`.
 
     Raises:
-        ClipretError: There is no such collection, none of clipret's, or its export was broken off.
+        ClipretError: There is no such collection, it is not clipret's, or its export was interrupted.
     """
 
     def __init__(self, address: Address) -> None:
@@ -132,9 +132,9 @@ def open_milvus(text: str) -> MilvusCollection:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What an index finds of the exact ranking: for each k the share of its first k, the mean over `queries`.
+    """How much of the exact ranking an index finds: for each k the share of its first k, as the mean over `queries`.
 
-    Seconds are those of ranking alone, of all queries together; texts are embedded before.
+    Seconds are the time of ranking all queries, without encoding them.
     """
 
     queries: int
@@ -148,10 +148,10 @@ def agreement(
 ) -> Agreement:
     """Compare a collection with the gallery that it was exported from.
 
-    An image with the very score of the k-th counts as found: which of equal ones comes first is no merit.
+    An image with the same score as the k-th counts as found: the order of ties does not matter.
 
     Args:
-        collection: What is judged.
+        collection: The collection.
         exact: Searches the gallery.
         texts: The queries.
         ks: Depths to compare at.

@@ -1,4 +1,4 @@
-"""The page that shows what a search found: one HTML file, no network, no script, images inside."""
+"""A page with search results: one HTML file with its images, without network and scripts."""
 
 import base64
 import functools
@@ -32,11 +32,14 @@ FOOTER = "Best match first. The score is the cosine similarity of text and image
 
 @dataclass(frozen=True)
 class Card:
-    """One image found.
+    """One image on a page.
 
-    path: the file on disk, or that of its archive with its name in it; where it is missing or broken, a tile says so.
-    label: what is written under it, usually the path relative to the gallery's root. score: cosine similarity.
-    relevant: whether the image answers the query, None where nobody said. rank: default: the place among the cards.
+    Attributes:
+        path: Its file, or that of its archive with its name in it; a tile says so if it is missing or broken.
+        label: The text below it, usually the stored path.
+        score: Its cosine similarity.
+        relevant: Whether the image is right for the query; None if unknown.
+        rank: Default: the position among the cards.
     """
 
     path: Path
@@ -48,8 +51,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """One query and the images it found, best first. `note` is shown next to the query; `missed`: images that should
-    have been among them."""
+    """One query with its results, best first. `note` is shown next to the query; `missed` are relevant images that were
+    not found.
+    """
 
     query: str
     cards: Sequence[Card]
@@ -78,18 +82,18 @@ def write_page(
     template: str = "page.html.j2",
     **more: Any,
 ) -> None:
-    """Write the page, whole or not at all.
+    """Write a page, completely or not at all.
 
     Images are embedded as thumbnails and link to their files, relative to the page.
 
     Args:
         out: The file of the page.
-        title: What stands at its top.
-        facts: The headline figures, name and value.
-        sections: The queries and what they found.
-        footer: What stands at its end.
-        template: The template that makes it, `page.html.j2` or one that extends it.
-        more: What such a template needs besides.
+        title: The heading.
+        facts: The main figures, name and value.
+        sections: The queries and their results.
+        footer: The text at the end.
+        template: `page.html.j2` or a template that extends it.
+        more: Further values for the template.
 
     Raises:
         ClipretError: The page's folder does not exist or cannot be written.
@@ -160,9 +164,9 @@ def _link(path: Path, folder: Path) -> str:
 
 
 def _justify(ratios: Sequence[float], row: float) -> list[str]:
-    """CSS widths of images such that they fill rows of nearly equal height from side to side.
+    """CSS widths for images that fill rows of nearly equal height.
 
-    A script would measure the window. Without one, widths are made for rows about `row` times as wide as high, and
+    A script would measure the window. Without one, widths are computed for rows about `row` times as wide as high, and
     the style sheet chooses among several. Too few images for one row do not fill it.
     """
     if not ratios:

@@ -1,4 +1,4 @@
-"""The service's addresses: what each of them takes and gives, as FastAPI declares it."""
+"""The routes of the service, declared for FastAPI."""
 
 import hmac
 import time
@@ -76,7 +76,7 @@ class Service:
 
 
 def create_app(service: Service) -> ServiceMiddleware:
-    """The application, behind its guard."""
+    """The application inside its middleware."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -168,7 +168,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
 
 
 def _shown(served: ServedGallery, answer: Answer, seconds: float) -> dict[str, Any]:
-    """A SearchResponse. Addresses are relative, so that the service also works below a prefix of a proxy."""
+    """A SearchResponse. Addresses are relative, so that the service also works below a path prefix of a proxy."""
     own = f"?gallery={quote(served.name, safe='')}"
     results = []
     for hits in answer.results:
@@ -246,7 +246,7 @@ async def _permitted(request: Request) -> None:
 
 
 class _AddRoute(UploadRoute):
-    """Nobody without the token gets as far as to send images."""
+    """Checks the token before images are read."""
 
     async def admit(self, request: Request) -> None:
         await _permitted(request)
@@ -323,7 +323,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page. Its files are read once: no name that a client sends ever reaches the disk."""
+    """Adds the page. Its files are read once at the start: no name that a client sends reaches the disk."""
     files = dict[str, tuple[bytes, str, str]]()
     for file in sorted(STATIC.iterdir()):
         content = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Micro-batches: requests that arrive while the engine is busy are answered together."""
+"""Micro-batches: requests that arrive while the model is busy are answered together."""
 
 import asyncio
 import contextlib
@@ -16,12 +16,12 @@ R = TypeVar("R")
 
 
 class Batcher(Generic[T, R]):
-    """Gives `run` what is waiting, a batch at a time, in a thread of `executor`.
+    """Passes waiting items to `run`, a batch at a time, in a thread of `executor`.
 
-    `run` returns for each item its result or the exception that is its own. A batch holds items of `most` in `size`,
-    at least one. The engine is never idle to fill a batch, except after one that held several: then as many are
-    expected again, and it waits for them, `gather` seconds at most. A lone client never waits. (Clipper, Crankshaw et
-    al., NSDI 2017, has the delayed batching; the expectation is ours.)
+    `run` returns for each item its result or its exception. A batch has at least one item and at most `most` in total
+    `size`. The thread is never idle to fill a batch, except after a batch of several items: then as many are expected
+    again, and it waits for them for at most `gather` seconds. A single client never waits. (Delayed batching is from
+    Clipper, Crankshaw et al., NSDI 2017; the expectation is ours.)
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Batcher(Generic[T, R]):
         self._task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        """How many wait."""
+        """The number of waiting items."""
         return len(self._waiting)
 
     async def submit(self, item: T) -> R:
-        """The result of one item. Raises BusyError when too many wait, or what `run` gave for it."""
+        """The result of one item. Raises BusyError if too many wait, or the exception that `run` returned for it."""
         if len(self._waiting) >= self._limit:
             raise BusyError(f"{len(self._waiting)} searches are waiting: try again in a moment")
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
@@ -60,7 +60,7 @@ class Batcher(Generic[T, R]):
         self._task = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
-        """End the work; what still waits is told that the service stops."""
+        """End the work; waiting items fail because the service stops."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -106,7 +106,7 @@ class Batcher(Generic[T, R]):
                     future.set_result(result)
 
     def _taken(self) -> list[tuple[T, asyncio.Future[R]]]:
-        """The next batch: what waits longest, without those whose clients have gone."""
+        """The next batch: the longest waiting items, without those whose clients have left."""
         batch = list[tuple[T, asyncio.Future[R]]]()
         total = 0
         while self._waiting:

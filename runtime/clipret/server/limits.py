@@ -1,4 +1,4 @@
-"""What a service lets a stranger ask for: the one place of its limits, and the refusals that clients see."""
+"""The limits of the service, and the errors that clients see."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,45 +46,45 @@ class Limits:
 
 
 class RequestError(Exception):
-    """A request that cannot be answered as it is. The message is for the client and names nothing of the server."""
+    """A request that cannot be answered. The message is for the client and contains nothing about the server."""
 
     status = 422
     headers: ClassVar[Mapping[str, str]] = {}
 
 
 class DeniedError(RequestError):
-    """Not without the right token."""
+    """The token is missing or wrong."""
 
     status = 401
     headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
 class ReadOnlyError(RequestError):
-    """Not of this service, whatever the token."""
+    """The service does not allow changes, whatever the token."""
 
     status = 403
 
 
 class NotFoundError(RequestError):
-    """There is no such thing."""
+    """What the request names does not exist."""
 
     status = 404
 
 
 class ConflictError(RequestError):
-    """What cannot be done in the state that the gallery is in."""
+    """The gallery does not allow this now."""
 
     status = 409
 
 
 class TooLargeError(RequestError):
-    """More bytes than the service takes."""
+    """The request has too many bytes."""
 
     status = 413
 
 
 class UnsupportedError(RequestError):
-    """A body of a kind that the service does not read."""
+    """A body of a type that the service does not read."""
 
     status = 415
 
@@ -96,7 +96,7 @@ class MisdirectedError(RequestError):
 
 
 class BusyError(RequestError):
-    """Not now: the client may try again."""
+    """The service is busy: the client may try again."""
 
     status = 503
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}

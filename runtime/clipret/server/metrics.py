@@ -1,4 +1,4 @@
-"""What a service counts, for Prometheus. Labels are routes and names of galleries, never what a client chose."""
+"""Metrics of the service for Prometheus. Labels are routes and names of galleries, never values that a client chose."""
 
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
@@ -20,7 +20,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """The metrics of one service, in a registry of their own: a process may hold several services."""
+    """The metrics of one service, in a registry of their own, because a process may have several services."""
 
     def __init__(self) -> None:
         self._registry = registry = _Registry()
@@ -45,20 +45,20 @@ class Metrics:
         self._seconds(route).observe(seconds)
 
     def batch(self, gallery: str, size: int) -> None:
-        """Count a batch of `size` searches of a gallery that the engine was given at once."""
+        """Count a batch of `size` searches of a gallery."""
         self._sizes(gallery).observe(size)
 
     def follow(self, galleries: Collection["ServedGallery"]) -> None:
-        """Read these galleries' own figures at every look at the metrics. To be called once."""
+        """Report these galleries' values in every response. Call it once."""
         self._registry.register(_Galleries(galleries))
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format, whose type is CONTENT_TYPE."""
+        """All metrics in Prometheus' text format, of the type CONTENT_TYPE."""
         return generate_latest(self._registry)
 
 
 class _Registry(CollectorRegistry):
-    """Leaves out when each counter was made, a gauge of its own for each; the library's switch for them is global."""
+    """Leaves out the creation time of each counter; the library's own switch for this is global."""
 
     def collect(self) -> Iterator[Metric]:
         for metric in super().collect():
@@ -67,7 +67,7 @@ class _Registry(CollectorRegistry):
 
 
 class _Galleries(Collector):
-    """What only the present moment knows of each gallery."""
+    """Values that are read from each gallery when the metrics are requested."""
 
     def __init__(self, galleries: Collection["ServedGallery"]) -> None:
         self._desks = galleries

@@ -1,4 +1,4 @@
-"""How the service says what went wrong, in its answers and in its OpenAPI document."""
+"""Errors in the service's responses and in its OpenAPI document."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,12 +37,12 @@ WRITE_FAILURES: dict[int | str, dict[str, Any]] = {
 
 
 def refusal(error: RequestError) -> JSONResponse:
-    """The answer to a request that is refused."""
+    """The response to a refused request."""
     return _failure(error.status, str(error), error.headers)
 
 
 def handle_failures(app: FastAPI) -> None:
-    """Make every failure of `app` a `Failure`."""
+    """Turn every error of `app` into a `Failure`."""
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:

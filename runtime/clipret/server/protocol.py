@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with two limits that it lacks: time for a request's header, and open connections."""
+"""uvicorn's HTTP/1.1 with two more limits: the time for a request's header, and the number of open connections."""
 
 import asyncio
 
@@ -13,10 +13,12 @@ _LINGER = 1.0  # seconds in which a client may notice that it was refused, befor
 
 
 def protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """A protocol class that closes connections whose next header is not there after `limits.header_seconds`: a client
-    that sends a byte a minute would otherwise keep its connection for ever. Where there are more than
-    `limits.connections`, the one that has kept us waiting longest, for a request or for the rest of one, gives way to
-    the new one, so that clients which say nothing cannot keep out those which do."""
+    """A protocol class with limits for connections.
+
+    It closes connections whose next header has not arrived after `limits.header_seconds`; otherwise a client that sends
+    a byte per minute would keep its connection forever. With more than `limits.connections`, the connection that has
+    kept the service waiting longest is closed for the new one, so that silent clients cannot keep others out.
+    """
     waiting = dict["Limited", None]()  # those that owe us something, in the order of their waiting
 
     class Limited(H11Protocol):

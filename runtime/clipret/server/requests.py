@@ -1,8 +1,8 @@
-"""What stands between a request's body and FastAPI, which reads it as `schemas` declares it.
+"""Limits on request bodies before FastAPI reads them.
 
-FastAPI reads a body before it asks any dependency, has no bound on how many forms lie on the disk at once, and decodes
-JSON with Python's parser, which gives up on deep nesting and long numbers with errors of its own. The bound on a
-body's bytes is the middleware's.
+FastAPI reads a body before any dependency, does not limit the number of forms on the disk, and decodes JSON with
+Python's parser, which fails on deep nesting and long numbers with errors of its own. The limit on a body's bytes is the
+middleware's.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ JSON, FORM = "application/json", "multipart/form-data"
 
 
 def kind_of(headers: Mapping[str, str]) -> str:
-    """What a request says its body is."""
+    """The content type of a request."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -45,7 +45,7 @@ class _JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """Takes the requests that say they are JSON, and leaves the others to the next route of its address."""
+    """Matches requests with a JSON body and leaves the others to the next route."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child = super().matches(scope)
@@ -63,7 +63,7 @@ class JsonRoute(APIRoute):
 
 
 class UploadRoute(APIRoute):
-    """Refuses before the body is read what is no form, and forms while too many are under way."""
+    """Refuses bodies that are not forms, and forms while too many are being read, before the body is read."""
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
@@ -82,7 +82,7 @@ class UploadRoute(APIRoute):
 
 
 class Uploads:
-    """Counts the forms that are under way, and the files that are whole in memory."""
+    """Counts the forms that are being read and the files in memory."""
 
     def __init__(self, limits: Limits) -> None:
         self._most, self._open = limits.uploads, 0
@@ -90,7 +90,7 @@ class Uploads:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Hold a place for a form. Raises BusyError."""
+        """Reserve a place for a form. Raises BusyError."""
         if self._open >= self._most:
             raise BusyError(f"{self._open} uploads are under way: try again in a moment")
         self._open += 1
@@ -100,7 +100,7 @@ class Uploads:
             self._open -= 1
 
     async def each(self, files: Sequence[UploadFile], take: Callable[[bytes], Awaitable[T]]) -> list[T]:
-        """What `take` makes of each file's bytes."""
+        """The results of `take` for each file's bytes."""
         made = list[T]()
         for file in files:
             async with self._whole:
@@ -111,7 +111,7 @@ class Uploads:
 def checked(request: SearchRequest, pixels: Sequence[Content], limits: Limits) -> list[list[tuple[Content, float]]]:
     """The queries of a request, each a list of parts and weights.
 
-    These limits are a service's own; those of `schemas` hold for all. Raises RequestError where it asks for too much.
+    Checks the limits of this service; those of `schemas` apply to every service. Raises RequestError.
     """
     if request.k > limits.k:
         raise RequestError(f"k is {request.k}: ask for {limits.k} images at most")

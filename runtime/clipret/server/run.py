@@ -1,4 +1,4 @@
-"""The service as a process: galleries opened, threads started, uvicorn run until it is told to stop."""
+"""The service as a process: opens galleries, starts threads, runs uvicorn until it is stopped."""
 
 import contextlib
 import signal
@@ -76,9 +76,16 @@ def open_service(
 
 
 def serve(service: Service, host: str, port: int, started: Callable[[str], None]) -> None:
-    """Answer at http://HOST:PORT/ until SIGINT or SIGTERM, then finish what is under way; port 0 takes a free one.
+    """Serve at http://HOST:PORT/ until SIGINT or SIGTERM, then finish the requests that are running.
 
-    `started` is given the address. Raises ClipretError when it cannot be had.
+    Args:
+        service: From `open_service`.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        started: Called with the address.
+
+    Raises:
+        ClipretError: The address cannot be used.
     """
     listening = listen(host, port)
     _allow_files(service.limits.connections + _FILES)
@@ -91,7 +98,7 @@ def serve(service: Service, host: str, port: int, started: Callable[[str], None]
 
 
 def make_server(service: Service) -> uvicorn.Server:
-    """A server for sockets that listen; `run` ends once its `should_exit` is set and no request is under way."""
+    """A server for listening sockets; `run` ends when `should_exit` is set and no request is running."""
     config = uvicorn.Config(
         create_app(service),
         http=protocol(service.limits),
@@ -123,7 +130,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _allow_files(count: int) -> None:
-    """Let this process have so many files and connections open, as far as it may."""
+    """Raise the limit of open files and connections to `count`, as far as the system allows."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -1,4 +1,4 @@
-"""The service's requests and answers as they travel: pydantic models, from which the OpenAPI document is made."""
+"""Requests and responses as pydantic models, from which the OpenAPI document is generated."""
 
 from typing import Annotated
 
@@ -74,7 +74,7 @@ class SearchRequest(_Strict):
 
 
 class _Form(BaseModel):
-    """A multipart body. Fields that nobody asked for are left alone, but not files: their sender expects something."""
+    """A multipart body. Unknown fields are ignored, but unknown files are an error: their sender expects something."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -87,7 +87,7 @@ class _Form(BaseModel):
 
 
 class SearchForm(_Form):
-    """A search with uploads, which the parts of its queries name by number."""
+    """A search with uploads, which the parts of its queries refer to by number."""
 
     search: Annotated[
         Json[SearchRequest] | None,
@@ -97,7 +97,7 @@ class SearchForm(_Form):
 
     @property
     def request(self) -> SearchRequest:
-        """The search that the form asks for. Raises pydantic's ValidationError."""
+        """The search of the form. Raises pydantic's ValidationError."""
         if self.search is not None:
             return self.search
         return SearchRequest(queries=[QueryRequest(parts=[PartRequest(image=at)]) for at in range(len(self.image))])
@@ -119,7 +119,7 @@ class AddForm(_Form):
 
 
 class HitResponse(BaseModel):
-    """An image found; `image` and `thumbnail` are addresses relative to the service's own."""
+    """One result; `image` and `thumbnail` are addresses relative to the service's own."""
 
     rank: int
     id: int
@@ -145,7 +145,7 @@ class SearchResponse(BaseModel):
 
 
 class GalleryFacts(BaseModel):
-    """`rerank`: the steps after which a score is no cosine any more; mostly none."""
+    """`rerank`: the re-ranking steps, after which a score is no longer a cosine; usually none."""
 
     name: str
     images: int
@@ -177,6 +177,6 @@ class Health(BaseModel):
 
 
 class Failure(BaseModel):
-    """Every answer of a status from 400 on."""
+    """The response for every status from 400."""
 
     error: str

@@ -41,7 +41,7 @@ _CHUNK = 8  # images added that are encoded in one go, between the searches
 
 @dataclass(frozen=True)
 class Threads:
-    """Where a service works. `engine` has one thread: towers and rankers are not made for more."""
+    """The threads of a service. `engine` has one thread, because towers and rankers are not made for more."""
 
     engine: Executor
     images: Executor
@@ -51,7 +51,7 @@ class Threads:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What a service answers from; `number` counts those that were loaded from 1."""
+    """The version of a gallery that the service answers from; `number` counts loaded versions from 1."""
 
     number: int
     searched: Searchable
@@ -65,7 +65,7 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class RankRequest:
-    """A search of one snapshot; `allowed` is its filter. Each query is a weighted sum of its parts, as a `Query` is."""
+    """A search of one snapshot; `allowed` is its filter. Each query is a weighted sum of its parts, as in `Query`."""
 
     snapshot: Snapshot
     queries: tuple[tuple[tuple[Content, float], ...], ...]
@@ -77,13 +77,13 @@ class RankRequest:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Asks of one group are ranked together; those for many images do not slow those for few."""
+        """Requests of one group are ranked together; requests for many images do not slow down those for few."""
         return (self.snapshot.number, self.where, self.exclude, self.min_score, (self.k - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class RankedImage:
-    """One image found, as `clipret.search.searcher.Hit`, with what the same state knows of it."""
+    """One result with the record and metadata of the same snapshot."""
 
     rank: int
     id: int
@@ -94,7 +94,7 @@ class RankedImage:
 
 @dataclass(frozen=True)
 class Answer:
-    """What each query of an ask found."""
+    """The results of each query of a request."""
 
     snapshot: Snapshot
     results: list[list[RankedImage]]
@@ -102,7 +102,7 @@ class Answer:
 
 @dataclass
 class ServedGallery:
-    """A gallery under its `name`. Everything but `load` and what it hands to threads runs in the event loop.
+    """A gallery under its `name`. Everything but `load` and the work in threads runs in the event loop.
 
     The snapshot may be replaced at any await: the code that answers a request reads `snapshot` once.
     """
@@ -141,7 +141,7 @@ class ServedGallery:
         return self._snapshot
 
     def load(self) -> None:
-        """Read the gallery and open the towers, before anybody asks. Raises ClipretError."""
+        """Read the gallery and open the towers, before the first request. Raises ClipretError."""
         if self.settings.reference:
             self._reference = self._embedder.embed(list(dict.fromkeys(self.settings.reference)))
         self._renew()
@@ -162,7 +162,7 @@ class ServedGallery:
         self._watch.close()
 
     async def refresh(self) -> None:
-        """Take up what was committed before this call; the old state answers until the new one can."""
+        """Load what was committed before this call; the old snapshot answers until the new one can."""
         async with self._refreshing:
             try:
                 await self._in(self.threads.files, self._renew)
@@ -206,9 +206,8 @@ class ServedGallery:
         exclude: Sequence[int] = (),
         min_score: float | None = None,
     ) -> Answer:
-        """The k best of each query in the present state, as `Searcher.search` or a `Reranker` finds them.
-
-        Raises RequestError.
+        """The k best of each query in the current snapshot, as by `Searcher.search` or a `Reranker`. Raises
+        RequestError.
         """
         if min_score is not None and self.settings.rerank.steps:
             raise RequestError("min_score is a cosine, which this service re-ranks: leave it out")
@@ -222,7 +221,7 @@ class ServedGallery:
         return await self.batcher.submit(RankRequest(snapshot, parts, k, where, allowed, frozenset(exclude), min_score))
 
     async def record(self, number: int) -> tuple[Path, ImageRecord]:
-        """What the path of an image is relative to, and its record. Raises NotFoundError."""
+        """The root of an image's path, and its record. Raises NotFoundError."""
         searched = self.snapshot.searched
         found = await self._in(self.threads.filters, lambda: searched.records([number]))
         if number not in found:
@@ -230,31 +229,31 @@ class ServedGallery:
         return searched.root, found[number]
 
     async def pixels(self, content: bytes) -> npt.NDArray[np.uint8]:
-        """An image that a stranger sent, as the tower's input. Raises RequestError."""
+        """An uploaded image as the tower's input. Raises RequestError."""
         try:
             return await self._in(self.threads.images, lambda: load(content, self.encoder.bundle.manifest.image))
         except ImageError as error:
             raise RequestError(f"the image cannot be used: {error}") from error
 
     async def in_images(self, work: Callable[[], T]) -> T:
-        """Run what reads or decodes an image where that belongs."""
+        """Run a function that reads or decodes an image in the threads for that."""
         return await self._in(self.threads.images, work)
 
     async def choices(self) -> dict[str, list[tuple[Value, int]]]:
-        """`ServedSnapshot.choices` of the present one; Milvus does not count values."""
+        """`ServedSnapshot.choices` of the current snapshot; Milvus does not count values."""
         searched = self.snapshot.searched
         if not isinstance(searched, ServedSnapshot):
             return {}
         return await self._in(self.threads.filters, lambda: searched.choices)
 
     def shown_path(self, image: ImageRecord) -> str:
-        """The stored path; of an image that `add` brought without where the gallery lies."""
+        """The stored path; for an image added by upload, without the gallery's own folder."""
         file = Path(image.path)
         below = isinstance(self.path, Path) and file.is_relative_to(self.path)
         return file.relative_to(self.path).as_posix() if below else image.path
 
     def answer(self, requests: list[RankRequest]) -> list[Answer | Exception]:
-        """Embed everything at once, rank what belongs together at once. In the engine's thread."""
+        """Encode all requests at once and rank each group at once. Runs in the thread for the model."""
         known = self._embedded([part for request in requests for query in request.queries for part, _ in query])
         results: list[Answer | Exception] = []
         groups = dict[tuple[object, ...], list[tuple[int, Floats]]]()
@@ -300,23 +299,29 @@ class ServedGallery:
             results[at] = Answer(first.snapshot, lists)
 
     def _embedded(self, parts: Sequence[Content]) -> dict[str | int, Floats]:
-        """The row of each text by itself, and of each image's pixels by their id()."""
+        """The embedding of each text, and of each image's pixels by their id()."""
         texts = list(dict.fromkeys(part for part in parts if isinstance(part, str)))
         pixels = [part for part in parts if isinstance(part, np.ndarray)]
         rows = self._embedder.embed([*texts, *(Query((Part(image),)) for image in pixels)])
         return dict(zip([*texts, *map(id, pixels)], rows, strict=True))
 
     async def read(self, content: bytes) -> tuple[bytes, npt.NDArray[np.uint8]]:
-        """An image that is to be added: its bytes, and the tower's input. Raises RequestError."""
+        """An uploaded image to add: its bytes and the tower's input. Raises RequestError."""
         return content, await self.pixels(content)
 
     async def add(
         self, images: Sequence[tuple[bytes, npt.NDArray[np.uint8]]], metadata: Mapping[str, Value]
     ) -> list[tuple[int, bool]]:
-        """Take images into the gallery, with the same metadata each: id of each, and whether it is new.
+        """Add images to the gallery, with the same metadata for all.
 
-        Their files are kept in the gallery's folder `added`, under names made from their bytes, so that nothing that a
-        client says can name a place. All of them or, with the reason, none. Raises RequestError.
+        Their files are kept in the gallery's folder `added` under names made from their bytes, so that no name of a
+        client reaches the disk. All of them are added or, with the reason, none.
+
+        Returns:
+            The id of each image, and whether it is new.
+
+        Raises:
+            RequestError: Why none was added.
         """
         contents = [content for content, _ in images]
         rows = list[Floats]()
@@ -329,12 +334,12 @@ class ServedGallery:
         return [ids[image_file(content, 0).digest] for content in contents]
 
     def _encoded(self, squares: Sequence[npt.NDArray[np.uint8]]) -> list[Floats]:
-        """The embeddings of images that are added, made as the gallery's others were."""
+        """The embeddings of added images, made like the gallery's others."""
         batches = self.encoder.encode_images(squares, flip=self._embedder.gallery.info.flipped)
         return [row for batch in batches for row in batch.embeddings.astype(np.float64)]
 
     async def remove(self, number: int) -> None:
-        """Delete an image from the gallery; its file too where `add` made it. Raises RequestError."""
+        """Delete an image from the gallery, and its file if `add` wrote it. Raises RequestError."""
         await self._in(self.threads.files, lambda: remove_image(self.path, self.name, number))
         await self.refresh()
 
@@ -343,7 +348,7 @@ class ServedGallery:
 
 
 def _sum(searched: Searchable, query: Sequence[tuple[Content, float]], known: Mapping[str | int, Floats]) -> Floats:
-    """The row of a query, float64 [D], as `Searcher.embed` makes it."""
+    """The embedding of a query, float64 [D], as `Searcher.embed` computes it."""
     parts = list[tuple[Floats, float]]()
     for content, weight in query:
         if isinstance(content, int):

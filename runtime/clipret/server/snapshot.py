@@ -1,9 +1,9 @@
-"""A gallery as it was at one moment, for a service that must go on while other processes change it.
+"""A snapshot of a gallery for a service, which other processes may change meanwhile.
 
-Shards are immutable files, and what is mapped stays readable after compaction has removed its name. What can change
-under a reader is the database, so each state has a copy of it: rows, paths, metadata and filters of an answer all come
-from the same commit, whatever happens to the gallery meanwhile. (A read transaction held open would do the same and
-lock every writer out: the gallery's journal is sqlite's oldest, which needs no files next to the database.)
+Shards are immutable files, and mapped files stay readable after compaction has removed their names. The database can
+change, so each snapshot has a copy of it: embeddings, paths, metadata and filters of an answer come from the same
+commit. (An open read transaction would do the same but lock out every writer: the gallery uses sqlite's rollback
+journal, which needs no files next to the database.)
 """
 
 import contextlib
@@ -47,10 +47,10 @@ _VALUES = 40  # distinct values of a column that are offered as a choice; column
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How every search of a service is made: `templates` as `Searcher` takes them, and the steps of re-ranking.
+    """The settings of every search of a service: `templates` as for `Searcher`, and the steps of re-ranking.
 
-    A request must not depend on those that come at the same time, so hubness needs texts of its own, `reference`.
-    Raises ClipretError where there are none.
+    A result must not depend on requests that arrive at the same time, so hubness needs texts of its own, `reference`.
+    Raises ClipretError without them.
     """
 
     templates: Forms = ("{}",)
@@ -66,7 +66,7 @@ class SearchSettings:
 
 
 class _Copy(Gallery):
-    """A gallery whose database is a copy in a folder of its own, removed with it."""
+    """A gallery whose database is a copy in a temporary folder."""
 
     def __init__(self, path: Path, info: GalleryInfo) -> None:
         super().__init__(path, info)
@@ -90,7 +90,7 @@ class _Copy(Gallery):
 
 
 class _Filters(Database):
-    """A connection for one expression that a stranger wrote: read-only by `select`, and bounded in time and memory."""
+    """A connection for one expression of a client: read-only by `select`, and limited in time and memory."""
 
     def mask(self, where: str, ids: Ids, seconds: float) -> Mask:
         self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
@@ -113,19 +113,19 @@ class _Filters(Database):
 
 
 class ServedSnapshot(GallerySnapshot):
-    """One state of a gallery for a service: its embeddings, a ranker over them, and what is known of its images.
+    """A snapshot of a gallery for a service: its embeddings, a ranker over them, and records and metadata.
 
-    Methods may be called from any thread, but `rank` belongs to the engine's.
+    Methods may be called from any thread, but `rank` only from the thread for the model.
 
     Args:
         path: The folder of the gallery.
-        encoder: As of `GallerySnapshot`.
+        encoder: As for `GallerySnapshot`.
         rerank: The steps that `rank` takes.
         reference: Float [R,D], the embeddings of `SearchSettings.reference`.
-        seconds: That a filter may take.
+        seconds: The most time that a filter may take.
 
     Raises:
-        ClipretError: As `Gallery.read` does.
+        ClipretError: As `Gallery.read`.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ServedSnapshot(GallerySnapshot):
     def rank(
         self, queries: npt.ArrayLike, k: int, allowed: Mask | None = None, min_score: float | None = None
     ) -> tuple[Floats, Ids]:
-        """As `Searchable.rank`, with the steps of re-ranking, which know no least score."""
+        """As `Searchable.rank`, with the steps of re-ranking, which have no lowest score."""
         if self._reranker is None:
             return super().rank(queries, k, allowed, min_score)
         scores, positions = self._reranker.rank(queries, k, among=allowed)
