@@ -1,8 +1,8 @@
-"""One image for each query, no image twice, such that the sum of the scores is as large as can be.
+"""One image for each query, no image twice, with the largest sum of scores.
 
-scipy assigns, among the first images of each query only: the matrix of all scores would not fit into memory with a
-large gallery. Prices of the queries (the dual of the assignment) prove the result optimal over all images, or name the
-queries whose lists are too short; those are then lengthened.
+scipy solves the assignment among the first images of each query, because the matrix of all scores would not fit into
+memory with a large gallery. The prices of the queries (the dual of the assignment) prove the result optimal over all
+images, or name the queries whose rankings are too short and are then extended.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,19 @@ _EPSILON = 1e-12  # of a score: sums of differences round
 
 
 def assign(find: Find, queries: int) -> tuple[Floats, Ids]:
-    """The image of each query and its score: float64 [Q] and int64 [Q].
+    """Assign an image to each query.
 
-    `find(which, k)` gives the first k images of the queries `which` int64 [n]: scores falling and positions [n,K]
-    as `Ranker.rank` does, K < k where there are no more than K. Where several assignments are equally good the
-    same one is found every time. Raises ClipretError when there are fewer images than queries need, or no scipy.
+    Args:
+        find: A function from query numbers int64 [n] and k to the first k images of these queries: descending scores
+            and positions [n,K] as `Ranker.rank` returns them, with K < k if there are no more.
+        queries: The number of queries.
+
+    Returns:
+        The score, float64 [Q], and the position, int64 [Q], of each query's image. If several assignments are equally
+        good, always the same one.
+
+    Raises:
+        ClipretError: There are fewer images than queries, or scipy is missing.
     """
     depth = np.full(queries, _FIRST)
     lists: list[tuple[Floats, Ids]] = [(np.empty(0), np.empty(0, np.int64))] * queries

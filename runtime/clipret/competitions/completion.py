@@ -1,19 +1,19 @@
-"""Completion: a model fills the attributes that captions leave out, where it can be trusted to.
+"""Completion: a model fills in attributes that captions leave out, where it is reliable.
 
-Half of the captions of the traffic challenge name colour and brand, half the type; its queries name all three. So a
-model trained on the captions as they are fills the gaps by zero-shot choice among the vocabulary, and the next
-training learns from full captions ("self-enhancement" in a published solution). What is filled wrongly is learnt
-wrongly, hence three reasons to refuse, set by the images whose attribute is known, each predicted as if it were not:
+Half of the captions of the traffic challenge name colour and brand, half the type; its queries name all three. A model
+trained on these captions fills the gaps by zero-shot classification over the vocabulary, and the next training learns
+from full captions ("self-enhancement" in a published solution). Wrong words would be learnt too, so there are three
+reasons to leave a word out. They are calibrated on the images whose word is known, each predicted as if it were not:
 
-    unsure      the softmax over the vocabulary is below the threshold at which the known ones reach the precision
-                that is asked for
-    unfamiliar  the image is less like the known images of the word than a given share of them is. A silver car is
-                no further from its nearest word than a dark blue one; but it is unlike all blue cars. Of real cars in
-                two colours that no caption named, 41 % were filled with this rule and 67 % by confidence alone,
-                where either filled 93 % of the others
+    unsure      the softmax over the vocabulary is below the threshold at which the known images reach the required
+                precision
+    unfamiliar  the image is less similar to the known images of the word than a given share of them are. A silver car
+                is no further from its nearest word than a dark blue one, but it is unlike all blue cars. Of real cars
+                in two colours that no caption named, 41 % were filled with this rule and 67 % by confidence alone,
+                where both filled 93 % of the others
     other       a word outside the vocabulary (silver) fits better; for models that know such words
 
-An image's embedding is its row in the gallery, so nothing is encoded but texts.
+Image embeddings come from the gallery, so only texts are encoded.
 """
 
 import json
@@ -76,8 +76,14 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Guess:
-    """What the model makes of one image: a word, its share of the softmax, how familiar the image is, and why it
-    was not filled in ("" where it was)."""
+    """The prediction for one image.
+
+    Attributes:
+        word: The word.
+        confidence: Its share of the softmax.
+        familiarity: How familiar the image is.
+        refused: Why it was not filled in; "" if it was.
+    """
 
     word: str
     confidence: float
@@ -124,15 +130,28 @@ def complete_slot(
     among: Mask | None = None,
     calibrate: Mask | None = None,
 ) -> tuple[SlotReport, dict[int, Guess]]:
-    """Guess the words of one slot that are missing; the guesses by their place in `values`.
+    """Predict the missing words of one slot.
 
-    `positions` int64 [P]: each image's row. `values` [P]: what is known of each, by slot, "" or absent where it is
-    not. `templates`: with slots in braces, such as "a photo of a {color} {brand} {type}"; what an image does not
-    have is left out, and the embeddings of all that name the slot are averaged as unit embeddings. `precision`: the
-    share of right words that is asked for. `unfamiliar`: the share of the known images of a word that would
-    be refused as unfamiliar; 0 refuses none. `among` bool [P]: the images to fill. `calibrate` bool [P]: the
-    known ones to calibrate on, best those that the model was not trained on; default: all.
-    Raises ClipretError when too few are known, or a known word is none of the vocabulary.
+    Args:
+        rows: The embeddings of the gallery.
+        positions: The position of each image's embedding, int64 [P].
+        values: The known words of each image by slot, [P]; "" or absent if unknown.
+        slot: The slot to fill.
+        vocabulary: The words of each slot.
+        encoder: Of the gallery's model.
+        templates: With slots in braces, such as "a photo of a {color} {brand} {type}". Slots that an image lacks are
+            left out, and the embeddings of all templates with the slot are averaged.
+        precision: The required share of right words.
+        unfamiliar: The share of the known images of a word that would be refused as unfamiliar; 0 refuses none.
+        among: The images to fill, bool [P]. Default: all.
+        calibrate: The known images to calibrate on, bool [P], preferably images that the model was not trained on.
+            Default: all.
+
+    Returns:
+        A report, and the predictions by their position in `values`.
+
+    Raises:
+        ClipretError: Too few images are known, or a known word is not in the vocabulary.
     """
     words = vocabulary.slots[slot]
     every = (*words, *vocabulary.other.get(slot, ()))
@@ -184,7 +203,7 @@ def complete_slot(
 
 
 def fill_in(template: str, values: Mapping[str, str]) -> str:
-    """A template with its slots filled in, blanks where a value is missing closed up."""
+    """A template with its slots filled in, without double spaces where a value is missing."""
     return " ".join(re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], ""), template).split())
 
 
@@ -246,7 +265,7 @@ def _familiarities(
 
 
 def _threshold(confidence: Floats, usable: Mask, right: Mask, precision: float) -> tuple[float, float]:
-    """The least confidence from which on a share `precision` of the usable ones is right, and the share that is."""
+    """The lowest confidence from which a share `precision` of the usable predictions is right, and that share."""
     order = np.flatnonzero(usable)
     order = order[np.argsort(-confidence[order], kind="stable")]
     if len(order) < _LEAST:

@@ -48,11 +48,17 @@ def named(paths: Iterable[str], form: Form) -> dict[str, str]:
 def traffic_answer(
     texts: Sequence[str], found: Sequence[Sequence[str]], known: Collection[str] | None = None, k: int = 10
 ) -> str:
-    """The answer's JSON: `found[q]` are the names of the images of text q.
+    """The JSON of an answer to the traffic challenge.
 
-    `known`: the names of all test images; None where nobody can say. Raises ClipretError, with the text's
-    number, when the scorer would reject it: a text missing or blank, not exactly k images, one of them twice or
-    unknown.
+    Args:
+        texts: The queries.
+        found: The names of the images of each query.
+        known: The names of all test images; None if unknown.
+        k: The number of images per query.
+
+    Raises:
+        ClipretError: The scorer would reject the answer: a query is missing or blank, or does not have exactly k
+            different known images. The message has the query's number.
     """
     _check_texts(texts, len(found))
     for number, (text, names) in enumerate(zip(texts, found, strict=True), 1):
@@ -118,11 +124,19 @@ def product_answer(
     *,
     once: bool = False,
 ) -> str:
-    """The answer's CSV in the sample's shape: `found[q]` is the name of the image of query q.
+    """The CSV of an answer to the product contest, in the form of the sample.
 
-    `once`: no image may answer two queries. Raises ClipretError, with the query's number, when the scorer would
-    reject it: a query missing or blank, another number or order of queries than a sample that lists them all, an
-    unknown image, a name that the sample's shape cannot hold.
+    Args:
+        sample: The sample submission.
+        texts: The queries.
+        found: The name of the image of each query.
+        known: The names of all test images; None if unknown.
+        once: No image may answer two queries.
+
+    Raises:
+        ClipretError: The scorer would reject the answer: a query is missing or blank, their number or order differs
+            from a sample that lists them, an image is unknown, or a name does not fit the sample's form. The message
+            has the query's number.
     """
     _check_texts(texts, len(found))
     _check_sample(sample, texts)
@@ -150,7 +164,7 @@ def _separated(rows: Sequence[Sequence[str]], sample: Sample) -> str:
 
 
 def _check_sample(sample: Sample, texts: Sequence[str]) -> None:
-    """A sample that lists as many queries as there are must list these, if it lists any."""
+    """A sample with as many queries as there are must list the same ones, if it lists any."""
     rows = sample.table.rows
     if sample.caption is not None and len(rows) == len(texts):
         for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):

@@ -1,4 +1,4 @@
-"""The page of an evaluation: its figures as charts, the queries that fared worst, and a sample of the others."""
+"""The page of an evaluation: charts of its metrics, the worst queries, and a sample of the others."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,10 @@ OTHERS, NOTHING = "(others)", "(none)"
 
 @dataclass(frozen=True)
 class Scores:
-    """How the scores of right and of wrong images lie: counts in the bins between `edges`.
+    """The distribution of the scores of right and wrong images: counts in the bins between `edges`.
 
-    `above`: how often a right one scores higher than a wrong one, of any query each; equal scores count half.
-    `drawn`: whether the pairs of query and image are a sample.
+    `above`: how often a right image scores higher than a wrong one of any query; equal scores count half. `drawn`:
+    whether the pairs of query and image are a sample.
     """
 
     edges: list[float]
@@ -65,7 +65,9 @@ class Attribute:
 
 
 def recall_curve(first: Ids, count: int) -> list[tuple[int, float]]:
-    """(k, recall@k) for k from 1 to `count`, all of them where they are few; `first` [Q]: ranks of first right ones."""
+    """(k, recall@k) for k from 1 to `count`, or some of them if there are many; `first` [Q] are the ranks of the first
+    right images.
+    """
     every = np.unique(np.rint(np.geomspace(1, max(count, 1), _POINTS)).astype(np.int64))
     every = np.union1d(every, [k for k in _MARKS if k <= count])
     ordered = np.sort(first)
@@ -73,7 +75,7 @@ def recall_curve(first: Ids, count: int) -> list[tuple[int, float]]:
 
 
 def worst(result: Evaluation) -> list[int]:
-    """The numbers of the queries, the worst first: by AP@10, then by the rank of their first right image."""
+    """The numbers of the queries, the worst first: by AP@10, then by the rank of the first right image."""
     precision = [
         average_precision(line, set(right)) for line, right in zip(result.found.tolist(), result.relevant, strict=True)
     ]
@@ -81,7 +83,7 @@ def worst(result: Evaluation) -> list[int]:
 
 
 def scores_of(searcher: Searcher, result: Evaluation, *, most: int = _PAIRS, seed: int = 0) -> Scores:
-    """The scores of pairs of a query and an image, right and wrong; of each kind all, or `most` drawn evenly."""
+    """The scores of pairs of query and image, right and wrong: all of each kind, or an even sample of `most`."""
     rng = np.random.default_rng(seed)
     ids, live = searcher.stored.ids, searcher.stored.live
     count = len(ids)
@@ -134,7 +136,7 @@ def attributes(searcher: Searcher, result: Evaluation) -> list[Attribute]:
 
 
 def _metadata(searcher: Searcher, positions: Ids) -> list[Values]:
-    """The metadata of the rows at positions [Q,K], as text."""
+    """The metadata of the embeddings at positions [Q,K], as text."""
     used = np.unique(positions[positions >= 0])
     held = searcher.gallery.metadata(searcher.stored.ids[used])
     of = {
@@ -144,7 +146,7 @@ def _metadata(searcher: Searcher, positions: Ids) -> list[Values]:
 
 
 def _common(searcher: Searcher, relevant: Sequence[Sequence[int]]) -> list[Mapping[str, str]]:
-    """Of each query the values that all its right images have."""
+    """The values that all right images of a query have in common."""
     used = np.unique(np.array([at for right in relevant for at in right], dtype=np.int64))
     of = dict(zip(used.tolist(), (one[0] for one in _metadata(searcher, used[:, None])), strict=True))
     return [dict(set.intersection(*(set(of[at].items()) for at in right))) for right in relevant]
@@ -186,9 +188,18 @@ def _more_found(pairs: Counter[tuple[str, str]], wanted: Sequence[str]) -> list[
 def write_report(
     out: Path, searcher: Searcher, result: Evaluation, *, facts: Sequence[tuple[str, str]], title: str, queries: int
 ) -> None:
-    """Write the page, whole or not at all. Raises ClipretError where it cannot be written.
+    """Write the page, completely or not at all.
 
-    It shows `queries` queries: half of them the worst, the others an even sample of the rest.
+    Args:
+        out: The file.
+        searcher: Of the gallery.
+        result: The evaluation.
+        facts: The main figures, name and value.
+        title: The heading.
+        queries: Queries to show: half of them the worst, the others an even sample of the rest.
+
+    Raises:
+        ClipretError: The file cannot be written.
     """
     order = worst(result)
     bad = order if len(order) <= queries else order[: (queries + 1) // 2]
@@ -256,7 +267,7 @@ def _sections(searcher: Searcher, result: Evaluation, chosen: Sequence[int]) -> 
 
 
 def _missed(searcher: Searcher, result: Evaluation, chosen: Sequence[int]) -> dict[int, list[Card]]:
-    """Of each query the best of the right images that it should have found among the first, with their ranks."""
+    """The best of each query's right images that were not found among the first, with their ranks."""
     grid, cards = snap(result.embeddings), dict[int, list[Card]]()
     pairs = list[tuple[int, int]]()
     for at in chosen:
