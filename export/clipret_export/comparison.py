@@ -177,10 +177,10 @@ def top10_agreement(ours: TowerEmbeddings, target: TowerEmbeddings) -> float:
     shares = []
     for start in range(0, len(target.text), 256):
         part = slice(start, start + 256)
-        found, expected = (
+        best, torch_best = (
             np.argsort(-(embeddings.text[part] @ embeddings.image.T), axis=1)[:, :k] for embeddings in (ours, target)
         )
-        shares += [len(set(a) & set(b)) / k for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
+        shares += [len(set(a) & set(b)) / k for a, b in zip(best.tolist(), torch_best.tolist(), strict=True)]
     return float(np.mean(shares))
 
 

@@ -139,9 +139,9 @@ def export_bundle(
             if not progress.problems:
                 break
         else:
-            told = "; ".join(f"{kind} tower: {', '.join(problems)}" for kind, problems in progress.problems.items())
+            reasons = "; ".join(f"{kind} tower: {', '.join(problems)}" for kind, problems in progress.problems.items())
             raise ClipretError(
-                f"the exported towers differ from torch ({told}): nothing was written; {_advice(precision)}"
+                f"the exported towers differ from torch ({reasons}): nothing was written; {_advice(precision)}"
             )
         for request in engines:
             manifest.engines.update(request.build(folder, manifest))
