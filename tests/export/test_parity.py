@@ -206,5 +206,5 @@ def test_a_bundle_without_a_reference(bundle_copy: Callable[..., Bundle]) -> Non
     kept = {name: entry for name, entry in bundle.manifest.files.items() if name != "reference.npz"}
     manifest = msgspec.structs.replace(bundle.manifest, files=kept)
     (bundle.path / "bundle.json").write_text(manifest.to_json())
-    with pytest.raises(ClipretError, match=r"holds no reference\.npz"):
+    with pytest.raises(ClipretError, match=r"has no reference\.npz"):
         load_reference(Bundle.open(bundle.path))
