@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from machine import keep
+from machine import keep, sets
 
 from clipret import Encoder, EncoderConfig, Gallery
 from clipret.tables import read_table
@@ -80,10 +80,11 @@ def trained(data: Path, work: Path, name: str, colors: dict[str, str], seed: int
     ).exists():  # what is there from before is measured, not made again
         for part in ("", "-bundle", "-gallery"):
             shutil.rmtree(work / f"{name}{part}", ignore_errors=True)
-        options = ("--model", "clipret-small", "--epochs", epochs, "--seed", seed, "--threads", 1, "--val-split", 0.03)
-        fit = ("clipret-train", "fit", work / f"{name}.csv", *root, "--out", work / name, *options)
+        options = ("--model", "clipret-small", "--epochs", epochs, *sets(seed=seed, threads=1, val_split=0.03))
+        images = sets(image_root=data / "images", validate_every=epochs, jitter=0.15, optimizer="adamw")
+        fit = ("clipret-train", "fit", work / f"{name}.csv", "--out", work / name, *options)
         # AdamW, with which the published figures were measured.
-        run(*fit, "--validate-every", epochs, "--set", "jitter=0.15", "--set", "optimizer=adamw")
+        run(*fit, *images)
         run("clipret-export", work / name, work / f"{name}-bundle")
         run("clipret-search", "index", work / f"{name}-bundle", work / "captions.csv", work / f"{name}-gallery", *root)
     return quality(work / f"{name}-gallery", work, colors)
@@ -121,7 +122,7 @@ def completed(data: Path, work: Path, truth: dict[str, str], unfamiliar: float, 
     out = work / f"completed-{unfamiliar}-{precision}.csv"
     options = ("--image-root", data / "images", "--vocabulary", work / "vocabulary.json", "--where", "split = 'train'")
     forms = [word for form in FORMS for word in ("--template", form.format("{color}"))]
-    limits = ("--unfamiliar", unfamiliar, "--precision", precision, "--json", "--encoder", "threads=1")
+    limits = ("--confidence", f"unfamiliar={unfamiliar},precision={precision}", "--json", "--encoder", "threads=1")
     command = ("clipret-search", "complete", work / "none-gallery", work / "captions.csv", out)
     report = json.loads(run(*command, *options, *forms, *limits))[0]
     filled = {row["path"]: row["color"] for row in read_table(out).rows if row["filled"]}

@@ -51,9 +51,9 @@ def bundles(work: Path, data: Path, precisions: Sequence[str] = ("fp32", "bf16",
         if not folder.exists():
             option = [] if precision == "fp32" else [f"--{precision}"]
             if precision == "int8":
-                option += ["--calibration-data", str(data / "captions.tsv"), "--image-root", str(data / "images")]
                 every = max(1, len((data / "captions.tsv").read_bytes().splitlines()) // 80)
-                option += ["--calibration-where", f"rowid % {every} = 0"]
+                images = f"image_root={data / 'images'},where=rowid % {every} = 0"
+                option += ["--calibration", f"{data / 'captions.tsv'},{images}"]
             subprocess.run(["clipret-export", NAME, str(folder), *option], check=True, stdout=subprocess.DEVNULL)
         made[precision] = Bundle.open(folder)
     return made
@@ -234,13 +234,13 @@ def memory(images: Sequence[Path], work: Path) -> dict[str, Any]:
     contents = [path.read_bytes() for path in images]
     for count in (2000, 20000):
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            images = Path(folder, "images")
-            images.mkdir()
+            target = Path(folder, "images")
+            target.mkdir()
             for number in range(count):  # no two alike, since known bytes are not encoded again
                 content = contents[number % len(contents)] + number.to_bytes(4, "little")
-                Path(images, f"{number:05d}.jpg").write_bytes(content)
+                Path(target, f"{number:05d}.jpg").write_bytes(content)
             peaks[count] = peak_memory(
-                ["clipret-search", "index", str(bundle), str(images), str(Path(folder, "gallery"))]
+                ["clipret-search", "index", str(bundle), str(target), str(Path(folder, "gallery"))]
             )
     few, many = peaks.values()
     return {

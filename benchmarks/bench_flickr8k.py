@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from machine import keep
+from machine import keep, sets
 
 from clipret.images.decode import load
 from clipret.inference.tokenizer import Tokenizer
@@ -54,8 +54,8 @@ def torch_recall(run_folder: Path, data: Path, lang: str) -> dict[str, float]:
     pixels = np.stack([load(data / "images" / path, loaded.image) for path in paths])
     tokens = torch.from_numpy(Tokenizer(loaded.tokenizer_json, loaded.text)(list(answers)))
     with torch.inference_mode():
-        images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        images: Any = torch.cat([loaded.model.encode_image(part, normalize=True) for part in images.split(100)])
+        inputs = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        images: Any = torch.cat([loaded.model.encode_image(part, normalize=True) for part in inputs.split(100)])
         texts: Any = torch.cat([loaded.model.encode_text(part, normalize=True) for part in tokens.split(500)])
     order = (texts @ images.T).argsort(dim=1, descending=True, stable=True).numpy()
     pairs = zip(order, answers.values(), strict=True)
@@ -67,20 +67,20 @@ def measure(data: Path, work: Path, lang: str) -> dict[str, Any]:
     captions, images = data / "captions.tsv", data / "images"
     chosen = f"lang = '{lang}'"
     folder = work / f"{lang}-run"
-    train = ("--where", f"split = 'train' and {chosen}", "--val-where", f"split = 'val' and {chosen}")
+    train = sets(where=f"split = 'train' and {chosen}", val_where=f"split = 'val' and {chosen}", image_root=images)
     seconds = work / f"{lang}-train-cpu-seconds.json"
     if not seconds.exists():  # a run that is there from before is measured, not trained again
-        model = ("--image-root", images, "--model", "clipret-small")
+        model = ("--model", "clipret-small")
         _, cpu = run("clipret-train", "fit", captions, *model, *train, "--out", folder)
         seconds.write_text(json.dumps(round(cpu, 1)))
     result: dict[str, Any] = {
         "train_cpu_seconds": json.loads(seconds.read_text()),
         "torch": torch_recall(folder, data, lang),
     }
-    calibration = ("--calibration-data", captions, "--calibration-where", f"split = 'train' and {chosen}")
+    calibration = ("--calibration", f"{captions},image_root={images},where=split = 'train' and {chosen}")
     for precision in PRECISIONS:
         bundle, gallery = work / f"{lang}-{precision}", work / f"{lang}-{precision}-gallery"
-        options: list[object] = [] if precision == "fp32" else [f"--{precision}", "--image-root", images]
+        options: list[object] = [] if precision == "fp32" else [f"--{precision}"]
         options += calibration if precision == "int8" else ()
         output, _ = run("clipret-export", folder, bundle, *options, "--overwrite", "--json")
         report = json.loads(output)

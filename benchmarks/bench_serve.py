@@ -3,12 +3,13 @@
     python benchmarks/bench_serve.py --bundle work/ViT-B-32 [--rows 100000] [--rounds 3] [--requests 20000]
 
 A gallery of random unit embeddings, every query a text that was never asked before, the server on one core and the
-clients on another. Three servers take turns, A B C, C B A: `clipret-search serve`, the same with --batch 1, and the
-plain server that one writes first: a FastAPI handler that encodes and ranks its one query with an open Searcher. Rates
-are medians over rounds, percentiles those of the latencies of all rounds together. Both are wall time, which others on
-the machine disturb (`load` says how many there were); what the server's CPU spent on a query is not disturbed. Then
-memory: the server remembers 16,384 texts, so it is first asked for more than those, 64 a request; what counts is its
-resident size after each quarter of --requests single searches that follow. Loopback only. Some eight minutes.
+clients on another. Three servers take turns, A B C, C B A: `clipret-search serve`, the same with --limit batch=1, and
+the plain server that one writes first: a FastAPI handler that encodes and ranks its one query with an open Searcher.
+Rates are medians over rounds, percentiles those of the latencies of all rounds together. Both are wall time, which
+others on the machine disturb (`load` says how many there were); what the server's CPU spent on a query is not
+disturbed. Then memory: the server remembers 16,384 texts, so it is first asked for more than those, 64 a request; what
+counts is its resident size after each quarter of --requests single searches that follow. Loopback only. Some eight
+minutes.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def server(kind: str, gallery: Path, bundle: Path, core: int) -> Iterator[tuple[
     else:
         batch = "64" if kind == "batched" else "1"
         command = [sys.executable, "-m", "clipret.cli", "serve", str(gallery), "--bundle", str(bundle), "--port", "0"]
-        command += ["--encoder", "threads=1", "--batch", batch]
+        command += ["--encoder", "threads=1", "--limit", f"batch={batch}"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     ) as it:

@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from machine import keep
+from machine import keep, sets
 
 PROMPTS = """
 [[rule]]
@@ -55,12 +55,13 @@ class Seed:
     def __init__(self, work: Path, seed: int, epochs: int) -> None:
         self.work, self.epochs, self.drawn = work, epochs, work / "drawn"
         self.root = ("--image-root", self.drawn / "train_images")
-        self.fit = ["--seed", str(seed), "--threads", "1", "--augment", "surveillance"]
+        self.seed = seed
+        self.fit = sets(seed=seed, threads=1, augment="surveillance")
         self.prompts = ("--prompts", work / "prompts.toml")
 
     def pipeline(self) -> None:
         """From the raw files to the answer by the one command."""
-        fit = [*self.fit, "--epochs", str(self.epochs), "--validate-every", str(self.epochs)]
+        fit = [*self.fit, "--epochs", str(self.epochs), *sets(validate_every=self.epochs)]
         images = [str(self.drawn / "test_images.csv"), "--image-root", str(self.drawn / "test_images")]
         values = {
             "labels": self.drawn / "train_label.txt",
@@ -72,8 +73,8 @@ class Seed:
             "fit": json.dumps(fit),
             "pad": json.dumps(GREY),
         }
-        sets = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
-        run("clipret-train", "run", "traffic", "--out", self.work / "grey", *sets)
+        options = sets(**values)
+        run("clipret-train", "run", "traffic", "--out", self.work / "grey", *options)
 
     def index(self, model: Path, name: str) -> Path:
         gallery = self.work / f"{name}-test"
@@ -85,12 +86,12 @@ class Seed:
 
     def train(self, name: str, captions: Path, model: object, epochs: int, *options: str) -> Path:
         """The run folder of a training like the pipeline's, and its gallery of test images."""
-        where = ("--where", "split = 'train'", "--val-where", "split = 'val'", "--validate-every", epochs)
+        images = self.drawn / "train_images"
+        where = sets(where="split = 'train'", val_where="split = 'val'", validate_every=epochs, image_root=images)
         command = (
             "clipret-train",
             "fit",
             captions,
-            *self.root,
             "--model",
             model,
             "--out",
@@ -127,7 +128,7 @@ class Seed:
         self.prompts[1].write_text(PROMPTS)
         if not self.drawn.exists():
             counts = ("--train", train, "--test", test)
-            run("clipret-train", "data", "challenge", self.drawn, *counts, "--seed", self.fit[1])
+            run("clipret-train", "data", "challenge", self.drawn, *counts, "--seed", self.seed)
         self.pipeline()
         work, grey = self.work, self.work / "grey"
         first, second = grey / "first-test", grey / "second-test"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, keep
+from machine import RESULTS, keep, sets
 
 from clipret.tables import read_table
 
@@ -242,7 +242,7 @@ def parts_of_a_step(work: Path, precision: str) -> dict[str, float]:
     gradients = GradientStep(model, config.loss_config, precision=config.precision, device=world.device)
 
     def draw() -> Any:
-        chosen, pixels = next(data.images.batches(range(BATCH * STEPS), BATCH))
+        chosen, pixels = next(data.reader.batches(range(BATCH * STEPS), BATCH))
         return data.batch(chosen, pixels, at)
 
     def step() -> None:
@@ -300,11 +300,11 @@ def peak(dtype: torch.dtype) -> float:
 def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
     """Recall after as many passes over the images, from the same first weights in each seed; and of the small
     recipe."""
-    captions = ("fit", data / "captions.tsv", "--image-root", data / "images", "--threads", "1")
-    split = ("--where", "lang = 'en' and split = 'train'", "--val-where", "lang = 'en' and split = 'val'")
-    alike: tuple[Any, ...] = ("--epochs", 5, "--batch-size", BATCH, "--lr", LR, "--weight-decay", WEIGHT_DECAY)
-    alike += ("--warmup", WARMUP_STEPS / 234, "--crop-area", 0.9, "--set", "jitter=0", "--set", "flip=0")
-    alike += ("--set", "decode_scale=1.33", "--set", "clip=0", "--validate-every", 5, "--precision", "bf16")
+    captions = ("fit", data / "captions.tsv", *sets(image_root=data / "images", threads=1))
+    split = sets(where="lang = 'en' and split = 'train'", val_where="lang = 'en' and split = 'val'")
+    alike: tuple[Any, ...] = ("--epochs", 5, "--batch-size", BATCH, "--lr", LR)
+    alike += sets(weight_decay=WEIGHT_DECAY, warmup=WARMUP_STEPS / 234, crop_area=0.9, jitter=0, flip=0)
+    alike += sets(decode_scale=1.33, clip=0, validate_every=5, precision="bf16")
     muon = ("--set", "optimizer=muon")
 
     def clipret(name: str, *options: Any) -> dict[str, Any]:
@@ -328,15 +328,15 @@ def quality(data: Path, work: Path, seeds: int) -> dict[str, Any]:
             ("open_clip's trainer, fp32, AdamW, 1 epoch of 30,000 pairs", lambda: open_clip(data, work, seed)),  # noqa: B023
             (
                 "clipret, bf16, AdamW, 5 epochs of 6,000 images, a caption each",
-                lambda: clipret(f"adamw-{seed}", *model, "--captions", 1),  # noqa: B023
+                lambda: clipret(f"adamw-{seed}", *model, "--set", "captions=1"),  # noqa: B023
             ),
             (
                 "clipret, bf16, Muon, 5 epochs of 6,000 images, a caption each",
-                lambda: clipret(f"muon-{seed}", *model, *muon, "--captions", 1),  # noqa: B023
+                lambda: clipret(f"muon-{seed}", *model, *muon, "--set", "captions=1"),  # noqa: B023
             ),
             (
                 "clipret, bf16, Muon, 5 epochs of 6,000 images, all five captions",
-                lambda: clipret(f"muon-all-{seed}", *model, *muon, "--captions", 5),  # noqa: B023
+                lambda: clipret(f"muon-all-{seed}", *model, *muon, "--set", "captions=5"),  # noqa: B023
             ),
         ):
             runs.setdefault(caption, []).append(run())

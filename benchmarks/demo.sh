@@ -10,7 +10,7 @@ rm -rf "$out"
 mkdir -p "$out"
 say clipret-train data scenes "$out/web" --count 3000 --style web --seed 11
 say clipret-train data scenes "$out/camera" --count 1500 --style surveillance --seed 12
-say clipret-train fit "$out/web/captions.csv" --model clipret-small --augment surveillance --crop-area 0.25 --epochs 40 --out "$out/run"
+say clipret-train fit "$out/web/captions.csv" --model clipret-small --set augment=surveillance --set crop_area=0.25 --epochs 40 --out "$out/run"
 say clipret-export "$out/run" "$out/bundle" --fp16
 say clipret-search index "$out/bundle" "$out/camera/images" "$out/gallery"
 say clipret-search eval "$out/gallery" "$out/camera/queries.csv" --html "$out/results.html"

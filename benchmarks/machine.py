@@ -33,6 +33,11 @@ def keep(name: str, result: dict[str, Any]) -> None:
     print(json.dumps(result, ensure_ascii=False))
 
 
+def sets(**settings: object) -> tuple[str, ...]:
+    """Settings of `clipret-train fit` as options: sets(seed=1) is ("--set", "seed=1")."""
+    return tuple(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
+
+
 def multiplications(width: int, layers: int, patch: int, tokens: int, hidden: int, dim: int) -> int:
     """Of an image in a vision transformer whose last block computes keys and values only but for one token."""
     one = 2 * width**2 + 2 * width * hidden  # what a token is multiplied with, keys and values left out
