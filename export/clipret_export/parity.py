@@ -252,10 +252,10 @@ def check_bundle(
     kept = pairs.subset([at for batch in batches for at in batch.items])
     before = json.loads(bundle.file("verify.json").read_text(encoding="utf-8"))
     if before["data_sha256"] != data_sha256(kept):
+        images = before.get("images", before.get("pictures"))  # as older bundles call them
         raise ClipretError(
             f"bundle {bundle.path} was not exported with these {len(kept.paths)} images and {len(kept.captions)} "
-            f"captions ({before['images']} and {before['texts']} then): give the same --verify data=…, where=… "
-            "and limit=…"
+            f"captions ({images} and {before['texts']} then): give the same --verify data=…, where=… and limit=…"
         )
     report.images, report.texts = len(kept.paths), len(kept.captions)
     if kept.captions:
