@@ -97,7 +97,8 @@ class ImageTable:
                         seen.add(item.path)
         except (OSError, arrow.ArrowException) as error:
             raise ClipretError(
-                f"{path} is damaged after row {number} ({error}): the images before are done; create it again"
+                f"{path} is damaged after row {number} ({error}): the images before the damage are done; create it "
+                "again"
             ) from error
 
     def _item(self, name: str, image: object, mtime: int, metadata: dict[str, Value]) -> Item:
