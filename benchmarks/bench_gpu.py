@@ -324,14 +324,12 @@ class Asker:
         self.questions: dict[str, Any] = {}
         self.late: dict[str, str] = {}
 
-    def ask(
-        self, name: str, caption: str, about: str, run: Callable[[], dict[str, Any]], *, late: bool = False
-    ) -> None:
+    def ask(self, name: str, title: str, about: str, run: Callable[[], dict[str, Any]], *, late: bool = False) -> None:
         if self.card.late and not late:
             self.late[name] = "no time left"
             return
         began = time.monotonic()
-        record: dict[str, Any] = {"caption": caption, "about": about, "command": self.command}
+        record: dict[str, Any] = {"title": title, "about": about, "command": self.command}
         try:
             record["results"] = {name: {"benchmark": name, **run()}}
         except Exception as error:

@@ -37,13 +37,13 @@ def run(
     layer = nn.Linear(*reversed(weights.shape), bias=False)
     layer.weight = nn.Parameter(weights.clone())
     scale, bias = nn.Parameter(torch.tensor(9.0)), nn.Parameter(torch.tensor(-2.0))
-    rows = {
-        name.replace("inputs", "rows"): nn.functional.normalize(layer(value), dim=-1)
+    embeddings = {
+        name.replace("inputs", "embeddings"): nn.functional.normalize(layer(value), dim=-1)
         for name, value in part.items()
         if name.endswith("inputs") and value is not None
     }
     rest = {name: value for name, value in part.items() if not name.endswith("inputs")}
-    loss = compute_loss(config, LossBatch(**rows, **rest), scale, bias if config.kind == "siglip" else None)
+    loss = compute_loss(config, LossBatch(**embeddings, **rest), scale, bias if config.kind == "siglip" else None)
     loss.backward()
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in (layer.weight, scale, bias)]
     value = loss.detach().clone()

@@ -144,5 +144,5 @@ def test_a_list_with_only_missing_images_is_refused(captions: Path, tmp_path: Pa
     result = CliRunner().invoke(main, fit(captions, tmp_path / "run"))
     assert result.exit_code == 1
     assert "No such file" in result.stderr
-    assert "check --image-root" in result.stderr
+    assert "check image_root" in result.stderr
     assert not (tmp_path / "run").exists()

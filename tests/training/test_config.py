@@ -91,7 +91,7 @@ def test_recipes_say_what_was_published() -> None:
         ({"adapter_targets": "q"}, "it must be a list of strings"),
         ({"batch_size": 10, "accumulate": 4}, "10 does not split into 4 equal parts"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
-        ({"adapter": "lora", "lock_image": True}, "an adapter locks both towers"),
+        ({"adapter": "lora", "lock_image": True}, "an adapter freezes both towers"),
         ({"fsdp": True, "adapter": "dora"}, "leave one of them out"),
         ({"recipe": "smal"}, "no recipe 'smal': did you mean small"),
         ({"recipe": "/nowhere/x.toml"}, "x.toml cannot be read: No such file"),

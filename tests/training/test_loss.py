@@ -192,7 +192,7 @@ def test_hard_negatives_are_further_columns_of_the_images() -> None:
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"soft_weight": 2}, "soft_weight is 2"),
         ({"soft_temperature": 0}, "soft_temperature is 0"),
-        ({"kind": "siglip", "label_smoothing": 0.1}, "no meaning"),
+        ({"kind": "siglip", "label_smoothing": 0.1}, "does not work with the siglip loss"),
     ],
 )
 def test_a_loss_that_makes_no_sense(given: dict[str, Any], message: str) -> None:

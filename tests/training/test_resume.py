@@ -388,7 +388,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(undisturbed: Path, tmp_path: P
     process.join()
     assert steps == [1, 2, 3, 4, 5]
     assert "a checkpoint cannot be written" in message
-    assert "the checkpoint before is intact" in message
+    assert "the previous checkpoint is intact" in message
     assert f"clipret-train fit --resume --out {run}" in message
     assert "\n" not in message
     assert not list(run.rglob(".*.tmp"))

@@ -79,7 +79,7 @@ def read_annotation_files(config: FitConfig) -> tuple[Annotations, Annotations]:
     keep = [position for position, path in enumerate(_resolved(annotations.pairs.paths)) if path not in held_out]
     if not keep:
         raise ClipretError(
-            f"every image of {config.data} is held out for validation: change --where, --val or --val-where"
+            f"every image of {config.data} is held out for validation: change where, val or val_where (--set)"
         )
     return annotations.subset(keep), val
 
@@ -142,7 +142,9 @@ def split_pairs(annotations: Annotations, share: float, seed: int) -> tuple[Anno
             "there is one image and none to hold out for validation: pass another annotations file with --val"
         )
     if not 0 < held_out < count:
-        raise ClipretError(f"a validation share of {share} of {count} images leaves one part empty: change --val-split")
+        raise ClipretError(
+            f"a validation share of {share} of {count} images leaves one part empty: change --set val_split=…"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return annotations.subset(sorted(order[held_out:])), annotations.subset(sorted(order[:held_out]))
 

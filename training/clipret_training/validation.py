@@ -67,7 +67,8 @@ def recall(
         image_index |= {rank + world.size * place: len(image_index) + n for n, place in enumerate(readable)}
     if not image_index:
         raise ClipretError(
-            f"none of the {len(pairs.paths)} held-out images can be read{reader.example()}; check --image-root"
+            f"none of the {len(pairs.paths)} held-out images can be read{reader.example()}; "
+            "check image_root (--set image_root=…)"
         )
     relevant = [[image_index[image] for image in images if image in image_index] for images in pairs.of_caption()]
     captions = [caption for caption, images in enumerate(relevant) if images]  # those with a readable image

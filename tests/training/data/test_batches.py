@@ -56,7 +56,7 @@ def test_other_formats_columns_and_where(tmp_path: Path, name: str, content: str
 
 
 def test_an_empty_caption_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ClipretError, match=r"empty caption \(b\.jpg\)"):
+    with pytest.raises(ClipretError, match=r"empty title \(b\.jpg\)"):
         read_pairs(write_list(tmp_path / "list.tsv", [("a.jpg", "a"), ("b.jpg", " ")]))
 
 
@@ -118,9 +118,9 @@ def test_split_is_by_image_and_seeded() -> None:
     )
     assert split_pairs(annotations, 0.2, seed=1)[1].pairs == val
     assert split_pairs(annotations, 0.2, seed=2)[1].pairs != val
-    with pytest.raises(ClipretError, match="--val-split"):
+    with pytest.raises(ClipretError, match="val_split"):
         split_pairs(annotations, 0.01, seed=1)
-    with pytest.raises(ClipretError, match=r"one image and none to hold out for validation: name a list .* --val"):
+    with pytest.raises(ClipretError, match=r"one image and none to hold out for validation: pass another .* --val"):
         split_pairs(annotations.subset([0]), 0.1, seed=1)
 
 

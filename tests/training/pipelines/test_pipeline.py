@@ -160,7 +160,7 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     assert "name the folder" in run(recipe, code=2).stderr
     assert "there is no pipeline 'trafic': did you mean traffic, product" in run("trafic", "--out", "o", code=1).stderr
     assert "has no value 'text'" in run(recipe, "--out", "o", "--set", "text=a", code=1).stderr
-    assert "is no NAME=VALUE" in run(recipe, "--out", "o", "--set", "texts", code=1).stderr
+    assert "is not NAME=VALUE" in run(recipe, "--out", "o", "--set", "texts", code=1).stderr
     recipe.write_text(recipe.read_text().replace(', "--wrong"]', "]"))
     result = run(
         recipe, "--out", tmp_path / "out", "--set", f"queries={tmp_path}/queries.csv", "--set", 'more=["-k","4"]'

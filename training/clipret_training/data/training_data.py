@@ -60,7 +60,9 @@ class TrainingData:
             annotations.subset(self._share), larger, threads=config.threads, cache_limit=limit, fast=True
         )
         if reasons := [reason for reason in gather_objects(self.reader.unreadable(), world) if reason is not None]:
-            raise ClipretError(f"none of the {len(self._share)} images can be read{reasons[0]}; check --image-root")
+            raise ClipretError(
+                f"none of the {len(self._share)} images can be read{reasons[0]}; check image_root (--set image_root=…)"
+            )
 
     def batch_size(self) -> int:
         """Return the number of images of this process in a step, from the images that are readable as far as known."""
@@ -165,7 +167,7 @@ def open_held_out(
     if len(reasons) == world.size:  # a single process may have no readable image
         raise ClipretError(
             f"none of the {len(annotations.pairs.paths)} images held out for validation can be read{reasons[0]}: "
-            "hold out others with --val, --val-where, --val-split or --seed"
+            "hold out others with --val, or --set val_where=…, val_split=… or seed=…"
         )
     return reader, Texts(loaded, annotations)
 
