@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 CLIPRET = (sys.executable, "-m", "clipret.cli")
-READY = """document.querySelector('#status').textContent && !document.querySelector('#found[aria-busy]')
+READY = """document.querySelector('#status').textContent && !document.querySelector('#results[aria-busy]')
     && [...document.images].every((one) => one.complete || one.getBoundingClientRect().top > innerHeight)"""
 
 

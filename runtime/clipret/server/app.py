@@ -46,12 +46,23 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-GalleryName = Annotated[str | None, Query(description="Which gallery; default: the first.")]
+GalleryName = Annotated[str | None, Query(description="Name of the gallery. Default: the first.")]
 
 
 @dataclass
 class Service:
-    """What the application needs: galleries by name, the first being the default, and what they share."""
+    """What the application needs.
+
+    Attributes:
+        galleries: The served galleries by name; the first is the default.
+        threads: The threads of all galleries.
+        limits: Limits of requests and of the service.
+        metrics: Counts requests, and reports on the galleries.
+        token: The token that changes to galleries require; None turns changes off.
+        hosts: As for `ServiceMiddleware`.
+        thumbnails: The thumbnails of all galleries.
+        uploads: Limits on forms with uploads.
+    """
 
     galleries: Mapping[str, ServedGallery]
     threads: Threads
@@ -67,16 +78,21 @@ class Service:
         self.uploads = Uploads(self.limits)
         self.metrics.follow(self.galleries.values())
 
-    def served(self, name: str | None) -> ServedGallery:
+    def gallery(self, name: str | None) -> ServedGallery:
+        """The gallery of a name, None for the default. Raises NotFoundError."""
         if name is None:
             return next(iter(self.galleries.values()))
         if name not in self.galleries:
-            raise NotFoundError("there is no gallery of that name: GET /galleries lists them")
+            raise NotFoundError("there is no gallery of this name: GET /galleries lists them")
         return self.galleries[name]
 
 
 def create_app(service: Service) -> ServiceMiddleware:
-    """The application inside its middleware."""
+    """The application with its middleware.
+
+    Args:
+        service: From `open_service`.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -88,7 +104,7 @@ def create_app(service: Service) -> ServiceMiddleware:
 
     app = FastAPI(
         title="clipret",
-        description="Exact search of images by text and image.",
+        description="Exact search for images by text and by image.",
         version="1",
         docs_url=None,
         redoc_url=None,
@@ -113,70 +129,70 @@ def create_app(service: Service) -> ServiceMiddleware:
 def _add_search(app: FastAPI, service: Service) -> None:
     limits = service.limits
 
-    async def answered(served: ServedGallery, request: SearchRequest, pixels: Sequence[Any]) -> JSONResponse:
+    async def respond(served: ServedGallery, request: SearchRequest, pixels: Sequence[Any]) -> JSONResponse:
         began = time.perf_counter()
         queries = checked(request, pixels, limits)
         answer = await served.search(
             queries, request.k, where=request.where, exclude=request.exclude, min_score=request.min_score
         )
-        return JSONResponse(_shown(served, answer, time.perf_counter() - began))
+        return JSONResponse(_search_response(served, answer, time.perf_counter() - began))
 
-    @app.get("/search", response_model=SearchResponse, summary="Search by text, or for images like one")
+    @app.get("/search", response_model=SearchResponse, summary="Search by text, or for images similar to one")
     async def search(
-        q: Annotated[list[str], Query(description="A text; several are queries of their own.")] = [],  # noqa: B006
-        like: Annotated[list[Id], Query(description="An image of the gallery, by id, added to each query.")] = [],  # noqa: B006
-        minus: Annotated[list[str], Query(description="What the images shall not show.")] = [],  # noqa: B006
+        q: Annotated[list[str], Query(description="A text. Several texts are separate queries.")] = [],  # noqa: B006
+        like: Annotated[list[Id], Query(description="Id of an image of the gallery; it is added to each query.")] = [],  # noqa: B006
+        minus: Annotated[list[str], Query(description="A text that the images should not match.")] = [],  # noqa: B006
         minus_weight: Annotated[float, Query(ge=0, le=10, allow_inf_nan=False)] = 0.5,
-        k: Annotated[int, Query(ge=1, le=limits.k, description="How many images a query.")] = 20,
-        where: Annotated[str | None, Query(description="SQL over the gallery's columns, e.g. hour < 6")] = None,
-        exclude: Annotated[list[Id], Query(description="Images that are not wanted, by id.")] = [],  # noqa: B006
+        k: Annotated[int, Query(ge=1, le=limits.k, description="Number of images per query.")] = 20,
+        where: Annotated[str | None, Query(description="SQL over the columns of the gallery, e.g. hour < 6")] = None,
+        exclude: Annotated[list[Id], Query(description="Ids of images to leave out.")] = [],  # noqa: B006
         min_score: Annotated[Score | None, Query()] = None,
         gallery: GalleryName = None,
     ) -> Response:
-        """The k best images of each query, best first. A score is the cosine of image and query, or what re-ranking
-        makes of it: see GET /galleries."""
-        also = [{"id": number} for number in like]
-        against = [{"text": text, "weight": -minus_weight} for text in minus]
+        """The k best images of each query, best first. The score is the cosine similarity of image and query, or the
+        result of re-ranking: see GET /galleries."""
+        similar = [{"id": id} for id in like]
+        negative = [{"text": text, "weight": -minus_weight} for text in minus]
         bases = [[{"text": text}] for text in q] or ([[]] if like else [])
         if not bases:
-            raise RequestError("q is missing: name a text, or an image with like")
-        queries = [{"parts": [*base, *also, *against]} for base in bases]
+            raise RequestError("q is missing: give a text as q, or the id of an image as like")
+        queries = [{"parts": [*base, *similar, *negative]} for base in bases]
         request = SearchRequest.model_validate(
             {"queries": queries, "k": k, "where": where, "exclude": exclude, "min_score": min_score}
         )
-        return await answered(service.served(gallery), request, [])
+        return await respond(service.gallery(gallery), request, [])
 
     async def search_by_json(search: SearchRequest) -> Response:
-        return await answered(service.served(search.gallery), search, [])
+        return await respond(service.gallery(search.gallery), search, [])
 
     async def search_by_form(form: Annotated[SearchForm, File()]) -> Response:
-        """JSON, or multipart with uploads that the JSON in its field `search` refers to."""
+        """Send JSON, or multipart with uploads to which the JSON in the field `search` refers."""
         search = form.request
-        served = service.served(search.gallery)
-        return await answered(served, search, await service.uploads.each(form.image, served.pixels))
+        served = service.gallery(search.gallery)
+        return await respond(served, search, await service.uploads.read(form.image, served.pixels))
 
-    # The document has one of the two, and leads to a SearchRequest by its form as well.
-    also_json = {"content": {JSON: {"schema": {"$ref": f"#/components/schemas/{SearchRequest.__name__}"}}}}
+    # The OpenAPI document has one of the two routes, with both content types.
+    json_body = {"content": {JSON: {"schema": {"$ref": f"#/components/schemas/{SearchRequest.__name__}"}}}}
     add = partial(app.router.add_api_route, "/search", methods=["POST"], response_model=SearchResponse)
     add(search_by_json, route_class_override=JsonRoute, include_in_schema=False)
     add(
         search_by_form,
         route_class_override=UploadRoute,
-        openapi_extra={"requestBody": also_json},
-        summary="Search by texts, images of the gallery and uploads, with weights",
+        openapi_extra={"requestBody": json_body},
+        summary="Search by weighted texts, images of the gallery and uploads",
     )
 
 
-def _shown(served: ServedGallery, answer: Answer, seconds: float) -> dict[str, Any]:
-    """A SearchResponse. Addresses are relative, so that the service also works below a path prefix of a proxy."""
-    own = f"?gallery={quote(served.name, safe='')}"
+def _search_response(served: ServedGallery, answer: Answer, seconds: float) -> dict[str, Any]:
+    """A SearchResponse. URLs are relative, so that the service also works below a path prefix of a proxy."""
+    parameter = f"?gallery={quote(served.name, safe='')}"
     results = []
-    for hits in answer.results:
-        shown = []
-        for hit in hits:
-            # With the bytes' own name in the address a browser may keep it for good.
-            address = f"{hit.id}{own}" + (f"&v={hit.image.hash[:12]}" if hit.image.hash else "")
-            shown.append(
+    for images in answer.results:
+        hits = []
+        for hit in images:
+            # With a hash of the bytes in the URL, browsers may cache the image forever.
+            address = f"{hit.id}{parameter}" + (f"&v={hit.image.hash[:12]}" if hit.image.hash else "")
+            hits.append(
                 {
                     "rank": hit.rank,
                     "id": hit.id,
@@ -187,7 +203,7 @@ def _shown(served: ServedGallery, answer: Answer, seconds: float) -> dict[str, A
                     "thumbnail": f"thumbnails/{address}",
                 }
             )
-        results.append({"hits": shown})
+        results.append({"hits": hits})
     snapshot = answer.snapshot
     facts = {
         "gallery": served.name,
@@ -198,68 +214,71 @@ def _shown(served: ServedGallery, answer: Answer, seconds: float) -> dict[str, A
     return {**facts, "results": results}
 
 
-Number = Annotated[Id, InPath(description="An image's id.")]
-Version = Annotated[str | None, Query(max_length=64, description="Lets a browser keep the answer.")]
-Side = Annotated[int, Query(ge=16, le=SIDES[-1], description="Longest side in pixels, rounded up to one there is.")]
+Number = Annotated[Id, InPath(description="Id of an image.")]
+Version = Annotated[str | None, Query(max_length=64, description="Lets browsers cache the image.")]
+Side = Annotated[int, Query(ge=16, le=SIDES[-1], description="Longest side, pixels, rounded up to an available size.")]
 
 
 def _add_images(app: FastAPI, service: Service) -> None:
 
-    async def sent(request: Request, served: ServedGallery, id: int, v: str | None, side: int) -> Response:
+    async def respond(request: Request, served: ServedGallery, id: int, v: str | None, side: int) -> Response:
         root, image = await served.record(id)
         tag = f'"{image.hash[:24] or f"{image.size}-{image.mtime_ns}"}-{side}"'
-        keep = "private, max-age=31536000, immutable" if v and image.hash.startswith(v) else "no-cache"
-        headers = {"ETag": tag, "Cache-Control": keep}
+        caching = "private, max-age=31536000, immutable" if v and image.hash.startswith(v) else "no-cache"
+        headers = {"ETag": tag, "Cache-Control": caching}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
-        work: Callable[[], tuple[bytes, str]]
-        work = (lambda: (service.thumbnails.get(root, image, side), KIND)) if side else lambda: original(root, image)
+        read: Callable[[], tuple[bytes, str]]
+        read = (lambda: (service.thumbnails.get(root, image, side), KIND)) if side else lambda: original(root, image)
         try:
-            content, kind = await served.in_images(work)
+            content, kind = await served.in_images(read)
         except ImageError as error:
             raise NotFoundError(f"image {id} cannot be shown: {error}") from error
         return Response(content, media_type=kind, headers=headers)
 
     images = {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
 
-    @app.get("/images/{id}", response_class=Response, responses={200: images}, summary="An image's own file")
+    @app.get("/images/{id}", response_class=Response, responses={200: images}, summary="The original file of an image")
     async def image(request: Request, id: Number, gallery: GalleryName = None, v: Version = None) -> Response:
-        return await sent(request, service.served(gallery), id, v, 0)
+        return await respond(request, service.gallery(gallery), id, v, 0)
 
-    @app.get("/thumbnails/{id}", response_class=Response, responses={200: images}, summary="An image made small")
+    @app.get("/thumbnails/{id}", response_class=Response, responses={200: images}, summary="A thumbnail of an image")
     async def thumbnail(
         request: Request, id: Number, gallery: GalleryName = None, v: Version = None, side: Side = 320
     ) -> Response:
-        return await sent(request, service.served(gallery), id, v, next(one for one in SIDES if one >= side))
+        return await respond(request, service.gallery(gallery), id, v, next(size for size in SIDES if size >= side))
 
 
 _bearer = HTTPBearer(auto_error=False, description="The token that the service was started with.")
 
 
-async def _permitted(request: Request) -> None:
-    """Refuse a change to a gallery without the service's token. Raises RequestError."""
-    wanted, given = request.app.state.service.token, await _bearer(request)
-    if wanted is None:
-        raise ReadOnlyError("this service only reads: start it with --token-file to change galleries")
-    if given is None or not hmac.compare_digest(given.credentials.encode(), wanted.encode()):
+async def _check_token(request: Request) -> None:
+    """Refuse a change to a gallery without the token of the service. Raises RequestError."""
+    token, credentials = request.app.state.service.token, await _bearer(request)
+    if token is None:
+        raise ReadOnlyError("this service is read-only: start it with --token-file to allow changes")
+    if credentials is None or not hmac.compare_digest(credentials.credentials.encode(), token.encode()):
         raise DeniedError("the token is missing or wrong: send it as  Authorization: Bearer TOKEN")
 
 
 class _AddRoute(UploadRoute):
-    """Checks the token before images are read."""
+    """Checks the token before uploads are read."""
 
     async def admit(self, request: Request) -> None:
-        await _permitted(request)
+        await _check_token(request)
 
 
 def _add_writing(app: FastAPI, service: Service) -> None:
-    guarded: dict[str, Any] = {"dependencies": [Security(_bearer), Depends(_permitted)], "responses": WRITE_FAILURES}
+    protected: dict[str, Any] = {
+        "dependencies": [Security(_bearer), Depends(_check_token)],
+        "responses": WRITE_FAILURES,
+    }
 
     async def add(name: str, form: Annotated[AddForm, File()]) -> Response:
-        """All images of the request or none; those whose bytes the gallery got this way before stay as they are."""
-        served = service.served(name)
-        added = await served.add(await service.uploads.each(form.image, served.read), form.columns)
-        images = [{"id": number, "new": new} for number, new in added]
+        """Adds all images of the request or none. An image that was added before with the same bytes keeps its id."""
+        served = service.gallery(name)
+        added = await served.add(await service.uploads.read(form.image, served.read), form.columns)
+        images = [{"id": id, "new": new} for id, new in added]
         return JSONResponse({"images": images, "snapshot": served.snapshot.number})
 
     app.router.add_api_route(
@@ -269,13 +288,13 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         route_class_override=_AddRoute,
         response_model=AddResponse,
         summary="Add images",
-        **guarded,
+        **protected,
     )
 
-    @app.delete("/galleries/{name}/images/{id}", response_model=Health, summary="Delete an image", **guarded)
+    @app.delete("/galleries/{name}/images/{id}", response_model=Health, summary="Delete an image", **protected)
     async def remove(name: str, id: Annotated[Id, InPath()]) -> Response:
-        """Nothing finds it any more. Its file stays where it was indexed from, and goes where it was added here."""
-        await service.served(name).remove(id)
+        """Deletes the image from the gallery. Its file is deleted only if it was added through this API."""
+        await service.gallery(name).remove(id)
         return JSONResponse({"status": "deleted"})
 
 
@@ -291,24 +310,25 @@ def _add_facts(app: FastAPI, service: Service) -> None:
                 "columns": served.snapshot.filterable,
                 "rerank": served.settings.rerank.steps,
                 "writable": service.token is not None,
-                "reload_failing": served.trouble is not None,
+                "reload_failing": served.reload_error is not None,
             }
             for served in service.galleries.values()
         ]
 
-    @app.get("/galleries/{name}/choices", summary="Columns with few values, for filters")
+    @app.get("/galleries/{name}/choices", summary="Metadata columns with few values, and these values")
     async def choices(name: str) -> dict[str, list[Choice]]:
-        served = service.served(name)
-        found = await served.choices()
-        return {column: [Choice(value=value, images=count) for value, count in rows] for column, rows in found.items()}
+        columns = await service.gallery(name).choices()
+        return {
+            column: [Choice(value=value, images=count) for value, count in values] for column, values in columns.items()
+        }
 
-    @app.get("/healthz", response_model=Health, summary="Whether the process answers")
+    @app.get("/healthz", response_model=Health, summary="Whether the process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", response_model=Health, summary="Whether searches are answered")
+    @app.get("/readyz", response_model=Health, summary="Whether searches work")
     async def readyz() -> dict[str, str]:
-        for served in service.galleries.values():  # a search through the engine, the ranker and the queue
+        for served in service.galleries.values():  # a search through queue, model and ranker
             await served.search([[("ready", 1.0)]], 1)
         return {"status": "ready"}
 
@@ -316,20 +336,20 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         "/metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-        summary="Counters, in Prometheus' text format",
+        summary="Metrics in the text format of Prometheus",
     )
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
 def _add_page(app: FastAPI) -> None:
-    """Adds the page. Its files are read once at the start: no name that a client sends reaches the disk."""
+    """Add the page. Its files are read once at the start, so that no name from a client reaches the disk."""
     files = dict[str, tuple[bytes, str, str]]()
     for file in sorted(STATIC.iterdir()):
         content = file.read_bytes()
         files[file.name] = (content, KINDS[file.suffix], f'"{blake2b(content, digest_size=12).hexdigest()}"')
 
-    def sent(request: Request, name: str) -> Response:
+    def respond(request: Request, name: str) -> Response:
         if name not in files:
             raise NotFoundError("there is no such file")
         content, kind, tag = files[name]
@@ -340,12 +360,12 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        return sent(request, "index.html")
+        return respond(request, "index.html")
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return sent(request, "docs.html")
+        return respond(request, "docs.html")
 
     @app.get("/static/{name}", include_in_schema=False)
     async def static(request: Request, name: str) -> Response:
-        return sent(request, name)
+        return respond(request, name)

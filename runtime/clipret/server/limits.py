@@ -1,4 +1,4 @@
-"""The limits of the service, and the errors that clients see."""
+"""The limits of the service, and its errors, which become responses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes are in bytes or characters, times in seconds."""
+    """The limits of a service and of its requests. Sizes are in bytes or characters, times in seconds."""
 
     body: int = 32 * MIB  # of a request
     json: int = MIB  # of a request that is JSON, and of a text field of a form
@@ -32,21 +32,21 @@ class Limits:
     k: int = 1000  # of a query
     parts: int = 64  # texts and images of all queries of a request
     files: int = 16  # uploads of a request
-    uploads: int = 64  # requests with uploads under way: so many times `body` may lie on the disk
-    whole: int = 4  # uploads whole in memory, to be decoded
-    waiting: int = 256  # searches that may wait for the engine; more are answered 503
+    uploads: int = 64  # requests with uploads in progress; each may occupy `body` bytes on disk
+    decoding: int = 4  # uploads in memory at a time, being decoded
+    waiting: int = 256  # searches waiting for the model; further ones get status 503
     connections: int = 1000  # open at once
     seconds: float = 30.0  # of a whole request
     header_seconds: float = 10.0  # until a request's header is complete
     where_seconds: float = 2.0  # of one filter
-    batch: int = 64  # texts and images that the engine is given at once
-    gather: float = 0.002  # how long at most the engine waits for those that are expected
-    reload: float = 0.5  # between two looks at whether the gallery has changed
+    batch: int = 64  # texts and images per batch
+    gather: float = 0.002  # the longest wait for expected searches, see `Batcher`
+    reload: float = 0.5  # between two checks for changes of the gallery
     thumbnails: int = 64 * MIB  # kept in memory
 
 
 class RequestError(Exception):
-    """A request that cannot be answered. The message is for the client and contains nothing about the server."""
+    """A request that is refused. The message is for the client and reveals nothing about the server."""
 
     status = 422
     headers: ClassVar[Mapping[str, str]] = {}
@@ -60,19 +60,19 @@ class DeniedError(RequestError):
 
 
 class ReadOnlyError(RequestError):
-    """The service does not allow changes, whatever the token."""
+    """The service has no token and allows no changes."""
 
     status = 403
 
 
 class NotFoundError(RequestError):
-    """What the request names does not exist."""
+    """The gallery, image or file does not exist."""
 
     status = 404
 
 
 class ConflictError(RequestError):
-    """The gallery does not allow this now."""
+    """The gallery cannot be changed now."""
 
     status = 409
 
@@ -84,19 +84,19 @@ class TooLargeError(RequestError):
 
 
 class UnsupportedError(RequestError):
-    """A body of a type that the service does not read."""
+    """The content type of the body is not supported."""
 
     status = 415
 
 
 class MisdirectedError(RequestError):
-    """A request for another host."""
+    """The request has the name of another host."""
 
     status = 421
 
 
 class BusyError(RequestError):
-    """The service is busy: the client may try again."""
+    """The service is busy; the client may try again."""
 
     status = 503
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}

@@ -1,4 +1,4 @@
-"""Metrics of the service for Prometheus. Labels are routes and names of galleries, never values that a client chose."""
+"""Metrics of the service for Prometheus. Labels are routes and gallery names, never values from clients."""
 
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
@@ -24,22 +24,22 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = _Registry()
-        about = "Time from the request's header to the end of its answer, by route."
+        about = "Time from the header of a request to the end of its response, by route."
         seconds = Histogram("clipret_request_seconds", about, ["route"], registry=registry, buckets=_SECONDS)
-        about = "Searches that the engine was given at once."
+        about = "Searches per batch."
         sizes = Histogram("clipret_batch_size", about, ["gallery"], registry=registry, buckets=_SIZES)
-        about = "Requests answered, by route and status."
+        about = "Requests, by route and status."
         requests = Counter("clipret_requests_total", about, ["route", "status"], registry=registry)
-        # `labels` takes a lock and builds texts at every call; there are few routes and few galleries.
+        # `labels` takes a lock and builds strings at every call; there are few routes and few galleries.
         self._requests, self._seconds, self._sizes = cache(requests.labels), cache(seconds.labels), cache(sizes.labels)
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered.
+        """Count a request.
 
         Args:
-            route: The path of the route that answered it, as it was declared.
-            status: The HTTP status of the answer.
-            seconds: From the request's header to the end of the answer.
+            route: The path of its route, as declared.
+            status: The HTTP status of the response.
+            seconds: From the header of the request to the end of the response.
         """
         self._requests(route, status).inc()
         self._seconds(route).observe(seconds)
@@ -49,7 +49,7 @@ class Metrics:
         self._sizes(gallery).observe(size)
 
     def follow(self, galleries: Collection["ServedGallery"]) -> None:
-        """Report these galleries' values in every response. Call it once."""
+        """Include the values of these galleries in `text`. Call it once."""
         self._registry.register(_Galleries(galleries))
 
     def text(self) -> bytes:
@@ -58,24 +58,24 @@ class Metrics:
 
 
 class _Registry(CollectorRegistry):
-    """Leaves out the creation time of each counter; the library's own switch for this is global."""
+    """Omits the creation time of each counter; the library's switch for this is global."""
 
     def collect(self) -> Iterator[Metric]:
         for metric in super().collect():
-            metric.samples = [one for one in metric.samples if not one.name.endswith("_created")]
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
 
 
 class _Galleries(Collector):
-    """Values that are read from each gallery when the metrics are requested."""
+    """Values that are read when the metrics are requested."""
 
     def __init__(self, galleries: Collection["ServedGallery"]) -> None:
-        self._desks = galleries
+        self._galleries = galleries
 
     def collect(self) -> Iterator[Metric]:
         for kind, name, about, value in _GALLERY:
             metric = kind(name, about, labels=["gallery"])
-            for served in self._desks:
+            for served in self._galleries:
                 metric.add_metric([served.name], value(served))
             yield metric
 
@@ -84,17 +84,17 @@ _GALLERY: tuple[
     tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[["ServedGallery"], float]], ...
 ] = (
     (GaugeMetricFamily, "clipret_waiting", "Searches waiting for the model.", lambda served: len(served.batcher)),
-    (GaugeMetricFamily, "clipret_images", "Live images of a gallery.", lambda served: served.snapshot.count),
+    (GaugeMetricFamily, "clipret_images", "Images of a gallery.", lambda served: served.snapshot.count),
     (
         CounterMetricFamily,
         "clipret_reloads_total",
-        "Snapshots of a gallery loaded.",
+        "Snapshots that were loaded of a gallery.",
         lambda served: served.reloads,
     ),
     (
         GaugeMetricFamily,
         "clipret_reload_failing",
-        "1 while a gallery's last change could not be loaded.",
-        lambda served: served.trouble is not None,
+        "1 while the last change of a gallery cannot be loaded.",
+        lambda served: served.reload_error is not None,
     ),
 )

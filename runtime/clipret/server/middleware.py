@@ -1,6 +1,6 @@
-"""Middleware: limits on bytes and time, the check of the host name, safe headers, metrics and the access log.
+"""Middleware: limits on bytes and time, the check of the host name, safe headers, metrics and logs.
 
-Starlette's own middlewares for hosts and sizes answer in plain text and with other statuses; it has none for time.
+Starlette's own middlewares for hosts and sizes respond in plain text and with other statuses; it has none for time.
 """
 
 import asyncio
@@ -11,6 +11,8 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clipret.errors import printable
+from clipret.logs import is_configured
 from clipret.server.limits import BusyError, Limits, MisdirectedError, RequestError, TooLargeError
 from clipret.server.metrics import Metrics
 from clipret.server.openapi import refusal
@@ -19,6 +21,7 @@ from clipret.server.requests import JSON, kind_of
 __all__ = ["ServiceMiddleware"]
 
 _access = logging.getLogger("clipret.access")
+_log = logging.getLogger("clipret.server")
 
 # In the form in which they are sent: starlette's MutableHeaders would cost some microseconds per request.
 _HEADERS = [
@@ -36,7 +39,10 @@ _HEADERS = [
 
 
 class ServiceMiddleware:
-    """Limits on requests, safe headers, metrics and the access log.
+    """Limits on requests, safe headers, metrics and logs.
+
+    Every request is one line of the logger `clipret.access`, at level INFO. An exception that no handler expects is
+    logged with its traceback by `clipret.server`.
 
     Args:
         app: The application.
@@ -57,7 +63,7 @@ class ServiceMiddleware:
         began, status, sent = time.perf_counter(), 0, 0
         headers = Headers(scope=scope)
 
-        async def answer(message: Message) -> None:
+        async def respond(message: Message) -> None:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -66,16 +72,16 @@ class ServiceMiddleware:
             await send(message)
 
         async def refuse(error: RequestError) -> None:
-            await refusal(error)(scope, receive, answer)
+            await refusal(error)(scope, receive, respond)
 
-        most, taken = self.limits.json if kind_of(headers) == JSON else self.limits.body, 0
-        too_large = TooLargeError(f"a request takes {most} bytes at most")
+        max_bytes, received = self.limits.json if kind_of(headers) == JSON else self.limits.body, 0
+        too_large = TooLargeError(f"the body has more than {max_bytes} bytes: send less")
 
-        async def counted() -> Message:
-            nonlocal taken
+        async def count_received() -> Message:
+            nonlocal received
             message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > most:
+            received += len(message.get("body", b""))
+            if received > max_bytes:
                 raise too_large
             return message
 
@@ -84,17 +90,25 @@ class ServiceMiddleware:
                 length = headers.get("content-length", "0")
                 if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
                     await refuse(
-                        MisdirectedError("this service does not go by that name: see clipret-search serve --allow-host")
+                        MisdirectedError(
+                            "this service does not answer to that host name: start it with --allow-host NAME"
+                        )
                     )
-                elif not length.isdecimal() or int(length[:20]) > most:
+                elif not length.isdecimal() or int(length[:20]) > max_bytes:
                     await refuse(too_large)
                 else:
-                    await self.app(scope, counted, answer)
+                    await self.app(scope, count_received, respond)
         except TimeoutError:
             if not status:
-                await refuse(BusyError(f"the answer took longer than {self.limits.seconds:g} s"))
+                await refuse(BusyError(f"the request took longer than {self.limits.seconds:g} s: try again"))
+        except Exception:
+            # The application has sent a response with status 500, unless another one had begun.
+            facts = {"method": scope["method"], "path": printable(scope["path"])}
+            _log.exception("%(method)s %(path)s failed", facts, extra=facts)
+            if not is_configured():
+                raise  # uvicorn writes the traceback to stderr
         finally:
-            # Where a client was slower than the limit the answer stays unfinished, and uvicorn closes its connection.
+            # If a client was slower than the limit, the response stays unfinished and uvicorn closes the connection.
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - began
             self.metrics.request(route, status or 499, seconds)
@@ -103,16 +117,18 @@ class ServiceMiddleware:
 
 
 def _log_access(scope: Scope, status: int, sent: int, seconds: float) -> None:
-    """One line per request, without the query string: it may hold what somebody looked for."""
+    """Log a request without its query string, which may contain what a person searched for, and without its token."""
     facts = {
         "method": scope["method"],
-        "path": scope["path"],
+        "path": printable(scope["path"]),  # it is percent-decoded: a line break would forge a line of the log
         "status": status,
         "bytes": sent,
         "milliseconds": round(1000 * seconds, 2),
         "client": (scope.get("client") or ("-", 0))[0],
     }
-    _access.info("%(method)s %(path)s %(status)d, %(bytes)d bytes, %(milliseconds).2f ms", facts, extra=facts)
+    _access.info(
+        "%(client)s %(method)s %(path)s %(status)d, %(bytes)d bytes, %(milliseconds).2f ms", facts, extra=facts
+    )
 
 
 def _host(value: str) -> str:

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with two more limits: the time for a request's header, and the number of open connections."""
+"""HTTP/1.1 of uvicorn with two more limits: the time for the header of a request, and the number of connections."""
 
 import asyncio
 
@@ -9,21 +9,24 @@ from clipret.server.limits import Limits
 
 __all__ = ["protocol"]
 
-_LINGER = 1.0  # seconds in which a client may notice that it was refused, before it is cut off; no more than a body
+_LINGER = 1.0  # seconds for a client to read its refusal before the connection is closed, and at most one more body
 
 
 def protocol(limits: Limits) -> type[asyncio.Protocol]:
     """A protocol class with limits for connections.
 
     It closes connections whose next header has not arrived after `limits.header_seconds`; otherwise a client that sends
-    a byte per minute would keep its connection forever. With more than `limits.connections`, the connection that has
-    kept the service waiting longest is closed for the new one, so that silent clients cannot keep others out.
+    a byte per minute would keep its connection forever. When a new connection exceeds `limits.connections`, the
+    connection that has kept the service waiting longest is closed, so that silent clients cannot keep others out.
+
+    Args:
+        limits: The limits of the service.
     """
-    waiting = dict["Limited", None]()  # those that owe us something, in the order of their waiting
+    waiting = dict["Limited", None]()  # connections with an incomplete or no request, longest waiting first
 
     class Limited(H11Protocol):
         _late: asyncio.TimerHandle | None = None
-        _dropped = 0  # bytes of a body that came after its refusal
+        _dropped = 0  # bytes of a body received after its refusal
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -51,7 +54,7 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
             self._stop()
 
         def _wait(self) -> None:
-            """Start the clock where a header is awaited and it does not run yet; stop it where none is."""
+            """Start the timer, unless it runs, while a header is awaited; otherwise stop it."""
             if self.cycle is None or self.cycle.response_complete:
                 waiting.setdefault(self)
                 if self._late is None:
@@ -73,15 +76,15 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
                 self.transport.close()
 
         def on_response_complete(self) -> None:
-            self._stop()  # uvicorn's own keep-alive time runs from here to the next byte
-            if self._refused():  # time to see that, no more
+            self._stop()  # the keep-alive timeout of uvicorn runs from here to the next byte
+            if self._refused():  # leave time to read the refusal
                 self._dropped = 0
                 self._late = self.loop.call_later(_LINGER, self._close)
-            waiting.pop(self, None)  # it has had its turn: to the end of the line
+            waiting.pop(self, None)  # its request is answered: move it to the end of the queue
             waiting[self] = None
             super().on_response_complete()
             if self.cycle is not None and not self.cycle.response_complete:
-                self._wait()  # another request was there already
+                self._wait()  # the next request had already arrived
 
         def _refused(self) -> bool:
             """Whether the request was answered before its body had ended."""

@@ -1,4 +1,4 @@
-"""The service as a process: opens galleries, starts threads, runs uvicorn until it is stopped."""
+"""The service as a process: open galleries, start threads, run uvicorn until it is stopped."""
 
 import contextlib
 import signal
@@ -26,7 +26,7 @@ from clipret.server.snapshot import SearchSettings
 __all__ = ["listen", "make_server", "open_service", "serve"]
 
 _BACKLOG = 2048
-_FILES = 256  # that the process needs besides its connections
+_FILES = 256  # open files of the process besides its connections
 
 
 @contextlib.contextmanager
@@ -41,12 +41,15 @@ def open_service(
     """Open galleries and start the threads of a service.
 
     Args:
-        galleries: Each with the encoder of its bundle. A gallery's name is that of its folder, or of the collection of
-            milvus+URI, with a number if two have the same name.
+        galleries: Pairs of a gallery's path and the encoder of its bundle. A gallery is served under the name of its
+            folder, or of the collection of milvus+URI, with a number appended if the name is already used.
         limits: Limits of requests and of the service.
-        token: The token for changes to galleries; None turns them off.
+        token: The token that changes to galleries require; None turns changes off.
         hosts: See `ServiceMiddleware`.
         settings: The settings of every search.
+
+    Yields:
+        The service.
 
     Raises:
         ClipretError: A gallery or its model cannot be opened.
@@ -59,37 +62,37 @@ def open_service(
             return stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix=name))
 
         decoders = max(2, cpu_count())
-        threads = Threads(pool(1, "engine"), pool(decoders, "images"), pool(4, "filters"), pool(1, "files"))
+        threads = Threads(pool(1, "compute"), pool(decoders, "images"), pool(4, "filters"), pool(1, "files"))
         opened = dict[str, ServedGallery]()
         for path, encoder in galleries:
             folder = path if isinstance(path, str) else Gallery.open(path).path
-            called = Address.parse(folder).name if isinstance(folder, str) else folder.name
-            names = (called if number == 1 else f"{called}-{number}" for number in range(1, 1 << 30))
+            base = Address.parse(folder).name if isinstance(folder, str) else folder.name
+            names = (base if number == 1 else f"{base}-{number}" for number in range(1, 1 << 30))
             name = next(name for name in names if name not in opened)
 
-            def note(size: int, name: str = name) -> None:
+            def on_batch(size: int, name: str = name) -> None:
                 metrics.batch(name, size)
 
-            opened[name] = ServedGallery(name, folder, encoder, limits, threads, settings or SearchSettings(), note)
+            opened[name] = ServedGallery(name, folder, encoder, limits, threads, settings or SearchSettings(), on_batch)
             opened[name].load()
         yield Service(opened, threads, limits, metrics, token, hosts)
 
 
 def serve(service: Service, host: str, port: int, started: Callable[[str], None]) -> None:
-    """Serve at http://HOST:PORT/ until SIGINT or SIGTERM, then finish the requests that are running.
+    """Serve at http://HOST:PORT/ until SIGINT or SIGTERM, then finish the running requests.
 
     Args:
         service: From `open_service`.
         host: Address to listen on.
-        port: Port; 0 takes a free one.
-        started: Called with the address.
+        port: Port; 0 chooses a free one.
+        started: Called with the URL of the service.
 
     Raises:
         ClipretError: The address cannot be used.
     """
     listening = listen(host, port)
     _allow_files(service.limits.connections + _FILES)
-    # uvicorn raises the signal again once it has finished: that must end Python, not kill it.
+    # uvicorn raises the signal again when it has finished, which must exit Python, not kill it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     name = f"[{host}]" if ":" in host else host
     with listening, contextlib.suppress(KeyboardInterrupt):
@@ -98,13 +101,13 @@ def serve(service: Service, host: str, port: int, started: Callable[[str], None]
 
 
 def make_server(service: Service) -> uvicorn.Server:
-    """A server for listening sockets; `run` ends when `should_exit` is set and no request is running."""
+    """A server for listening sockets. `run` returns once `should_exit` is set and no request is running."""
     config = uvicorn.Config(
         create_app(service),
         http=protocol(service.limits),
         ws="none",
         lifespan="on",
-        # Once the commands' logging is configured, it has uvicorn's messages too; else uvicorn writes faults to stderr.
+        # If `clipret.logs` is configured, it handles uvicorn's messages too; otherwise uvicorn writes faults to stderr.
         **({"log_config": None} if is_configured() else {"log_level": "warning"}),
         access_log=False,
         server_header=False,
@@ -116,21 +119,21 @@ def make_server(service: Service) -> uvicorn.Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises ClipretError."""
+    """A listening socket. Raises ClipretError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ClipretError(f"{host} port {port} cannot be listened on: {reason}; choose another with --port") from error
-    # Connections inherit it. asyncio sets it itself, but not where the socket comes from create_server, and an answer's
-    # body would wait 40 ms for the client to acknowledge its header (Nagle's algorithm).
+        raise ClipretError(f"cannot listen on {host} port {port}: {reason}; choose another --port") from error
+    # Connections inherit it. asyncio does not set it on sockets from create_server. Without it the body of a response
+    # waits 40 ms until the client acknowledges the header (Nagle's algorithm).
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
 
 def _allow_files(count: int) -> None:
-    """Raise the limit of open files and connections to `count`, as far as the system allows."""
+    """Raise the limit of open files to `count`, as far as the system allows."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -1,4 +1,4 @@
-"""Requests and responses as pydantic models, from which the OpenAPI document is generated."""
+"""Requests and responses as pydantic models; the OpenAPI document is generated from them."""
 
 from typing import Annotated
 
@@ -28,13 +28,13 @@ Weight = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Score = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
-def _proper(name: str) -> str:
+def _check_column(name: str) -> str:
     if not name.strip() or not name.isprintable():
-        raise ValueError("a column needs a proper name")
+        raise ValueError("a column name must be printable and not blank")
     return name
 
 
-ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_proper)]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_check_column)]
 
 
 class _Strict(BaseModel):
@@ -42,7 +42,7 @@ class _Strict(BaseModel):
 
 
 class PartRequest(_Strict):
-    """Exactly one of `text`, `id` (an image of the gallery) and `image` (an upload, counted from 0)."""
+    """Exactly one of `text`, `id` (an image of the gallery) and `image` (the number of an upload, from 0)."""
 
     text: str | None = None
     id: Id | None = None
@@ -50,20 +50,20 @@ class PartRequest(_Strict):
     weight: Weight = 1.0
 
     @model_validator(mode="after")
-    def _one(self) -> "PartRequest":
+    def _check_content(self) -> "PartRequest":
         if sum(value is not None for value in (self.text, self.id, self.image)) != 1:
-            raise ValueError("a part is one of text, id and image")
+            raise ValueError("a part has exactly one of text, id and image")
         return self
 
 
 class QueryRequest(_Strict):
-    """The weighted sum of its parts; a negative weight moves away from one."""
+    """The weighted sum of its parts. A negative weight moves the query away from a part."""
 
     parts: Annotated[list[PartRequest], Field(min_length=1, max_length=64)]
 
 
 class SearchRequest(_Strict):
-    """One search: several queries are answered from the same snapshot of the gallery."""
+    """A search with one or more queries, all of the same snapshot of the gallery."""
 
     queries: Annotated[list[str | QueryRequest], Field(min_length=1, max_length=64)]
     k: Annotated[int, Field(ge=1)] = 20
@@ -74,30 +74,30 @@ class SearchRequest(_Strict):
 
 
 class _Form(BaseModel):
-    """A multipart body. Unknown fields are ignored, but unknown files are an error: their sender expects something."""
+    """A multipart body. Unknown fields are ignored, unknown files are refused."""
 
     model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="after")
-    def _known(self) -> "_Form":
+    def _check_files(self) -> "_Form":
         for name, value in (self.model_extra or {}).items():
             if isinstance(value, UploadFile):
-                raise ValueError(f"the file field {name[:100]!r} is unknown: send images as  image")
+                raise ValueError(f"the file field {name[:100]!r} is unknown: send images in the field image")
         return self
 
 
 class SearchForm(_Form):
-    """A search with uploads, which the parts of its queries refer to by number."""
+    """A search with uploads. Parts of queries refer to them by number."""
 
     search: Annotated[
         Json[SearchRequest] | None,
-        Field(description="A SearchRequest as JSON; without it each image is a query."),
+        Field(description="A SearchRequest as JSON. Default: each image is a query."),
     ] = None
     image: Annotated[list[UploadFile], Field(min_length=1, description="Images to search with.")]
 
     @property
     def request(self) -> SearchRequest:
-        """The search of the form. Raises pydantic's ValidationError."""
+        """The search request of the form. Raises ValidationError of pydantic."""
         if self.search is not None:
             return self.search
         return SearchRequest(queries=[QueryRequest(parts=[PartRequest(image=at)]) for at in range(len(self.image))])
@@ -108,18 +108,18 @@ class AddForm(_Form):
 
     metadata: Annotated[
         Json[Annotated[dict[ColumnName, Value], Field(max_length=64)]] | None,
-        Field(description="A JSON object of texts and numbers: columns of all these images."),
+        Field(description="A JSON object with the metadata of all these images: texts and numbers by column."),
     ] = None
     image: Annotated[list[UploadFile], Field(min_length=1, description="The images.")]
 
     @property
     def columns(self) -> dict[str, Value]:
-        """The metadata as a gallery keeps it."""
+        """The metadata as a gallery stores it."""
         return {name: scalar(value) for name, value in (self.metadata or {}).items()}
 
 
 class HitResponse(BaseModel):
-    """One result; `image` and `thumbnail` are addresses relative to the service's own."""
+    """One result. `image` and `thumbnail` are URLs relative to that of the service."""
 
     rank: int
     id: int
@@ -135,7 +135,7 @@ class QueryResult(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """`snapshot` numbers the loaded versions of the gallery: all results are of the same one."""
+    """All results are from the same version of the gallery; `snapshot` counts the loaded versions."""
 
     gallery: str
     snapshot: int
@@ -145,7 +145,7 @@ class SearchResponse(BaseModel):
 
 
 class GalleryFacts(BaseModel):
-    """`rerank`: the re-ranking steps, after which a score is no longer a cosine; usually none."""
+    """A served gallery. With any step of re-ranking in `rerank`, scores are not cosine similarities."""
 
     name: str
     images: int
@@ -177,6 +177,6 @@ class Health(BaseModel):
 
 
 class Failure(BaseModel):
-    """The response for every status from 400."""
+    """The response for every status of 400 and above."""
 
     error: str

@@ -1,9 +1,9 @@
-"""A snapshot of a gallery for a service, which other processes may change meanwhile.
+"""A snapshot of a gallery that other processes may change.
 
-Shards are immutable files, and mapped files stay readable after compaction has removed their names. The database can
-change, so each snapshot has a copy of it: embeddings, paths, metadata and filters of an answer come from the same
-commit. (An open read transaction would do the same but lock out every writer: the gallery uses sqlite's rollback
-journal, which needs no files next to the database.)
+Shards are immutable files, and mapped files stay readable after compaction has deleted them. The database can change,
+so each snapshot has a copy of it: embeddings, paths, metadata and filters of a response come from the same commit. (An
+open read transaction would do the same but lock out every writer, because the gallery uses SQLite's rollback journal,
+which needs no files next to the database.)
 """
 
 import contextlib
@@ -38,19 +38,24 @@ from clipret.tables import quoted
 __all__ = ["SearchSettings", "ServedSnapshot"]
 
 
-_RETRIES = 5  # when compaction removes shards between the copy of the database and the opening of its files
-_MASKS = 64  # filters remembered: a byte a row each
-_LONGEST = 1 << 16  # bytes of a value inside a filter: what a single function does to it cannot be interrupted
-_PATTERN = 200  # bytes of a pattern for LIKE and GLOB, for the same reason
-_VALUES = 40  # distinct values of a column that are offered as a choice; columns with more are not
+_RETRIES = 5  # if compaction removes shards between copying the database and opening its files
+_MASKS = 64  # cached filters; each takes a byte per image
+_MAX_VALUE = 1 << 16  # bytes of a value inside a filter: a single SQL function cannot be interrupted
+_MAX_PATTERN = 200  # bytes of a pattern for LIKE and GLOB, for the same reason
+_MAX_VALUES = 40  # distinct values of a column that is offered as a choice
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """The settings of every search of a service: `templates` as for `Searcher`, and the steps of re-ranking.
+    """The settings of every search of a service.
 
-    A result must not depend on requests that arrive at the same time, so hubness needs texts of its own, `reference`.
-    Raises ClipretError without them.
+    Attributes:
+        templates: As for `Searcher`.
+        rerank: The steps of re-ranking.
+        reference: The texts that hubness is measured on. A result must not depend on the other requests of a batch.
+
+    Raises:
+        ClipretError: Hubness without `reference`.
     """
 
     templates: Forms = ("{}",)
@@ -60,7 +65,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if self.rerank.hubness != "none" and not self.reference:
             raise ClipretError(
-                "hubness is measured on the other queries, and those of a service come one at a time: "
+                "hubness compares queries with each other, but a service receives them one at a time: "
                 "name fixed texts with --rerank reference=FILE"
             )
 
@@ -71,10 +76,10 @@ class _Copy(Gallery):
     def __init__(self, path: Path, info: GalleryInfo) -> None:
         super().__init__(path, info)
         self.folder = Path(tempfile.mkdtemp(prefix="clipret-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # no later than with the interpreter
-        held = path / "gallery.db"
-        # As Database opens it: only who may write can roll back what an interrupted writer left.
-        uri = held.as_uri() + ("?mode=rw" if os.access(held, os.W_OK) else "?mode=ro")
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # at the latest when Python exits
+        original = path / "gallery.db"
+        # As in Database: rolling back an interrupted transaction needs write access.
+        uri = original.as_uri() + ("?mode=rw" if os.access(original, os.W_OK) else "?mode=ro")
         try:
             with (
                 contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30)) as source,
@@ -82,7 +87,7 @@ class _Copy(Gallery):
             ):
                 source.backup(target)
         except sqlite3.Error as error:
-            raise ClipretError(f"{held} cannot be read ({error}): restore it or index again") from error
+            raise ClipretError(f"{original} cannot be read ({error}): restore it or index again") from error
 
     @cached_property
     def database(self) -> Database:
@@ -90,39 +95,39 @@ class _Copy(Gallery):
 
 
 class _Filters(Database):
-    """A connection for one expression of a client: read-only by `select`, and limited in time and memory."""
+    """A connection for one filter from a client: read-only, as `select` is, and limited in time and memory."""
 
     def mask(self, where: str, ids: Ids, seconds: float) -> Mask:
-        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
-        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _PATTERN)
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE)
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN)
         end = time.monotonic() + seconds
-        # Looked at before each jump; a progress handler would be asked every n instructions, of which each may be slow.
-        clock = threading.Timer(seconds, self._connection.interrupt)
-        clock.start()
+        # SQLite checks for interruption before each jump; a progress handler runs after n instructions, slow or not.
+        timer = threading.Timer(seconds, self._connection.interrupt)
+        timer.start()
         try:
             return np.isin(ids, self.select(where))
         except ClipretError as error:
             if time.monotonic() >= end:
-                raise ClipretError(f"where takes longer than {seconds:g} s: ask for something simpler") from error
-            # The message names the folder of the copy, which is nobody's business.
+                raise ClipretError(f"where takes longer than {seconds:g} s: simplify the expression") from error
+            # Hide the folder of the copy from the client.
             reason = str(error).replace(f" on {self._file.parent}", "").removeprefix("--")
             raise ClipretError(reason) from error
         finally:
-            clock.cancel()
-            clock.join()
+            timer.cancel()
+            timer.join()
 
 
 class ServedSnapshot(GallerySnapshot):
-    """A snapshot of a gallery for a service: its embeddings, a ranker over them, and records and metadata.
+    """A snapshot of a gallery for a service: its embeddings, a ranker, records and metadata.
 
-    Methods may be called from any thread, but `rank` only from the thread for the model.
+    Its methods are thread-safe, except for `rank`, which must be called from the compute thread.
 
     Args:
         path: The folder of the gallery.
         encoder: As for `GallerySnapshot`.
-        rerank: The steps that `rank` takes.
+        rerank: The steps of re-ranking that `rank` applies.
         reference: Float [R,D], the embeddings of `SearchSettings.reference`.
-        seconds: The most time that a filter may take.
+        seconds: Time limit of a filter.
 
     Raises:
         ClipretError: As `Gallery.read`.
@@ -146,19 +151,19 @@ class ServedSnapshot(GallerySnapshot):
                 self.close()
                 if attempt == _RETRIES - 1:
                     raise
-        # Made now, with whatever is measured once, and not at the first query.
+        # Build the ranker, with its one-time measurements, before the first query.
         ranker = self.ranker
         steps = rerank is not None and rerank.steps
         self._reranker = Reranker(self.stored, ranker, rerank, reference) if rerank and steps else None
         _ = self.columns
         self._seconds = seconds
-        self._lock = threading.Lock()  # of the copy's one connection
+        self._lock = threading.Lock()  # for the connection to the copy
         self._masks = OrderedDict[str, Mask]()
 
     def rank(
         self, queries: npt.ArrayLike, k: int, allowed: Mask | None = None, min_score: float | None = None
     ) -> tuple[Floats, Ids]:
-        """As `Searchable.rank`, with the steps of re-ranking, which have no lowest score."""
+        """As `Searchable.rank`; with re-ranking, `min_score` is ignored."""
         if self._reranker is None:
             return super().rank(queries, k, allowed, min_score)
         scores, positions = self._reranker.rank(queries, k, among=allowed)
@@ -166,23 +171,23 @@ class ServedSnapshot(GallerySnapshot):
 
     def records(self, ids: Sequence[int]) -> dict[int, ImageRecord]:
         with self._lock:
-            found = self.gallery.database.images(ids)
-        live, held = self.stored.live, self.stored.ids
+            records = self.gallery.database.images(ids)
+        live, stored_ids = self.stored.live, self.stored.ids
         if live is None:
-            return found
-        at = {number: int(np.searchsorted(held, number)) for number in found}
-        return {number: record for number, record in found.items() if at[number] < len(held) and live[at[number]]}
+            return records
+        at = {id: int(np.searchsorted(stored_ids, id)) for id in records}
+        return {id: record for id, record in records.items() if at[id] < len(stored_ids) and live[at[id]]}
 
     def metadata(self, ids: Sequence[int]) -> dict[int, dict[str, Value]]:
         empty: dict[str, Value] = dict.fromkeys(self.columns)
         if not empty:
-            return {number: {} for number in ids}
+            return {id: {} for id in ids}
         with self._lock:
-            found = self.gallery.database.metadata(ids)
-        return {number: {name: scalar(value) for name, value in found.get(number, empty).items()} for number in ids}
+            metadata = self.gallery.database.metadata(ids)
+        return {id: {name: scalar(value) for name, value in metadata.get(id, empty).items()} for id in ids}
 
     def _mask(self, where: str) -> Mask:
-        """Raises ClipretError where the expression is wrong or takes too long."""
+        """Raises ClipretError if the expression is wrong or takes too long."""
         with self._lock:
             if where in self._masks:
                 self._masks.move_to_end(where)
@@ -200,15 +205,16 @@ class ServedSnapshot(GallerySnapshot):
 
     @cached_property
     def choices(self) -> dict[str, list[tuple[Value, int]]]:
-        """For each metadata column with few distinct values those values and how many images have each."""
-        found = dict[str, list[tuple[Value, int]]]()
+        """The distinct values of each metadata column that has few, with their numbers of images."""
+        choices = dict[str, list[tuple[Value, int]]]()
         live = "FROM rows r JOIN metadata m ON m.id = r.id WHERE r.deleted = 0 AND"
-        with contextlib.closing(Database(self._copy.folder)) as database:  # of its own: searches do not wait for it
+        # A separate connection, so that searches do not wait.
+        with contextlib.closing(Database(self._copy.folder)) as database:
             for name in self.columns:
                 column = f"m.{quoted(name)}"
-                # Most columns with many values are left after few rows.
-                some = database.query(f"SELECT DISTINCT {column} {live} {column} IS NOT NULL LIMIT {_VALUES + 1}")
-                if 1 < len(some) <= _VALUES:
+                # SQLite stops after few rows if there are many values.
+                values = database.query(f"SELECT DISTINCT {column} {live} {column} IS NOT NULL LIMIT {_MAX_VALUES + 1}")
+                if 1 < len(values) <= _MAX_VALUES:
                     counted = f"SELECT {column}, count(*) {live} {column} IS NOT NULL GROUP BY 1 ORDER BY 1"
-                    found[name] = [(scalar(value), int(count)) for value, count in database.query(counted)]
-        return found
+                    choices[name] = [(scalar(value), int(count)) for value, count in database.query(counted)]
+        return choices

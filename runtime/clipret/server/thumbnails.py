@@ -1,4 +1,4 @@
-"""Images of a gallery for browsers: their own files, and thumbnails."""
+"""Images of a gallery for browsers: the original files, and thumbnails."""
 
 import io
 import threading
@@ -16,54 +16,64 @@ from clipret.sources.source import read_stored
 __all__ = ["KIND", "SIDES", "Thumbnails", "original"]
 
 KIND = "image/jpeg"  # of thumbnails
-SIDES = (160, 320, 640, 1600)  # longest sides of thumbnails, pixels: few, so that one is found again
+SIDES = (160, 320, 640, 1600)  # longest sides of thumbnails, pixels; few, so that the cache is effective
 
 
 def original(root: Path, image: ImageRecord) -> tuple[bytes, str]:
-    """The bytes of an image's file and their media type.
+    """The bytes of an image file and their media type.
 
-    Raises ImageError when it cannot be read or is no image any more, whatever its name says: that a gallery once
-    held an image there is no reason to hand out what lies there now.
+    The gallery knows that the file was once an image, not that it still is one, so its content is checked.
+
+    Args:
+        root: Folder that relative paths start from.
+        image: The record of the image.
+
+    Raises:
+        ImageError: The file cannot be read, or is not an image, whatever its name.
     """
     content = read_stored(root, image.path).content
     return content, _media_type(content)
 
 
 class Thumbnails:
-    """JPEGs of images, the last used ones in at most `room` bytes of memory. From any thread."""
+    """Thumbnails as JPEG, with a cache of the most recently used ones. Thread-safe.
 
-    def __init__(self, room: int) -> None:
-        self._room, self._used = room, 0
-        self._kept = OrderedDict[tuple[Path, ImageRecord, int], bytes]()
+    Args:
+        capacity: Size of the cache, bytes.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._used = capacity, 0
+        self._cache = OrderedDict[tuple[Path, ImageRecord, int], bytes]()
         self._lock = threading.Lock()
 
     def get(self, root: Path, image: ImageRecord, side: int) -> bytes:
-        """An image, upright, within a square of `side`, without its metadata. Raises ImageError."""
+        """An image, upright and without its metadata, scaled into a square of `side` pixels. Raises ImageError."""
         key = (root, image, side)
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        made = jpeg(thumbnail(read_stored(root, image.path).content, side))
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        content = jpeg(thumbnail(read_stored(root, image.path).content, side))
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = made
-                self._used += len(made)
-            while self._used > self._room:
-                self._used -= len(self._kept.popitem(last=False)[1])
-        return made
+            if key not in self._cache:
+                self._cache[key] = content
+                self._used += len(content)
+            while self._used > self._capacity:
+                self._used -= len(self._cache.popitem(last=False)[1])
+        return content
 
 
 def _media_type(content: bytes) -> str:
-    """That of an image, with its header read and nothing decoded."""
+    """The media type of an image, from its header, without decoding it."""
     try:
         image = Image.open(io.BytesIO(content))
-    except Exception as error:  # a bomb's warning too, where warnings are errors
-        decode(content)  # names what is wrong
+    except Exception as error:  # also the warning about decompression bombs, where warnings are errors
+        decode(content)  # its error names the reason
         raise ImageError("not an image") from error
     media_type = FORMATS.get(image.format or "", Format()).media_type
     if media_type is None:
-        raise ImageError("not an image that a browser shows")
+        raise ImageError("not an image format that browsers show")
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ImageError("too many pixels")
     return media_type

@@ -1,4 +1,4 @@
-"""Knows when what a service searches was changed, by this process or another."""
+"""Detects changes of a gallery or collection, by this process or another."""
 
 import time
 from pathlib import Path
@@ -10,23 +10,23 @@ from clipret.milvus.search import MilvusCollection, open_milvus
 
 __all__ = ["CollectionWatch", "GalleryWatch", "Watch"]
 
-_SECONDS = 15.0  # between two looks at a collection
+_SECONDS = 15.0  # between two checks of a collection
 
 
 class Watch(Protocol):
-    """One thread at a time."""
+    """Detects changes. Use it from one thread at a time."""
 
     def changed(self) -> bool:
-        """Whether it was changed since the last call; True at the first. Raises ClipretError where it is gone."""
+        """Whether there was a change since the last call; True at the first. Raises ClipretError if it is missing."""
         ...
 
     def close(self) -> None:
-        """Forget what was seen: the next call of `changed` says True."""
+        """Forget the last check: the next call of `changed` returns True."""
         ...
 
 
 class GalleryWatch:
-    """A `Watch` of a gallery's folder."""
+    """A `Watch` of the folder of a gallery."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,10 +39,10 @@ class GalleryWatch:
         except OSError as error:
             raise ClipretError(f"{self.path} cannot be read: {error.strerror}; restore it or index again") from error
         file = (status.st_dev, status.st_ino)
-        if self._gallery is None or self._seen[:2] != file:  # another file: a new gallery in the same place
+        if self._gallery is None or self._seen[:2] != file:  # another file: the gallery was replaced
             self.close()
             self._gallery = Gallery.open(self.path)
-        # sqlite's own counter of what other connections have committed.
+        # SQLite's counter of the commits of other connections.
         seen = (*file, int(self._gallery.database.query("PRAGMA data_version")[0][0]))
         changed, self._seen = seen != self._seen, seen
         return changed
@@ -54,23 +54,23 @@ class GalleryWatch:
 
 
 class CollectionWatch:
-    """A `Watch` of a collection in Milvus: of how many images there are, and of what an export says of itself."""
+    """A `Watch` of a Milvus collection: of its number of images and the progress of exports."""
 
-    def __init__(self, place: str) -> None:
-        self._place = place
+    def __init__(self, address: str) -> None:
+        self._address = address
         self._collection: MilvusCollection | None = None
-        self._looked = 0.0
+        self._checked = 0.0
         self._last: tuple[object, ...] = ()
 
     def changed(self) -> bool:
-        if self._collection is not None and time.monotonic() < self._looked + _SECONDS:
+        if self._collection is not None and time.monotonic() < self._checked + _SECONDS:
             return False
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         if self._collection is None:
-            self._collection = open_milvus(self._place)
+            self._collection = open_milvus(self._address)
         facts = self._collection.client.facts()
-        now = (self._collection.count(), tuple(facts["columns"]), facts["state"])
-        changed, self._last = now != self._last, now
+        current = (self._collection.count(), tuple(facts["columns"]), facts["state"])
+        changed, self._last = current != self._last, current
         return changed
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a service writes into a gallery: images that were sent to it, and deletions."""
+"""Changes of a gallery by a service: adding uploaded images, and deleting images."""
 
 import contextlib
 import io
@@ -22,19 +22,19 @@ __all__ = ["add_images", "remove_image"]
 def add_images(
     path: Path | str, name: str, images: Mapping[str, tuple[bytes, Floats]], metadata: Mapping[str, Value]
 ) -> dict[str, tuple[int, bool]]:
-    """Take images into a gallery, all of them or none.
+    """Add images to a gallery, all of them or none.
 
     Args:
-        path: The gallery's folder, or milvus+URI, which is refused.
-        name: What the service calls it.
+        path: The folder of the gallery, or milvus+URI, which is refused.
+        name: The name under which it is served.
         images: The bytes and the embedding, float [D], of each image by the digest of its bytes.
-        metadata: What all of them get.
+        metadata: The metadata of all these images.
 
     Returns:
         The id of each image by its digest, and whether it is new.
 
     Raises:
-        ConflictError: It cannot be written.
+        ConflictError: The gallery cannot be written.
     """
     names = free_names(list(metadata))
     record = {names[name]: value for name, value in metadata.items()}
@@ -46,25 +46,35 @@ def add_images(
             file = folder / f"{digest}{_suffix(content)}"
             if not file.exists():
                 write_file(file, content)
-            stored = gallery.stored_path(file)
-            records[digest] = ImageRecord(stored, len(content), file.stat().st_mtime_ns, digest)
-        held = gallery.database.by_path([one.path for one in records.values()])
-        new = [digest for digest, one in records.items() if one.path not in held]
+            stored_path = gallery.stored_path(file)
+            records[digest] = ImageRecord(stored_path, len(content), file.stat().st_mtime_ns, digest)
+        present = gallery.database.by_path([image.path for image in records.values()])
+        new = [digest for digest, image in records.items() if image.path not in present]
         if record:
-            gallery.update({number: (one, record) for number, one in held.values()})
+            gallery.update({id: (image, record) for id, image in present.values()})
         if new:
-            rows = np.array([images[digest][1] for digest in new], np.float32)
-            gallery.append([records[digest] for digest in new], rows, [record] * len(new) if record else None)
-        found = gallery.database.by_path([one.path for one in records.values()])
-        return {digest: (found[one.path][0], digest in new) for digest, one in records.items()}
+            embeddings = np.array([images[digest][1] for digest in new], np.float32)
+            gallery.append([records[digest] for digest in new], embeddings, [record] * len(new) if record else None)
+        stored = gallery.database.by_path([image.path for image in records.values()])
+        return {digest: (stored[image.path][0], digest in new) for digest, image in records.items()}
 
 
-def remove_image(path: Path | str, name: str, number: int) -> None:
-    """Delete an image from a gallery, and its file where `add_images` wrote it. Raises NotFoundError, ConflictError."""
+def remove_image(path: Path | str, name: str, id: int) -> None:
+    """Delete an image from a gallery, and its file if `add_images` wrote it.
+
+    Args:
+        path: The folder of the gallery, or milvus+URI, which is refused.
+        name: The name under which it is served.
+        id: The image.
+
+    Raises:
+        NotFoundError: The gallery has no such image.
+        ConflictError: The gallery cannot be written.
+    """
     with _writing(path, name) as gallery:
-        image = gallery.database.images([number]).get(number)
-        if image is None or not gallery.remove([number]):
-            raise NotFoundError(f"there is no image {number}")
+        image = gallery.database.images([id]).get(id)
+        if image is None or not gallery.remove([id]):
+            raise NotFoundError(f"there is no image {id}")
         file = gallery.file(image.path)
         if file.parent == gallery.path / "added":
             file.unlink(missing_ok=True)
@@ -72,10 +82,10 @@ def remove_image(path: Path | str, name: str, number: int) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path | str, name: str) -> Iterator[Gallery]:
-    """The gallery, with its one lock for writers; what it cannot do is told without its place on disk."""
+    """The gallery, locked for writing. Error messages have its name instead of its path."""
     try:
         if isinstance(path, str):
-            raise ClipretError(f"{name} is changed by clipret-search export: change its gallery, then export")
+            raise ClipretError(f"{name} is a Milvus collection: change its gallery, then run clipret-search export")
         with Gallery.open(path) as gallery, gallery.writing():
             yield gallery
     except ClipretError as error:
@@ -86,5 +96,5 @@ def _writing(path: Path | str, name: str) -> Iterator[Gallery]:
 
 def _suffix(content: bytes) -> str:
     with Image.open(io.BytesIO(content)) as image:
-        known = FORMATS.get(image.format or "", Format())
-        return known.extensions[0] if known.media_type else ".img"
+        format = FORMATS.get(image.format or "", Format())
+        return format.extensions[0] if format.media_type else ".img"

@@ -1,4 +1,4 @@
-"""Micro-batches: who is answered with whom, and what happens to the others when one goes wrong."""
+"""Micro-batches: which items form a batch, and what happens to the others when one fails."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from clipret.server.limits import BusyError
 def together(work: Any, *, run: Any, **options: Any) -> Any:
     async def main() -> Any:
         with ThreadPoolExecutor(1) as pool:
-            batcher = Batcher(run, pool, **{"most": 4, "gather": 0.0, "waiting": 100, **options})
+            batcher = Batcher(run, pool, **{"max_size": 4, "gather": 0.0, "max_waiting": 100, **options})
             batcher.start()
             try:
                 return await work(batcher)
@@ -25,12 +25,12 @@ def together(work: Any, *, run: Any, **options: Any) -> Any:
     return asyncio.run(main())
 
 
-def test_what_comes_while_the_engine_works_is_one_batch() -> None:
-    batches, held = [], threading.Event()
+def test_items_that_arrive_during_a_run_are_one_batch() -> None:
+    batches, release = [], threading.Event()
 
     def run(items: list[int]) -> list[int]:
         batches.append(items)
-        held.wait(10)
+        release.wait(10)
         return [10 * item for item in items]
 
     async def work(batcher: Any) -> list[int]:
@@ -39,14 +39,14 @@ def test_what_comes_while_the_engine_works_is_one_batch() -> None:
         rest = [asyncio.create_task(batcher.submit(number)) for number in range(1, 7)]
         await asyncio.sleep(0.05)
         assert len(batcher) == 6
-        held.set()
+        release.set()
         return list(await asyncio.gather(first, *rest))
 
     assert together(work, run=run) == [0, 10, 20, 30, 40, 50, 60]
     assert batches == [[0], [1, 2, 3, 4], [5, 6]]
 
 
-def test_a_large_item_goes_alone_and_sizes_are_kept() -> None:
+def test_a_large_item_is_a_batch_and_sizes_are_limited() -> None:
     batches = []
 
     def run(items: list[int]) -> list[int]:
@@ -61,10 +61,10 @@ def test_a_large_item_goes_alone_and_sizes_are_kept() -> None:
     assert batches == [[9], [2, 2], [2], [9]]
 
 
-def test_an_error_is_its_own_item_s() -> None:
+def test_an_error_affects_only_its_item() -> None:
     def run(items: list[int]) -> list[Any]:
         if 13 in items:
-            raise RuntimeError("the engine")
+            raise RuntimeError("the model")
         return [ValueError("even") if item % 2 == 0 else item for item in items]
 
     async def work(batcher: Any) -> list[Any]:
@@ -78,12 +78,12 @@ def test_an_error_is_its_own_item_s() -> None:
     assert all(isinstance(error, RuntimeError) for error in both)
 
 
-def test_clients_that_have_gone_are_left_out_and_too_many_are_refused() -> None:
-    batches, held = [], threading.Event()
+def test_items_of_disconnected_clients_are_left_out_and_too_many_are_refused() -> None:
+    batches, release = [], threading.Event()
 
     def run(items: list[int]) -> list[int]:
         batches.append(items)
-        held.wait(10)
+        release.wait(10)
         return items
 
     async def work(batcher: Any) -> list[int]:
@@ -94,14 +94,14 @@ def test_clients_that_have_gone_are_left_out_and_too_many_are_refused() -> None:
         with pytest.raises(BusyError, match="3 searches are waiting"):
             await batcher.submit(4)
         tasks.pop(2).cancel()
-        held.set()
+        release.set()
         return list(await asyncio.gather(*tasks))
 
-    assert together(work, run=run, waiting=3) == [0, 1, 3]
+    assert together(work, run=run, max_waiting=3) == [0, 1, 3]
     assert batches == [[0], [1, 3]]
 
 
-def test_a_lone_client_never_waits_and_an_expected_one_only_so_long() -> None:
+def test_a_single_client_never_waits_and_expected_items_only_for_a_limited_time() -> None:
     async def work(batcher: Any) -> list[float]:
         times = []
         for count in (1, 1, 3, 1, 1):
@@ -110,12 +110,12 @@ def test_a_lone_client_never_waits_and_an_expected_one_only_so_long() -> None:
             times.append(time.monotonic() - began)
         return times
 
-    lone, again, three, after, last = together(work, run=list, gather=2.0)
-    assert max(lone, again, three, last) < 1.5  # the machine's own delays are what is left to wait for
+    single, again, three, after, last = together(work, run=list, gather=2.0)
+    assert max(single, again, three, last) < 1.5  # leaves room for delays of the machine
     assert after >= 0.7  # after a batch of three, three were expected
 
 
-def test_those_who_wait_at_the_end_are_told() -> None:
+def test_items_that_wait_when_the_batcher_stops_fail() -> None:
     async def work(batcher: Any) -> list[Any]:
         tasks = [asyncio.create_task(batcher.submit(number)) for number in range(6)]
         await asyncio.sleep(0.05)
@@ -126,4 +126,4 @@ def test_those_who_wait_at_the_end_are_told() -> None:
         time.sleep(0.3)
         return items
 
-    assert all(isinstance(one, BusyError) for one in together(work, run=run))
+    assert all(isinstance(error, BusyError) for error in together(work, run=run))

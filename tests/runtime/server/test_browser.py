@@ -1,4 +1,4 @@
-"""The page in a real browser, as a person uses it."""
+"""The page in a real browser, as a user sees it."""
 
 import json
 import re
@@ -32,50 +32,56 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, serving: Callable[..., Any], listed_gallery: Path) -> Iterator[Any]:
-    """The page of a gallery of twelve images. No error of the script, no blocked file, no address elsewhere."""
+    """The page of a gallery of twelve images."""
     client = serving(listed_gallery)
     with opened(browser, client) as page:
         yield page
 
 
 class opened:  # noqa: N801 (used as a function)
+    """A page in the browser; when it is closed, no script error and no blocked or external request has occurred."""
+
     def __init__(self, browser: Any, client: Any, path: str = "", **options: Any) -> None:
         self.home = f"http://127.0.0.1:{client.port}/"
         self.context = browser.new_context(locale="en-US", **options)
         self.context.set_default_timeout(15_000)
         self.path = path
-        self.trouble: list[str] = []
+        self.problems: list[str] = []
 
     def __enter__(self) -> Any:
         page = self.page = self.context.new_page()
-        page.on("pageerror", lambda error: self.trouble.append(str(error)))
-        page.on("console", lambda line: "Content Security" in line.text and self.trouble.append(line.text))
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", lambda line: "Content Security" in line.text and self.problems.append(line.text))
         page.on(
             "request",
-            lambda one: self.trouble.append(one.url) if not one.url.startswith((self.home, "blob:")) else None,
+            lambda request: (
+                self.problems.append(request.url) if not request.url.startswith((self.home, "blob:")) else None
+            ),
         )
         page.goto(self.home + self.path)
-        settled(page, "document.querySelector('#status').textContent || !document.querySelector('#error').hidden")
+        wait_until(page, "document.querySelector('#status').textContent || !document.querySelector('#error').hidden")
         return page
 
     def __exit__(self, *_: object) -> None:
         self.context.close()
-        assert not self.trouble
+        assert not self.problems
 
 
 def colours(page: Any, count: int = 3) -> set[str]:
     """Folders of the first images shown."""
-    labels = page.locator("#found li > button").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
+    labels = page.locator("#results li > button").evaluate_all(
+        "all => all.map((one) => one.getAttribute('aria-label'))"
+    )
     return {label.partition("/")[0] for label in labels[:count]}
 
 
-def found(page: Any, text: str) -> None:
-    """Wait until the status says so and nothing is under way."""
+def wait_for_status(page: Any, text: str) -> None:
+    """Wait until the status contains a text and no search is running."""
     api.expect(page.locator("#status")).to_contain_text(text)
-    api.expect(page.locator("#found")).not_to_have_attribute("aria-busy", "true")
+    api.expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true")
 
 
-def settled(page: Any, expression: str) -> None:
+def wait_until(page: Any, expression: str) -> None:
     """Wait until an expression holds. (Playwright's own way needs eval(), which the page's policy forbids.)"""
     deadline = time.monotonic() + 15
     while not page.evaluate(expression):
@@ -83,32 +89,32 @@ def settled(page: Any, expression: str) -> None:
         page.wait_for_timeout(30)
 
 
-def test_answers_come_as_one_types(page: Any) -> None:
-    assert "12 images are waiting" in page.locator("#status").inner_text()
+def test_results_appear_while_typing(page: Any) -> None:
+    assert "The gallery has 12 images" in page.locator("#status").inner_text()
     page.keyboard.type("blue")  # the box has the focus
-    found(page, "12 of 12 images")
-    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('blue/')")
+    wait_for_status(page, "12 of 12 images")
+    wait_until(page, "document.querySelector('#results button').ariaLabel.startsWith('blue/')")
     assert colours(page) == {"blue"}
     page.locator("#q").fill("red")
-    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('red/')")
+    wait_until(page, "document.querySelector('#results button').ariaLabel.startsWith('red/')")
     assert page.url.endswith("?q=red")
-    settled(page, "[...document.images].every((one) => one.complete)")
-    shapes = page.locator("#found img").evaluate_all("all => all.map((one) => [one.naturalWidth, one.clientHeight])")
+    wait_until(page, "[...document.images].every((one) => one.complete)")
+    shapes = page.locator("#results img").evaluate_all("all => all.map((one) => [one.naturalWidth, one.clientHeight])")
     assert all(width and height for width, height in shapes)
     page.locator("#q").fill("")
-    found(page, "are waiting")
-    assert page.locator("#found li").count() == 0
+    wait_for_status(page, "Describe an image")
+    assert page.locator("#results li").count() == 0
 
 
 def test_chinese(page: Any) -> None:
     page.locator("#language").select_option("zh")
-    found(page, "共有 12 张图片")
+    wait_for_status(page, "共有 12 张图片")
     assert page.locator("html").get_attribute("lang") == "zh-CN"
     api.expect(page.get_by_role("button", name="选项")).to_be_visible()
     page.get_by_label("图片内容").fill("红色")
-    found(page, "12 张中的 12 张")
+    wait_for_status(page, "12 张中的 12 张")
     assert colours(page) == {"red"}
-    # While characters are composed nothing is searched for.
+    # No search for unfinished characters of an input method.
     page.evaluate("""() => {
         const box = document.querySelector('#q');
         box.value = 'h';
@@ -121,86 +127,86 @@ def test_chinese(page: Any) -> None:
         box.value = '灰色 grey';
         box.dispatchEvent(new CompositionEvent('compositionend', { bubbles: true }));
     }""")
-    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('grey/')")
+    wait_until(page, "document.querySelector('#results button').ariaLabel.startsWith('grey/')")
     page.reload()
-    found(page, "12 张中的 12 张")  # the language is remembered
+    wait_for_status(page, "12 张中的 12 张")  # the language is remembered
 
 
-def test_an_image_of_one_s_own(page: Any, colour_folder: Path) -> None:
+def test_search_by_an_uploaded_image(page: Any, colour_folder: Path) -> None:
     page.locator("#file").set_input_files(colour_folder / "grey/1.jpeg")
-    found(page, "12 of 12 images")
+    wait_for_status(page, "12 of 12 images")
     assert colours(page) == {"grey"}
     assert "1.jpeg" in page.locator("#chips").inner_text()
-    # Dragged in, another takes its place.
+    # An image that is dragged in replaces it.
     page.evaluate(
         """async (bytes) => {
             const data = new DataTransfer();
             data.items.add(new File([new Uint8Array(bytes)], 'mine.jpg', { type: 'image/jpeg' }));
             for (const kind of ['dragenter', 'dragover', 'drop']) {
-                document.querySelector('#found').dispatchEvent(
+                document.querySelector('#results').dispatchEvent(
                     new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
             }
         }""",
         list((colour_folder / "blue/0.jpg").read_bytes()),
     )
-    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('blue/')")
+    wait_until(page, "document.querySelector('#results button').ariaLabel.startsWith('blue/')")
     assert page.locator("#chips li").count() == 1
     assert page.locator("#drop").is_hidden()
     page.get_by_role("button", name="Remove mine.jpg from the query").click()
-    found(page, "are waiting")
+    wait_for_status(page, "Describe an image")
 
 
 def test_more_like_this_and_less(page: Any) -> None:
     page.locator("#q").fill("green")
-    found(page, "12 of 12")
-    page.locator("#found li > button").first.click()
+    wait_for_status(page, "12 of 12")
+    page.locator("#results li > button").first.click()
     viewer = page.get_by_role("dialog")
     api.expect(viewer).to_be_visible()
     assert viewer.get_by_role("heading").inner_text().startswith("green/")
     assert "colour" in viewer.locator("dl").inner_text()
-    settled(page, "document.querySelector('#large').naturalWidth > 0")
+    wait_until(page, "document.querySelector('#large').naturalWidth > 0")
     viewer.get_by_role("button", name="More like this").click()
-    found(page, "11 of 12")  # not itself
+    wait_for_status(page, "11 of 12")  # not itself
     assert colours(page, 2) == {"green"}
     assert re.search(r"\?like=\d+$", page.url)
     api.expect(page.locator("#q")).to_have_value("")
-    page.locator("#found li > button").first.click()
+    page.locator("#results li > button").first.click()
     viewer.get_by_role("button", name="Less like this").click()
-    found(page, "10 of 12")
+    wait_for_status(page, "10 of 12")
     assert re.search(r"\?like=\d+&unlike=\d+$", page.url)
     page.go_back()
-    found(page, "11 of 12")
+    wait_for_status(page, "11 of 12")
 
 
-def test_filters_and_negative_words(page: Any) -> None:
+def test_filters_and_excluded_words(page: Any) -> None:
     page.get_by_role("button", name="Options").click()
     page.locator("#q").fill("red")
     page.locator("select[data-column=colour]").select_option(label="blue (3)")
-    found(page, "3 of 12")
+    wait_for_status(page, "3 of 12")
     assert colours(page) == {"blue"}
     page.get_by_label("Filter (SQL)").fill("number >= 1")
-    found(page, "2 of 12")
+    wait_for_status(page, "2 of 12")
     assert "is.colour=" in page.url
     page.reload()
-    found(page, "2 of 12")
+    wait_for_status(page, "2 of 12")
     api.expect(page.locator("select[data-column=colour]")).to_have_value('"blue"')
     page.locator("select[data-column=colour]").select_option("")
     page.get_by_label("Filter (SQL)").fill("")
-    found(page, "12 of 12")
+    wait_for_status(page, "12 of 12")
     page.locator("#q").fill("red blue")
     page.get_by_label("Not showing").fill("red")
-    settled(page, "document.querySelector('#found button').ariaLabel.startsWith('blue/')")
+    wait_until(page, "document.querySelector('#results button').ariaLabel.startsWith('blue/')")
 
 
-def test_nothing_found_and_errors_are_said(page: Any) -> None:
+def test_no_results_and_errors_are_shown(page: Any) -> None:
     page.goto(page.url + "?q=red&where=number+%3E+99")
-    found(page, "No image fits")
-    api.expect(page.get_by_text("No image fits").last).to_be_visible()
+    wait_for_status(page, "No results")
+    api.expect(page.get_by_text("No results").last).to_be_visible()
     page.get_by_label("Filter (SQL)").fill("numbr > 1")
     alert = page.get_by_role("alert")
     api.expect(alert).to_contain_text("no such column: numbr; its columns are id, path")
     page.get_by_label("Filter (SQL)").fill("number > 1")
-    found(page, "4 of 12")
+    wait_for_status(page, "4 of 12")
     api.expect(alert).to_be_hidden()
     page.locator("#file").set_input_files({"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no image"})
     api.expect(alert).to_have_text("“notes.txt” is not an image.")
@@ -211,15 +217,15 @@ def test_nothing_found_and_errors_are_said(page: Any) -> None:
     api.expect(alert).to_have_text("The service does not answer. Is it still running?")
 
 
-def test_with_the_keyboard_alone(page: Any) -> None:
+def test_keyboard_navigation(page: Any) -> None:
     page.keyboard.type("grey")
-    settled(page, "location.search === '?q=grey'")  # the last key's search, not an earlier one's
-    found(page, "12 of 12")
+    wait_until(page, "location.search === '?q=grey'")  # the last key's search, not an earlier one's
+    wait_for_status(page, "12 of 12")
 
     def focus_goes(condition: str) -> str:
-        """Wait until the focus is where it should be: a browser moves it some time after a key."""
+        """Wait until the focus is where it should be; a browser moves it some time after a key press."""
         name = "(document.activeElement.ariaLabel ?? document.activeElement.id)"
-        settled(page, f"(name => {condition}){name}")
+        wait_until(page, f"(name => {condition}){name}")
         return str(page.evaluate(name))
 
     page.keyboard.press("ArrowDown")
@@ -229,7 +235,7 @@ def test_with_the_keyboard_alone(page: Any) -> None:
     page.keyboard.press("Home")
     focus_goes(f"name === {first}")
     page.keyboard.press("ArrowDown")
-    focus_goes(f"/, place \\d+, /.test(name) && name !== {first}")
+    focus_goes(f"/, rank \\d+, /.test(name) && name !== {first}")
     page.keyboard.press("ArrowUp")
     focus_goes(f"name === {first}")
     page.keyboard.press("Enter")
@@ -239,18 +245,18 @@ def test_with_the_keyboard_alone(page: Any) -> None:
     api.expect(page.locator("#viewerName")).not_to_have_text(name)
     page.keyboard.press("Escape")
     api.expect(page.get_by_role("dialog")).to_be_hidden()
-    focus_goes(f"/, place \\d+, /.test(name) && name !== {first}")  # at the image that was last looked at
+    focus_goes(f"/, rank \\d+, /.test(name) && name !== {first}")  # at the image that was shown last
     page.keyboard.press("m")
-    found(page, "11 of 12")
+    wait_for_status(page, "11 of 12")
     page.keyboard.press("Escape")
     focus_goes("name === 'q'")
     page.keyboard.type("blue")
-    found(page, "11 of 12")
+    wait_for_status(page, "11 of 12")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("/")
-    page.keyboard.type("grey")  # in the place of what was there
-    settled(page, "document.querySelector('#q').value === 'grey'")
-    # Everything that can be reached by Tab shows where it is.
+    page.keyboard.type("grey")  # replaces the selected text
+    wait_until(page, "document.querySelector('#q').value === 'grey'")
+    # Every element that can be reached by Tab has a visible focus.
     for _ in range(12):
         page.keyboard.press("Tab")
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -274,25 +280,25 @@ def test_two_galleries_side_by_side(
         index_images(other, encoder, open_source(colour_folder))
     client = serving(listed_gallery, tmp_path / "other")
     with opened(browser, client, "?q=red&compare=other") as page:
-        found(page, "gallery and other: 11 of the first 12 in both")
-        assert page.locator("#found h2").all_inner_texts() == ["gallery", "other"]
-        assert page.locator("#found ol").count() == 2
-        assert page.locator("#found li.only").count() == 2
-        # More like an image of the one: the other, which knows no such id, is shown the image itself.
-        page.locator("#found ol").first.locator("li > button").last.click()
+        wait_for_status(page, "gallery and other: 11 of the first 12 in both")
+        assert page.locator("#results h2").all_inner_texts() == ["gallery", "other"]
+        assert page.locator("#results ol").count() == 2
+        assert page.locator("#results li.only").count() == 2
+        # "More like this": the image is uploaded to the other gallery, which does not have its id.
+        page.locator("#results ol").first.locator("li > button").last.click()
         page.get_by_role("button", name="More like this").click()
-        found(page, "of the first 11 in both")
-        assert page.locator("#found ol").nth(1).locator("li").count() == 12
+        wait_for_status(page, "of the first 11 in both")
+        assert page.locator("#results ol").nth(1).locator("li").count() == 12
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_can_be_read(browser: Any, serving: Callable[..., Any], listed_gallery: Path, scheme: str) -> None:
-    """Contrast of at least 4.5 to 1 for all text, 3 to 1 for the borders of what can be used (WCAG 2.2, AA); every
-    control has a name; nothing is wider than a phone."""
+def test_accessibility(browser: Any, serving: Callable[..., Any], listed_gallery: Path, scheme: str) -> None:
+    """Contrast of at least 4.5 to 1 for text and 3 to 1 for borders of controls (WCAG 2.2, AA), a name for every
+    control, and no horizontal scrolling on a phone."""
     with opened(browser, serving(listed_gallery), "?q=red&where=x", color_scheme=scheme) as page:
         api.expect(page.get_by_role("alert")).to_be_visible()
         page.get_by_label("Filter (SQL)").fill("")
-        found(page, "12 of 12")
+        wait_for_status(page, "12 of 12")
         poor = page.evaluate(CONTRAST)
         assert poor == []
         names = page.locator("input:not([type=file]), select, button, a").evaluate_all(
@@ -306,12 +312,12 @@ def test_every_text_can_be_read(browser: Any, serving: Callable[..., Any], liste
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             rows = page.evaluate(ROWS)
             assert all(right <= wide + 1 for right, wide in rows)
-            assert sum(wide - right < 12 for right, wide in rows) >= len(rows) - 1  # full rows, but for the last
+            assert sum(wide - right < 12 for right, wide in rows) >= len(rows) - 1  # all rows but the last are full
 
 
 # The right edge of the last image of each row, and the width of the list.
 ROWS = """() => {
-  const list = document.querySelector('#found ol');
+  const list = document.querySelector('#results ol');
   const rows = new Map();
   for (const item of list.children) {
     rows.set(item.offsetTop, item.offsetLeft + item.offsetWidth - list.offsetLeft);
@@ -351,29 +357,29 @@ CONTRAST = """() => {
 }"""
 
 
-def test_what_a_gallery_says_is_text_and_nothing_else(
+def test_names_and_metadata_are_escaped(
     browser: Any, serving: Callable[..., Any], colour_folder: Path, tmp_path: Path, tiny_bundle: Path
 ) -> None:
     bad = "<img src=x onerror=document.title='taken'>"
     (colour_folder / "red/0.jpg").rename(colour_folder / f"{bad}.jpg")
     (colour_folder / "list.csv").write_text(f'path,"{bad}"\n"{bad}.jpg","{bad}"\ngreen/0.jpg,other\n')
     encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
-    with Gallery.create(tmp_path / bad, encoder.bundle, colour_folder) as made:
-        index_images(made, encoder, open_source(colour_folder / "list.csv"))
+    with Gallery.create(tmp_path / bad, encoder.bundle, colour_folder) as gallery:
+        index_images(gallery, encoder, open_source(colour_folder / "list.csv"))
     with opened(browser, serving(tmp_path / bad), "?q=red&where=" + bad) as page:
         api.expect(page.get_by_role("alert")).to_contain_text(bad)
         page.get_by_label("Filter (SQL)").fill("")
-        found(page, "2 of 2")
-        assert bad in page.locator("#found li").first.inner_text()
-        page.locator("#found li > button").first.click()
+        wait_for_status(page, "2 of 2")
+        assert bad in page.locator("#results li").first.inner_text()
+        page.locator("#results li > button").first.click()
         assert page.locator("#viewerFacts").inner_text().count(bad) == 2
         page.keyboard.press("m")
-        found(page, "1 of 2")
+        wait_for_status(page, "1 of 2")
         assert bad in page.locator("#chips").inner_text()
         assert "taken" not in page.title()
 
 
-def test_the_description_of_the_api(page: Any) -> None:
+def test_the_api_documentation(page: Any) -> None:
     page.goto(page.url + "docs")
     api.expect(page.get_by_role("heading", name="POST /search", exact=True)).to_be_visible()
     api.expect(page.get_by_role("heading", name="SearchRequest")).to_be_visible()

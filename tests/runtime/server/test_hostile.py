@@ -1,4 +1,4 @@
-"""The service against clients that mean ill: whatever they send, no fault, no file from elsewhere, and it goes on."""
+"""The service against hostile clients: whatever they send, no fault, no file from outside, and it keeps running."""
 
 import base64
 import contextlib
@@ -23,8 +23,8 @@ from clipret.server.limits import Limits
 pytestmark = pytest.mark.slow
 
 SMALL = Limits(body=1 << 20, header_seconds=1, seconds=20, where_seconds=0.5)
-LONG = "hex(zeroblob(30000))"  # nearly the longest value there may be
-SECRET = b"nobody outside may read this"
+LONG = "hex(zeroblob(30000))"  # nearly the longest value that is allowed
+SECRET = b"no client may read this"
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def client(client: Any, listed_gallery: Path) -> Any:
     return client
 
 
-def test_no_spelling_of_a_path_leads_outside(client: Any, listed_gallery: Path) -> None:
+def test_path_traversal(client: Any, listed_gallery: Path) -> None:
     up = [
         "../",
         "..%2f",
@@ -66,7 +66,7 @@ def test_no_spelling_of_a_path_leads_outside(client: Any, listed_gallery: Path) 
         assert client.get("/images/1", gallery=gallery).status == 404
 
 
-def test_no_name_or_method_leads_outside_either(client: Any, listed_gallery: Path, colour_folder: Path) -> None:
+def test_path_traversal_by_names_and_methods(client: Any, listed_gallery: Path, colour_folder: Path) -> None:
     token = {"Authorization": "Bearer secret"}
     for name in (
         "..",
@@ -100,10 +100,10 @@ def test_no_name_or_method_leads_outside_either(client: Any, listed_gallery: Pat
             assert not added.exists()
 
 
-def test_only_images_are_sent_whatever_lies_there_now(client: Any, listed_gallery: Path) -> None:
+def test_only_images_are_sent_even_if_a_file_was_replaced(client: Any, listed_gallery: Path) -> None:
     file = listed_gallery.parent / "images" / "red" / "0.jpg"
     hit = next(hit for hit in client.get("/search", q="red").json["results"][0]["hits"] if hit["path"] == "red/0.jpg")
-    held = file.read_bytes()
+    original = file.read_bytes()
     for change in (lambda: file.write_bytes(SECRET), lambda: file.symlink_to("/etc/passwd"), lambda: file.mkdir()):
         file.unlink()
         change()
@@ -112,23 +112,23 @@ def test_only_images_are_sent_whatever_lies_there_now(client: Any, listed_galler
             assert reply.status == 404
             assert str(listed_gallery.parent) not in reply.error
         file.rmdir() if file.is_dir() else file.unlink()
-        file.write_bytes(held)
-    assert client.get("/" + hit["image"]).body == held
+        file.write_bytes(original)
+    assert client.get("/" + hit["image"]).body == original
 
 
-def png(width: int, height: int, more: bytes = b"") -> bytes:
-    """A well-formed PNG of one colour, with a few bytes for very many pixels; `more`: a compressed comment of it."""
+def png(width: int, height: int, comment: bytes = b"") -> bytes:
+    """A valid PNG of one colour, small whatever its size in pixels. `comment`: a compressed comment to include."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     data = zlib.compress(bytes(100_000), 9)
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    text = chunk(b"zTXt", b"Comment\0\0" + more) if more else b""
+    text = chunk(b"zTXt", b"Comment\0\0" + comment) if comment else b""
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def test_bombs_and_rubbish_for_images(client: Any, colour_folder: Path) -> None:
+def test_decompression_bombs_and_invalid_images(client: Any, colour_folder: Path) -> None:
     good = (colour_folder / "red/0.jpg").read_bytes()
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n"
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
@@ -137,7 +137,7 @@ def test_bombs_and_rubbish_for_images(client: Any, colour_folder: Path) -> None:
             reply = client.upload(path, [content], Authorization="Bearer secret")
             assert reply.status == 422
             assert reply.error.startswith("the image cannot be used: ")
-    # A comment that would unpack to 200 MiB.
+    # A comment that decompresses to 200 MiB.
     comment = png(20, 20, zlib.compress(bytes(200 << 20), 9))
     assert len(comment) < 1 << 20
     assert client.upload("/search", [comment]).status in (200, 422)
@@ -153,10 +153,10 @@ def test_long_texts(client: Any, form: str) -> None:
     else:
         head = {"q": "red", form: long}
         reply = client.request("GET", "/search?" + "&".join(f"{name}={_quoted(value)}" for name, value in head.items()))
-    assert reply.status in (422, 400)  # a line of 90,000 bytes is more than the server's parser takes
+    assert reply.status in (422, 400)  # the server's parser refuses a line of 90,000 bytes
     reply = client.get("/search", **{"q": "red", **({form: "x" * 10_000} if form != "body" else {"q": "x" * 10_000})})
     assert reply.status == 422
-    assert "10000 characters: use" in reply.error
+    assert "10000 characters: use at most" in reply.error
 
 
 def _quoted(text: str) -> str:
@@ -178,7 +178,7 @@ def test_strange_characters(client: Any) -> None:
         assert reply.status in (200, 422)
 
 
-def test_sql_in_where_reads_and_nothing_else(client: Any, listed_gallery: Path) -> None:
+def test_where_cannot_write_or_read_other_data(client: Any, listed_gallery: Path) -> None:
     before = (listed_gallery / "gallery.db").read_bytes()
     attacks = [
         "1); DROP TABLE rows; --",
@@ -231,8 +231,8 @@ def test_sql_in_where_reads_and_nothing_else(client: Any, listed_gallery: Path) 
     assert (listed_gallery / "gallery.db").read_bytes() == before
 
 
-@pytest.mark.filterwarnings("ignore:Unclosed file:ResourceWarning")  # starlette leaves closing them to Python
-def test_bodies_that_are_not_what_they_say(client: Any) -> None:
+@pytest.mark.filterwarnings("ignore:Unclosed file:ResourceWarning")  # starlette leaves closing files to Python
+def test_malformed_bodies(client: Any) -> None:
     part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\nabc\r\n'
     bodies = [
         b"",
@@ -303,20 +303,20 @@ def test_bodies_that_are_not_what_they_say(client: Any) -> None:
         '{"queries": [{"parts": [{"text": "red"}, {"text": "red", "weight": -1}]}]}',
     ],
 )
-def test_requests_that_cannot_be_answered(client: Any, body: str) -> None:
+def test_invalid_requests(client: Any, body: str) -> None:
     reply = client.request("POST", "/search", body, {"Content-Type": "application/json"})
     assert reply.status in (404, 422)
     assert reply.error
 
 
-def test_a_bad_query_does_not_touch_those_it_is_answered_with(client: Any) -> None:
-    nothing = {"parts": [{"text": "red"}, {"text": "red", "weight": -1}]}
-    assert "cancel out" in client.post("/search", {"queries": ["blue", nothing]}).error
+def test_an_invalid_query_does_not_affect_later_ones(client: Any) -> None:
+    cancelling = {"parts": [{"text": "red"}, {"text": "red", "weight": -1}]}
+    assert "cancel out" in client.post("/search", {"queries": ["blue", cancelling]}).error
     assert client.post("/search", {"queries": ["blue", "red"]}).status == 200
 
 
-def test_names_that_are_not_this_machine_s(client: Any) -> None:
-    # As `serve` sets it; the fixture's services go by any name.
+def test_other_host_names_are_refused(client: Any) -> None:
+    # As `serve` sets it; the services of the fixture accept any host name.
     from clipret.server.metrics import Metrics
     from clipret.server.middleware import ServiceMiddleware
 
@@ -327,7 +327,7 @@ def test_names_that_are_not_this_machine_s(client: Any) -> None:
     assert client.request("GET", "/search?q=red", headers={"Host": "evil.example:8000"}).status == 421
 
 
-def test_a_fault_is_told_to_the_log_alone(
+def test_a_fault_is_only_described_in_the_log(
     serving: Callable[..., Any],
     listed_gallery: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -348,13 +348,13 @@ def test_a_fault_is_told_to_the_log_alone(
             client.get("/readyz"),
         ):
             assert reply.status == 500
-            assert reply.error == "the service has made a mistake; its log has the rest"
+            assert reply.error == "internal error: the log of the service has the details"
     assert "gallery is broken" in capfd.readouterr().err
     assert client.get("/search", q="red").status == 200
 
 
-def test_more_connections_than_there_may_be(serving: Callable[..., Any], listed_gallery: Path) -> None:
-    """Those that say nothing give way to those that ask."""
+def test_too_many_connections(serving: Callable[..., Any], listed_gallery: Path) -> None:
+    """Silent connections are closed in favour of active ones."""
     client = serving(listed_gallery, limits=Limits(connections=20))
     with contextlib.ExitStack() as stack:
         for number in range(60):
@@ -363,10 +363,10 @@ def test_more_connections_than_there_may_be(serving: Callable[..., Any], listed_
                 first = silent
             if number % 10 == 0:
                 assert client.get("/search", q="red").status == 200
-        assert first.recv(1) == b""  # closed long before its ten seconds
+        assert first.recv(1) == b""  # closed long before the ten seconds for a header
 
 
-def test_more_searches_than_may_wait(serving: Callable[..., Any], listed_gallery: Path) -> None:
+def test_too_many_waiting_searches(serving: Callable[..., Any], listed_gallery: Path) -> None:
     client = serving(listed_gallery, limits=Limits(waiting=0))
     reply = client.get("/search", q="red")
     assert reply.status == 503
@@ -375,20 +375,20 @@ def test_more_searches_than_may_wait(serving: Callable[..., Any], listed_gallery
     assert client.get("/healthz").status == 200
 
 
-def test_what_is_not_http(client: Any) -> None:
-    for rubbish in (
+def test_invalid_http(client: Any) -> None:
+    for data in (
         bytes(range(256)),
         b"\r\n" * 1000,
         b"GET / HTCPCP/1.0\r\n\r\n",
         b"\x16\x03\x01" + bytes(300),
         b"A" * 90_000,
     ):
-        answer = client.said(rubbish)
+        answer = client.said(data)
         assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")), answer
         assert b"Traceback" not in answer
 
 
-# What schemathesis draws for a gallery's name or an image would hardly ever be one: half of it is made so.
+# Random names and files are hardly ever a gallery or an image, so half of them are replaced by valid ones.
 HOOKS = """
 import base64, schemathesis
 
@@ -410,8 +410,8 @@ def map_body(context, drawn):
 """
 
 
-def test_the_openapi_document_holds(serving: Callable[..., Any], listed_gallery: Path, tmp_path: Path) -> None:
-    """schemathesis asks every address what its document allows and what it does not, additions and deletions too."""
+def test_responses_conform_to_the_document(serving: Callable[..., Any], listed_gallery: Path, tmp_path: Path) -> None:
+    """schemathesis sends valid and invalid requests to every endpoint, additions and deletions included."""
     pytest.importorskip("schemathesis", reason="needs the extra dev")
     client = serving(listed_gallery, limits=SMALL, token="secret")
     (tmp_path / "hooks.py").write_text(HOOKS % base64.b64encode(png(20, 20)).decode())
@@ -424,8 +424,8 @@ def test_the_openapi_document_holds(serving: Callable[..., Any], listed_gallery:
         command, capture_output=True, text=True, check=False, timeout=500, cwd=tmp_path, env=environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    counted = client.get("/metrics").body.decode()
-    asked = re.findall(r'clipret_requests_total{route="([^"]+)",status="(\d+)"}', counted)
-    assert {("/galleries/{name}/add", "200"), ("/galleries/{name}/images/{id}", "200")} <= set(asked)
-    assert not [one for one in asked if one[1].startswith("5")]
+    text = client.get("/metrics").body.decode()
+    counted = re.findall(r'clipret_requests_total{route="([^"]+)",status="(\d+)"}', text)
+    assert {("/galleries/{name}/add", "200"), ("/galleries/{name}/images/{id}", "200")} <= set(counted)
+    assert not [status for _, status in counted if status.startswith("5")]
     assert client.get("/search", q="red").status == 200

@@ -1,45 +1,45 @@
-// The page: a form whose every change is a search, and the images that it finds.
+// The page: a form that searches at every change, and the results.
 
-import { $, ask, make, recall, remember, say, speak, spoken } from "./page.js";
-import { MINUS, asksForSomething, fromAddress, query, request, thumbnail, toAddress } from "./query.js";
+import { $, fetchJson, make, recall, remember, say, speak, spoken } from "./page.js";
+import { MINUS, fromAddress, hasQuery, query, request, thumbnail, toAddress } from "./query.js";
 import { arrange, clear, common, show, walk } from "./results.js";
 import { prepare, view } from "./viewer.js";
 
-const PAUSE = 130; // milliseconds without a key after which a text is searched for
-const MOST = 30; // MB of an image; the service takes a little more
+const PAUSE = 130; // milliseconds after the last key until the search
+const MAX_SIZE = 30; // MB of an image; the service accepts slightly more
 
 let galleries = [];
-let last = []; // the answers that are shown
-let underWay = null;
+let last = []; // the responses that are shown
+let pending = null;
 let timer = 0;
 
 async function search(push = false) {
   clearTimeout(timer);
-  underWay?.abort();
-  const control = (underWay = new AbortController());
+  pending?.abort();
+  const control = (pending = new AbortController());
   history[push ? "pushState" : "replaceState"](null, "", toAddress());
   document.title = $("q").value.trim() ? `${$("q").value.trim()} · clipret` : "clipret";
-  if (!asksForSomething()) {
-    rest();
+  if (!hasQuery()) {
+    showStart();
     return;
   }
-  $("found").setAttribute("aria-busy", "true");
+  $("results").setAttribute("aria-busy", "true");
   const began = performance.now();
   const names = [$("gallery").value, $("compare").value].filter((name, at) => at === 0 || name);
   try {
-    const answers = await Promise.all(
-      names.map(async (name) => ask("search", await request(name, control.signal))),
+    const responses = await Promise.all(
+      names.map(async (name) => fetchJson("search", await request(name, control.signal))),
     );
-    if (control !== underWay) return;
-    last = answers;
+    if (control !== pending) return;
+    last = responses;
     explain(null);
-    show(answers, view);
+    show(responses, view);
     report(Math.round(performance.now() - began));
   } catch (error) {
-    if (control !== underWay || error.name === "AbortError") return;
+    if (control !== pending || error.name === "AbortError") return;
     explain(error.message);
   }
-  $("found").removeAttribute("aria-busy");
+  $("results").removeAttribute("aria-busy");
 }
 
 const later = () => {
@@ -47,13 +47,13 @@ const later = () => {
   timer = setTimeout(search, PAUSE);
 };
 
-/** Nothing is asked: say what could be. */
-function rest() {
+/** Show how to search, while there is no query. */
+function showStart() {
   last = [];
   clear();
   explain(null);
-  $("found").removeAttribute("aria-busy");
-  const total = galleries.find((one) => one.name === $("gallery").value)?.images ?? 0;
+  $("results").removeAttribute("aria-busy");
+  const total = galleries.find((gallery) => gallery.name === $("gallery").value)?.images ?? 0;
   const filtered = $("where").value.trim() || query.choices.size;
   $("status").textContent = filtered ? say("startFilter") : say("start", { total: total.toLocaleString(spoken()) });
 }
@@ -70,7 +70,7 @@ function report(ms) {
   }
 }
 
-/** What went wrong, until something goes right. What was found before stays. */
+/** Show an error until the next success. The previous results stay. */
 function explain(reason) {
   $("error").hidden = !reason;
   $("error").textContent = reason ?? "";
@@ -80,10 +80,10 @@ function showChips() {
   $("chips").replaceChildren(
     ...query.parts.map((part, at) => {
       const name = part.name ?? (part.id ? `#${part.id}` : "");
-      const text = part.own ? say("uploaded", { name }) : say(part.weight > 0 ? "like" : "unlike", { name });
+      const text = part.uploaded ? say("uploaded", { name }) : say(part.weight > 0 ? "like" : "unlike", { name });
       const drop = make("button", { type: "button", "aria-label": say("removePart", { name }) }, "×");
       drop.onclick = () => {
-        if (part.own) URL.revokeObjectURL(part.address);
+        if (part.uploaded) URL.revokeObjectURL(part.address);
         query.parts.splice(at, 1);
         showChips();
         $("q").focus();
@@ -101,36 +101,36 @@ function add(part) {
   search(true);
 }
 
-/** A person's own image, dropped, pasted or picked, in the place of an earlier one. */
+/** Search with an image that was dropped, pasted or selected; it replaces an earlier one. */
 function take(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
     explain(say("notImage", { name: file.name }));
     return;
   }
-  if (file.size > MOST * 1e6) {
+  if (file.size > MAX_SIZE * 1e6) {
     explain(say("tooLarge", { name: file.name, size: Math.ceil(file.size / 1e6) }));
     return;
   }
-  query.parts = query.parts.filter((part) => !part.own);
-  add({ file, own: true, weight: 1, name: file.name, address: URL.createObjectURL(file) });
+  query.parts = query.parts.filter((part) => !part.uploaded);
+  add({ file, uploaded: true, weight: 1, name: file.name, address: URL.createObjectURL(file) });
 }
 
-/** More like an image of a gallery replaces the query; less like it joins it. */
+/** "More like this" replaces the query, "less like this" is added to it. */
 function like(hit, gallery, weight) {
   const part = { id: hit.id, gallery, weight, name: hit.path.split("/").pop() };
   if (weight > 0) {
     query.parts = [];
     $("q").value = $("minus").value = "";
   }
-  query.parts = query.parts.filter((one) => one.id !== hit.id);
+  query.parts = query.parts.filter((other) => other.id !== hit.id);
   add(part);
   scrollTo({ top: 0 });
 }
 
 async function showChoices() {
   const name = $("gallery").value;
-  const columns = await ask(`galleries/${encodeURIComponent(name)}/choices`).catch(() => ({}));
+  const columns = await fetchJson(`galleries/${encodeURIComponent(name)}/choices`).catch(() => ({}));
   if (name !== $("gallery").value) return;
   $("choices").replaceChildren(
     ...Object.entries(columns).map(([column, values]) => {
@@ -150,22 +150,22 @@ async function showChoices() {
   );
 }
 
-function open(wanted) {
-  $("options").hidden = !wanted;
-  $("more").setAttribute("aria-expanded", String(wanted));
+function open(visible) {
+  $("options").hidden = !visible;
+  $("more").setAttribute("aria-expanded", String(visible));
 }
 
-function language(wanted) {
-  speak(wanted);
+function language(code) {
+  speak(code);
   const none = make("option", { value: "" }, say("none"));
-  const chosen = $("compare").value;
-  $("compare").replaceChildren(none, ...galleries.map((one) => make("option", { value: one.name }, title(one))));
-  $("compare").value = chosen;
+  const compared = $("compare").value;
+  $("compare").replaceChildren(none, ...galleries.map((gallery) => make("option", { value: gallery.name }, label(gallery))));
+  $("compare").value = compared;
   showChips();
   showChoices();
 }
 
-const title = (one) => `${one.name} (${one.model})`;
+const label = (gallery) => `${gallery.name} (${gallery.model})`;
 
 function listen() {
   $("form").addEventListener("submit", (event) => {
@@ -173,14 +173,14 @@ function listen() {
     search(true);
   });
   for (const name of ["q", "minus", "where"]) {
-    // While characters are composed (Chinese input) the text is not yet what is meant.
+    // Do not search for unfinished characters of an input method (Chinese).
     $(name).addEventListener("input", (event) => event.isComposing || later());
     $(name).addEventListener("compositionend", later);
   }
   for (const name of ["k", "compare"]) $(name).addEventListener("change", () => search(true));
   $("gallery").addEventListener("change", () => {
     query.choices.clear();
-    query.parts = query.parts.filter((part) => part.own);
+    query.parts = query.parts.filter((part) => part.uploaded);
     showChips();
     showChoices();
     search(true);
@@ -203,15 +203,15 @@ function listen() {
     walk(event);
     if (event.altKey || event.ctrlKey || event.metaKey || event.defaultPrevented || $("viewer").open) return;
     const typing = ["INPUT", "SELECT", "TEXTAREA"].includes(event.target.tagName);
-    const item = event.target.closest?.("#found li");
+    const item = event.target.closest?.("#results li");
     if (event.key === "/" && !typing) {
       $("q").focus();
       $("q").select();
-    } else if (event.key === "ArrowDown" && event.target === $("q")) document.querySelector("#found li > button")?.focus();
+    } else if (event.key === "ArrowDown" && event.target === $("q")) document.querySelector("#results li > button")?.focus();
     else if (event.key === "Escape" && item) $("q").focus();
     else if ((event.key === "m" || event.key === "M") && item) {
-      const answer = last[Number(item.dataset.side)];
-      like(answer.results[0].hits[[...item.parentNode.children].indexOf(item)], answer.gallery, 1);
+      const response = last[Number(item.dataset.side)];
+      like(response.results[0].hits[[...item.parentNode.children].indexOf(item)], response.gallery, 1);
     } else return;
     event.preventDefault();
   });
@@ -228,11 +228,11 @@ function listen() {
     take(event.dataTransfer.files[0]);
   });
   addEventListener("paste", (event) => {
-    const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
+    const file = [...event.clipboardData.files].find((item) => item.type.startsWith("image/"));
     if (file) take(file);
   });
   addEventListener("popstate", restore);
-  new ResizeObserver(arrange).observe($("found"));
+  new ResizeObserver(arrange).observe($("results"));
 }
 
 function restore() {
@@ -248,18 +248,18 @@ async function begin() {
   if (theme) document.documentElement.dataset.theme = theme;
   listen();
   prepare(like);
-  const given = new URLSearchParams(location.search);
-  const wanted = given.get("lang") ?? recall("clipret-language") ?? navigator.language.slice(0, 2);
-  speak(wanted);
+  const parameters = new URLSearchParams(location.search);
+  const code = parameters.get("lang") ?? recall("clipret-language") ?? navigator.language.slice(0, 2);
+  speak(code);
   try {
-    galleries = await ask("galleries");
+    galleries = await fetchJson("galleries");
   } catch (error) {
     explain(error.message);
     return;
   }
-  $("gallery").replaceChildren(...galleries.map((one) => make("option", { value: one.name }, title(one))));
+  $("gallery").replaceChildren(...galleries.map((gallery) => make("option", { value: gallery.name }, label(gallery))));
   $("galleryField").hidden = $("compareField").hidden = galleries.length < 2;
-  language(wanted);
+  language(code);
   restore();
   open(Boolean($("where").value || $("minus").value || query.choices.size || $("compare").value));
   if (matchMedia("(hover: hover)").matches) $("q").focus();

@@ -1,11 +1,11 @@
-// A justified grid: rows of images of one height that fill the width from side to side.
+// A justified grid: rows of images of equal height that fill the width.
 
 const GAP = 8;
 const CAPTION = 40;
 
-/** Rows of `[width, height]` for images of these ratios, in their order. The last row is not stretched. */
+/** The `[width, height]` of images with these aspect ratios, in order, in rows. The last row is not stretched. */
 export function rows(ratios, width, height) {
-  const made = [];
+  const sizes = [];
   let row = [];
   let sum = 0;
   for (const ratio of ratios) {
@@ -13,15 +13,15 @@ export function rows(ratios, width, height) {
     sum += ratio;
     const free = width - GAP * (row.length - 1);
     if (sum * height >= free) {
-      // With or without its last image, whichever leaves the row nearer to the height that is wanted.
+      // End the row before or after this image, whichever brings its height closer to `height`.
       const without = (free + GAP) / (sum - ratio);
       if (row.length > 1 && without / height < height / (free / sum)) {
         row.pop();
-        made.push(row.map((one) => [one * without, without]));
+        sizes.push(row.map((aspect) => [aspect * without, without]));
         row = [ratio];
         sum = ratio;
       } else {
-        made.push(row.map((one) => [(one * free) / sum, free / sum]));
+        sizes.push(row.map((aspect) => [(aspect * free) / sum, free / sum]));
         row = [];
         sum = 0;
       }
@@ -29,19 +29,19 @@ export function rows(ratios, width, height) {
   }
   if (row.length) {
     const last = Math.min(height, (width - GAP * (row.length - 1)) / sum);
-    made.push(row.map((one) => [one * last, last]));
+    sizes.push(row.map((aspect) => [aspect * last, last]));
   }
-  return made.flat();
+  return sizes.flat();
 }
 
-/** Lay out the figures of a list; each holds its image's ratio in `data-ratio`. */
+/** Lay out the items of a list by the aspect ratios of their images, `data-ratio`. */
 export function layOut(list) {
   const width = Math.floor(list.clientWidth) - 0.5;
   if (width <= 0) return;
   const narrow = width < 520;
   const height = narrow ? 128 : Math.max(170, Math.min(300, width / 6));
   const items = [...list.children];
-  // Panoramas and pillars get bars at their sides instead of a row of their own.
+  // Very wide and very tall images are padded instead of filling a row or a column.
   const ratios = items.map((item) => Math.min(2.4, Math.max(0.6, Number(item.dataset.ratio) || 1.33)));
   rows(ratios, width, height).forEach(([across, down], at) => {
     items[at].style.width = `${Math.floor(across * 10) / 10}px`;
@@ -49,7 +49,7 @@ export function layOut(list) {
   });
 }
 
-/** The item above or below another one, the one whose middle is nearest. */
+/** The item in the row above or below whose center is closest to that of `from`. */
 export function vertical(items, from, down) {
   const middle = (item) => item.offsetLeft + item.offsetWidth / 2;
   const beyond = items.filter((item) => (down ? item.offsetTop > from.offsetTop : item.offsetTop < from.offsetTop));

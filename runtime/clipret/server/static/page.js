@@ -1,10 +1,10 @@
-// What all parts of the page share: its elements, its language, what it remembers.
+// Shared by all parts of the page: elements, language, stored settings, requests.
 
 import { WORDS } from "./words.js";
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties, `data-` and `aria-` attributes, and children. */
+/** Create an element with properties, `data-` and `aria-` attributes, and children. */
 export function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -17,13 +17,14 @@ export function make(tag, properties = {}, ...children) {
 
 let language = "en";
 
-/** A text in the page's language. */
+/** A text in the language of the page. */
 export function say(name, values = {}) {
   return WORDS[language][name].replace(/\{(\w+)\}/g, (_, key) => values[key]);
 }
 
-export function speak(wanted) {
-  language = WORDS[wanted] ? wanted : "en";
+/** Show all texts of the page in a language; English if it has no other. */
+export function speak(code) {
+  language = WORDS[code] ? code : "en";
   document.documentElement.lang = language === "zh" ? "zh-CN" : language;
   $("language").value = language;
   for (const node of document.querySelectorAll("[data-text]")) node.textContent = say(node.dataset.text);
@@ -33,13 +34,13 @@ export function speak(wanted) {
 
 export const spoken = () => language;
 
-/** Kept in this browser, where it lets us. */
+/** Store a setting in this browser, if it allows that. */
 export function remember(name, value) {
   try {
     if (value) localStorage.setItem(name, value);
     else localStorage.removeItem(name);
   } catch {
-    // a browser that keeps nothing
+    // this browser stores nothing
   }
 }
 
@@ -51,16 +52,16 @@ export function recall(name) {
   }
 }
 
-/** JSON from the service, or an error whose message is for the person. */
-export async function ask(address, options = {}) {
-  let reply;
+/** Request JSON from the service. Throws an error with a message for the user. */
+export async function fetchJson(address, options = {}) {
+  let response;
   try {
-    reply = await fetch(address, options);
+    response = await fetch(address, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error(say("offline"));
   }
-  if (reply.ok) return reply.json();
-  const reason = await reply.json().catch(() => ({}));
-  throw new Error(reason.error || say("failed", { status: reply.status }));
+  if (response.ok) return response.json();
+  const body = await response.json().catch(() => ({}));
+  throw new Error(body.error || say("failed", { status: response.status }));
 }

@@ -1,65 +1,65 @@
-// The query as a person sees it, as the page's address, and as the service takes it.
+// The query as a form, as the URL of the page, and as a request to the service.
 
 import { $ } from "./page.js";
 
 const MINUS = -0.5;
 
 /**
- * A part is an image: of the gallery (`id`, `gallery`) or a person's own (`file`). `weight` is 1, or negative for what is
- * not wanted. `choices` are filters by column.
+ * A part is an image of a gallery (`id`, `gallery`) or an uploaded one (`file`). `weight` is 1, or negative for images to
+ * move away from. `choices` are the selected values by column.
  */
 export const query = { parts: [], choices: new Map() };
 
 const fields = { q: "", minus: "", where: "", k: "40", gallery: "", compare: "" };
 
-/** Fill the form from the page's address. */
+/** Fill in the form from the URL of the page. */
 export function fromAddress(address) {
-  const given = new URLSearchParams(address);
-  for (const [name, usual] of Object.entries(fields)) {
-    const value = given.get(name) ?? usual;
-    if ($(name).tagName === "SELECT" && ![...$(name).options].some((one) => one.value === value)) continue;
+  const parameters = new URLSearchParams(address);
+  for (const [name, initial] of Object.entries(fields)) {
+    const value = parameters.get(name) ?? initial;
+    if ($(name).tagName === "SELECT" && ![...$(name).options].some((option) => option.value === value)) continue;
     $(name).value = value;
   }
   const gallery = $("gallery").value;
   const images = (name, weight) =>
-    given.getAll(name).filter((id) => /^\d+$/.test(id)).map((id) => ({ id: Number(id), gallery, weight }));
+    parameters.getAll(name).filter((id) => /^\d+$/.test(id)).map((id) => ({ id: Number(id), gallery, weight }));
   query.parts = [...images("like", 1), ...images("unlike", MINUS)];
   query.choices = new Map();
-  for (const [name, value] of given) {
+  for (const [name, value] of parameters) {
     try {
       if (name.startsWith("is.")) query.choices.set(name.slice(3), JSON.parse(value));
     } catch {
-      // an address that somebody changed by hand
+      // a URL that was edited by hand
     }
   }
 }
 
-/** The page's address for the form as it is, without a person's own images. */
+/** The URL of the page for the current form, without uploaded images. */
 export function toAddress() {
-  const given = new URLSearchParams();
-  for (const [name, usual] of Object.entries(fields)) {
+  const parameters = new URLSearchParams();
+  for (const [name, initial] of Object.entries(fields)) {
     const value = $(name).value.trim();
-    if (value && value !== usual && !(name === "gallery" && $(name).selectedIndex === 0)) given.set(name, value);
+    if (value && value !== initial && !(name === "gallery" && $(name).selectedIndex === 0)) parameters.set(name, value);
   }
-  for (const part of query.parts) if (part.id) given.append(part.weight > 0 ? "like" : "unlike", part.id);
-  for (const [column, value] of query.choices) given.set(`is.${column}`, JSON.stringify(value));
-  const text = given.toString();
+  for (const part of query.parts) if (part.id) parameters.append(part.weight > 0 ? "like" : "unlike", part.id);
+  for (const [column, value] of query.choices) parameters.set(`is.${column}`, JSON.stringify(value));
+  const text = parameters.toString();
   return text ? `?${text}` : location.pathname;
 }
 
-export const asksForSomething = () => Boolean($("q").value.trim() || query.parts.length);
+export const hasQuery = () => Boolean($("q").value.trim() || query.parts.length);
 
-/** The filter: what is chosen for columns, and what a person wrote. */
+/** The filter: the selected values of columns, and the expression in the form. */
 export function where() {
   const name = (text) => `"${text.replaceAll('"', '""')}"`;
   const literal = (value) => (typeof value === "number" ? String(value) : `'${String(value).replaceAll("'", "''")}'`);
   const parts = [...query.choices].map(([column, value]) => `${name(column)} = ${literal(value)}`);
-  const written = $("where").value.trim();
-  if (written) parts.push(parts.length ? `(${written})` : written);
+  const expression = $("where").value.trim();
+  if (expression) parts.push(parts.length ? `(${expression})` : expression);
   return parts.join(" and ");
 }
 
-/** The query for one gallery: the options of a request to POST search. */
+/** The query for one gallery, as the options of a request to POST search. */
 export async function request(gallery, signal) {
   const files = [];
   const parts = [];
@@ -72,7 +72,7 @@ export async function request(gallery, signal) {
       parts.push({ id: part.id, weight: part.weight });
       continue;
     }
-    // Another gallery, perhaps of another model, does not know the image: it is shown it.
+    // Another gallery, perhaps of another model, does not have the image: upload it.
     part.file ??= await (await fetch(image(part.id, part.gallery), { signal })).blob();
     parts.push({ image: files.length, weight: part.weight });
     files.push(part.file);

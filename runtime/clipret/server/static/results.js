@@ -1,41 +1,41 @@
-// The images found: lists of figures, laid out in rows, walked through with the arrow keys.
+// The results: lists of images in rows, navigated with the arrow keys.
 
 import { layOut, vertical } from "./grid.js";
 import { $, make, say } from "./page.js";
 
-const ratios = new Map(); // of images seen, by gallery and id: the next list does not jump
-let shown = new Map(); // list items by gallery and id: an image that stays is not loaded again
+const ratios = new Map(); // aspect ratios by gallery and id, so that the next list does not jump
+let shown = new Map(); // list items by gallery and id, so that images that stay are not loaded again
 let waiting = false;
 
 /**
- * Show what was found: `results` holds one answer of the service, or two to be compared. `open(hits, at)` is called for a
- * image that a person chooses.
+ * Show one response of the service, or two to compare. `open(hits, number, gallery)` is called when the user opens an
+ * image.
  */
-export function show(results, open) {
-  const main = $("found");
+export function show(responses, open) {
+  const main = $("results");
   const before = shown;
   shown = new Map();
-  const both = results.length > 1;
+  const both = responses.length > 1;
   main.classList.toggle("both", both);
-  const sections = results.map((result, side) => {
-    const hits = result.results[0].hits;
-    const other = both ? places(results[1 - side].results[0].hits) : null;
+  const sections = responses.map((response, side) => {
+    const hits = response.results[0].hits;
+    const otherRanks = both ? ranks(responses[1 - side].results[0].hits) : null;
     const items = hits.map((hit, at) => {
-      const key = `${result.gallery}/${hit.id}`;
+      const key = `${response.gallery}/${hit.id}`;
       const item = before.get(key) ?? figure(hit, key, side);
       before.delete(key);
       shown.set(key, item);
-      describe(item, hit, at, other, results[1 - side]?.gallery, hits.length);
-      item.firstChild.onclick = () => open(hits, at, result.gallery);
+      describe(item, hit, at, otherRanks, responses[1 - side]?.gallery, hits.length);
+      item.firstChild.onclick = () => open(hits, at, response.gallery);
       return item;
     });
     const list = make("ol", {}, ...items);
-    const section = make("section", { "aria-label": result.gallery });
-    if (both) section.append(make("h2", {}, result.gallery));
+    const section = make("section", { "aria-label": response.gallery });
+    if (both) section.append(make("h2", {}, response.gallery));
     section.append(hits.length ? list : make("p", { className: "empty" }, say("empty")));
     return section;
   });
-  const focused = document.activeElement?.closest?.("#found li")?.dataset.key;
+  const focused = document.activeElement?.closest?.("#results li")?.dataset.key;
   main.replaceChildren(...sections);
   if (focused) (shown.get(focused) ?? main.querySelector("li"))?.firstChild.focus();
   main.querySelectorAll("li").forEach((item, at) => (item.firstChild.tabIndex = at ? -1 : 0));
@@ -43,17 +43,17 @@ export function show(results, open) {
 }
 
 export function clear() {
-  $("found").replaceChildren();
+  $("results").replaceChildren();
   shown = new Map();
 }
 
-/** How many of the first list's images the second holds too. Galleries are compared by their images' paths. */
-export function common(results) {
-  const other = places(results[1].results[0].hits);
-  return results[0].results[0].hits.filter((hit) => other.has(hit.path)).length;
+/** The number of images that both responses have. Images are compared by their paths. */
+export function common(responses) {
+  const other = ranks(responses[1].results[0].hits);
+  return responses[0].results[0].hits.filter((hit) => other.has(hit.path)).length;
 }
 
-const places = (hits) => new Map(hits.map((hit) => [hit.path, hit.rank]));
+const ranks = (hits) => new Map(hits.map((hit) => [hit.path, hit.rank]));
 
 function figure(hit, key, side) {
   const image = make("img", { alt: "", decoding: "async", loading: "lazy" });
@@ -74,21 +74,21 @@ function figure(hit, key, side) {
   return item;
 }
 
-function describe(item, hit, at, other, name, count) {
+function describe(item, hit, at, otherRanks, name, count) {
   const [first, second] = item.querySelectorAll(".caption > span");
   const score = hit.score.toFixed(3);
-  const place = other?.get(hit.path);
+  const rank = otherRanks?.get(hit.path);
   first.replaceChildren(make("b", {}, String(at + 1)), ` ${score} `);
-  if (other) first.append(place ? `· ${say("other", { rank: place, name })}` : `· ${say("nowhere", { count, name })}`);
+  if (otherRanks) first.append(rank ? `· ${say("other", { rank, name })}` : `· ${say("nowhere", { count, name })}`);
   const values = Object.entries(hit.metadata).filter(([, value]) => value !== null);
   second.textContent = [hit.path.split("/").pop(), ...values.map(([, value]) => value)].join(" · ");
   second.title = hit.path;
-  item.classList.toggle("only", Boolean(other) && !place);
+  item.classList.toggle("only", Boolean(otherRanks) && !rank);
   item.firstChild.setAttribute("aria-label", `${hit.path}, ${say("rank", { rank: at + 1, score })}`);
 }
 
 export function arrange() {
-  for (const list of document.querySelectorAll("#found ol")) layOut(list);
+  for (const list of document.querySelectorAll("#results ol")) layOut(list);
 }
 
 function soon() {
@@ -100,9 +100,9 @@ function soon() {
   });
 }
 
-/** Arrow keys, Home and End, from image to image. */
+/** Move the focus between images with the arrow keys, Home and End. */
 export function walk(event) {
-  const from = event.target.closest("#found li");
+  const from = event.target.closest("#results li");
   if (!from) return;
   const items = [...from.parentNode.children];
   const at = items.indexOf(from);
@@ -117,7 +117,7 @@ export function walk(event) {
   if (event.key === "ArrowUp" && !to) $("q").focus();
   if (!to) return;
   event.preventDefault();
-  document.querySelectorAll("#found li > button").forEach((button) => (button.tabIndex = -1));
+  document.querySelectorAll("#results li > button").forEach((button) => (button.tabIndex = -1));
   to.firstChild.tabIndex = 0;
   to.firstChild.focus();
 }

@@ -1,4 +1,4 @@
-// One image, large, with what is known of it.
+// The dialog with one large image and its metadata.
 
 import { $, make, say } from "./page.js";
 import { image } from "./query.js";
@@ -8,9 +8,9 @@ let at = 0;
 let gallery = "";
 let choose = () => {};
 
-/** `chosen(hit, gallery, weight)` is called when a person wants more, or less, like an image. */
-export function prepare(chosen) {
-  choose = chosen;
+/** Call `select(hit, gallery, weight)` when the user asks for more, or less, like an image. */
+export function prepare(select) {
+  choose = select;
   $("close").onclick = () => $("viewer").close();
   $("previous").onclick = () => turn(-1);
   $("next").onclick = () => turn(1);
@@ -31,12 +31,13 @@ export function prepare(chosen) {
   $("viewer").addEventListener("close", () => {
     $("large").removeAttribute("src");
     const key = `${gallery}/${hits[at]?.id}`;
-    [...document.querySelectorAll("#found li")].find((item) => item.dataset.key === key)?.firstChild.focus();
+    [...document.querySelectorAll("#results li")].find((item) => item.dataset.key === key)?.firstChild.focus();
   });
 }
 
-export function view(found, number, name) {
-  [hits, at, gallery] = [found, number, name];
+/** Open the dialog with one of the hits of a gallery. */
+export function view(results, number, name) {
+  [hits, at, gallery] = [results, number, name];
   fill();
   $("viewer").showModal();
   $("similar").focus();
