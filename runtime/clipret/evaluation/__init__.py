@@ -1,4 +1,4 @@
-"""How good a search is."""
+"""Evaluation of a search with ground truth."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
 """Charts of an evaluation as SVG with a table of its numbers, drawn by a template.
 
-Not by matplotlib, which is larger than the rest of the lean runtime, and whose colours would not follow the page's
-light and dark themes. Each drawing has a text alternative, and series differ in more than colour.
+matplotlib is larger than the rest of the lean runtime, and its colours would not follow the light and dark themes of
+the page. Each drawing has a text alternative, and series differ in more than colour.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import ClassVar
 __all__ = ["Chart", "Matrix", "Plot", "Table", "curve", "histogram"]
 
 _WIDTH, _HEIGHT = 480, 270  # of a drawing
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 40  # of the drawing's edges, for the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 40  # margins of a drawing, for the axes
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`kind` is the macro of charts.html.j2 that draws it."""
+    """A chart with a heading and a note. `kind` names the macro of charts.html.j2 that draws it."""
 
     kind: ClassVar[str]
     title: str
@@ -26,7 +26,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table(Chart):
-    """Names in the first column, figures in the others."""
+    """A table with names in the first column and figures in the others."""
 
     kind: ClassVar[str] = "table"
     head: Sequence[str]
@@ -35,7 +35,7 @@ class Table(Chart):
 
 @dataclass(frozen=True)
 class Matrix(Chart):
-    """Counts by what was wanted (rows) and what was found (columns), and of each row a share of 0 to 1, `among`."""
+    """Counts by wanted value (rows) and found value (columns), and a share from 0 to 1 of each row, `among`."""
 
     kind: ClassVar[str] = "matrix"
     wanted: Sequence[str]
@@ -46,10 +46,15 @@ class Matrix(Chart):
 
 @dataclass(frozen=True)
 class Plot(Table):
-    """A drawing over its table.
+    """A drawing, with a table of its numbers.
 
-    `axis`: what its ticks measure. `levels`: lines across, with their y and text; `ticks`: below, with their x and
-    text. `line`: the points of a line; `dots`: x, y and text of each; `areas`: kind, path and name of each.
+    Attributes:
+        axis: The quantity on the x axis.
+        levels: Horizontal lines: y and label.
+        ticks: Ticks of the x axis: x and label.
+        line: The points of a line.
+        dots: Dots: x, y and label.
+        areas: Filled areas: CSS class, path and name.
     """
 
     kind: ClassVar[str] = "plot"
@@ -66,9 +71,13 @@ class Plot(Table):
 
 
 def curve(title: str, note: str, points: Sequence[tuple[int, float]], marked: Sequence[int]) -> Plot:
-    """Shares of 0 to 1 over a whole number k >= 1 on a logarithmic axis, k ascending from 1.
+    """Plot shares from 0 to 1 over a whole number k >= 1 on a logarithmic axis.
 
-    `marked` are those k that have a dot with its value, and a row of the table.
+    Args:
+        title: The heading.
+        note: The text below it.
+        points: k, ascending from 1, and the share.
+        marked: The values of k that have a dot and a row in the table.
     """
     last, value = max(points[-1][0], 2), dict(points)
 
@@ -93,21 +102,30 @@ def curve(title: str, note: str, points: Sequence[tuple[int, float]], marked: Se
 def histogram(
     title: str, note: str, edges: Sequence[float], right: Sequence[int], wrong: Sequence[int], names: tuple[str, str]
 ) -> Plot:
-    """Two series of counts in the same bins, `edges` being one more; each is drawn in shares of its own total."""
+    """Plot two series of counts over the same bins, each as shares of its total.
+
+    Args:
+        title: The heading.
+        note: The text below it.
+        edges: Edges of the bins, one more than bins.
+        right: Counts of the first series.
+        wrong: Counts of the second series.
+        names: Names of the two series.
+    """
     shares = [[count / max(sum(counts), 1) for count in counts] for counts in (right, wrong)]
-    most = max(*shares[0], *shares[1], 1e-9)
+    largest = max(*shares[0], *shares[1], 1e-9)
     low, high = edges[0], edges[-1]
 
     def x(value: float) -> str:
         return _across((value - low) / ((high - low) or 1.0))
 
     def path(series: Sequence[float]) -> str:
-        steps = "".join(f"V{_up(share / most)}H{x(edge)}" for share, edge in zip(series, edges[1:], strict=True))
+        steps = "".join(f"V{_up(share / largest)}H{x(edge)}" for share, edge in zip(series, edges[1:], strict=True))
         return f"M{x(low)} {_up(0)}{steps}V{_up(0)}Z"
 
     rows = [
-        (f"{start:.3f} to {end:.3f}", f"{one}", f"{other}")
-        for start, end, one, other in zip(edges, edges[1:], right, wrong, strict=False)
+        (f"{start:.3f} to {end:.3f}", f"{right_count}", f"{wrong_count}")
+        for start, end, right_count, wrong_count in zip(edges, edges[1:], right, wrong, strict=False)
     ]
     quarters = [low + (high - low) * part / 4 for part in range(5)]
     return Plot(
@@ -116,7 +134,7 @@ def histogram(
         head=("score", *names),
         rows=rows,
         axis="score",
-        levels=[(_up(share), f"{most * share:.1%}") for share in (0.0, 0.5, 1.0)],
+        levels=[(_up(share), f"{largest * share:.1%}") for share in (0.0, 0.5, 1.0)],
         ticks=[(x(value), f"{value:.2f}") for value in quarters],
         areas=[("right", path(shares[0]), names[0]), ("wrong", path(shares[1]), names[1])],
     )

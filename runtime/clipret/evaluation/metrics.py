@@ -40,7 +40,7 @@ class Metrics:
 
 
 def evaluate(ranker: Ranker, queries: npt.ArrayLike, relevant: Sequence[Sequence[int]]) -> Metrics:
-    """Metrics of queries.
+    """Compute the metrics of queries.
 
     Args:
         ranker: Of the gallery's embeddings.
@@ -52,24 +52,32 @@ def evaluate(ranker: Ranker, queries: npt.ArrayLike, relevant: Sequence[Sequence
     """
     grid = np.asarray(queries)
     if not len(grid):
-        raise ClipretError("there are no queries to evaluate: check the list and its --where")
-    if any(not len(rows) for rows in relevant):
-        raise ClipretError("a query has no relevant row in the gallery: leave it out")
-    _, found = ranker.rank(grid, 10)
-    return summarise(found, ranker.first_ranks(grid, relevant), relevant)
+        raise ClipretError("there are no queries to evaluate: check the annotations file and --where")
+    if any(not len(positions) for positions in relevant):
+        raise ClipretError("a query has no relevant image in the gallery: leave it out")
+    _, ranked = ranker.rank(grid, 10)
+    return summarise(ranked, ranker.first_ranks(grid, relevant), relevant)
 
 
-def summarise(found: npt.NDArray[np.int64], first: npt.NDArray[np.int64], relevant: Sequence[Sequence[int]]) -> Metrics:
-    """Metrics of ranked queries: `found` [Q,10] are their first ten positions, `first` [Q] the ranks of the first
-    relevant ones.
+def summarise(
+    ranked: npt.NDArray[np.int64], first_ranks: npt.NDArray[np.int64], relevant: Sequence[Sequence[int]]
+) -> Metrics:
+    """Compute the metrics of ranked queries.
+
+    Args:
+        ranked: The first ten positions of each query, int64 [Q,10].
+        first_ranks: The rank, from 1, of the first relevant image of each query, int64 [Q].
+        relevant: The positions of each query's relevant embeddings.
     """
-    precisions = [average_precision(list(row), set(rows)) for row, rows in zip(found, relevant, strict=True)]
+    precisions = [
+        average_precision(list(results), set(positions)) for results, positions in zip(ranked, relevant, strict=True)
+    ]
     return Metrics(
-        queries=len(first),
-        recall_at_1=float(np.mean(first <= 1)),
-        recall_at_5=float(np.mean(first <= 5)),
-        recall_at_10=float(np.mean(first <= 10)),
-        median_rank=float(np.median(first)),
+        queries=len(first_ranks),
+        recall_at_1=float(np.mean(first_ranks <= 1)),
+        recall_at_5=float(np.mean(first_ranks <= 5)),
+        recall_at_10=float(np.mean(first_ranks <= 10)),
+        median_rank=float(np.median(first_ranks)),
         map_at_10=float(np.mean(precisions)),
     )
 
@@ -90,7 +98,11 @@ class Metric:
         """Parse mAP, mAP@K, recall@K, challenge (of the first ten) or challenge@K.
 
         Raises:
-            ClipretError: For any other text; the message lists the metrics.
+            ClipretError: The name is unknown; the message lists the metrics.
+
+        Examples:
+            >>> Metric.parse("recall@5")
+            Metric(kind='recall', k=5)
         """
         kinds: dict[str, Literal["mAP", "recall", "challenge"]] = {
             "map": "mAP",
@@ -106,44 +118,51 @@ class Metric:
     def __str__(self) -> str:
         return self.kind if self.k is None or (self.kind, self.k) == ("challenge", 10) else f"{self.kind}@{self.k}"
 
-    def of(self, found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
-        """The metric of one query: its results, best first, and its relevant images."""
+    def of(self, ranked: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
+        """The value for one query, from its results, best first, and its relevant images."""
         if self.kind == "mAP":
-            # Of the whole order every relevant image counts, be the list as short as it may.
-            return average_precision(found, relevant, self.k or max(len(found), len(relevant)))
+            # Without k every relevant image counts, even if the ranking is short.
+            return average_precision(ranked, relevant, self.k or max(len(ranked), len(relevant)))
         if self.kind == "challenge":
-            return challenge_precision(found[: self.k], relevant)
-        return float(not relevant.isdisjoint(found[: self.k]))
+            return challenge_precision(ranked[: self.k], relevant)
+        return float(not relevant.isdisjoint(ranked[: self.k]))
 
 
-def average_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable], k: int | None = None) -> float:
-    """AP@k of one ranking: the sum of the precision at each hit among the first k over min(k, relevant images).
+def average_precision(ranked: Sequence[Hashable], relevant: AbstractSet[Hashable], k: int | None = None) -> float:
+    """AP@k of one ranking: the sum of the precision at each hit among the first k, over min(k, relevant images).
 
-    `k` is by default the length of `found`; images after the end of a shorter ranking count as not found.
+    Args:
+        ranked: The results, best first. Images that a short ranking leaves out count as not found.
+        relevant: The relevant images.
+        k: Default: the length of `ranked`.
+
+    Examples:
+        >>> average_precision(["a", "b", "c", "d"], {"a", "c"})
+        0.8333333333333333
     """
-    k = len(found) if k is None else k
-    if not relevant or not found:
+    k = len(ranked) if k is None else k
+    if not relevant or not ranked:
         return 0.0
-    _, total = _precisions(found[:k], relevant)
+    _, total = _precisions(ranked[:k], relevant)
     return total / min(k, len(relevant))
 
 
-def challenge_precision(found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
+def challenge_precision(ranked: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> float:
     """Average precision as the published scorer of the CVPR 2023 foundation model challenge (track 2) computes it.
 
-    It divides by the number of relevant images found instead of the number of relevant images, so it does not see what
-    is missing: with a hundred relevant images, three of them before seven wrong ones score 1.0, and another right image
-    on rank 10 lowers the score. Use it to compare with that challenge's figures, not to choose a model.
+    It divides by the number of relevant images that were found, not of all relevant images, so missing images do not
+    matter: with a hundred relevant images, three of them before seven wrong ones score 1.0, and another right image on
+    rank 10 lowers the score. Use it to compare with figures of that challenge, not to choose a model.
     """
-    hits, total = _precisions(found, relevant)
+    hits, total = _precisions(ranked, relevant)
     return total / hits if hits else 0.0
 
 
-def _precisions(found: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> tuple[int, float]:
+def _precisions(ranked: Sequence[Hashable], relevant: AbstractSet[Hashable]) -> tuple[int, float]:
     """The number of hits and the sum of the precision at each of them."""
     hits, total = 0, 0.0
-    for rank, one in enumerate(found, 1):
-        if one in relevant:
+    for rank, image in enumerate(ranked, 1):
+        if image in relevant:
             hits += 1
             total += hits / rank
     return hits, total

@@ -1,4 +1,4 @@
-"""A page with search results: one HTML file with its images, without network and scripts."""
+"""A page with search results: one HTML file that includes its images, without network access or scripts."""
 
 import base64
 import functools
@@ -23,8 +23,8 @@ __all__ = ["Card", "Section", "write_page"]
 
 SIDE = 256  # longest side of a thumbnail, pixels
 GAP = 10  # between images of a row, CSS pixels
-NAVIGATION_FROM = 9  # sections; fewer are scrolled through sooner than a list of them is read
-# How many times as wide as high a row of images should be, on each width of page that the style sheet tells apart.
+NAVIGATION_FROM = 9  # sections; with fewer, scrolling is faster than reading a list
+# The ratio of width to height of a row of images, for each page width that the style sheet distinguishes.
 ROWS = {"xl": 10.0, "l": 6.2, "m": 4.4, "s": 2.2}
 
 FOOTER = "Best match first. The score is the cosine similarity of text and image; an image links to its file."
@@ -35,11 +35,11 @@ class Card:
     """One image on a page.
 
     Attributes:
-        path: Its file, or that of its archive with its name in it; a tile says so if it is missing or broken.
+        path: Its file, or the file of its archive with its name in it. A missing or broken file is shown as such.
         label: The text below it, usually the stored path.
         score: Its cosine similarity.
         relevant: Whether the image is right for the query; None if unknown.
-        rank: Default: the position among the cards.
+        rank: Its rank. Default: its position among the cards, from 1.
     """
 
     path: Path
@@ -51,8 +51,13 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """One query with its results, best first. `note` is shown next to the query; `missed` are relevant images that were
-    not found.
+    """One query with its results.
+
+    Attributes:
+        query: The query.
+        cards: The results, best first.
+        note: Shown next to the query.
+        missed: Relevant images that are not among the results.
     """
 
     query: str
@@ -63,13 +68,13 @@ class Section:
 
 @dataclass(frozen=True)
 class _Tile:
-    """What fills a card, and its ratio of width to height: a thumbnail, or the reason why there is none."""
+    """A thumbnail, or the reason why there is none, and the aspect ratio of the tile."""
 
     ratio: float = 1.0
-    trouble: str = ""
-    source: str = ""  # of the thumbnail, with everything in it
+    error: str = ""
+    source: str = ""  # the thumbnail as a data URL
     size: tuple[int, int] = (0, 0)  # width and height of the thumbnail, pixels
-    link: str = ""  # to its file, where that is one that a browser could open
+    link: str = ""  # to the file, if browsers can open it
 
 
 def write_page(
@@ -98,17 +103,21 @@ def write_page(
     Raises:
         ClipretError: The page's folder does not exist or cannot be written.
     """
-    if not out.parent.is_dir():  # before all those images are decoded
-        raise ClipretError(f"{out.parent} is not a folder: make it first, or write the page somewhere else")
-    # A search for many queries finds some images again and again.
+    if not out.parent.is_dir():  # before the images are decoded
+        raise ClipretError(f"{out.parent} is not a folder: create it, or choose another file for the page")
+    # With many queries some images occur repeatedly.
     tile = functools.cache(functools.partial(_tile, folder=out.parent.absolute()))
     page = render(
         template,
         title=title,
         facts=facts,
         sections=[
-            {"shown": one, "lists": [_cards(one.cards, tile), _cards(one.missed, tile)], "first": _first(one)}
-            for one in sections
+            {
+                "shown": section,
+                "lists": [_cards(section.cards, tile), _cards(section.missed, tile)],
+                "first": _first(section),
+            }
+            for section in sections
         ],
         navigation_from=NAVIGATION_FROM,
         judged=any(card.relevant is not None for section in sections for card in section.cards),
@@ -116,7 +125,7 @@ def write_page(
         gap=GAP,
         **more,
     )
-    # File names that are not UTF-8 reach us with surrogates, which no page can hold.
+    # File names that are not UTF-8 contain surrogates, which cannot be encoded.
     write_file(out, page.encode("utf-8", "replace"))
 
 
@@ -127,7 +136,7 @@ def _first(section: Section) -> bool | None:
 
 def _cards(cards: Sequence[Card], tile: Callable[[Path], _Tile]) -> list[dict[str, Any]]:
     tiles = [tile(card.path) for card in cards]
-    widths = [_justify([one.ratio for one in tiles], row) for row in ROWS.values()]
+    widths = [_justify([image.ratio for image in tiles], row) for row in ROWS.values()]
     return [
         {
             "card": card,
@@ -144,19 +153,19 @@ def _tile(path: Path, *, folder: Path) -> _Tile:
     try:
         image = thumbnail(read_stored(path.parent, path.name).content, SIDE)
     except ImageError as error:
-        return _Tile(trouble=str(error))
+        return _Tile(error=str(error))
     return _Tile(
-        # Panoramas and pillars get bars at their sides instead of a row of their own.
+        # Very wide and very tall images are padded instead of filling a row or a column.
         ratio=min(max(image.width / image.height, 0.6), 2.2),
         source="data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode(),
         size=image.size,
-        # A member of an archive is no file that a browser could open.
+        # Browsers cannot open a member of an archive.
         link=_link(path, folder) if path.is_file() else "",
     )
 
 
 def _link(path: Path, folder: Path) -> str:
-    """URL of a file as seen from the page, so that the two can be moved together."""
+    """URL of a file relative to the page, so that the two can be moved together."""
     try:
         return quote(os.fsencode(Path(os.path.relpath(path.absolute(), folder)).as_posix()))
     except ValueError:  # on another Windows drive
@@ -166,25 +175,25 @@ def _link(path: Path, folder: Path) -> str:
 def _justify(ratios: Sequence[float], row: float) -> list[str]:
     """CSS widths for images that fill rows of nearly equal height.
 
-    A script would measure the window. Without one, widths are computed for rows about `row` times as wide as high, and
-    the style sheet chooses among several. Too few images for one row do not fill it.
+    Without a script the width of the window is unknown, so widths are computed for rows about `row` times as wide as
+    high, and the style sheet chooses among several. Too few images for one row do not fill it.
     """
     if not ratios:
         return []
 
     def flaw(rows: list[list[float]]) -> float:
         lengths = [math.log(sum(line) / row) for line in rows]
-        # Short rows make large images, which is worse than small ones: few fit on the screen.
+        # Short rows have large images, which is worse than small ones: few fit on the screen.
         return max(max(length, -2 * length) for length in lengths) + max(lengths) - min(lengths)
 
-    guess = int(sum(ratios) / row)
-    rows = min((_split(ratios, count) for count in range(max(1, guess - 1), guess + 3)), key=flaw)
+    estimate = int(sum(ratios) / row)
+    rows = min((_split(ratios, count) for count in range(max(1, estimate - 1), estimate + 3)), key=flaw)
     widths = []
     for line in rows:
         scale = max(sum(line), row) if len(rows) == 1 else sum(line)
         for ratio in line:
             share = ratio / scale
-            # 0.01 % less, lest rounding push the last image of a row into the next.
+            # 0.01 % less, so that rounding does not move the last image to the next row.
             widths.append(f"calc({100 * share - 0.01:.2f}% - {GAP * (len(line) - 1) * share:.2f}px)")
     return widths
 

@@ -1,5 +1,4 @@
-"""Pages from the templates in `templates/`. jinja2 is loaded with the first of them: a query without one is sooner
-done."""
+"""Render the templates in `templates/`. jinja2 is imported with the first one, so that other commands start faster."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,11 @@ def _environment() -> "Environment":
 
 
 def render(template: str, **values: Any) -> str:
-    """What a template makes of these values, every text of them escaped.
+    """Render a template. All values are escaped.
 
     Args:
         template: Name of a file in `clipret/reports/templates`.
-        values: What the template names.
+        values: The variables of the template.
 
     Returns:
         HTML.

@@ -1,4 +1,4 @@
-"""Evaluation: right answers from lists of images and from attributes, any metric, any way of ranking."""
+"""Evaluation: relevant images from annotations files and from attributes, any metric, any way of ranking."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 @pytest.fixture
 def gallery(tiny_bundle: Path, colour_folder: Path, tmp_path: Path) -> Path:
-    """Twelve images that know their colour, their number and what is on them."""
+    """Twelve images with their colour, number and things as metadata."""
     lines = ["path,colour,number,things"]
     for file in sorted(colour_folder.rglob("*.*")):
         things = ("hat", "hat; hand bag", "")[int(file.stem)]
@@ -41,16 +41,16 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_images_answer_by_their_attributes(searcher: Searcher, tmp_path: Path) -> None:
+def test_images_are_relevant_by_their_attributes(searcher: Searcher, tmp_path: Path) -> None:
     queries = write(
         tmp_path / "q.csv",
         "caption,colour,number,things\n"
         'red,red,,\nthe first blue,blue,0,\nbag,,,hand bag\nboth,,,"hand bag, hat"\npink,pink,,\n',
     )
     truth = read_attribute_truth(searcher, queries, equal=["colour", "number"], includes=["things"])
-    found = {text: sorted(paths) for text, paths in truth.relevant.items()}
+    relevant = {text: sorted(paths) for text, paths in truth.relevant.items()}
     bags = [f"{colour}/1.jpeg" for colour in ("blue", "green", "grey", "red")]
-    assert found == {
+    assert relevant == {
         "red": ["red/0.jpg", "red/1.jpeg", "red/2.png"],
         "the first blue": ["blue/0.jpg"],
         "bag": bags,
@@ -59,9 +59,9 @@ def test_images_answer_by_their_attributes(searcher: Searcher, tmp_path: Path) -
     assert truth.unanswerable == 1
 
 
-def test_numbers_are_equal_however_they_are_written(searcher: Searcher, tmp_path: Path) -> None:
+def test_numbers_are_equal_in_any_notation(searcher: Searcher, tmp_path: Path) -> None:
     queries = write(tmp_path / "q.csv", "caption,number,things\none,001,\ntwo,2.0,\nhat,,hat\nnone,,;\n")
-    with pytest.raises(ClipretError, match="the query 'none' asks for nothing"):
+    with pytest.raises(ClipretError, match="the query 'none' has no attribute"):
         read_attribute_truth(searcher, queries, equal=["number"], includes=["things"])
     queries = write(queries, queries.read_text().replace("none,,;\n", ""))
     truth = read_attribute_truth(searcher, queries, equal=["number"], includes=["things"])
@@ -76,13 +76,13 @@ def test_numbers_are_equal_however_they_are_written(searcher: Searcher, tmp_path
     ("text", "message"),
     [
         ("caption,color\nred,red\n", "has no column 'colour': its columns are caption, color"),
-        ("caption,colour\nred,\n", "the query 'red' asks for nothing"),
+        ("caption,colour\nred,\n", "the query 'red' has no attribute"),
         ("caption,colour\nred,red\n ,blue\n", "query 2 is blank"),
         ("caption,colour\nred,red\nred,blue\n", "is there twice"),
-        ("caption,colour\nred,pink\n", "no image of .* answers any"),
+        ("caption,colour\nred,pink\n", "no image of .* matches any"),
     ],
 )
-def test_lists_that_cannot_be_judged(text: str, message: str, searcher: Searcher, tmp_path: Path) -> None:
+def test_invalid_annotations_files(text: str, message: str, searcher: Searcher, tmp_path: Path) -> None:
     with pytest.raises(ClipretError, match=message):
         read_attribute_truth(searcher, write(tmp_path / "q.csv", text), equal=["colour"])
 
@@ -101,7 +101,7 @@ def test_measure_is_the_mean_over_the_queries(
     ]
     assert 0.2 < np.mean(expected) < 0.9
     assert values["mAP"] == pytest.approx(np.mean(expected))
-    monkeypatch.setattr("clipret.evaluation.evaluate._PLACES", 12)  # one query at a time
+    monkeypatch.setattr("clipret.evaluation.evaluate._RANKS", 12)  # one query at a time
     assert measure(searcher, truth, metrics) == values
 
 
@@ -139,8 +139,8 @@ def test_eval_measures_re_ranking_and_prompts(gallery: Path, tmp_path: Path) -> 
 def test_eval_measures_a_result_file(gallery: Path, tmp_path: Path) -> None:
     queries = write(tmp_path / "q.csv", "caption,colour\nred blue,red\nblue,blue\n")
     plain = ("eval", gallery, queries, "--equal", "colour", "--json", "--metric", "mAP", "--metric", "mAP@5")
-    found = write(tmp_path / "r.json", run("query", gallery, "--texts", queries, "-k", 12, "--json").stdout)
-    assert json.loads(run(*plain, "--results", found).stdout) == json.loads(run(*plain).stdout)
+    full = write(tmp_path / "r.json", run("query", gallery, "--texts", queries, "-k", 12, "--json").stdout)
+    assert json.loads(run(*plain, "--results", full).stdout) == json.loads(run(*plain).stdout)
     few = write(tmp_path / "f.json", run("query", gallery, "--texts", queries, "-k", 2, "--json").stdout)
     short = json.loads(run(*plain, "--results", few).stdout)
     assert short["mAP"] < json.loads(run(*plain).stdout)["mAP"]
@@ -151,6 +151,6 @@ def test_eval_measures_a_result_file(gallery: Path, tmp_path: Path) -> None:
 
 def test_query_takes_prompts(gallery: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "p.toml", '[[rule]]\nname = "all"\nwords = ["azure"]\ntemplates = ["{} blue"]\n')
-    found = json.loads(run("query", gallery, "azure", "-k", 3, "--prompts", prompts, "--json").stdout)
-    assert {hit["path"].split("/")[0] for hit in found[0]["hits"]} == {"blue"}
+    results = json.loads(run("query", gallery, "azure", "-k", 3, "--prompts", prompts, "--json").stdout)
+    assert {hit["path"].split("/")[0] for hit in results[0]["hits"]} == {"blue"}
     assert run("query", gallery, "azure", "--prompts", prompts, "--prompts", "{}", code=2).stderr

@@ -1,4 +1,4 @@
-"""The page of an evaluation: every number on it against a brute force over the stored embeddings."""
+"""The report of an evaluation: every number against a brute force over the stored embeddings."""
 
 from pathlib import Path
 
@@ -18,18 +18,20 @@ def searcher(listed_gallery: Path, tiny_bundle: Path) -> Searcher:
 
 
 def order_by_hand(searcher: Searcher, truth: GroundTruth) -> tuple[np.ndarray, list[list[str]]]:
-    """Scores [Q,N], and of each query all paths, best first."""
-    rows = np.concatenate(searcher.stored.shards).astype(np.float64)
+    """Scores [Q,N], and all paths of each query, best first."""
+    embeddings = np.concatenate(searcher.stored.shards).astype(np.float64)
     paths = searcher.gallery.paths(searcher.stored.ids)
-    scores = searcher.embed(list(truth.relevant)) @ rows.T
-    return scores, [[paths[at] for at in np.lexsort((np.arange(len(rows)), -np.round(line, 12)))] for line in scores]
+    scores = searcher.embed(list(truth.relevant)) @ embeddings.T
+    return scores, [
+        [paths[at] for at in np.lexsort((np.arange(len(embeddings)), -np.round(values, 12)))] for values in scores
+    ]
 
 
-def test_recall_at_every_k_is_that_of_the_whole_order(searcher: Searcher, query_list: Path) -> None:
+def test_recall_at_every_k_is_that_of_the_brute_force(searcher: Searcher, query_list: Path) -> None:
     truth = read_ground_truth(searcher, query_list)
     result = evaluate_search(searcher, truth)
     _, orders = order_by_hand(searcher, truth)
-    points = recall_curve(result.first, 12)
+    points = recall_curve(result.first_ranks, 12)
     assert [k for k, _ in points] == list(range(1, 13))
     for k, share in points:
         right = [
@@ -56,18 +58,18 @@ def test_scores_of_right_and_wrong(searcher: Searcher, query_list: Path) -> None
         for path, score in zip(paths, line, strict=True):
             if path != "grey/2.png":
                 (right if path in answers else wrong).append(score)
-    found = scores_of(searcher, result)
-    assert not found.drawn
-    assert (sum(found.right), sum(found.wrong)) == (len(right), len(wrong)) == (9, 57)
-    # An edge may fall on a score, which then lies a rounding to its left or right.
-    for given, values in ((found.right, right), (found.wrong, wrong)):
-        below = np.cumsum(given)
-        for edge, count in zip(found.edges[1:], below, strict=True):
+    distribution = scores_of(searcher, result)
+    assert not distribution.sampled
+    assert (sum(distribution.right), sum(distribution.wrong)) == (len(right), len(wrong)) == (9, 57)
+    # A score may be equal to an edge up to rounding.
+    for counts, values in ((distribution.right, right), (distribution.wrong, wrong)):
+        below = np.cumsum(counts)
+        for edge, count in zip(distribution.edges[1:], below, strict=True):
             assert np.sum(np.array(values) < edge - 1e-6) <= count <= np.sum(np.array(values) < edge + 1e-6)
     pairs = np.sign(np.round(np.subtract.outer(right, wrong), 6))
-    assert found.above == pytest.approx(np.mean((pairs + 1) / 2), abs=1e-3)
-    sample = scores_of(searcher, result, most=8)
-    assert sample.drawn
+    assert distribution.above == pytest.approx(np.mean((pairs + 1) / 2), abs=1e-3)
+    sample = scores_of(searcher, result, pairs=8)
+    assert sample.sampled
     assert (sum(sample.right), sum(sample.wrong)) == (8, 8)
 
 
@@ -77,11 +79,11 @@ def test_the_worst_come_first(searcher: Searcher, query_list: Path) -> None:
     order = [list(truth.relevant)[at] for at in worst(result)]
     assert set(order[-2:]) == {"grey", "red"}
     assert set(order[:2]) <= {"green", "white", "a blue one", "blue 红色"}
-    first = [int(result.first[at]) for at in worst(result)]
-    assert first[0] == max(first)
+    ranks = [int(result.first_ranks[at]) for at in worst(result)]
+    assert ranks[0] == max(ranks)
 
 
-def test_confusion_by_what_was_asked(searcher: Searcher, tmp_path: Path) -> None:
+def test_confusion_by_the_attributes_of_the_ground_truth(searcher: Searcher, tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text(
         "title,colour,number\nred,red,\na red thing,red,\nblue,blue,\ngreen,grey,\nwhite,grey,1\n"
     )
@@ -92,12 +94,13 @@ def test_confusion_by_what_was_asked(searcher: Searcher, tmp_path: Path) -> None
     assert colour.found[:3] == colour.wanted
     firsts = dict(zip(truth.relevant, searcher.search(list(truth.relevant), 10), strict=True))
     for want, line, share in zip(colour.wanted, colour.counts, colour.among, strict=True):
-        asked = [text for text, one in truth.asked.items() if one["colour"] == want]
-        seen = [[hit.path.split("/")[0] for hit in firsts[text]] for text in asked]
+        texts = [text for text, values in truth.wanted.items() if values["colour"] == want]
+        results = [[hit.path.split("/")[0] for hit in firsts[text]] for text in texts]
         for found, count in zip(colour.found, line, strict=True):
-            expected = [one[0] == found or (found == "(others)" and one[0] not in colour.found) for one in seen]
+            others = found == "(others)"
+            expected = [ranked[0] == found or (others and ranked[0] not in colour.found) for ranked in results]
             assert count == sum(expected)
-        assert share == pytest.approx(np.mean([name == want for one in seen for name in one]))
+        assert share == pytest.approx(np.mean([name == want for ranked in results for name in ranked]))
     assert sum(map(sum, colour.counts)) == 5
     assert (number.wanted, sum(map(sum, number.counts))) == (["1"], 1)
 
@@ -105,7 +108,7 @@ def test_confusion_by_what_was_asked(searcher: Searcher, tmp_path: Path) -> None
 def test_confusion_by_columns_of_the_gallery(searcher: Searcher, query_list: Path) -> None:
     truth = read_ground_truth(searcher, query_list)
     colour, number = attributes(searcher, evaluate_search(searcher, truth))
-    # "blue 红色" is answered by a green and a red image, which have their number in common and no colour
+    # The relevant images of "blue 红色" are green and red: they have a number in common, but no colour.
     assert (colour.column, sum(map(sum, colour.counts))) == ("colour", 5)
     assert sum(map(sum, number.counts)) == 4
     assert colour.counts[colour.wanted.index("grey")][colour.found.index("grey")] == 1

@@ -33,7 +33,7 @@ class Element:
 
 @dataclass
 class Page(HTMLParser):
-    """What a browser sees: the elements in order, each with the text directly and indirectly inside it."""
+    """The elements of a page in order, each with all text inside it."""
 
     elements: list[Element] = field(default_factory=list)
     _open: list[Element] = field(default_factory=list)
@@ -88,7 +88,7 @@ def thumbnails(page: Page) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(source.removeprefix(head)))) for source in sources]
 
 
-def test_images_stand_in_rank_order_with_score_and_label(tmp_path: Path) -> None:
+def test_images_are_in_rank_order_with_score_and_label(tmp_path: Path) -> None:
     cards = [
         Card(image(tmp_path / "wide.png", (2000, 1000), "red"), "a/wide.png", 0.34567),
         Card(image(tmp_path / "small.png", (30, 40), "blue"), "a/small.png", -0.0001),
@@ -108,7 +108,7 @@ def test_images_stand_in_rank_order_with_score_and_label(tmp_path: Path) -> None
     assert {e.attributes["loading"] for e in page.all("img")} == {"lazy"}
 
 
-def test_page_needs_nothing_else(tmp_path: Path) -> None:
+def test_a_page_is_self_contained(tmp_path: Path) -> None:
     page = write(tmp_path, Section("dog", [Card(image(tmp_path / "1.jpg"), "1.jpg", 0.3)]))
     assert not page.all("script") + page.all("link") + page.all("iframe")
     (style,) = page.texts("style")
@@ -118,7 +118,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"https?:", (tmp_path / "page.html").read_text(encoding="utf-8"))
 
 
-def test_right_and_wrong_are_said_in_words(tmp_path: Path) -> None:
+def test_right_and_wrong_are_named_in_words(tmp_path: Path) -> None:
     path = image(tmp_path / "1.png")
     cards = [Card(path, str(number), 0.3, relevant) for number, relevant in enumerate((True, False, None))]
     page = write(tmp_path, Section("dog", cards))
@@ -129,9 +129,9 @@ def test_right_and_wrong_are_said_in_words(tmp_path: Path) -> None:
     assert [e.attributes.get("class") for e in page.all("li")] == ["right", None, None]
 
 
-def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
-    good, gone = image(tmp_path / "1.png"), tmp_path / f"{HOSTILE.replace('/', '')}.png"
-    cards = [Card(path, HOSTILE, 0.3, True) for path in (good, gone)]
+def test_all_values_are_escaped(tmp_path: Path) -> None:
+    good, missing = image(tmp_path / "1.png"), tmp_path / f"{HOSTILE.replace('/', '')}.png"
+    cards = [Card(path, HOSTILE, 0.3, True) for path in (good, missing)]
     page = write(tmp_path, *[Section(HOSTILE, cards, HOSTILE)] * 9, facts=((HOSTILE, HOSTILE),), title=HOSTILE)
     assert not page.all("script")
     assert page.texts("title") == page.texts("h1") == page.texts("dt") == page.texts("dd") == [HOSTILE]
@@ -143,7 +143,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert {e.attributes["aria-label"] for e in page.all("div", role="img")} == {HOSTILE}
 
 
-def test_missing_and_broken_images_become_tiles(tmp_path: Path) -> None:
+def test_missing_and_broken_images_are_tiles_with_a_reason(tmp_path: Path) -> None:
     whole = image(tmp_path / "whole.jpg", (80, 80))
     (tmp_path / "half.jpg").write_bytes(whole.read_bytes()[:400])
     (tmp_path / "text.jpg").write_text("no image")
@@ -157,9 +157,9 @@ def test_missing_and_broken_images_become_tiles(tmp_path: Path) -> None:
     assert len(thumbnails(page)) == 1
 
 
-def test_thumbnails_are_upright_flattened_scaled_and_bare(tmp_path: Path) -> None:
+def test_thumbnails_are_upright_flattened_scaled_and_without_metadata(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     exif[0x010E] = "secret place"
     image(tmp_path / "turned.jpg", (1200, 400), exif=exif, comment=b"secret note")
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
@@ -178,7 +178,7 @@ def test_thumbnails_are_upright_flattened_scaled_and_bare(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["a b#1?%20.png", "javascript:alert(1).png", "猫.png"])
-def test_an_image_links_to_its_file_as_seen_from_the_page(tmp_path: Path, name: str) -> None:
+def test_an_image_links_to_its_file_relative_to_the_page(tmp_path: Path, name: str) -> None:
     (tmp_path / "pages").mkdir()
     page = write(tmp_path / "pages", Section("cat", [Card(image(tmp_path / name), name, 0.3)]))
     (link,) = [e.attributes["href"] for e in page.all("a")]
@@ -186,13 +186,13 @@ def test_an_image_links_to_its_file_as_seen_from_the_page(tmp_path: Path, name: 
     assert (tmp_path / "pages" / unquote(link)).resolve() == (tmp_path / name).resolve()
 
 
-def test_file_names_that_are_not_utf8_are_shown_somehow(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     page = write(tmp_path, Section("cafe", [Card(tmp_path / name, name, 0.3)]))
     assert [e.text for e in page.all("span", **{"class": "label"})] == ["caf?.png"]
 
 
-def test_many_sections_get_a_list_to_jump_by(tmp_path: Path) -> None:
+def test_many_sections_have_a_navigation(tmp_path: Path) -> None:
     path = image(tmp_path / "1.png")
     sections = [Section(f"query {n}", [Card(path, "1.png", 0.3, n == 0)] if n != 1 else []) for n in range(9)]
     assert not write(tmp_path, *sections[:8]).all("nav")
@@ -207,14 +207,14 @@ def test_many_sections_get_a_list_to_jump_by(tmp_path: Path) -> None:
     assert not write(tmp_path, *unjudged).all("input")
 
 
-def test_nothing_found_is_said(tmp_path: Path) -> None:
-    assert "Nothing found." in write(tmp_path, Section("dog", [])).texts("p")
+def test_no_results(tmp_path: Path) -> None:
+    assert "No results." in write(tmp_path, Section("dog", [])).texts("p")
     assert write(tmp_path).all("main")
 
 
 @pytest.mark.parametrize("row", ROWS.values())
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 19, 50])
-def test_rows_are_full_and_never_too_wide(row: float, count: int) -> None:
+def test_rows_are_full_and_not_too_wide(row: float, count: int) -> None:
     ratios = np.random.default_rng(count).uniform(0.6, 2.2, count).tolist()
     width = 1000.0
     rows, used = [[]], 0.0
@@ -234,7 +234,7 @@ def test_rows_are_full_and_never_too_wide(row: float, count: int) -> None:
         assert 0.4 < row * heights[0] / width < 2.1
 
 
-def test_a_page_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClipretError, match="gone is not a folder"):
         write(tmp_path / "gone")
     (tmp_path / "page.html").mkdir()
@@ -261,15 +261,15 @@ def run(*arguments: object) -> str:
 
 def cells(page: Page, caption: str) -> list[list[str]]:
     """The rows of the table in the figure with this heading."""
-    start = next(at for at, one in enumerate(page.elements) if one.tag == "figure" and caption in one.text)
+    figures = (at for at, element in enumerate(page.elements) if element.tag == "figure" and caption in element.text)
     rows = list[list[str]]()
-    for one in page.elements[start + 1 :]:
-        if one.tag in ("figure", "section"):
+    for element in page.elements[next(figures) + 1 :]:
+        if element.tag in ("figure", "section"):
             break
-        if one.tag == "tr":
+        if element.tag == "tr":
             rows.append([])
-        elif one.tag in ("th", "td"):
-            rows[-1].append(one.text)
+        elif element.tag in ("th", "td"):
+            rows[-1].append(element.text)
     return rows
 
 
@@ -286,7 +286,7 @@ def test_the_page_of_an_evaluation_shows_its_numbers(
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
     assert facts["recall@1"] == f"{100 * result.metrics.recall_at_1:.2f}%"
     assert facts["mAP@10"] == f"{result.metrics.map_at_10:.4f}"
-    points = dict(recall_curve(result.first, 12))
+    points = dict(recall_curve(result.first_ranks, 12))
     assert cells(page, "Recall")[1:] == [[f"{k}", f"{points[k]:.2%}"] for k in (1, 5, 10)]
     dots = page.all("circle")
     assert [float(dot.attributes["cy"]) for dot in dots] == [
@@ -313,22 +313,22 @@ def test_the_page_of_an_evaluation_shows_its_numbers(
     assert not re.search(r"https?:", (tmp_path / "p.html").read_text(encoding="utf-8"))
 
 
-def test_what_should_have_been_found_stands_with_its_rank(listed_gallery: Path, tmp_path: Path) -> None:
+def test_missed_images_are_shown_with_their_rank(listed_gallery: Path, tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text("title,path\nred,blue/0.jpg\nred,green/0.jpg\nred,red/1.jpeg\ngrey,grey/0.jpg\n")
     run("eval", listed_gallery, tmp_path / "q.csv", "--image-root", tmp_path / "images", "--html", tmp_path / "p.html")
     page = Page.read(tmp_path / "p.html")
     (heading,) = page.texts("h3")
-    assert heading == "should have been found"
+    assert heading == "Relevant, not among the first results"
     order = run("query", listed_gallery, "red", "-k", 12).splitlines()[1:]
     ranks = {line.split()[2]: line.split()[0] for line in order}
-    (red,) = [one for one in page.all("section") if heading in one.text]
+    (red,) = [section for section in page.all("section") if heading in section.text]
     shown = [line for line in red.text.partition(heading)[2].splitlines() if line.strip()]
-    late = sorted(
+    missed = sorted(
         (path for path in ("blue/0.jpg", "green/0.jpg") if int(ranks[path]) > 10), key=lambda p: int(ranks[p])
     )
-    assert late
-    assert [line.split()[0] for line in shown] == [ranks[path] for path in late]
-    assert all(path in line for path, line in zip(late, shown, strict=True))
+    assert missed
+    assert [line.split()[0] for line in shown] == [ranks[path] for path in missed]
+    assert all(path in line for path, line in zip(missed, shown, strict=True))
 
 
 def test_a_page_of_thousands_of_queries_stays_small(listed_gallery: Path, tmp_path: Path) -> None:
@@ -337,11 +337,11 @@ def test_a_page_of_thousands_of_queries_stays_small(listed_gallery: Path, tmp_pa
     options = ["--image-root", tmp_path / "images", "--html", f"{tmp_path / 'p.html'},queries=11"]
     run("eval", listed_gallery, tmp_path / "q.csv", *options)
     page = Page.read(tmp_path / "p.html")
-    asked = [section.text.split()[0] for section in page.all("section")]
-    assert len(asked) == 11
-    assert asked[:6] == ["blue"] * 6
-    assert "red" in asked[6:]
-    assert "The 6 worst queries, by AP@10, then 5 of the other 2994, evenly drawn." in page.texts("p")
+    texts = [section.text.split()[0] for section in page.all("section")]
+    assert len(texts) == 11
+    assert texts[:6] == ["blue"] * 6
+    assert "red" in texts[6:]
+    assert "The 6 worst queries, by AP@10, then an even sample of 5 of the other 2994." in page.texts("p")
     assert (tmp_path / "p.html").stat().st_size < 1 << 20
 
 
@@ -351,21 +351,21 @@ def elements(svg: str) -> list[Element]:
     return page.elements
 
 
-def test_odd_numbers_make_sound_drawings() -> None:
+def test_charts_of_unusual_numbers() -> None:
     for chart in (
         curve("R", "n", [(1, 1.0)], [1]),
         curve("<b>", '"', [(1, 0.0), (2, 0.5)], [1, 2]),
         histogram("S", "n", [0.5, 0.5], [1], [0], ("<i>", "b")),
         histogram("S", "n", [0.0, 0.5, 1.0], [0, 0], [0, 0], ("a", "b")),
     ):
-        drawn = render("charts.html.j2", charts=[chart])
-        assert "nan" not in drawn
-        assert "inf" not in drawn
-        assert not [one for one in elements(drawn) if one.tag in ("b", "i")]
+        html = render("charts.html.j2", charts=[chart])
+        assert "nan" not in html
+        assert "inf" not in html
+        assert not [element for element in elements(html) if element.tag in ("b", "i")]
 
 
-def test_what_is_listed_once_many_times(listed_gallery: Path, tmp_path: Path) -> None:
-    """An attribute of many values has a matrix of the most frequent ones and one of all others."""
+def test_rare_values_are_combined(listed_gallery: Path, tmp_path: Path) -> None:
+    """The matrix of an attribute with many values has the most frequent ones and one row for the others."""
     lines = [f"red {number},colour {number}" for number in range(20)]
     (tmp_path / "q.csv").write_text("\n".join(["title,colour", *lines, "red,red", "blue,blue"]))
     run("eval", listed_gallery, tmp_path / "q.csv", "--equal", "colour", "--html", tmp_path / "p.html")
