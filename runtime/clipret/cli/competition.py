@@ -24,7 +24,7 @@ from clipret.cli.rerank_options import open_reranker, prompts_option, read_texts
 from clipret.cli.searching import open_searcher
 from clipret.cli.settings import Settings, merged
 from clipret.competitions.assignment import assign
-from clipret.competitions.submission import Form, Sample, named, product_answer, traffic_answer
+from clipret.competitions.submission import Form, Sample, image_names, product_answer, traffic_answer
 from clipret.errors import ClipretError
 from clipret.files import write_file
 from clipret.inference.config import EncoderConfig
@@ -204,9 +204,9 @@ def submit(
     known = None if shape.images is None else _files(shape.images)
     sample = None if shape.sample is None else Sample.read(shape.sample)
     form = shape.names or ("name" if sample is None else sample.form(known if known is not None else paths))
-    called = named(paths, form)
+    called = image_names(paths, form)
     # The images of a gallery are known to exist.
-    allowed = set(named(known, form).values()) if known is not None else None
+    allowed = set(image_names(known, form).values()) if known is not None else None
     lines = [[called[path] for path in line] for line in found]
     if sample is not None:
         content = product_answer(sample, queries, [line[0] for line in lines], allowed, once=shape.one_to_one)

@@ -29,10 +29,15 @@ def doctor(as_json: bool) -> None:
 
     Exit status 0 if everything that is installed works, else 1 with one line that says what does not.
     """
-    from clipret.diagnostics.doctor import check_engines, check_exactness, extras, machine  # not for the other commands
+    from clipret.diagnostics.doctor import (  # not for the other commands
+        check_backends,
+        check_exactness,
+        extras,
+        machine,
+    )
 
     facts, installed = machine(Path.cwd()), extras()
-    backends, ranking = list(check_engines()), list(check_exactness())
+    backends, ranking = list(check_backends()), list(check_exactness())
     wrong = _wrong(installed, backends, ranking)
     if as_json:
         listed = [asdict(one) | {"complete": one.complete, "install": _install(one)} for one in installed]

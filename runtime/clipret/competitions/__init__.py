@@ -1,1 +1,1 @@
-"""What two competitions ask for: completed labels, one-to-one assignment, submission files."""
+"""Tools for two competitions: completed labels, one-to-one assignment, submission files."""

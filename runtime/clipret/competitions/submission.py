@@ -19,7 +19,7 @@ from typing import Literal, Self
 from clipret.errors import ClipretError
 from clipret.tables import Table, pick_column, read_table
 
-__all__ = ["FORMS", "Form", "Sample", "named", "product_answer", "traffic_answer"]
+__all__ = ["FORMS", "Form", "Sample", "image_names", "product_answer", "traffic_answer"]
 
 Form = Literal["path", "name", "stem"]
 FORMS: tuple[Form, ...] = ("path", "name", "stem")
@@ -31,7 +31,7 @@ _NAMING: dict[Form, Callable[[str], str]] = {
 }
 
 
-def named(paths: Iterable[str], form: Form) -> dict[str, str]:
+def image_names(paths: Iterable[str], form: Form) -> dict[str, str]:
     """The name of each image in an answer: its stored path, its file name, or that without the suffix. Raises
     ClipretError for duplicates.
     """

@@ -33,11 +33,11 @@ from clipret.ort.session import CUDA, has_device
 from clipret.ranking.quantization import mean, quantize
 from clipret.ranking.ranker import Ranker, snap
 
-__all__ = ["Extra", "Finding", "check_engines", "check_exactness", "extras", "machine"]
+__all__ = ["Extra", "Finding", "check_backends", "check_exactness", "extras", "machine"]
 
 State = Literal["works", "idle", "absent", "fails"]
 
-_PATIENCE = 180.0  # seconds for an engine to answer; a builder of plans takes five on one core
+_PATIENCE = 180.0  # seconds for a backend to answer; building a TensorRT engine takes five on one core
 _INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
@@ -68,17 +68,21 @@ def extras() -> list[Extra]:
     """Every extra of the installed package, and its own requirements under the name ""."""
     wanted = defaultdict[str, dict[str, SpecifierSet]](dict)
     for line in importlib.metadata.requires("clipret") or ():
-        one = Requirement(line)
-        named = re.search(r'extra == "([\w-]+)"', str(one.marker))
-        extra = named[1] if named else ""
-        if one.marker is None or one.marker.evaluate({"extra": extra}):  # not what is for other systems
-            wanted[extra][one.name] = one.specifier
-    made = []
+        requirement = Requirement(line)
+        match = re.search(r'extra == "([\w-]+)"', str(requirement.marker))
+        extra = match[1] if match else ""
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):  # of this system
+            wanted[extra][requirement.name] = requirement.specifier
+    found = []
     for name, packages in wanted.items():
         versions = {package: _version(package) for package in packages}
-        old = [one for one, held in versions.items() if held and not packages[one].contains(held, prereleases=True)]
-        made.append(Extra(name, versions, old))
-    return made
+        old = [
+            package
+            for package, version in versions.items()
+            if version and not packages[package].contains(version, prereleases=True)
+        ]
+        found.append(Extra(name, versions, old))
+    return found
 
 
 def _version(package: str) -> str | None:
@@ -124,7 +128,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def check_engines(names: Iterable[Backend] = BACKENDS) -> Iterator[Finding]:
+def check_backends(names: Iterable[Backend] = BACKENDS) -> Iterator[Finding]:
     """Run a tower of three products on each installed backend, in the code that searches.
 
     In a process of its own, because a library that does not fit its driver can end the process, or hang.
@@ -139,19 +143,19 @@ def check_engines(names: Iterable[Backend] = BACKENDS) -> Iterator[Finding]:
             "-m",
             "clipret.diagnostics.doctor",
             name,
-        ]  # -P: not what happens to lie in this folder
+        ]  # -P: import nothing from the current folder
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
         except subprocess.TimeoutExpired:
-            yield Finding(name, "fails", f"gives no answer in {_PATIENCE:g} s")
+            yield Finding(name, "fails", f"does not answer within {_PATIENCE:g} s")
             continue
         if done.returncode == 0:
             state, detail = json.loads(done.stdout.splitlines()[-1])
             yield Finding(name, state, detail)
         else:
-            said = done.stderr.strip().splitlines() or ["it says nothing"]
+            messages = done.stderr.strip().splitlines() or ["no message"]
             how = f"crashes (signal {-done.returncode})" if done.returncode < 0 else "does not run"
-            yield Finding(name, "fails", f"{how}: {said[-1]}")
+            yield Finding(name, "fails", f"{how}: {messages[-1]}")
 
 
 def _probe(name: str) -> tuple[State, str]:
@@ -192,7 +196,9 @@ def _checked(tower: Tower, most: float) -> None:
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
         error = float(np.abs(tower.run(pixels) - expected).max())
         if not error <= most:
-            raise ClipretError(f"a tower's rows are wrong by {error:.1e}: install it again, or use another engine")
+            raise ClipretError(
+                f"the embeddings of a tower are wrong by {error:.1e}: reinstall this backend or use another"
+            )
 
 
 def _probe_onnxruntime(path: Path) -> tuple[State, str]:
@@ -221,7 +227,7 @@ def _probe_openvino(path: Path) -> tuple[State, str]:
 def _probe_tensorrt(path: Path, library: TensorRTLibrary) -> tuple[State, str]:
     trt, gpus = load_library(library), gpu_count()
     if library == "tensorrt" and not gpus:
-        return "idle", f"{trt.__version__}, which needs a GPU, and there is none"
+        return "idle", f"{trt.__version__}, but there is no GPU"
     log = error_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -231,13 +237,13 @@ def _probe_tensorrt(path: Path, library: TensorRTLibrary) -> tuple[State, str]:
     profile.set_shape("pixels", (1, 4, 4, 3), (4, 4, 4, 3), (8, 4, 4, 3))
     config = builder.create_builder_config()
     config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise ClipretError(f"{BACKENDS[library].label} builds no plan: {log.reason}")
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise ClipretError(f"{BACKENDS[library].label} cannot build an engine: {log.reason}")
     if not gpus:
-        return "idle", f"{trt.__version__} builds plans, and there is no GPU to run them"
+        return "idle", f"{trt.__version__} builds engines, but there is no GPU to run them"
     file = path.with_suffix(".plan")
-    file.write_bytes(plan)
+    file.write_bytes(engine)
     for gpu in range(gpus):
         _checked(TensorRTTower(file, library, gpu), 1e-3)
     return "works", f"{trt.__version__} on {', '.join(f'cuda:{gpu}' for gpu in range(gpus))}"
@@ -254,25 +260,25 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
     distinct[::2] = np.rint(distinct[::2])  # products of small integers tie
     distinct /= np.maximum(np.linalg.norm(distinct, axis=1, keepdims=True), 1e-9)
     distinct[1::4] = np.rint(distinct[1::4] * 8) / 8
-    rows = distinct.astype(np.float16)[rng.integers(0, len(distinct), count)]
-    shards = np.split(rows, [count // 7, count // 2])
+    embeddings = distinct.astype(np.float16)[rng.integers(0, len(distinct), count)]
+    shards = np.split(embeddings, [count // 7, count // 2])
     center = mean(shards[0])
     quantized = [quantize(shard, center) for shard in shards]
     live = rng.random(count) > 0.1
     few = rng.random(count) < 0.05
-    queries = snap(np.concatenate([rng.standard_normal((20, 64)) / 8, rows[rng.integers(0, count, 28)]]))
-    scores = queries @ rows.T.astype(np.float64)  # without a rounding, see clipret.ranking.ranker
+    queries = snap(np.concatenate([rng.standard_normal((20, 64)) / 8, embeddings[rng.integers(0, count, 28)]]))
+    scores = queries @ embeddings.T.astype(np.float64)  # without a rounding, see clipret.ranking.ranker
     forms: dict[str, Callable[[], int]] = {}
 
     def compare(ranker: Ranker, number: int, among: npt.NDArray[np.bool_] | None = None) -> int:
         allowed = live if among is None else live & among
-        places, ranked = np.flatnonzero(allowed), 0
+        positions, ranked = np.flatnonzero(allowed), 0
         for k in (1, 10, 100):
             for low in range(0, len(queries), number):
                 part = slice(low, low + number)
-                given, found = ranker.rank(queries[part], k, among=among)
-                for query, line, values in zip(range(low, low + number), found, given, strict=False):
-                    best = places[np.lexsort((places, -scores[query, places]))[:k]]
+                results = ranker.rank(queries[part], k, among=among)
+                for query, values, line in zip(range(low, low + number), *results, strict=False):
+                    best = positions[np.lexsort((positions, -scores[query, positions]))[:k]]
                     if not (np.array_equal(line, best) and np.array_equal(values, scores[query, best])):
                         at = int(np.flatnonzero(line != best)[0]) + 1 if (line != best).any() else 1
                         raise ClipretError(f"query {query}, k = {k}: wrong from rank {at} on")
@@ -284,7 +290,7 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
 
     plain = Ranker(shards, live)
     forms["float32, streamed"] = lambda: compare(plain, 48)
-    forms["a few rows, all in float64"] = lambda: compare(plain, 48, few)
+    forms["few embeddings, all in float64"] = lambda: compare(plain, 48, few)
     if importlib.util.find_spec("onnxruntime"):
         forms["quantized, streamed, a query at a time"] = lambda: compare(Ranker(shards, live, quantized), 1)
         forms["quantized, streamed, 48 queries"] = lambda: compare(Ranker(shards, live, quantized), 48)
@@ -298,7 +304,7 @@ def check_exactness(count: int = 40000, seed: int = 0) -> Iterator[Finding]:
     for name, check in forms.items():
         try:
             yield Finding(name, "works", f"{check():,} ranks equal the brute force")
-        except Exception as error:  # a broken library raises what it likes
+        except Exception as error:  # a broken library may raise anything
             yield Finding(name, "fails", str(error) or type(error).__name__)
 
 

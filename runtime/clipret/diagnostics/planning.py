@@ -135,13 +135,13 @@ def read_rates(file: Path | None = None) -> Rates:
         raise ClipretError(f"{source} holds no rates ({error}): benchmarks/make_rates.py writes it") from error
 
 
-def plan(ask: Workload, rates: Rates) -> list[Line]:
+def plan(workload: Workload, rates: Rates) -> list[Line]:
     """The figures, in the order in which they depend on each other. Raises ClipretError if there is no rate."""
-    model = _pick(rates.models, ask.model, "model")
-    encode = _Encoding(ask, model, rates)
-    lines = [*encode.lines(), *_storage(ask, model, rates)]
-    if ask.qps:
-        lines += _searching(ask, model, rates)
+    model = _pick(rates.models, workload.model, "model")
+    encode = _Encoding(workload, model, rates)
+    lines = [*encode.lines(), *_storage(workload, model, rates)]
+    if workload.qps:
+        lines += _searching(workload, model, rates)
     return lines
 
 
@@ -152,16 +152,16 @@ def _pick(table: Mapping[str, T], name: str, kind: str) -> T:
 
 
 class _Encoding:
-    def __init__(self, ask: Workload, model: Model, rates: Rates) -> None:
-        self.ask, self.model, self.rates = ask, model, rates
+    def __init__(self, workload: Workload, model: Model, rates: Rates) -> None:
+        self.workload, self.model, self.rates = workload, model, rates
         self.part = "encoding"
 
     def lines(self) -> list[Line]:
-        ask, encode, decode = self.ask, self.rates.encode, self.rates.decode
+        workload, encode, decode = self.workload, self.rates.encode, self.rates.decode
         lines = list[Line]()
-        gflops = _pick(encode.gflops_a_core, ask.precision, "precision")
-        if ask.model == encode.model:
-            core = encode.images_a_core_second[ask.precision]
+        gflops = _pick(encode.gflops_a_core, workload.precision, "precision")
+        if workload.model == encode.model:
+            core = encode.images_a_core_second[workload.precision]
             how: tuple[str, Origin] = (encode.measured_on, "measured")
         else:
             core = gflops / self.model.image_gflop
@@ -170,40 +170,40 @@ class _Encoding:
                 "computed",
             )
         lines.append(self._line("a core, tower alone", core, "images/s", *how))
-        milliseconds = _pick(decode.core_ms_a_image, ask.image, "image size").default
-        origin = f"a JPEG of {ask.image}, {decode.measured_on}"
+        milliseconds = _pick(decode.core_ms_a_image, workload.image, "image size").default
+        origin = f"a JPEG of {workload.image}, {decode.measured_on}"
         lines.append(self._line("decoding", milliseconds, "core ms/image", origin, "measured"))
         both = 1 / (1 / core + milliseconds / 1000)
         formula = f"1 / (1/{core:.4g} + {milliseconds:g} ms)"
         lines.append(self._line("a core, with decoding", both, "images/s", formula, "computed"))
-        hours = ask.images / both / 3600
+        hours = workload.images / both / 3600
         lines.append(
-            self._line("on processors", hours, "core hours", f"{ask.images:.3g} / {both:.4g} / 3600", "computed")
+            self._line("on processors", hours, "core hours", f"{workload.images:.3g} / {both:.4g} / 3600", "computed")
         )
-        lines += self._time("cores", ask.cores, hours, "core hours")
+        lines += self._time("cores", workload.cores, hours, "core hours")
         lines += self._gpu(milliseconds)
-        if ask.kilobytes is None:
+        if workload.kilobytes is None:
             lines.append(self._missing("to be read", "TB", "give kilobytes=…, the size of an image file"))
         else:
-            total = ask.images * ask.kilobytes * 1e3
-            formula = f"{ask.images:.3g} x {ask.kilobytes:g} kB"
+            total = workload.images * workload.kilobytes * 1e3
+            formula = f"{workload.images:.3g} x {workload.kilobytes:g} kB"
             lines.append(self._line("to be read", total / 1e12, "TB", formula, "given"))
-            if ask.hours is not None:
-                network = 8 * total / (3600 * ask.hours) / 1e9
-                formula = f"8 x {total / 1e12:.3g} TB / {ask.hours:g} h"
+            if workload.hours is not None:
+                network = 8 * total / (3600 * workload.hours) / 1e9
+                formula = f"8 x {total / 1e12:.3g} TB / {workload.hours:g} h"
                 lines.append(self._line("from the store", network, "Gbit/s", formula, "computed"))
         return lines
 
     def _time(self, what: str, count: int, work: float, unit: str) -> list[Line]:
         """Hours on so many machines, or machines for so many hours."""
-        if self.ask.hours is not None:
-            need = math.ceil(work / self.ask.hours)
+        if self.workload.hours is not None:
+            need = math.ceil(work / self.workload.hours)
             return [
                 self._line(
-                    f"{what} for {self.ask.hours:g} h",
+                    f"{what} for {self.workload.hours:g} h",
                     need,
                     what,
-                    f"{work:.4g} {unit} / {self.ask.hours:g} h",
+                    f"{work:.4g} {unit} / {self.workload.hours:g} h",
                     "computed",
                 )
             ]
@@ -212,21 +212,21 @@ class _Encoding:
         return []
 
     def _gpu(self, milliseconds: float) -> list[Line]:
-        ask = self.ask
-        if ask.rate is not None:
-            rate = ask.rate
+        workload = self.workload
+        if workload.rate is not None:
+            rate = workload.rate
             lines = [self._line("a GPU", rate, "images/s", "rate", "given")]
-        elif ask.tflops is not None:
-            rate = 1000 * ask.tflops / self.model.image_gflop
-            formula = f"{ask.tflops:g} TFLOP/s (tflops) / {self.model.image_gflop:g} GFLOP an image"
+        elif workload.tflops is not None:
+            rate = 1000 * workload.tflops / self.model.image_gflop
+            formula = f"{workload.tflops:g} TFLOP/s (tflops) / {self.model.image_gflop:g} GFLOP an image"
             lines = [self._line("a GPU", rate, "images/s", formula, "computed")]
         else:
             advice = "no GPU was measured: give rate=…, which clipret-search index prints there, or tflops=…"
             return [self._missing("a GPU", "images/s", advice)]
-        hours = ask.images / rate / 3600
-        formula = f"{ask.images:.3g} / {rate:.4g} / 3600"
+        hours = workload.images / rate / 3600
+        formula = f"{workload.images:.3g} / {rate:.4g} / 3600"
         lines.append(self._line("on GPUs", hours, "GPU hours", formula, "computed"))
-        lines += self._time("GPUs", ask.gpus, hours, "GPU hours")
+        lines += self._time("GPUs", workload.gpus, hours, "GPU hours")
         cores = rate * milliseconds / 1000
         formula = f"{rate:.4g} images/s x {milliseconds:g} ms"
         lines.append(self._line("cores that decode for a GPU", cores, "cores", formula, "computed"))
@@ -239,55 +239,57 @@ class _Encoding:
         return Line(self.part, name, None, unit, formula, "missing")
 
 
-def _storage(ask: Workload, model: Model, rates: Rates) -> list[Line]:
+def _storage(workload: Workload, model: Model, rates: Rates) -> list[Line]:
     dim, part = int(model.dim), "storage"
     database = rates.gallery.database_bytes_a_image
-    many = f"{ask.images:.3g}"
+    images, many = workload.images, f"{workload.images:.3g}"
     each: list[tuple[str, float, str, Origin]] = [
-        ("rows, float16", 2 * dim, f"{many} x 2 x {dim}", "computed"),
+        ("embeddings, float16", 2 * dim, f"{many} x 2 x {dim}", "computed"),
         ("quantized, int8", dim, f"{many} x {dim}", "computed"),
         ("database", database, f"{many} x {database:g}: {rates.gallery.measured_on}, no metadata", "measured"),
     ]
-    lines = [Line(part, name, ask.images * size / 1e9, "GB", formula, origin) for name, size, formula, origin in each]
+    lines = [Line(part, name, images * size / 1e9, "GB", formula, origin) for name, size, formula, origin in each]
     total = sum(line.value or 0 for line in lines)
     lines.append(Line(part, "a gallery", total, "GB", "the three above", "computed"))
     return lines
 
 
-def _searching(ask: Workload, model: Model, rates: Rates) -> list[Line]:
+def _searching(workload: Workload, model: Model, rates: Rates) -> list[Line]:
     dim, encode, rank, part = int(model.dim), rates.encode, rates.rank, "searching"
-    many, lines = f"{ask.images:.3g}", list[Line]()
-    if ask.model == encode.model:
-        texts, how = encode.queries_a_core_second[ask.precision], encode.measured_on
+    many, lines = f"{workload.images:.3g}", list[Line]()
+    if workload.model == encode.model:
+        texts, how = encode.queries_a_core_second[workload.precision], encode.measured_on
         origin: Origin = "measured"
     else:
-        texts = encode.gflops_a_core[ask.precision] / model.text_gflop
+        texts = encode.gflops_a_core[workload.precision] / model.text_gflop
         how, origin = (
-            f"{encode.gflops_a_core[ask.precision]:g} GFLOP/s a core / {model.text_gflop:g} GFLOP",
+            f"{encode.gflops_a_core[workload.precision]:g} GFLOP/s a core / {model.text_gflop:g} GFLOP",
             "computed",
         )
     lines.append(Line(part, "texts a core", texts, "texts/s", how, origin))
-    formula = f"{ask.qps:g} / {texts:.4g}"
-    lines.append(Line(part, "cores for texts", ask.qps / texts, "cores", formula, "computed"))
+    formula = f"{workload.qps:g} / {texts:.4g}"
+    lines.append(Line(part, "cores for texts", workload.qps / texts, "cores", formula, "computed"))
     measured = rank.core_ms_a_query[_BATCH]
-    query = measured * ask.images / rank.rows * dim / rank.dim
+    query = measured * workload.images / rank.rows * dim / rank.dim
     ratio = f"{many} / {rank.rows:.0e} x {dim} / {rank.dim}"
     formula = f"{measured:g} ms ({rank.measured_on}, {_BATCH} at once) x {ratio}"
     lines.append(Line(part, "exact ranking", query, "core ms/query", formula, "computed"))
-    formula = f"{ask.qps:g} x {query:.4g} ms"
-    lines.append(Line(part, "cores for exact ranking", ask.qps * query / 1000, "cores", formula, "computed"))
-    lines.append(Line(part, "memory, exact", ask.images * dim / 1e9, "GB", f"quantized: {many} x {dim}", "computed"))
+    formula = f"{workload.qps:g} x {query:.4g} ms"
+    lines.append(Line(part, "cores for exact ranking", workload.qps * query / 1000, "cores", formula, "computed"))
+    lines.append(
+        Line(part, "memory, exact", workload.images * dim / 1e9, "GB", f"quantized: {many} x {dim}", "computed")
+    )
     for name, size, formula in (
         ("memory, Milvus FLAT or IVF_FLAT", 4 * dim, f"{many} x 4 x {dim}"),
         ("memory, Milvus IVF_SQ8", dim, f"{many} x {dim}"),
         ("memory, Milvus HNSW", 4 * dim + 8 * _HNSW_M, f"{many} x (4 x {dim} + 2 x {_HNSW_M} links x 4)"),
     ):
-        lines.append(Line(part, name, ask.images * size / 1e9, "GB", formula, "computed"))
-    if ask.milvus_qps is None:
+        lines.append(Line(part, name, workload.images * size / 1e9, "GB", formula, "computed"))
+    if workload.milvus_qps is None:
         advice = "give milvus_qps=…: what  clipret-search eval milvus+URI QUERIES --against exact  says of a node"
         lines.append(Line(part, "Milvus query nodes", None, "nodes", advice, "missing"))
     else:
-        nodes = math.ceil(ask.qps / ask.milvus_qps)
-        formula = f"{ask.qps:g} / {ask.milvus_qps:g} (milvus_qps), each with all of the index"
+        nodes = math.ceil(workload.qps / workload.milvus_qps)
+        formula = f"{workload.qps:g} / {workload.milvus_qps:g} (milvus_qps), each with all of the index"
         lines.append(Line(part, "Milvus query nodes", nodes, "nodes", formula, "computed"))
     return lines

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from clipret.cli import main
-from clipret.competitions.submission import Sample, named, product_answer, traffic_answer
+from clipret.competitions.submission import Sample, image_names, product_answer, traffic_answer
 from clipret.errors import ClipretError
 
 
@@ -156,7 +156,7 @@ def test_how_the_sample_calls_images(tmp_path: Path) -> None:
     with pytest.raises(ClipretError, match="say how the answer names"):
         sample_of(tmp_path, "path\n1.jpg\n2\n").form(paths)
     with pytest.raises(ClipretError, match=r"a/1.jpg and b/1.png would both be called 1: use another --format names=…"):
-        named(["a/1.jpg", "b/1.png"], "stem")
+        image_names(["a/1.jpg", "b/1.png"], "stem")
 
 
 def test_product_answers_that_would_be_rejected(tmp_path: Path) -> None:

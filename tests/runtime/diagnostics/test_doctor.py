@@ -1,4 +1,4 @@
-"""The doctor sees what works, and what does not: a library that crashes, hangs or lies, a ranking that is not exact."""
+"""The doctor reports what works, and what does not: libraries that crash, hang or are wrong, an inexact ranking."""
 
 import importlib.metadata
 import importlib.util
@@ -16,19 +16,19 @@ from clipret.diagnostics import doctor
 
 pytestmark = pytest.mark.slow
 
-ENGINES = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["doctor", *arguments], prog_name="clipret-search")
 
 
-def test_all_that_is_installed_works_here() -> None:
+def test_everything_that_is_installed_works() -> None:
     result = run("--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["ok"]
-    assert [one["name"] for one in told["backends"]] == list(ENGINES)
+    assert [one["name"] for one in told["backends"]] == list(BACKENDS)
     for one in told["backends"]:
         there = importlib.util.find_spec(one["name"]) is not None
         assert (one["state"] in ("works", "idle")) == there, one
@@ -37,7 +37,13 @@ def test_all_that_is_installed_works_here() -> None:
             assert one["detail"] == f"pip install 'clipret[{extra}]'"
     assert {one["state"] for one in told["ranking"]} == {"works"}
     forms = " ".join(one["name"] for one in told["ranking"])
-    for form in ("float32, streamed", "a few rows", "quantized, streamed", "quantized, resident", "a query at a time"):
+    for form in (
+        "float32, streamed",
+        "few embeddings",
+        "quantized, streamed",
+        "quantized, resident",
+        "a query at a time",
+    ):
         assert form in forms
     assert told["machine"]["usable_cores"] >= 1
     assert told["machine"]["disk_free"] > 0
@@ -60,7 +66,7 @@ def broken_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")
-def test_a_library_that_takes_its_process_with_it(broken_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_crashes(broken_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_openvino.write_text("import os, sys\nprint('no such symbol', file=sys.stderr, flush=True)\nos.abort()\n")
     monkeypatch.setattr(doctor, "check_exactness", lambda: [])
     result = run("--json")
@@ -72,13 +78,13 @@ def test_a_library_that_takes_its_process_with_it(broken_openvino: Path, monkeyp
     assert result.stderr == "clipret-search: openvino crashes (signal 6): no such symbol\n"
 
 
-def test_a_library_that_hangs_or_lies(broken_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_hangs_or_is_wrong(broken_openvino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_openvino.write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setattr(doctor, "_PATIENCE", 0.5)
-    (found,) = doctor.check_engines(("openvino",))
-    assert (found.state, found.detail) == ("fails", "gives no answer in 0.5 s")
+    (found,) = doctor.check_backends(("openvino",))
+    assert (found.state, found.detail) == ("fails", "does not answer within 0.5 s")
     monkeypatch.undo()
-    with pytest.raises(doctor.ClipretError, match="rows are wrong by"):
+    with pytest.raises(doctor.ClipretError, match="embeddings of a tower are wrong by"):
         doctor._checked(Wrong(), 0.03)
 
 
@@ -111,12 +117,12 @@ def test_what_is_missing_or_old_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     wanted = ["numpy>=1.26", 'nosuch[a,b]>=1; extra == "gone"', "numpy>=999; python_version > '3' and extra == 'late'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
     monkeypatch.setattr(doctor, "check_exactness", lambda: [])
-    monkeypatch.setattr(doctor, "check_engines", lambda: [doctor.Finding("onnxruntime", "works", "1")])
+    monkeypatch.setattr(doctor, "check_backends", lambda: [doctor.Finding("onnxruntime", "works", "1")])
     result = run()
     assert result.exit_code == 1
     assert "numpy is older than clipret needs: run  pip install --upgrade numpy" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert "pip install 'clipret[gone]'   (for nosuch)" in result.stdout
-    monkeypatch.setattr(doctor, "check_engines", lambda: [doctor.Finding("onnxruntime", "absent", "1")])
+    monkeypatch.setattr(doctor, "check_backends", lambda: [doctor.Finding("onnxruntime", "absent", "1")])
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted[:1])
     assert "no backend is installed: run  pip install 'clipret[cpu]'" in run().stderr

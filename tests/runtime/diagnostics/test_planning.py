@@ -1,4 +1,4 @@
-"""The plan: every figure follows from the rates that came with it, and what was never measured is asked for."""
+"""The plan: every figure follows from the rates, and values that were never measured must be given."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def test_a_measured_model() -> None:
     hours = 1e6 * (1 / core + decode / 1000) / 3600
     assert found["on processors"].value == pytest.approx(hours)
     assert found["on 16 cores"].value == pytest.approx(hours / 16)
-    assert found["rows, float16"].value == pytest.approx(1.024)
+    assert found["embeddings, float16"].value == pytest.approx(1.024)
     assert found["a gallery"].value == pytest.approx(1.536 + rates.gallery.database_bytes_a_image / 1000)
 
 
@@ -84,7 +84,7 @@ def test_by_command(tmp_path: Path) -> None:
     assert "no GPU was measured: give rate=…" in done.output
     done = runner.invoke(main, ["plan", "images=1_000", "model=ViT-B-32", "--json"])
     named = {line["name"]: line for line in json.loads(done.output)}
-    assert named["rows, float16"]["formula"] == "1e+03 x 2 x 512"
+    assert named["embeddings, float16"]["formula"] == "1e+03 x 2 x 512"
     mine = {"dim": 8, "image_gflop": 1.0, "text_gflop": 1.0}
     rates = msgspec.to_builtins(read_rates()) | {"models": {"mine": mine}}
     (tmp_path / "rates.json").write_text(json.dumps(rates))
