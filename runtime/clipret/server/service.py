@@ -180,7 +180,8 @@ class ServedGallery:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._following
         await self.batcher.stop()
-        self._watch.close()
+        # In the thread of reloads: cancelling does not stop one that is running, and it uses the watch's connection.
+        await self._run_in(self.threads.files, self._watch.close)
 
     async def refresh(self) -> None:
         """Load what was committed before this call. The old snapshot is searched until the new one is loaded."""

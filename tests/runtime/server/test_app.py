@@ -1,5 +1,6 @@
 """The service over real connections: equal to the searcher, and consistent while the gallery changes."""
 
+import asyncio
 import io
 import json
 import os
@@ -23,7 +24,10 @@ from clipret import Bundle, Encoder, EncoderConfig, Gallery, Part, Query, Search
 from clipret.cli import main
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+from clipret.server.app import Service
 from clipret.server.limits import Limits
+from clipret.server.run import open_service
+from clipret.server.watch import GalleryWatch
 
 pytestmark = pytest.mark.slow
 
@@ -395,3 +399,35 @@ def test_the_examples_of_the_guide(serving: Callable[..., Any], listed_gallery: 
         value = json.loads(result.stdout)
         assert "error" not in value
         assert all(one["hits"] for one in value.get("results", [])), command
+
+
+def test_stopping_waits_for_a_running_reload(
+    listed_gallery: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing the connection that a reload is using in its thread would crash Python."""
+    calls = list[str]()
+
+    class SlowWatch(GalleryWatch):
+        def changed(self) -> bool:
+            calls.append("begin")
+            time.sleep(0.2)
+            changed = super().changed()
+            calls.append("end")
+            return changed
+
+        def close(self) -> None:
+            calls.append("close")
+            super().close()
+
+    async def start_and_stop(service: Service) -> None:
+        gallery = service.gallery(None)
+        await gallery.start()
+        await asyncio.sleep(0.1)  # a reload is running
+        await gallery.stop()
+
+    monkeypatch.setattr("clipret.server.service.GalleryWatch", SlowWatch)
+    encoder = Encoder(Bundle.open(tiny_bundle), EncoderConfig(device="cpu", threads=1))
+    with open_service([(listed_gallery, encoder)]) as service:
+        calls.clear()
+        asyncio.run(start_and_stop(service))
+    assert calls == ["begin", "end", "close"]
