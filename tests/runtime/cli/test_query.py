@@ -214,7 +214,7 @@ def test_errors_are_one_line_and_write_nothing(
     assert "is blank" in fails("query", gallery, " \t ")
     assert "is no gallery" in fails("query", empty, "red")
     assert "cannot be read" in fails("eval", gallery, tmp_path / "gone.csv")
-    assert "holds none of the 1 images" in fails(
+    assert "has none of the 1 images" in fails(
         "eval", gallery, tmp_path / "list.csv", "--column", "caption=words,image=photo"
     )
 

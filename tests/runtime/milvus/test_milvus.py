@@ -365,4 +365,4 @@ def test_a_service_of_a_collection(listed_gallery: Path, serving: Callable[..., 
     assert "no function lower" in client.get("/search", gallery="colours", q="red", where="lower(colour) = 'x'").error
     assert client.get("/images/99", gallery="colours").status == 404
     removed = client.request("DELETE", "/galleries/colours/images/1", headers={"Authorization": "Bearer secret"})
-    assert "change its gallery, then export" in removed.error
+    assert "change its gallery, then run clipret-search export" in removed.error
